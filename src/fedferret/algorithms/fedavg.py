@@ -1,0 +1,94 @@
+"""FedAvg: the weighted mean of the clients' changes to all weights.
+
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas. "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", AISTATS 2017, arXiv 1602.05629.
+
+    client j:  w_j <- T local steps from w        Δ_j = w - w_j
+    server:    Δ = Σ_j n_j Δ_j / Σ_j n_j          everybody: w <- w - η Δ
+
+Wire: 4 d bytes up per client and round; 4 d down. Deviations: the change travels instead of the weights, which
+is the same sum and lets the log hold entries; η (the server's learning rate, 1 in the paper) is explicit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
+from fedferret.core import tree
+from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task
+from fedferret.core.keys import Key
+from fedferret.core.messages import message, state
+from fedferret.core.tree import Tree
+from fedferret.local.first_order import FirstOrder
+
+
+@state
+class FedAvgPublic:
+    """All weights."""
+
+    weights: Tree
+
+
+@message
+class Delta(Payload):
+    """A client's change, w - w_j."""
+
+    delta: dict[str, Tensor]
+
+
+@message
+class FedAvgEntry:
+    """The mean change and the step to take along it."""
+
+    delta: dict[str, Tensor]
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
+    """The weighted mean of all weights' changes."""
+
+    name: ClassVar[str] = "fedavg"
+    server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
+    weighting: Weighting = "examples"  # the paper's n_j; "equal" counts every client once
+    training: FirstOrder = field(default_factory=FirstOrder)
+
+    def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
+        """The base weights."""
+        return FedAvgPublic(task.store(tree.parameters(task.model))), None
+
+    def local(
+        self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
+    ) -> Reply[None, Delta]:
+        """Train on the client's data; send the change."""
+        with holding(task, public.weights) as model:
+            metrics = self.train(task, public, data, key.fold("train"))
+            delta = Delta(dict(change(public.weights, model)))
+        return Reply(delta, weight_of(data, self.weighting), None, metrics)
+
+    def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> dict[str, float]:
+        """The local steps, in place in ``task.model``; FedProx differs here alone."""
+        return self.training.train(task, data, key)
+
+    def update(
+        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Delta], key: Key
+    ) -> tuple[None, FedAvgEntry]:
+        """The mean is the entry."""
+        return None, FedAvgEntry(pooled.only.delta, self.server_learning_rate)
+
+    def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
+        """w <- w - η Δ, element by element."""
+        for name, weight in public.weights.items():
+            weight.sub_(entry.delta[name].to(weight.device).mul_(entry.learning_rate))
+
+    @contextmanager
+    def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:
+        """The one global model."""
+        with holding(task, public.weights) as model:
+            yield model

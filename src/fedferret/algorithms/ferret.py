@@ -1,0 +1,267 @@
+"""Ferret: all weights tuned with first-order local steps, kilobytes on the wire.
+
+Shu, Hu, Ng, Low, Yu. "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", ICML 2025
+(PMLR 267), arXiv 2409.06277, Algorithm 1.
+
+    client j:  w_j <- T local steps from w     Δ_j = w - w_j     c_j = s Vᵀ Δ_j, block by block, K numbers in all
+               send c_j in ``bits`` bits each, and the L block norms in 8
+    server:    shared keys: c = Σ n_j c_j / Σ n_j, sent in ``entry_bits`` bits each; per-client keys: all c_j
+    everybody: Δ̃ = V c (per client: Σ n_j V_j c_j / Σ n_j)     m <- β m + Δ̃     w <- w - η m
+
+Wire: K·bits/8 + L bytes up per client and round; down K·entry_bits/8 + L (shared) or N (K·bits/8 + L) (per-client);
+and under 140 bytes of framing. V is drawn anew every round from public facts, so no key travels with shared keys.
+
+Deviations from the paper, each a field: shared keys (linear: payloads add up), fewer bits, the server's learning rate,
+schedule and momentum, weights by examples. The preset ``paper`` turns all of them off; ``paper-code`` makes the
+published code's choices instead. The shrunk scale is 1/(1 + error energy): K/(K+d) of dense columns, K/d of buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
+from fedferret.algorithms.schedule import Schedule, scheduled
+from fedferret.bases.basis import basis
+from fedferret.bases.blocks import decode_norms, encode_norms, pack
+from fedferret.bases.fixed_pool import FixedPool
+from fedferret.bases.projector import Allocation, Budget, Projector, Scale
+from fedferret.bases.quantise import Packed, pack_vector
+from fedferret.core import tree
+from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.core.messages import message, state
+from fedferret.core.tree import Tree
+from fedferret.local.first_order import FirstOrder
+
+Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
+
+
+@state
+class FerretPublic:
+    """Weights, what the server's momentum was made of, and what the next round's directions follow from."""
+
+    weights: Tree
+    momentum: Tree  # empty without momentum
+    norms: Tensor  # (L,) uint8, of the last entry's blocks: the next allocation follows from them
+    round: int
+    seed: int  # of the directions
+
+
+@state
+class FerretServer:
+    """Rounds done, for the schedule."""
+
+    round: int
+
+
+@state
+class FerretClient:
+    """What a client's coordinates could not say so far (error feedback)."""
+
+    residual: Tree
+
+
+@message
+class Opened:
+    """Coordinates (K,) and block norms (L,), both fp32: what adds up."""
+
+    coordinates: Tensor
+    norms: Tensor
+
+
+@message
+class SharedReply(Payload):
+    """Coordinates on the round's shared directions."""
+
+    pooling: ClassVar[Pooling] = Pooling.MEAN
+    coordinates: Packed
+    norms: Tensor  # (L,) uint8
+
+    def opened(self) -> Opened:  # type: ignore[override]
+        """The numbers behind the bits."""
+        return Opened(self.coordinates.unpack(), torch.tensor(decode_norms(self.norms)))
+
+
+@message
+class KeyedReply(Payload):
+    """Coordinates on the client's own directions."""
+
+    pooling: ClassVar[Pooling] = Pooling.EACH
+    coordinates: Packed
+    norms: Tensor  # (L,) uint8; this client's allocation follows from them
+    key: int
+
+
+@message
+class FerretEntry:
+    """One reply for all (shared keys) or every client's, each with its share of the step."""
+
+    replies: tuple[SharedReply | KeyedReply, ...]
+    shares: tuple[float, ...]
+    learning_rate: float
+
+
+Up: TypeAlias = SharedReply | KeyedReply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up]):
+    """Projected updates on shared random directions."""
+
+    name: ClassVar[str] = "ferret"
+    coordinates: int = 4096  # K, over all blocks
+    basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
+    allocation: Allocation = "norm-sqrt-dim"  # minimises the error energy; the paper's experiments use "norm"
+    keys: Literal["shared", "per-client", "fixed-pool"] = "shared"
+    scale: Scale = "unbiased"
+    budget: Budget = "total"
+    bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
+    entry_bits: Bits = 8  # per coordinate, down, with shared keys
+    coordinate_clip: float | None = None  # bound on the norm of one coordinate's share of an update; None (0) is off
+    server_learning_rate: float = 1.0
+    schedule: Schedule = "constant"
+    server_momentum: float = 0.0
+    error_feedback: bool = False  # each client keeps what its coordinates could not say, and adds it next time
+    weighting: Weighting = "examples"
+    training: FirstOrder = field(default_factory=FirstOrder)
+
+    def __post_init__(self) -> None:
+        if self.coordinate_clip == 0:
+            object.__setattr__(self, "coordinate_clip", None)  # TOML has no null
+        if not 0 <= self.server_momentum < 1:
+            raise UserError(f"server_momentum={self.server_momentum}: must lie in [0, 1)")
+        if not self.server_learning_rate > 0:
+            raise UserError(f"server_learning_rate={self.server_learning_rate}: must be greater than 0")
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
+        """At least one coordinate per block and at most one per weight."""
+        sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        total, blocks = sum(sizes.values()), len(pack(sizes))
+        if self.budget == "total" and not blocks <= self.coordinates <= total:
+            raise UserError(
+                f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
+                f"choose {blocks} to {total:,}"
+            )
+
+    def begin(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
+        """Base weights, no momentum, every weight expected to change alike."""
+        weights = task.store(tree.parameters(task.model))
+        momentum = tree.zeros_like(weights) if self.server_momentum else {}
+        # the guess before anything is known: every weight changes alike
+        norms = encode_norms([math.sqrt(block.size) for block in pack(sizes_of(weights))])
+        return FerretPublic(weights, momentum, norms, 0, key.fold("basis").value), FerretServer(0)
+
+    def join(self, task: Task, data: Examples, key: Key) -> FerretClient | None:
+        """No residual yet."""
+        return FerretClient(tree.zeros_like(tree.parameters(task.model))) if self.error_feedback else None
+
+    def local(
+        self, task: Task, public: FerretPublic, client: FerretClient | None, data: Examples, key: Key
+    ) -> Reply[FerretClient, Up]:
+        """Train on the client's data; send the change's coordinates."""
+        projector = self.projector(public)
+        with holding(task, public.weights) as model:
+            metrics = self.training.train(task, data, key.fold("train"))
+            basis_key, norms = self._shared_key(public), public.norms
+            if self.keys != "shared":  # free to choose: its own directions, its own allocation
+                basis_key = key.fold("basis")
+                norms = encode_norms(projector.norms(self._change(public, client, model)))
+            counts = projector.counts(decode_norms(norms))
+            coordinates, own_norms = projector.measure(self._change(public, client, model), counts, basis_key)
+            packed = pack_vector(self._clipped(projector, coordinates, counts), self.bits, key.fold("rounding"))
+            private = None
+            if client is not None:
+                residual = {name: delta.clone() for name, delta in self._change(public, client, model)}
+                projector.rebuild_(residual, packed.unpack(), counts, basis_key, -1.0)
+                private = FerretClient(residual)
+        shared = self.keys == "shared"
+        payload = SharedReply(packed, encode_norms(own_norms)) if shared else KeyedReply(packed, norms, basis_key.value)
+        return Reply(payload, weight_of(data, self.weighting), private, metrics)
+
+    def accept(self, task: Task, public: FerretPublic, payload: Up) -> None:
+        """Refuse coordinates or norms of the wrong number."""
+        projector = self.projector(public)
+        norms = public.norms if isinstance(payload, SharedReply) else payload.norms
+        if len(payload.norms) != len(projector.blocks):
+            raise ValueError(f"{len(payload.norms)} block norms came, {len(projector.blocks)} were expected")
+        expected = sum(projector.counts(decode_norms(norms)))
+        if payload.coordinates.length != expected:
+            raise ValueError(f"{payload.coordinates.length} coordinates came, {expected} were expected")
+
+    def update(
+        self, task: Task, public: FerretPublic, server: FerretServer, pooled: Pooled[Up], key: Key
+    ) -> tuple[FerretServer, FerretEntry]:
+        """Shared keys: the mean coordinates, rounded once more. Otherwise: every client's, with its share."""
+        number = server.round + 1
+        rate = scheduled(self.schedule, self.server_learning_rate, number, task.rounds)
+        if self.keys == "shared":
+            opened = pooled.only  # the mean of Opened
+            packed = pack_vector(opened.coordinates, self.entry_bits, key.fold("rounding"))
+            reply = SharedReply(packed, encode_norms(opened.norms.tolist()))
+            return FerretServer(number), FerretEntry((reply,), (1.0,), rate)
+        total = sum(pooled.weights)
+        shares = tuple(weight / total for weight in pooled.weights)
+        return FerretServer(number), FerretEntry(pooled.payloads, shares, rate)
+
+    def apply(self, task: Task, public: FerretPublic, entry: FerretEntry) -> None:
+        """Rebuild the change from the coordinates and step along it."""
+        projector = self.projector(public)
+        targets, rate = public.weights, -entry.learning_rate
+        if self.server_momentum:
+            targets, rate = public.momentum, 1.0
+            for momentum in targets.values():
+                momentum.mul_(self.server_momentum)
+        for reply, share in zip(entry.replies, entry.shares, strict=True):
+            shared = isinstance(reply, SharedReply)
+            counts = projector.counts(decode_norms(public.norms if shared else reply.norms))
+            basis_key = self._shared_key(public) if isinstance(reply, SharedReply) else Key(reply.key)
+            projector.rebuild_(targets, reply.coordinates.unpack(), counts, basis_key, rate * share)
+        if self.server_momentum:
+            for name, weight in public.weights.items():
+                weight.sub_(public.momentum[name] * entry.learning_rate)
+        if self.keys == "shared":
+            public.norms.copy_(entry.replies[0].norms)
+        public.round += 1
+
+    @contextmanager
+    def model(self, task: Task, public: FerretPublic, client: FerretClient | None = None) -> Iterator[nn.Module]:
+        """The one global model."""
+        with holding(task, public.weights) as model:
+            yield model
+
+    def projector(self, public: FerretPublic) -> Projector:
+        """How changes of these weights become coordinates."""
+        kind = basis(self.basis)
+        if self.keys == "fixed-pool":
+            kind = FixedPool(kind, self.coordinates, Key(public.seed))
+        sizes = sizes_of(public.weights)
+        return Projector(sizes, kind, self.coordinates, self.allocation, self.budget, self.scale)
+
+    def _shared_key(self, public: FerretPublic) -> Key:
+        return Key(public.seed).fold(public.round)
+
+    def _change(
+        self, public: FerretPublic, client: FerretClient | None, model: nn.Module
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What this client wants to say: its training's change, and the residual of earlier rounds."""
+        for name, delta in change(public.weights, model):
+            yield name, delta if client is None else delta.add_(client.residual[name])
+
+    def _clipped(self, projector: Projector, coordinates_K: Tensor, counts: tuple[int, ...]) -> Tensor:
+        if self.coordinate_clip is None:
+            return coordinates_K
+        return coordinates_K.clamp(*projector.clip_bounds(self.coordinate_clip, counts))
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Elements per tensor, in the model's order."""
+    return {name: weight.numel() for name, weight in weights.items()}

@@ -1,0 +1,1 @@
+"""Random bases shared by key: how an update of d weights becomes K numbers, and K numbers become an update again."""

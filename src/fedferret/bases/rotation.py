@@ -1,0 +1,63 @@
+"""A keyed random rotation of K numbers in O(K log K): random signs, then fast Hadamard transforms.
+
+For K = 2^m: signs from :mod:`fedferret.bases.hashing`, then the orthonormal Hadamard transform. For other K the
+transform of length 2^m < K is applied, each time after fresh signs, to four windows of the K numbers closed to a ring:
+the first 2^m, the last 2^m, and both again half a window further, so that energy in one corner spreads over all.
+The inverse undoes the steps in reverse order. All steps are butterflies in a fixed order and elementwise products, so
+both directions give the same bits on every node (DRIVE, Vargaftik et al., NeurIPS 2021, section 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedferret.bases.hashing import flip_signs
+from fedferret.core.keys import Key
+
+
+def rotate(values_K: Tensor, key: Key) -> Tensor:
+    """Fp32 (K,): 1-D ``values_K`` rotated; the norm is kept to rounding."""
+    rotated = values_K.float()
+    for number, start in enumerate(_windows(values_K.numel())):
+        ring = flip_signs(rotated.roll(-start), key.fold("rotation", number), 0)
+        rotated = _transform_first(ring).roll(start)
+    return rotated
+
+
+def rotate_back(rotated_K: Tensor, key: Key) -> Tensor:
+    """The inverse of ``rotate`` with the same key, to rounding."""
+    values = rotated_K.float()
+    for number, start in reversed(list(enumerate(_windows(rotated_K.numel())))):
+        ring = _transform_first(values.roll(-start))
+        values = flip_signs(ring, key.fold("rotation", number), 0).roll(start)
+    return values
+
+
+def hadamard(values_K: Tensor) -> Tensor:
+    """The orthonormal Hadamard transform of fp32 (2^m,), its own inverse; a fresh tensor."""
+    length = values_K.numel()
+    result = values_K.clone()
+    half = 1
+    while half < length:
+        pairs = result.view(-1, 2, half)
+        result = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
+        half *= 2
+    return result.view(-1) * torch.tensor(length**-0.5, dtype=torch.float32)
+
+
+def _transform_first(ring_K: Tensor) -> Tensor:
+    length = _window_length(ring_K.numel())
+    return torch.cat((hadamard(ring_K[:length]), ring_K[length:]))
+
+
+def _windows(count: int) -> tuple[int, ...]:
+    """Where on the ring each window starts: one window for a power of two, else four."""
+    length = _window_length(count)
+    last = count - length
+    return (0,) if last == 0 else (0, last, length // 2, last + length // 2)
+
+
+def _window_length(count: int) -> int:
+    """The largest power of two that is at most ``count``; 0 for 0."""
+    return 1 << (count.bit_length() - 1) if count else 0

@@ -1,0 +1,110 @@
+"""The global model as a log: a base, at most one snapshot, and the entries that followed.
+
+    version 0            version s              version v
+    base  ...dropped...  snapshot  e[s+1] ... e[v]
+
+* A node at version u receives ``since(u)``: the entries after u, or the snapshot and the entries after
+  that, whichever is fewer bytes.
+* ``append`` folds: once the entries since the last snapshot weigh more than half a snapshot, a new one is
+  taken, so a newcomer never downloads more than one and a half models. A method whose entry is as large
+  as the model (FedAvg) therefore folds every round; Ferret never does.
+* Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
+
+The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
+each file whole or absent; without, it is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedferret.core.files import write_atomically
+from fedferret.core.messages import message
+
+
+@message
+class Record:
+    """One line of the log."""
+
+    version: int  # the version that applying this entry leads to
+    entry: bytes  # the method's own message, encoded
+    fingerprint: str  # of the public state at this version, "" where none was taken
+
+
+@dataclass(frozen=True)
+class Update:
+    """What brings a node from one version to the newest: at most one snapshot, then records, all encoded."""
+
+    snapshot: bytes | None
+    records: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire."""
+        return len(self.snapshot or b"") + sum(map(len, self.records))
+
+
+class Log:
+    """The entries that made the model what it is. Versions count from 0, the base."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.version = 0
+        self._folder = folder
+        self._records: dict[int, bytes] = {}
+        self._snapshot: tuple[int, bytes] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, version: int) -> Log:
+        """The log in ``folder`` as it was at ``version``; what a crash left behind it is removed."""
+        log = cls(folder)
+        for path in sorted(folder.glob("*.record")):
+            if int(path.stem) > version:
+                path.unlink()
+            else:
+                log._records[int(path.stem)] = path.read_bytes()
+        for path in sorted(folder.glob("*.snapshot")):
+            if int(path.stem) > version:
+                path.unlink()
+            else:
+                log._snapshot = (int(path.stem), path.read_bytes())
+        log.version = version
+        return log
+
+    def append(self, record: bytes, snapshot_size: int, snapshot: Callable[[], bytes]) -> None:
+        """Add one encoded record. ``snapshot()`` encodes the public state that it leads to, ``snapshot_size`` bytes."""
+        self.version += 1
+        self._records[self.version] = record
+        if self._folder:
+            write_atomically(self._folder / f"{self.version:06d}.record", record)
+        base = self._snapshot[0] if self._snapshot else 0
+        if 2 * sum(len(r) for version, r in self._records.items() if version > base) > snapshot_size:
+            self._fold(snapshot())
+
+    def since(self, version: int) -> Update:
+        """What a node at ``version`` lacks, in the fewest bytes."""
+        options = []
+        if all(number in self._records for number in range(version + 1, self.version + 1)):
+            options.append(Update(None, self._after(version)))
+        if self._snapshot and version < self._snapshot[0]:
+            options.append(Update(self._snapshot[1], self._after(self._snapshot[0])))
+        return min(options, key=lambda update: update.size)
+
+    def _after(self, version: int) -> tuple[bytes, ...]:
+        return tuple(self._records[number] for number in range(version + 1, self.version + 1))
+
+    def _fold(self, snapshot: bytes) -> None:
+        old = self._snapshot[0] if self._snapshot else None
+        self._snapshot = (self.version, snapshot)
+        if self._folder:
+            write_atomically(self._folder / f"{self.version:06d}.snapshot", snapshot)
+            if old is not None:
+                (self._folder / f"{old:06d}.snapshot").unlink()
+        kept = 0
+        for number in sorted(self._records, reverse=True):
+            kept += len(self._records[number])
+            if kept >= len(snapshot):
+                del self._records[number]
+                if self._folder:
+                    (self._folder / f"{number:06d}.record").unlink()

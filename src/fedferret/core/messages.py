@@ -1,0 +1,39 @@
+"""The types that may be written down: messages on the wire and states on disk, by name.
+
+A message is a frozen dataclass of tensors, scalars, strings, tuples, dictionaries and other messages; a
+state is the same but may change in place. Both decorators enter the type in the table that the codec
+reads, so a received byte string can name a type but can never create one that the receiver did not define.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar, dataclass_transform
+
+T = TypeVar("T", bound=type)
+
+_TYPES: dict[str, type] = {}
+
+
+@dataclass_transform(frozen_default=True)
+def message(cls: T) -> T:
+    """Make ``cls`` a frozen dataclass that the codec can carry; two types of one name are refused."""
+    return _register(dataclass(frozen=True)(cls))
+
+
+@dataclass_transform()
+def state(cls: T) -> T:
+    """Make ``cls`` a mutable dataclass that the codec can write down; two types of one name are refused."""
+    return _register(dataclass(cls))
+
+
+def message_type(name: str) -> type | None:
+    """The type of that name, or None if this process does not know it."""
+    return _TYPES.get(name)
+
+
+def _register(cls: T) -> T:
+    known = _TYPES.setdefault(cls.__name__, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(f"two message types are called {cls.__name__}: {known.__module__} and {cls.__module__}")
+    return cls

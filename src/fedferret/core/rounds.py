@@ -1,0 +1,204 @@
+"""The round loop: it knows no method, and no engine.
+
+    for each round:  cohort <- sample          replies <- engine.map(job, cohort)
+                     pooled <- pool in client order, whatever the order of arrival
+                     server, entry <- update   log <- entry   public <- apply(entry)
+
+Everything that differs between one process, many GPUs and many organisations sits behind ``Engine.map``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedferret.core import tree
+from fedferret.core.algorithm import Algorithm, Task
+from fedferret.core.errors import RunError
+from fedferret.core.keys import Key
+from fedferret.core.log import Log, Record
+from fedferret.core.pooling import Pool, tensors
+
+
+class Codec(Protocol):
+    """How messages become bytes; ``len(encode(x))`` is their cost."""
+
+    def encode(self, value: Any) -> bytes: ...
+    def decode(self, data: bytes) -> Any: ...
+    def size(self, value: Any) -> int: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine needs for one round; it delivers ``log.since(...)`` or uses ``public`` where it is at hand."""
+
+    algorithm: Algorithm[Any, Any, Any, Any, Any]
+    task: Task
+    public: Any
+    log: Log
+    round: int
+    seed: int
+
+    def key(self, client: str) -> Key:
+        """The key of one client's work in this round."""
+        return Key.of(self.seed, "local", self.round, client)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client's reply as it came off the wire."""
+
+    client: str
+    payload: Any
+    weight: float
+    metrics: Mapping[str, float]
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not answer, or whose answer was refused."""
+
+    client: str
+    stage: str  # "local", "wire", "pool", ...
+    reason: str
+
+
+class Engine(Protocol):
+    """Where clients run."""
+
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[Answer | Failure]:
+        """Let every client of the cohort work; outcomes may come in any order, one per client."""
+        ...
+
+
+@dataclass
+class RunState:
+    """All that a run is between two rounds."""
+
+    public: Any
+    server: Any
+    log: Log
+    round: int = 0
+    versions: dict[str, int] = field(default_factory=dict)  # the log's version that each client holds; 0: the base
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in a round. Byte counts per client include catching up."""
+
+    round: int
+    cohort: tuple[str, ...]
+    metrics: Mapping[str, Mapping[str, float]]  # per client that answered
+    failures: tuple[Failure, ...]
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+    fingerprint: str
+    seconds: float
+    seconds_local: float  # spent in clients' training passes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rounds are run, whatever the method."""
+
+    seed: int
+    rounds: int
+    per_round: int  # clients sampled
+    min_clients: int = 1  # fewer answers than this end the run
+    fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: never
+
+
+def begin(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int, log: Log) -> RunState:
+    """The state before round 1, from the weights that ``task.model`` holds."""
+    public, server = algorithm.begin(task, Key.of(seed, "begin"))
+    return RunState(public, server, log)
+
+
+def run(
+    task: Task,
+    algorithm: Algorithm[Any, Any, Any, Any, Any],
+    engine: Engine,
+    codec: Codec,
+    clients: Sequence[str],
+    state: RunState,
+    plan: Plan,
+    notify: Callable[[Answer | Failure], None] = lambda outcome: None,
+) -> Iterator[RoundRecord]:
+    """Play the rounds after ``state.round``, yielding a record after each; ``state`` is then up to date.
+
+    Raises RunError when fewer than ``plan.min_clients`` answered; ``state`` is then as before that round.
+    """
+    for number in range(state.round + 1, plan.rounds + 1):
+        started = time.perf_counter()
+        cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
+        bytes_down = {client: state.log.since(state.versions.get(client, 0)).size for client in cohort}
+        job = Job(algorithm, task, state.public, state.log, number, plan.seed)
+        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, notify)
+        if len(pool) < max(1, plan.min_clients):
+            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
+            raise RunError(f"round {number}: {len(pool)} clients answered, {plan.min_clients} are needed ({reasons})")
+        server, entry = algorithm.update(
+            task, state.public, state.server, pool.result(), Key.of(plan.seed, "update", number)
+        )
+        encoded = codec.encode(entry)
+        algorithm.apply(task, state.public, codec.decode(encoded))  # the server applies what the clients will receive
+        takes_fingerprint = plan.fingerprint_every and number % plan.fingerprint_every == 0
+        fingerprint = tree.fingerprint(dict(tensors(state.public))) if takes_fingerprint else ""
+        state.log.append(
+            codec.encode(Record(number, encoded, fingerprint)),
+            codec.size(state.public),
+            lambda: codec.encode(state.public),
+        )
+        state.server, state.round = server, number
+        state.versions.update({answer.client: number - 1 for answer in answers})  # they trained on the state before
+        yield RoundRecord(
+            number,
+            tuple(cohort),
+            {answer.client: answer.metrics for answer in answers},
+            tuple(failures),
+            {answer.client: answer.bytes_up for answer in answers},
+            bytes_down,
+            fingerprint,
+            time.perf_counter() - started,
+            sum(answer.metrics.get("seconds", 0.0) for answer in answers),
+        )
+
+
+def collect(
+    job: Job,
+    outcomes: Iterable[Answer | Failure],
+    cohort: Sequence[str],
+    notify: Callable[[Answer | Failure], None],
+) -> tuple[Pool[Any], list[Answer], list[Failure]]:
+    """Pool the answers in the cohort's order, holding back those that come early."""
+    pool: Pool[Any] = Pool()
+    answers: list[Answer] = []
+    failures: list[Failure] = []
+    for outcome in in_order(outcomes, cohort):
+        if isinstance(outcome, Answer):
+            try:
+                job.algorithm.accept(job.task, job.public, outcome.payload)
+                pool.add(outcome.payload, outcome.weight)
+                # the payload has been folded in; keeping it would cost a model per client
+                answers.append(Answer(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
+            except ValueError as error:
+                outcome = Failure(outcome.client, "pool", str(error))
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+        notify(outcome)
+    return pool, answers, failures
+
+
+def in_order(outcomes: Iterable[Answer | Failure], cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+    """Yield one outcome per client in the cohort's order, each as soon as those before it have come."""
+    waiting: dict[str, Answer | Failure] = {}
+    expected = iter(cohort)
+    client = next(expected, None)
+    for outcome in outcomes:
+        waiting[outcome.client] = outcome
+        while client in waiting:
+            yield waiting.pop(client)
+            client = next(expected, None)

@@ -1,0 +1,150 @@
+"""Real people's conversations: the ``chitchat-dataset`` package (BYU Chit-Chat Challenge). Client = person.
+
+1. Keep the conversations in which two people speak (4,018 of 7,168); a message is what one person sends in a
+   row, its lines joined by newlines, so speakers alternate without further merging.
+2. Draw the held-out people among those with enough messages. Every conversation with one of them leaves training.
+3. Draw the held-out conversations among the rest.
+4. A person's examples are their messages, each given all messages before it in that conversation (the
+   person's own as "assistant", the partner's as "user"); an opening message has nothing before it and is context only.
+5. Clients are the people who still have ``min_messages`` examples, or ``num_clients`` of them.
+
+Held-out sets: "conversations" (the clients' messages in step 3's) and "people" (step 2's messages).
+No message of either is in training, as target or as context. The file is read without importing the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fedferret.core.errors import UserError
+from fedferret.data.examples import Example, FederatedData, Turn, at_most, check_at_least, check_fraction
+
+if TYPE_CHECKING:
+    from fedferret.core.keys import Key
+
+T = TypeVar("T")
+
+NOTICE = "chitchat-dataset, (c) 2019 Perception, Control and Cognition Lab, Brigham Young University; MIT licence."
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    id: str
+    messages: tuple[tuple[str, str], ...]  # (person, text), speakers alternating
+
+    @property
+    def people(self) -> set[str]:
+        return {person for person, _ in self.messages}
+
+    def examples(self, person: str) -> Iterable[Example]:
+        turns = tuple(Turn("assistant" if sender == person else "user", text) for sender, text in self.messages)
+        metadata = {"person": person, "conversation": self.id}
+        for index, turn in enumerate(turns):
+            if index and turn.role == "assistant":
+                yield Example(turns[: index + 1], metadata)
+
+
+@dataclass(frozen=True)
+class Chitchat:
+    """Settings; the defaults give about 240 people."""
+
+    min_messages: int = 30  # people with fewer training examples are left out
+    max_messages: int | None = None  # a person's training examples, drawn by the key; None: all
+    num_clients: int | None = None  # drawn by the key; None: everybody
+    held_out_conversations: float = 0.1  # share of the conversations
+    held_out_people: float = 0.05  # share of the people with enough messages
+    max_held_out: int | None = 256  # examples of each held-out set; None: all
+
+    def __post_init__(self) -> None:
+        check_fraction("held_out_conversations", self.held_out_conversations)
+        check_fraction("held_out_people", self.held_out_people)
+        for name in ("min_messages", "max_messages", "num_clients", "max_held_out"):
+            check_at_least(name, getattr(self, name), 1)
+
+    def load(self, key: Key) -> FederatedData:
+        """Read and divide; about two seconds."""
+        conversations = _read()
+        regulars = _people(conversations, self.min_messages)
+        strangers = set(_draw(regulars, self.held_out_people, key.fold("held-out people")))
+        among_regulars = [each for each in conversations if not each.people & strangers]
+        withheld = _draw(among_regulars, self.held_out_conversations, key.fold("held-out conversations"))
+        withheld_ids = {each.id for each in withheld}
+        training = [each for each in among_regulars if each.id not in withheld_ids]
+
+        clients = _people(training, self.min_messages)
+        if not clients:
+            raise UserError(f"data.min_messages is {self.min_messages}: nobody has as many messages; ask for fewer")
+        if self.num_clients is not None:
+            if self.num_clients > len(clients):
+                raise UserError(
+                    f"data.num_clients is {self.num_clients} but {len(clients)} people have {self.min_messages} "
+                    f"training messages: ask for fewer clients or lower data.min_messages"
+                )
+            clients = key.fold("clients").sample(clients, self.num_clients)
+        held_out = {
+            "conversations": _examples(withheld, set(clients)),
+            "people": _examples([each for each in conversations if each.people & strangers], strangers),
+        }
+        return FederatedData(
+            clients={
+                person: at_most(examples, self.max_messages, key.fold("messages", person))
+                for person, examples in _by_person(training, clients).items()
+            },
+            held_out={
+                name: at_most(examples, self.max_held_out, key.fold("examples", name))
+                for name, examples in held_out.items()
+                if examples
+            },
+            source="chitchat",
+            notice=NOTICE,
+        )
+
+
+def _read() -> list[_Conversation]:
+    spec = importlib.util.find_spec("chitchat_dataset")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError('data source "chitchat" needs a package: pip install chitchat-dataset==0.9.0')
+    path = Path(spec.submodule_search_locations[0]) / "dataset.json"
+    with path.open(encoding="utf-8") as file:
+        raw: Mapping[str, Mapping[str, Sequence[Sequence[Mapping[str, str]]]]] = json.load(file)
+    conversations = []
+    for identity in sorted(raw):
+        lines = [line for message in raw[identity]["messages"] for line in message if line["text"].strip()]
+        messages = tuple(
+            # eight hexadecimal digits keep all 1,315 people apart
+            (sender[:8], "\n".join(line["text"].strip() for line in said))
+            for sender, said in groupby(lines, key=lambda line: line["sender"])
+        )
+        if len({person for person, _ in messages}) == 2:
+            conversations.append(_Conversation(identity, messages))
+    return conversations
+
+
+def _people(conversations: Sequence[_Conversation], min_messages: int) -> list[str]:
+    """Sorted people with at least that many examples: messages other than an opening one."""
+    counts = Counter(person for each in conversations for person, _ in each.messages[1:])
+    return sorted(person for person, count in counts.items() if count >= min_messages)
+
+
+def _draw(population: Sequence[T], share: float, key: Key) -> list[T]:
+    return key.sample(population, round(len(population) * share))
+
+
+def _by_person(conversations: Sequence[_Conversation], people: Sequence[str]) -> dict[str, list[Example]]:
+    """In the order of ``people``."""
+    examples: dict[str, list[Example]] = {person: [] for person in people}
+    for each in conversations:
+        for person in sorted(each.people & examples.keys()):
+            examples[person].extend(each.examples(person))
+    return examples
+
+
+def _examples(conversations: Sequence[_Conversation], people: set[str]) -> list[Example]:
+    return [example for examples in _by_person(conversations, sorted(people)).values() for example in examples]

@@ -1,0 +1,123 @@
+"""One pool of rows dealt out to clients: flwr-datasets' partitioners, seeded by a key.
+
+    iid            equal shares of the shuffled rows
+    dirichlet      each category's rows in shares drawn from Dirichlet(alpha): small alpha, few categories a client
+    pathological   exactly ``classes`` categories a client
+    linear, square, exponential   client i holds a share that grows as i, i squared, e to the i (IID otherwise)
+    natural        a column says whose row it is; used whenever ``client_column`` is set, so it has no kind here
+
+The sizes of iid and the last three are fixed; which rows a client gets is drawn. No global generator is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedferret.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fedferret.core.keys import Key
+
+BY_SIZE = ("iid", "linear", "square", "exponential")
+BY_CATEGORY = ("dirichlet", "pathological")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How to deal out rows that belong to nobody yet."""
+
+    kind: str = "iid"
+    clients: int = 10
+    alpha: float = 0.5  # dirichlet
+    classes: int = 2  # pathological: categories a client
+    min_examples: int = 1  # 0 allows clients that hold nothing
+
+    def __post_init__(self) -> None:
+        if self.kind not in BY_SIZE + BY_CATEGORY:
+            raise UserError(f'no partition is called "{self.kind}": {nearest(self.kind, BY_SIZE + BY_CATEGORY)}')
+        for name, value, valid, allowed in (
+            ("clients", self.clients, self.clients >= 1, "at least 1"),
+            ("alpha", self.alpha, 0 < self.alpha < float("inf"), "a finite number above 0"),
+            ("classes", self.classes, self.classes >= 1, "at least 1"),
+            ("min_examples", self.min_examples, self.min_examples >= 0, "at least 0"),
+        ):
+            if not valid:
+                raise UserError(f"partition.{name} is {value}: give {allowed}")
+
+    def split(self, count: int, categories: Sequence[str] | None, key: Key) -> list[list[int]]:
+        """Row numbers of each client, ascending; every row at most once (pathological may leave categories unused).
+
+        ``categories`` has ``count`` elements, or is None where rows have none. Raises ``UserError`` for more
+        clients than rows and for a client below ``min_examples``.
+        """
+        if self.clients > count:
+            raise UserError(f"partition.clients is {self.clients} but there are {count} rows: ask for fewer clients")
+        if self.kind in BY_CATEGORY and categories is None:
+            raise UserError(f'partition "{self.kind}" goes by category and the rows have none: set category_column')
+        # partitioners by size cut the rows as they stand, so the shuffle is ours
+        rows = key.fold("rows").permutation(count)
+        columns = {"row": rows}
+        if self.kind in BY_CATEGORY and categories is not None:
+            columns |= {"category": [categories[row] for row in rows]}
+        if self.kind == "pathological" and self.classes > len(set(columns["category"])):
+            raise UserError(
+                f"partition.classes is {self.classes} but there are {len(set(columns['category']))} categories"
+            )
+        try:
+            parts = self._deal(columns, self.min_examples, key)
+        except ValueError as error:
+            raise UserError(self._explain(error, columns, key)) from None
+        self._check_sizes(parts)
+        return parts
+
+    def _deal(self, columns: dict[str, list[Any]], min_examples: int, key: Key) -> list[list[int]]:
+        import datasets
+
+        partitioner = self._partitioner(min_examples, key.fold("shares").words[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a warning for every Dirichlet draw that is drawn again
+            partitioner.dataset = datasets.Dataset.from_dict(columns)
+            return [sorted(partitioner.load_partition(client)["row"]) for client in range(self.clients)]
+
+    def _partitioner(self, min_examples: int, seed: int) -> Any:
+        from flwr_datasets import partitioner as flwr
+
+        match self.kind:
+            case "dirichlet":
+                return flwr.DirichletPartitioner(
+                    self.clients, "category", float(self.alpha), min_partition_size=min_examples, seed=seed
+                )
+            case "pathological":
+                return flwr.PathologicalPartitioner(self.clients, "category", self.classes, seed=seed)
+            case "linear":
+                return flwr.LinearPartitioner(self.clients)
+            case "square":
+                return flwr.SquarePartitioner(self.clients)
+            case "exponential":
+                return flwr.ExponentialPartitioner(self.clients)
+            case _:
+                return flwr.IidPartitioner(self.clients)
+
+    def _explain(self, error: ValueError, columns: dict[str, list[Any]], key: Key) -> str:
+        if self.kind != "dirichlet":
+            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+            return f'partition "{self.kind}" cannot deal these rows to {self.clients} clients: {reason}; ask for fewer'
+        sizes = [len(part) for part in self._deal(columns, 0, key)]
+        return self._too_small(sizes.index(min(sizes)), min(sizes)) + " (no draw of 11 did better)"
+
+    def _check_sizes(self, parts: list[list[int]]) -> None:
+        for client, part in enumerate(parts):
+            if len(part) < self.min_examples:
+                raise UserError(self._too_small(client, len(part)))
+
+    def _too_small(self, client: int, size: int) -> str:
+        holds = "no example" if size == 0 else f"{size} examples where partition.min_examples is {self.min_examples}"
+        raise_alpha = "raise partition.alpha, " if self.kind == "dirichlet" else ""
+        allow = "allow it with" if size == 0 else "lower"
+        return (
+            f"client {client} would hold {holds}: {raise_alpha}lower partition.clients or {allow} "
+            f"partition.min_examples = {size}"
+        )

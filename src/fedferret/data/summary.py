@@ -1,0 +1,120 @@
+"""Who holds what: a table for the terminal and a plot for the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from fedferret.core.errors import UserError
+from fedferret.core.files import build_atomically
+from fedferret.data.examples import Example, FederatedData
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_CATEGORIES = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """The clients taken together, or one held-out set."""
+
+    name: str
+    clients: int | None  # None for a held-out set
+    examples: int
+    spread: tuple[int, float, int] | None  # examples a client: least, median, most
+    response_tokens: int | None  # None where no tokenizer was given
+    categories: tuple[tuple[str, int], ...]  # the most frequent, with their examples
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``groups``: the clients first, then the held-out sets in order. Prints as a table with rich."""
+
+    source: str
+    groups: tuple[Group, ...]
+    notice: str | None
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=f"Data: {self.source}", caption=self.notice)
+        for name in ("", "clients", "examples", "a client: least", "median", "most", "response tokens"):
+            table.add_column(name, justify="right" if name else "left")
+        table.add_column("top categories")
+        for group in self.groups:
+            spread = ("", "", "") if group.spread is None else tuple(f"{value:,g}" for value in group.spread)
+            counts = ("" if value is None else f"{value:,}" for value in (group.clients, group.examples))
+            tokens = "" if group.response_tokens is None else f"{group.response_tokens:,}"
+            categories = ", ".join(f"{name} {count:,}" for name, count in group.categories)
+            table.add_row(group.name, *counts, *spread, tokens, categories)
+        return table
+
+
+def summarise(data: FederatedData, tokenizer: PreTrainedTokenizerBase | None = None) -> Summary:
+    """Count clients, examples, categories and, given a tokenizer, the tokens of the responses alone."""
+    everything = [example for examples in data.clients.values() for example in examples]
+    sizes = [len(examples) for examples in data.clients.values()]
+    groups = [_group("clients", everything, sizes, tokenizer)]
+    groups += [_group(name, examples, None, tokenizer) for name, examples in data.held_out.items()]
+    return Summary(data.source, tuple(groups), data.notice)
+
+
+def _group(
+    name: str, examples: Sequence[Example], sizes: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Group:
+    tokens = None
+    if tokenizer is not None:
+        texts = [example.response for example in examples]
+        tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) if texts else 0
+    return Group(
+        name=name,
+        clients=None if sizes is None else len(sizes),
+        examples=len(examples),
+        spread=(min(sizes), median(sizes), max(sizes)) if sizes else None,
+        response_tokens=tokens,
+        categories=tuple(_categories(examples).most_common(3)),
+    )
+
+
+def _categories(examples: Sequence[Example]) -> Counter[str]:
+    return Counter(example.metadata["category"] for example in examples if "category" in example.metadata)
+
+
+def plot_partition(data: FederatedData, path: Path) -> None:
+    """Examples of each client, largest first, coloured by category where there are any; SVG or PNG by the suffix."""
+    if path.suffix not in (".svg", ".png"):
+        raise UserError(f'cannot plot to "{path}": give a name that ends in .svg or .png')
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    held = [(_categories(examples), len(examples)) for examples in data.clients.values()]
+    held.sort(key=lambda pair: -pair[1])
+    overall: Counter[str] = sum((counts for counts, _ in held), Counter())
+    shown = [name for name, _ in overall.most_common(SHOWN_CATEGORIES)]
+    bands = [(name, [counts[name] for counts, _ in held]) for name in shown]
+    rest = [size - sum(counts[name] for name in shown) for counts, size in held]
+    if any(rest) or not bands:
+        bands.append(("others" if bands else "", rest))
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    edges = range(len(held) + 1)
+    floor = [0] * len(held)
+    for number, (name, counts) in enumerate(bands):
+        top = [low + count for low, count in zip(floor, counts, strict=True)]
+        axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=name)
+        floor = top
+    axes.set(xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Who holds what: {data.source}")
+    axes.margins(x=0)
+    if len(bands) > 1:
+        axes.legend(fontsize="small")
+    # a fixed salt and no date: the same data gives the same file
+    with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        build_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], metadata=metadata))

@@ -1,0 +1,170 @@
+"""Rows with named columns to federated data: shared by local files and the hub.
+
+A row is a prompt (with an optional input) and a response, or a list of chat messages, of which every
+assistant message with something before it becomes one example. Rows are withheld and dealt out whole, so
+no message of a held-out conversation is ever in a training prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedferret.core.errors import UserError, nearest
+from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction
+from fedferret.data.partition import Partition
+
+if TYPE_CHECKING:
+    from fedferret.core.keys import Key
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Record:
+    examples: tuple[Example, ...]
+    client: str | None
+    category: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The settings of any data that comes as rows.
+
+    ``input_column``, ``messages_column`` and ``category_column`` may be absent under their default names.
+    Rows with a ``client_column`` belong to that client; the others are dealt out by ``partition``.
+    """
+
+    prompt_column: str = "instruction"
+    input_column: str = "input"
+    response_column: str = "response"
+    messages_column: str = "messages"  # a list of {"role", "content"}; where it exists, it is used
+    client_column: str | None = None
+    category_column: str = "category"
+    held_out_fraction: float = 0.1  # of the rows, never a client's last; not used where held-out rows are given
+    held_out_categories: tuple[str, ...] = ()  # all rows of these become the held-out set "categories"
+    partition: Partition = field(default_factory=Partition)
+
+    def __post_init__(self) -> None:
+        check_fraction("held_out_fraction", self.held_out_fraction)
+
+    def federate(
+        self, rows: Sequence[Row], held_out_rows: Sequence[Row] | None, key: Key, source: str, notice: str | None = None
+    ) -> FederatedData:
+        """Clients and held-out sets ``rows`` and ``categories`` from rows; ``source`` names them in errors."""
+        records = self._records(rows, source)
+        held_out: dict[str, tuple[Example, ...]] = {}
+        withheld = self._in_categories(records, source)
+        training = [record for record in records if record.category not in self.held_out_categories]
+        if held_out_rows is not None:
+            held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)"))
+        elif self.held_out_fraction > 0:
+            chosen = _choose_held_out(training, self.held_out_fraction, key.fold("held out"))
+            held_out["rows"] = _examples([training[index] for index in sorted(chosen)])
+            training = [record for index, record in enumerate(training) if index not in chosen]
+        if withheld:
+            held_out["categories"] = _examples(withheld)
+        clients = self._owners(training, key.fold("partition"))
+        return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice)
+
+    def _in_categories(self, records: Sequence[_Record], source: str) -> list[_Record]:
+        there = {record.category for record in records if record.category is not None}
+        for category in self.held_out_categories:
+            if category not in there:
+                raise UserError(f'{source} has no category "{category}" to hold out: {nearest(category, there)}')
+        if there and there <= set(self.held_out_categories):
+            raise UserError(f"{source}: every category is in held_out_categories, so no row is left to train on")
+        return [record for record in records if record.category in self.held_out_categories]
+
+    def _owners(self, records: Sequence[_Record], key: Key) -> dict[str, tuple[Example, ...]]:
+        if self.client_column is not None:
+            owned: dict[str, list[_Record]] = {}
+            for record in records:
+                owned.setdefault(str(record.client), []).append(record)
+            return {client: _examples(owned[client]) for client in sorted(owned)}
+        categories = [record.category for record in records]
+        known = [category for category in categories if category is not None]
+        parts = self.partition.split(len(records), known if len(known) == len(records) else None, key)
+        digits = len(str(len(parts) - 1))
+        return {
+            f"client-{number:0{digits}}": _examples([records[row] for row in part]) for number, part in enumerate(parts)
+        }
+
+    def _records(self, rows: Sequence[Row], source: str) -> list[_Record]:
+        if not rows:
+            raise UserError(f"{source} holds no rows: give data with at least one example")
+        columns = set(rows[0])
+        chat = self.messages_column in columns
+        optional = (("input_column", "input"), ("messages_column", "messages"), ("category_column", "category"))
+        required = [name for name, default in optional if getattr(self, name) != default]
+        required += [] if chat else ["prompt_column", "response_column"]
+        required += [] if self.client_column is None else ["client_column"]
+        for name in required:
+            given = getattr(self, name)
+            if given not in columns:
+                hint = nearest(given, columns)
+                there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
+                raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
+        return [self._record(row, chat, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+
+    def _record(self, row: Row, chat: bool, where: str) -> _Record:
+        category = row.get(self.category_column)
+        metadata = {} if category is None else {"category": str(category)}
+        client = None if self.client_column is None else _text(row, self.client_column, where)
+        examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
+        return _Record(examples, client, metadata.get("category"))
+
+    def _pair(self, row: Row, metadata: dict[str, str], where: str) -> Example:
+        instruction = _text(row, self.prompt_column, where)
+        response = _text(row, self.response_column, where)
+        extra = row.get(self.input_column)
+        prompt = instruction
+        if extra is not None and str(extra).strip():
+            metadata = {**metadata, "instruction": instruction, "input": str(extra)}
+            prompt = f"{instruction}\n\n{extra}"
+        return Example((Turn("user", prompt), Turn("assistant", response)), metadata)
+
+    def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
+        messages = row.get(self.messages_column)
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise UserError(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
+        turns = tuple(_turn(message, where) for message in messages)
+        examples = tuple(
+            Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
+        )
+        if not examples:
+            raise UserError(f"{where}: no assistant message that answers something, so there is nothing to learn")
+        return examples
+
+
+def _examples(records: Sequence[_Record]) -> tuple[Example, ...]:
+    return tuple(example for record in records for example in record.examples)
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    value = row.get(column)
+    if value is None or not str(value).strip():
+        raise UserError(f'{where}: column "{column}" is empty; fill it or remove the row')
+    return str(value)
+
+
+def _turn(message: object, where: str) -> Turn:
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        raise UserError(f'{where}: a message has no "role" and "content": {message!r:.60}')
+    if message.get("role") not in ROLES:
+        raise UserError(f"{where}: role {message.get('role')!r} of a message is not one of {', '.join(ROLES)}")
+    return Turn(message["role"], message["content"])
+
+
+def _choose_held_out(records: Sequence[_Record], fraction: float, key: Key) -> set[int]:
+    """Numbers of the rows to withhold: a share drawn over all clients, leaving each its last row."""
+    wanted = round(len(records) * fraction)
+    left = Counter(record.client for record in records)
+    chosen: set[int] = set()
+    for index in key.permutation(len(records)):
+        if len(chosen) < wanted and left[records[index].client] > 1:
+            left[records[index].client] -= 1
+            chosen.add(index)
+    return chosen

@@ -1,0 +1,89 @@
+"""Clients' private states: what they were after the last finished round, in memory or on disk.
+
+A state that a round produced becomes the state only by ``commit``: a run that is stopped in the middle of a
+round resumes with the states from before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fedferret.core.files import write_atomically
+from fedferret.core.rounds import Codec
+
+
+class ClientStore:
+    """Private states by client, in memory."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] = {}
+        self._staged: dict[str, Any] = {}
+
+    def get(self, client: str) -> Any | None:
+        """The client's state after the last committed round, or None before its first."""
+        return self._states.get(client)
+
+    def stage(self, client: str, state: Any, round: int) -> None:
+        """Remember what ``client`` will be once this round is committed."""
+        self._staged[client] = state
+
+    def commit(self, round: int) -> None:
+        """Make the staged states of this round the states."""
+        self._states.update(self._staged)
+        self._staged.clear()
+
+    def discard(self) -> None:
+        """Forget what an unfinished round staged."""
+        self._staged.clear()
+
+
+class FolderClientStore(ClientStore):
+    """Private states on disk, one file per client and round: memory does not grow with their number."""
+
+    def __init__(self, folder: Path, codec: Codec, round: int) -> None:
+        """Open ``folder`` as it was after ``round``; later files are a crash's and are removed."""
+        super().__init__()
+        self._folder, self._codec = folder, codec
+        for path in folder.glob("*.state"):
+            if _round(path) > round:
+                path.unlink()
+
+    def get(self, client: str) -> Any | None:
+        """The newest committed state."""
+        paths = self._paths(client)
+        staged = self._staged.get(client)
+        committed = [path for path in paths if path != staged]
+        return self._codec.decode(committed[-1].read_bytes()) if committed else None
+
+    def stage(self, client: str, state: Any, round: int) -> None:
+        """Write the new state beside the old one."""
+        path = self._folder / f"{_identifier(client)}.{round:06d}.state"
+        write_atomically(path, self._codec.encode(state))
+        self._staged[client] = path
+
+    def commit(self, round: int) -> None:
+        """Keep the new files; the old ones of the same clients go."""
+        for client in self._staged:
+            for path in self._paths(client)[:-1]:
+                path.unlink()
+        self._staged.clear()
+
+    def discard(self) -> None:
+        """Remove what an unfinished round wrote."""
+        for path in self._staged.values():
+            path.unlink(missing_ok=True)
+        self._staged.clear()
+
+    def _paths(self, client: str) -> list[Path]:
+        return sorted(self._folder.glob(f"{_identifier(client)}.*.state"), key=_round)
+
+
+def _round(path: Path) -> int:
+    return int(path.name.split(".")[1])
+
+
+def _identifier(client: str) -> str:
+    """A file name for any client's name."""
+    return hashlib.blake2b(client.encode(), digest_size=12).hexdigest()

@@ -1,0 +1,141 @@
+"""Local training with gradients: SGD or AdamW over a client's own examples.
+
+    for T steps (or epochs):   gradient of the mean loss, over ``accumulate`` batches
+                               + mu (w - anchor), with FedProx          clip the global norm
+                               one step of the optimiser, fresh each round
+
+Weights are fp32 whatever the compute precision. Plain SGD keeps no optimiser state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedferret.core.algorithm import Examples, Task
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+
+
+class TrainingRefused(RuntimeError):
+    """A client's training that went wrong, named: no examples, or a loss that is NaN or infinite."""
+
+
+StepObserver = Callable[[int, int], None]  # (step, of how many)
+_observer: ContextVar[StepObserver | None] = ContextVar("step_observer", default=None)
+
+
+@contextmanager
+def observing_steps(observer: StepObserver) -> Iterator[None]:
+    """Within this context, ``observer`` hears of every local step: live progress without touching a method."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder:
+    """How a client trains. Either ``steps`` or ``epochs`` counts the work."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 1e-2
+    momentum: float = 0.0  # SGD's
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # of the gradient's global norm; None (in TOML: 0) is off
+    batch_size: int = 4
+    accumulate: int = 1  # batches per step
+    steps: int | None = 5
+    epochs: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"  # of compute; bf16 is autocast over fp32 weights and changes numbers
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.steps == 5:
+            object.__setattr__(self, "steps", None)  # the default gives way to an explicit choice
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"steps={self.steps}, epochs={self.epochs}: give one of the two")
+        if self.clip == 0:
+            object.__setattr__(self, "clip", None)  # TOML has no null
+        for name in ("learning_rate", "batch_size", "accumulate", "steps", "epochs", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value}: must be greater than 0")
+        for name in ("momentum", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.optimizer == "adamw" and self.momentum:
+            raise UserError(f"momentum={self.momentum} with adamw: momentum is SGD's; remove it or choose sgd")
+
+    def total_steps(self, num_examples: int) -> int:
+        """Optimiser steps that a client with so many examples takes."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * math.ceil(num_examples / (self.batch_size * self.accumulate))
+
+    def train(
+        self,
+        task: Task,
+        data: Examples,
+        key: Key,
+        anchor: Mapping[str, Tensor] | None = None,
+        proximal: float = 0.0,
+    ) -> dict[str, float]:
+        """Train ``task.model`` in place. Returns the mean loss over all steps and the seconds it took.
+
+        Raises TrainingRefused for a client without examples or a loss that is not finite.
+        """
+        if not len(data):
+            raise TrainingRefused("the client holds no example")
+        started = time.perf_counter()
+        model, observer = task.model, _observer.get()
+        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        optimizer = self._optimizer(list(weights.values()))
+        batches = endless(data, self.batch_size, key)
+        total = self.total_steps(len(data))
+        losses = torch.zeros(total, device=task.device)  # read once at the end: no synchronisation in the loop
+        model.train()
+        for step in range(total):
+            for _ in range(self.accumulate):
+                with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    loss = task.loss(model, next(batches)) / self.accumulate
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses[step] += loss.detach()
+            if proximal and anchor is not None:
+                for name, weight in weights.items():
+                    if weight.grad is not None:
+                        weight.grad.add_(weight.detach() - anchor[name], alpha=proximal)
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(weights.values(), self.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if observer:
+                observer(step + 1, total)
+        model.eval()
+        mean_loss = losses.mean().item()
+        if not math.isfinite(mean_loss):
+            step = int(torch.nonzero(~torch.isfinite(losses))[0])
+            raise TrainingRefused(f"the loss is {losses[step].item()} at step {step + 1}: lower the learning rate")
+        return {"loss": mean_loss, "seconds": time.perf_counter() - started}
+
+    def _optimizer(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(weights, self.learning_rate, self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay)
+
+
+def endless(data: Examples, size: int, key: Key) -> Iterator[Any]:
+    """Batches for ever: epoch after epoch, each in an order of its own."""
+    epoch = 0
+    while True:
+        yield from data.batches(size, key.fold("epoch", epoch))
+        epoch += 1

@@ -1,0 +1,62 @@
+"""The loss of a causal language model on response positions only.
+
+Prompt positions need hidden states, never logits: the vocabulary is the widest layer of a small model, so
+skipping it where nothing is scored saves time and most of the activation memory. Whether the output head
+is a plain linear map is measured once per model; where it is not (a soft cap, a logit scale), the model's own
+forward pass makes the logits and the prompt's are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+IGNORED = -100  # the label of a position that is not scored
+
+
+class ResponseLoss:
+    """Callable (model, batch) -> mean cross-entropy over the batch's response tokens, fp32.
+
+    A batch has ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are aligned with the
+    inputs and hold ``IGNORED`` outside the response.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._head_is_linear = head_is_linear(model)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits_NV, targets_N = self.scored(model, batch)
+        return functional.cross_entropy(logits_NV, targets_N)
+
+    def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """The sum over the batch's response tokens, and their number."""
+        logits_NV, targets_N = self.scored(model, batch)
+        return functional.cross_entropy(logits_NV, targets_N, reduction="sum"), len(targets_N)
+
+    def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) in fp32 and targets (N,) of the N response tokens of ``batch``."""
+        device = next(model.parameters()).device
+        labels = batch.labels[:, 1:].to(device)
+        where = labels != IGNORED  # the position before each response token predicts it
+        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+        if self._head_is_linear:
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][where]  # type: ignore[operator,union-attr]
+            logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, :-1][where]
+        return logits.float(), labels[where]
+
+
+@torch.no_grad()
+def head_is_linear(model: nn.Module) -> bool:
+    """Whether the output embedding applied to the last hidden state gives the model's own logits."""
+    base, head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
+    if base is None or base is model or head is None:
+        return False
+    probe = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    expected = model(input_ids=probe, use_cache=False).logits
+    found = head(base(input_ids=probe, use_cache=False).last_hidden_state)
+    return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-4)

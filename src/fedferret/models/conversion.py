@@ -1,0 +1,182 @@
+"""From a GGUF file to a Hugging Face folder: weights, configuration, tokenizer.
+
+The weights are streamed: the safetensors header is a pure function of names and shapes, then each tensor is
+de-quantised slab by slab straight into the file. So the peak memory is that of the tokenizer, and the file's
+digest depends on the GGUF file alone: it is the base's fingerprint, the same on every machine.
+
+Two layouts differ from what transformers wants. llama.cpp interleaves the two rotary halves of Llama's query and
+key rows, and stores Gemma's norm weights with their 1 added; both are undone here, exactly.
+
+Deviation: transformers' own converter loses SmolLM2's rule that each digit is a token of its own and Gemma's
+user-defined tokens (runs of spaces, tabs and newlines; tags); the tokenizers built here keep them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedferret.models.gguf import GgufFile, QuantisedTensor, read_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types of a GGUF vocabulary
+
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_FFN_NORM = {"llama": "post_attention_layernorm", "gemma3": "pre_feedforward_layernorm"}
+
+
+def convert(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the model in the GGUF file ``source`` as a Hugging Face folder with configuration ``config``."""
+    gguf = read_gguf(source)
+    write_weights(gguf, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    identifiers = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(identifiers, indent=2) + "\n")
+    write_tokenizer(gguf, folder, config["max_position_embeddings"])
+
+
+def write_weights(gguf: GgufFile, path: Path) -> None:
+    """Stream every tensor of ``gguf`` as fp32 into the safetensors file ``path``, in order of its name."""
+    architecture = gguf.metadata["general.architecture"]
+    tensors = {_name(name, architecture): (name, tensor) for name, tensor in gguf.tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for target in sorted(tensors):
+        shape = tensors[target][1].shape
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[target] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to eight bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for target in sorted(tensors):
+            for slab in _numbers(gguf, *tensors[target]):
+                file.write(np.ascontiguousarray(slab, dtype="<f4").data)
+
+
+def write_tokenizer(gguf: GgufFile, folder: Path, longest: int) -> None:
+    """Build the fast tokenizer that the vocabulary in ``gguf`` describes and save it in ``folder``."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.metadata.items()}
+    tokens = settings["tokens"]
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    special = {name: tokens[settings[f"{key}_token_id"]] for key, name in names.items()}
+    build = {"gpt2": _byte_level, "llama": _sentence_piece}[settings["model"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build(settings),
+        model_max_length=longest,
+        clean_up_tokenization_spaces=False,
+        chat_template=settings.get("tokenizer.chat_template"),
+        **special,
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _name(name: str, architecture: str) -> str:
+    """transformers' name of a tensor that llama.cpp calls ``name``."""
+    stem = name.removesuffix(".weight")
+    if stem in _OUTSIDE:
+        return f"{_OUTSIDE[stem]}.weight"
+    _, layer, part = stem.split(".")
+    inner = _FFN_NORM[architecture] if part == "ffn_norm" else _LAYER[part]
+    return f"model.layers.{layer}.{inner}.weight"
+
+
+def _numbers(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDArray[np.float32]]:
+    """The fp32 slabs of a tensor in transformers' layout."""
+    architecture = gguf.metadata["general.architecture"]
+    if architecture == "llama" and (match := re.search(r"attn_([qk])\.weight$", name)):
+        heads = gguf.metadata["llama.attention.head_count" + ("_kv" if match[1] == "k" else "")]
+        interleaved = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
+        yield from tensor.rows(interleaved.swapaxes(1, 2).ravel())
+    elif architecture == "gemma3" and name.endswith("norm.weight"):
+        yield from (slab - np.float32(1) for slab in tensor.rows())
+    else:
+        yield from tensor.rows()
+
+
+def _byte_level(settings: Mapping[str, Any]) -> Tokenizer:
+    """SmolLM2's kind: byte-level BPE whose digits stand alone."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = settings["tokens"]
+    merges = [(left, right) for left, right in (line.split(" ") for line in settings["merges"])]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, settings["token_type"], strict=True)
+            if kind == _CONTROL
+        ]
+    )
+    return tokenizer
+
+
+def _sentence_piece(settings: Mapping[str, Any]) -> Tokenizer:
+    """Gemma's kind: BPE over characters with spaces as "▁" and bytes for what is unknown; text opens with <bos>."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokens, kinds = settings["tokens"], settings["token_type"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    plain = [index for index, kind in enumerate(kinds) if kind == 1]
+    plain.sort(key=lambda index: -settings["scores"][index])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [pair for index in plain for pair in _splits(tokens[index], vocabulary)],
+            unk_token=tokens[settings["unknown_token_id"]],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    opening = tokens[settings["bos_token_id"]]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A", pair=f"{opening} $A {opening} $B:1", special_tokens=[(opening, vocabulary[opening])]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    return tokenizer
+
+
+def _splits(piece: str, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of known tokens that merge into ``piece``, the longest left part first."""
+    cuts = ((piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1))
+    return [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]

@@ -1,0 +1,1 @@
+"""What a run leaves behind: events as they happen, a summary, a report to read, progress on the terminal."""

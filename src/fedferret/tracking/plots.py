@@ -1,0 +1,287 @@
+"""The report's plots: each a function from a run to a matplotlib figure, drawn without pyplot or global settings.
+
+The figures become small SVGs that scale from a phone to a poster: text stays text, bytes are the same in every
+run of the same data (fixed hash salt, no date), ids carry the plot's name so that several can share a page.
+In the page every colour turns into a CSS variable, so the plots follow the reader's light or dark theme.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fedferret.tracking.events import Run
+from fedferret.tracking.summary import times
+from fedferret.tracking.units import as_bytes, as_duration, as_loss
+
+# every colour is its own word: the page replaces the light value by a variable of that name
+LIGHT = {
+    "ink": "#1d2733",
+    "quiet": "#5b6876",
+    "line": "#d9dfe5",
+    "paper": "#fefefe",
+    "main": "#0b6e99",
+    "second": "#c2570c",
+    "third": "#5e4fa8",
+    "fourth": "#3c7d3f",
+    "alarm": "#c62336",
+    "soft": "#9fb4c4",
+}
+DARK = {
+    "ink": "#e8edf2",
+    "quiet": "#9fadba",
+    "line": "#33414e",
+    "paper": "#18212a",
+    "main": "#54b8e6",
+    "second": "#f59a56",
+    "third": "#ad9ff0",
+    "fourth": "#7cc47f",
+    "alarm": "#ff6b7a",
+    "soft": "#587085",
+}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedferret",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": LIGHT["ink"],
+    "text.parse_math": False,
+    "axes.edgecolor": LIGHT["line"],
+    "axes.facecolor": "none",
+    "axes.labelcolor": LIGHT["quiet"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["line"],
+    "grid.linewidth": 0.7,
+    "xtick.color": LIGHT["line"],
+    "ytick.color": LIGHT["line"],
+    "xtick.labelcolor": LIGHT["quiet"],
+    "ytick.labelcolor": LIGHT["quiet"],
+    "lines.linewidth": 2.2,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+_SIZE = (4.4, 3.3)  # inches; a point is about a pixel on a phone, so that text needs no glasses there
+_MOST_ROWS, _MOST_COLUMNS = 48, 96  # cells of the map of who was sampled
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot, drawn: ``text`` says in words what it shows, for those who cannot see it."""
+
+    name: str
+    title: str
+    text: str
+    svg: str
+
+    @property
+    def themed(self) -> str:
+        """The SVG for inlining: colours as CSS variables."""
+        svg = self.svg
+        for name, colour in LIGHT.items():
+            svg = svg.replace(colour, f"var(--{name})")
+        return svg
+
+
+def draw(run: Run) -> list[Plot]:
+    """Every plot that ``run`` has data for, in the order of the report."""
+    plots = []
+    for name, title, needs, paint in (
+        ("loss-by-round", "Loss against rounds", bool(run.evaluations), _loss_by_round),
+        ("loss-by-bytes", "Loss against bytes moved", bool(_loss_after_bytes(run)), _loss_by_bytes),
+        ("sampled", "Who took part", bool(run.rounds), _sampled),
+        ("time", "Where the time went", bool(run.rounds), _time),
+    ):
+        if needs:
+            plots.append(_plot(name, title, run, paint))
+    return plots
+
+
+def _plot(name: str, title: str, run: Run, paint: Callable[[Run, Axes], str]) -> Plot:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        text = paint(run, figure.add_subplot())
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
+    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'\sd="[^"]*"', lambda path: _rounded(path[0]), svg)
+    return Plot(name, title, text, svg)
+
+
+def _rounded(path: str) -> str:
+    """Path coordinates to a hundredth of a point: a third of the bytes, nothing to see."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path)
+
+
+def _loss_by_round(run: Run, axes: Axes) -> str:
+    evaluations = [run.evaluations[number] for number in sorted(run.evaluations)]
+    names = list(dict.fromkeys(name for entry in evaluations for name in entry.results))
+    if run.rounds:
+        rounds = sorted(run.rounds)
+        losses = [run.rounds[number].loss for number in rounds]
+        axes.plot(rounds, losses, "o", markersize=3.5, color=LIGHT["soft"], label="training (mean of clients)")
+    for name, colour in list(zip(names, ("main", "third", "fourth", "quiet"), strict=False))[::-1]:
+        points = [(e.round, e.results[name]["loss"]) for e in evaluations if name in e.results]
+        width = 2.4 if name == names[0] else 1.4
+        axes.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=width, color=LIGHT[colour], label=name)
+    _yardsticks(run, axes)
+    axes.set_xlabel("round")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    _legend(axes)
+    first, last = evaluations[0], evaluations[-1]
+    return (
+        f"Held-out loss against rounds: {as_loss(first.loss)} after round {first.round}, "
+        f"{as_loss(last.loss)} after round {last.round}."
+    )
+
+
+def _loss_after_bytes(run: Run) -> list[tuple[int, float]]:
+    """(bytes moved so far, main held-out loss) after every evaluated round that had moved any."""
+    ledger = run.ledger()
+    moved = np.cumsum([up + down for up, down in zip(ledger.up_by_round, ledger.down_by_round, strict=True)])
+    so_far = dict(zip(sorted(run.rounds), moved.tolist(), strict=True))
+    points = [(so_far[number], entry.loss) for number, entry in sorted(run.evaluations.items()) if number in so_far]
+    return [(count, loss) for count, loss in points if count]
+
+
+def _loss_by_bytes(run: Run, axes: Axes) -> str:
+    points = _loss_after_bytes(run)
+    axes.plot(*zip(*points, strict=True), "-o", markersize=4, color=LIGHT["main"], label=run.start.get("method", ""))
+    fedavg = run.ledger().fedavg_by_round[0]
+    if fedavg:
+        axes.axvline(fedavg, color=LIGHT["alarm"], linewidth=1.4, linestyle=(0, (4, 3)), label="one round of FedAvg")
+    _yardsticks(run, axes)
+    axes.set_xscale("log")
+    low, high = min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg)
+    axes.set_xlim(low / 2, high * 2)
+    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: as_bytes(count)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes up and down, all clients")
+    axes.set_ylabel("loss (nats a token)")
+    _legend(axes)
+    count, loss = points[-1]
+    beside = f"; one round of FedAvg moves {as_bytes(fedavg)}" if fedavg else ""
+    return f"Held-out loss against bytes moved, logarithmic: {as_loss(loss)} after {as_bytes(count)}{beside}."
+
+
+def _sampled(run: Run, axes: Axes) -> str:
+    """A map, a row per client in the order of joining; beyond the map's size, cells stand for several."""
+    seen = {client: row for row, client in enumerate(first_seen(run))}
+    per_row, per_column = math.ceil(len(seen) / _MOST_ROWS), math.ceil(run.done / _MOST_COLUMNS)
+    shape = (math.ceil(len(seen) / per_row), math.ceil(run.done / per_column))
+    sampled, failed = np.zeros(shape), np.zeros(shape)
+    for number, entry in run.rounds.items():
+        column = (number - 1) // per_column
+        for client in entry.clients:
+            sampled[seen[client] // per_row, column] += 1
+        for failure in entry.failures:
+            failed[seen[failure.client] // per_row, column] += 1
+    share = sampled / sampled.max()
+    corner = (0.5, 0.5)
+    cell = (per_column, per_row)
+    for low, high, opacity in ((0, 1 / 3, 0.4), (1 / 3, 2 / 3, 0.7), (2 / 3, 1, 1.0)):
+        _cells(axes, (share > low) & (share <= high) & (failed == 0), corner, cell, "main", opacity)
+    _cells(axes, failed > 0, corner, cell, "alarm", 1.0)
+    axes.grid(False)
+    axes.set_xlim(0.5, shape[1] * per_column + 0.5)
+    axes.set_ylim(shape[0] * per_row + 0.5, 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("round" if per_column == 1 else f"round ({per_column} a cell)")
+    axes.set_ylabel("clients, in the order they joined" if per_row == 1 else f"clients, {per_row} a cell")
+    for colour, label in (("main", "answered"), ("alarm", "failed")):
+        axes.plot([], [], "s", color=LIGHT[colour], label=label)
+    _legend(axes)
+    of = f" of {run.start['clients']}" if "clients" in run.start else ""
+    return f"Who was sampled in which round: {len(seen)}{of} clients in {run.done} rounds, {len(run.failures)} failures."
+
+
+def first_seen(run: Run) -> list[str]:
+    """Every client that was sampled, in the order of its first round."""
+    return list(dict.fromkeys(client for number in sorted(run.rounds) for client in run.rounds[number].clients))
+
+
+def _cells(
+    axes: Axes, where: np.ndarray, corner: tuple[float, float], cell: tuple[int, int], colour: str, opacity: float
+) -> None:
+    """Fill the cells of a map in one path, with a narrow gap between them while they are few."""
+    rows, columns = np.nonzero(where)
+    if not len(rows):
+        return
+    gap = 0.08 if where.size < 1500 else 0.0
+    left = corner[0] + (columns + gap) * cell[0]
+    right = corner[0] + (columns + 1 - gap) * cell[0]
+    top = corner[1] + (rows + gap) * cell[1]
+    bottom = corner[1] + (rows + 1 - gap) * cell[1]
+    corners = np.stack([left, top, right, top, right, bottom, left, bottom, left, top], axis=1).reshape(-1, 2)
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(rows)
+    axes.add_patch(PathPatch(Path(corners, codes), facecolor=LIGHT[colour], edgecolor="none", alpha=opacity))
+
+
+def _time(run: Run, axes: Axes) -> str:
+    rounds = list(range(1, run.done + 1))
+    parts: dict[str, tuple[str, list[float]]] = {
+        "clients' training": ("main", [run.rounds[n].seconds_local if n in run.rounds else 0.0 for n in rounds]),
+        "evaluation": ("soft", [run.evaluations[n].seconds if n in run.evaluations else 0.0 for n in rounds]),
+        "everything else": ("second", [run.rounds[n].seconds_overhead if n in run.rounds else 0.0 for n in rounds]),
+    }
+    scale, unit = (60.0, "minutes") if max(entry.seconds for entry in run.rounds.values()) > 180 else (1.0, "seconds")
+    edges = np.arange(0.5, run.done + 1)
+    below = np.zeros(run.done)
+    for label, (colour, seconds) in parts.items():
+        above = below + np.asarray(seconds) / scale
+        axes.stairs(above, edges, baseline=below, fill=True, color=LIGHT[colour], linewidth=0, label=label)
+        below = above
+    axes.set_xlim(0.5, run.done + 0.5)
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"{unit} a round")
+    _legend(axes)
+    spent = times(run)
+    return (
+        f"Seconds of every round by purpose: clients' training {as_duration(spent['seconds_local'])} in all, "
+        f"evaluation {as_duration(spent['seconds_evaluation'])}, the rest {as_duration(spent['seconds_overhead'])}."
+    )
+
+
+def _yardsticks(run: Run, axes: Axes) -> None:
+    lines = [(name, yardstick.loss) for name, yardstick in run.yardsticks.items()]
+    if 0 in run.evaluations:
+        lines.insert(0, ("untuned", run.evaluations[0].loss))
+    dashes: Sequence[tuple[int, tuple[float, ...]]] = ((0, (1, 2)), (0, (6, 2)), (0, (6, 2, 1, 2)))
+    for index, (name, loss) in enumerate(lines):
+        if math.isfinite(loss):
+            colour = LIGHT["quiet" if name == "untuned" else "second"]
+            axes.axhline(loss, color=colour, linewidth=1.5, linestyle=dashes[index % len(dashes)], label=name)
+
+
+def _legend(axes: Axes) -> None:
+    """A legend above the plot: the inside belongs to the data."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2)

@@ -1,0 +1,96 @@
+"""``summary.json``: the figures of a run in one small file, rewritten whole after every round.
+
+Time is what the run itself took, interruptions left out: seconds = Σ rounds + Σ evaluations, and
+seconds_overhead = seconds − seconds_local − seconds_evaluation, never below 0. Yardsticks are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedferret.core.files import write_atomically
+from fedferret.tracking.events import Run, read
+
+FILE = "summary.json"
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The figures of ``run``: losses in nats a token, counts in bytes, times in seconds. No loss: None."""
+    ledger = run.ledger()
+    rounds = [entry for _, entry in sorted(run.rounds.items())]
+    evaluations = [entry for _, entry in sorted(run.evaluations.items())]
+    sets = dict.fromkeys(name for entry in evaluations for name in entry.results)
+    yardsticks = {name: _plain(yardstick.loss) for name, yardstick in run.yardsticks.items()}
+    if 0 in run.evaluations:
+        yardsticks = {"untuned": _plain(run.evaluations[0].loss), **yardsticks}
+    return {
+        "method": run.start.get("method", ""),
+        "model": run.start.get("model", ""),
+        "status": run.status,
+        "rounds": run.done,
+        "rounds_planned": run.planned,
+        "failures": len(run.failures),
+        "eval_rounds": [entry.round for entry in evaluations],
+        "eval_loss": [_plain(entry.loss) for entry in evaluations],
+        "eval": {
+            name: [_plain(entry.results[name]["loss"]) if name in entry.results else None for entry in evaluations]
+            for name in sets
+        },
+        "yardsticks": yardsticks,
+        "train_loss_by_round": [_plain(entry.loss) for entry in rounds],
+        "bytes_up": ledger.up,
+        "bytes_down": ledger.down,
+        "bytes_fedavg": ledger.fedavg,
+        "bytes_up_per_client_round": ledger.up_per_client_round,
+        "bytes_down_per_client_round": ledger.down_per_client_round,
+        "bytes_up_by_round": ledger.up_by_round,
+        "bytes_down_by_round": ledger.down_by_round,
+        "bytes_fedavg_by_round": ledger.fedavg_by_round,
+        **times(run),
+    }
+
+
+def times(run: Run) -> dict[str, float]:
+    """Where the seconds of ``run`` went."""
+    evaluation = sum(entry.seconds for entry in run.evaluations.values())
+    local = sum(entry.seconds_local for entry in run.rounds.values())
+    total = sum(entry.seconds for entry in run.rounds.values()) + evaluation
+    return {
+        "seconds": total,
+        "seconds_local": local,
+        "seconds_evaluation": evaluation,
+        "seconds_overhead": max(0.0, total - local - evaluation),
+    }
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Bring ``summary.json`` up to date from the events, with the peak memory of this process; returns it.
+
+    The memory of a run that was resumed is the largest of its processes'.
+    """
+    before = read_summary(folder).get("peak_memory_bytes", 0)
+    summary = {**summarise(read(folder)), "peak_memory_bytes": max(before, peak_memory_bytes())}
+    write_atomically(folder / FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json`` as it was last written; empty before the first time."""
+    path = folder / FILE
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held in RAM so far."""
+    import resource  # not on Windows, where only this figure would be missing
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _plain(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
