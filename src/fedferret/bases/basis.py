@@ -4,7 +4,7 @@
 s, which makes the average of V c over keys equal Δ (Ferret, arXiv 2409.06277, section 4.1). A block of several tensors
 is never concatenated: each tensor is passed alone, with its ``offset`` in the block, and projections add up in ``out``.
 
-Reconstruction uses elementwise fp32 operations in a fixed order only, so ``expand_`` gives the same bits on every device
+Reconstruction uses elementwise fp32 operations in a fixed order only: ``expand_`` gives the same bits on every device
 and for every chunk size, split of the block and thread count. Coordinates are sums: a split may change their last bits.
 """
 

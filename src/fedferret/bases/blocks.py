@@ -114,7 +114,7 @@ def _weight(rule: str, size: int, norm: float) -> Fraction:
 
 
 def _fill(sizes: Sequence[int], weights: Sequence[Fraction], total: int) -> list[Fraction]:
-    """Shares clip(λ weight, 1, size) with the λ at which they sum to ``total``; needs enough room at weights above 0."""
+    """Shares clip(λ weight, 1, size) with the λ at which they sum to ``total``; positive weights must have room."""
     # a block starts to grow at level 1/weight, from 1, and stops at size/weight
     corners = [(1 / weight, weight, -1) for weight in weights if weight]
     corners += [(size / weight, -weight, size) for size, weight in zip(sizes, weights, strict=True) if weight]

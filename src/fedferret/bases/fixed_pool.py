@@ -43,9 +43,7 @@ class FixedPool(Basis):
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
         for index, column in enumerate(self._columns(out_K.numel(), key)):
-            out_K[index : index + 1] += (
-                self.basis.project(delta_N, 1, column, size=size, offset=offset) / out_K.numel()
-            )
+            out_K[index : index + 1] += self.basis.project(delta_N, 1, column, size=size, offset=offset) / out_K.numel()
 
     def _expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, size: int, offset: int) -> None:
         for index, column in enumerate(self._columns(coordinates_K.numel(), key)):

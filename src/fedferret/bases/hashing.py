@@ -8,11 +8,12 @@ All arithmetic is on 32-bit words modulo 2^32; ``^`` is exclusive or, ``>>`` shi
                  minus where that bit of hash(256 tile + lane, w1) is set, bit 0 being the lowest
     u(p, k):     (2 j + 1) / 2^24 where j is the signed number in the top 24 bits of hash(p, mix(k ^ w1))
 
-One hash gives 32 signs, and a run of 256 neighbours takes the same bit of 256 words: vector units and compilers like it.
+One hash gives 32 signs, and a run of 256 neighbours takes the same bit of 256 words: compilers can vectorise it.
 A sign depends on its position alone, so no chunking, offset, dtype or number of coordinates can change it. ``mix`` is a
 bijection, so no two words of a key's signs, nor of a column, come from the same state. Positions of signs stay under
-2^37 and those of uniforms under 2^32, where the counter n would wrap. The constants of ``mix`` are from Wellons' search
-for finalisers of low bias ("hash-prospector").
+2^37 and those of uniforms under 2^32, where the counter n would wrap. Two keys that differ in the low bits of w0 alone
+would hold each other's signs, permuted; keys are hashes themselves, so none do. The constants of ``mix`` are from
+Wellons' search for finalisers of low bias ("hash-prospector").
 
 Cost: 1/32 hash and three integer operations for a sign, one hash for a uniform.
 """

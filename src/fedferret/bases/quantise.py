@@ -95,7 +95,7 @@ def _pack_against_largest(values: Tensor, bits: int, key: Key) -> Packed:
     largest = float(values.abs().max()) if values.numel() else 0.0
     if bits == 16:
         # a power of two is exact to divide by; the result, in [-2, 2], keeps clear of fp16's overflow
-        scale = 2.0 ** max(math.frexp(largest)[1] - 1, -126)
+        scale = math.ldexp(1.0, max(math.frexp(largest)[1] - 1, -126))
         codes = (values / scale).half().view(torch.uint8)
         return Packed(codes, scale, bits, values.numel(), 0)
     # rounded up, so that no value is above 127 steps and none needs clamping
@@ -132,8 +132,8 @@ def _join_bytes(codes_K: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     padded = torch.zeros(_num_bytes(codes_K.numel(), bits) * per_byte, dtype=torch.uint8, device=codes_K.device)
     padded[: codes_K.numel()] = codes_K.to(torch.uint8)
-    joined = padded[0::per_byte].clone()
-    for place in range(1, per_byte):
+    joined = torch.zeros(len(padded) // per_byte, dtype=torch.uint8, device=codes_K.device)
+    for place in range(per_byte):
         joined |= padded[place::per_byte] << (place * bits)
     return joined
 

@@ -9,6 +9,8 @@ both directions give the same bits on every node (DRIVE, Vargaftik et al., NeurI
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def hadamard(values_K: Tensor) -> Tensor:
         pairs = result.view(-1, 2, half)
         result = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
         half *= 2
-    return result.view(-1) * torch.tensor(length**-0.5, dtype=torch.float32)
+    return result.view(-1) * torch.tensor(1 / math.sqrt(length), dtype=torch.float32)
 
 
 def _transform_first(ring_K: Tensor) -> Tensor:
@@ -52,12 +54,14 @@ def _transform_first(ring_K: Tensor) -> Tensor:
 
 
 def _windows(count: int) -> tuple[int, ...]:
-    """Where on the ring each window starts: one window for a power of two, else four."""
+    """Where on the ring each window starts: one window for a power of two, else four; none for no numbers."""
+    if count == 0:
+        return ()
     length = _window_length(count)
     last = count - length
     return (0,) if last == 0 else (0, last, length // 2, last + length // 2)
 
 
 def _window_length(count: int) -> int:
-    """The largest power of two that is at most ``count``; 0 for 0."""
-    return 1 << (count.bit_length() - 1) if count else 0
+    """The largest power of two that is at most ``count`` >= 1."""
+    return 1 << (count.bit_length() - 1)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fedferret.bases.basis import Basis, add_rounded_, fold_rows_
@@ -70,7 +69,7 @@ class SignBuckets(Basis):
                 start = stop
 
     def _chunks(self, count: int, offset: int) -> Iterator[tuple[int, int]]:
-        """``count`` positions from ``offset`` on, in chunks that end where a tile of signs ends: none is hashed twice."""
+        """``count`` positions from ``offset`` on, in chunks that end with a tile of signs, so none is hashed twice."""
         start, end = offset, offset + count
         while start < end:
             stop = min(end, (start // self._step + 1) * self._step)

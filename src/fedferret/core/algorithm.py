@@ -115,6 +115,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:  # noqa: B027 (optional hook)
         """Refuse impossible settings before any work: ``shapes`` are the trainable parameters'. Raises UserError."""

@@ -108,7 +108,7 @@ class Plan:
     rounds: int
     per_round: int  # clients sampled
     min_clients: int = 1  # fewer answers than this end the run
-    fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: never
+    fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: only the last
 
 
 def begin(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int, log: Log) -> RunState:
@@ -145,7 +145,8 @@ def run(
         )
         encoded = codec.encode(entry)
         algorithm.apply(task, state.public, codec.decode(encoded))  # the server applies what the clients will receive
-        takes_fingerprint = plan.fingerprint_every and number % plan.fingerprint_every == 0
+        due = plan.fingerprint_every and number % plan.fingerprint_every == 0
+        takes_fingerprint = due or number == plan.rounds
         fingerprint = tree.fingerprint(dict(tensors(state.public))) if takes_fingerprint else ""
         state.log.append(
             codec.encode(Record(number, encoded, fingerprint)),

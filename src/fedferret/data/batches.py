@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedferret.core.keys import Key
-from fedferret.data.examples import Example, FederatedData
+from fedferret.data.examples import Example, FederatedData, check_at_least
 from fedferret.data.templates import Template, Tokens
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class FederatedTokens(Mapping[str, TokenisedData]):
     def __init__(
         self, data: FederatedData, template: Template, tokenizer: PreTrainedTokenizerBase, max_tokens: int
     ) -> None:
+        check_at_least("max_tokens", max_tokens, 2)
         self.data = data
         self._template, self._tokenizer, self._max_tokens = template, tokenizer, max_tokens
         self._clients: dict[str, TokenisedData] = {}

@@ -59,7 +59,7 @@ class Partition:
             raise UserError(f'partition "{self.kind}" goes by category and the rows have none: set category_column')
         # partitioners by size cut the rows as they stand, so the shuffle is ours
         rows = key.fold("rows").permutation(count)
-        columns = {"row": rows}
+        columns: dict[str, list[Any]] = {"row": rows}
         if self.kind in BY_CATEGORY and categories is not None:
             columns |= {"category": [categories[row] for row in rows]}
         if self.kind == "pathological" and self.classes > len(set(columns["category"])):

@@ -4,7 +4,7 @@
    boundary is exact and what is trained is what generation will see: no token spans both.
 2. The response is kept whole up to ``max_tokens - 1``, then cut at its end. The prompt gets the room that is left:
    the oldest turns go first, up to a user turn (a system turn stays), then tokens from the left.
-3. The response ends with the template's end-of-turn mark, or with the end-of-text token where it has none.
+3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where that has none.
 
 Templates: "chat" is the model's own; "alpaca" the paper's; a ``.jinja`` file is a chat template, any other file a
 text with {instruction}, {input} (optional) and {response}. Cost of ``encode``: O(max_tokens log turns).
@@ -46,7 +46,7 @@ class Template(ABC):
 
     @abstractmethod
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The response with its end mark, if the template has one."""
+        """The response with its end mark."""
 
     def begins_itself(self) -> bool:
         """Whether the text holds the begin-of-text token where the model wants one."""
@@ -54,7 +54,7 @@ class Template(ABC):
 
     def encode(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
         """Prompt and response, at most ``max_tokens`` (at least 2) in all."""
-        response = self._response(example, tokenizer)
+        response = _ids(self.response_text(example, tokenizer), tokenizer)
         kept = response[: max_tokens - 1]
         prompt = self.prompt(example, tokenizer, max_tokens - len(kept))
         return Tokens(prompt + kept, len(prompt), len(kept) < len(response))
@@ -78,13 +78,6 @@ class Template(ABC):
         whole = ids(kept)
         return (begin + whole[max(len(whole) - room, 0) :])[-max_tokens:]
 
-    def _response(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        text = self.response_text(example, tokenizer)
-        ids = _ids(text, tokenizer)
-        end = tokenizer.eos_token_id
-        ended = text != example.response and text.rstrip() != example.response.rstrip()
-        return ids if ended or end is None else (*ids, end)
-
 
 @dataclass(frozen=True)
 class Chat(Template):
@@ -103,7 +96,9 @@ class Chat(Template):
         prompt = self._render(newest, tokenizer, generate=True)
         whole = self._render([*newest, example.turns[-1]], tokenizer, generate=False)
         # some templates open a thought in the prompt that a finished turn does not show: then the text alone
-        return whole.removeprefix(prompt).rstrip() if whole.startswith(prompt) else example.response
+        text = whole.removeprefix(prompt).rstrip() if whole.startswith(prompt) else example.response
+        ended = text.strip() != example.response.strip()
+        return text if ended else text + (tokenizer.eos_token or "")
 
     def _render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
         if self.jinja is None and not tokenizer.chat_template:
@@ -136,7 +131,7 @@ class Text(Template):
         return _fill(text, {"instruction": instruction, "input": given})
 
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-        return example.response + self.after
+        return example.response + self.after + (tokenizer.eos_token or "")
 
 
 _ALPACA = (

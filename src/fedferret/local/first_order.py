@@ -51,20 +51,18 @@ class FirstOrder:
     learning_rate: float = 1e-2
     momentum: float = 0.0  # SGD's
     weight_decay: float = 0.0
-    clip: float | None = 1.0  # of the gradient's global norm; None (in TOML: 0) is off
+    clip: float | None = 1.0  # of the gradient's global norm; None ("none" in TOML) is off
     batch_size: int = 4
     accumulate: int = 1  # batches per step
-    steps: int | None = 5
+    steps: int | None = None  # 5 where neither is given
     epochs: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; bf16 is autocast over fp32 weights and changes numbers
 
     def __post_init__(self) -> None:
-        if self.epochs is not None and self.steps == 5:
-            object.__setattr__(self, "steps", None)  # the default gives way to an explicit choice
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", 5)
+        if self.steps is not None and self.epochs is not None:
             raise UserError(f"steps={self.steps}, epochs={self.epochs}: give one of the two")
-        if self.clip == 0:
-            object.__setattr__(self, "clip", None)  # TOML has no null
         for name in ("learning_rate", "batch_size", "accumulate", "steps", "epochs", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

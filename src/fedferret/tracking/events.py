@@ -69,6 +69,11 @@ class Evaluation:
         """The main held-out set's loss."""
         return next(iter(self.results.values()))["loss"]
 
+    @property
+    def perplexity(self) -> float:
+        """The main held-out set's perplexity."""
+        return next(iter(self.results.values()))["perplexity"]
+
 
 @dataclass(frozen=True)
 class Yardstick:

@@ -16,6 +16,7 @@ from html import escape
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -79,8 +80,8 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
-_SIZE = (4.4, 3.3)  # inches; a point is about a pixel on a phone, so that text needs no glasses there
-_MOST_ROWS, _MOST_COLUMNS = 48, 96  # cells of the map of who was sampled
+_SIZE = (4.4, 3.5)  # inches; a point is about a pixel on a phone, so that text needs no glasses there
+_MOST_ROWS, _MOST_COLUMNS = 100, 100  # cells of the map of who was sampled
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,10 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
     if run.rounds:
         rounds = sorted(run.rounds)
         losses = [run.rounds[number].loss for number in rounds]
-        axes.plot(rounds, losses, "o", markersize=3.5, color=LIGHT["soft"], label="training (mean of clients)")
-    for name, colour in list(zip(names, ("main", "third", "fourth", "quiet"), strict=False))[::-1]:
+        axes.plot(rounds, losses, "o", markersize=3.5, color=LIGHT["soft"], label="training")
+    for name, colour in zip(names, ("main", "third", "fourth", "quiet"), strict=False):
         points = [(e.round, e.results[name]["loss"]) for e in evaluations if name in e.results]
-        width = 2.4 if name == names[0] else 1.4
-        axes.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=width, color=LIGHT[colour], label=name)
+        _curve(axes, points, colour, name, main=name == names[0])
     _yardsticks(run, axes)
     axes.set_xlabel("round")
     axes.set_ylabel("loss (nats a token)")
@@ -171,7 +171,7 @@ def _loss_after_bytes(run: Run) -> list[tuple[int, float]]:
 
 def _loss_by_bytes(run: Run, axes: Axes) -> str:
     points = _loss_after_bytes(run)
-    axes.plot(*zip(*points, strict=True), "-o", markersize=4, color=LIGHT["main"], label=run.start.get("method", ""))
+    _curve(axes, points, "main", run.start.get("method", "this run"))
     fedavg = run.ledger().fedavg_by_round[0]
     if fedavg:
         axes.axvline(fedavg, color=LIGHT["alarm"], linewidth=1.4, linestyle=(0, (4, 3)), label="one round of FedAvg")
@@ -180,7 +180,7 @@ def _loss_by_bytes(run: Run, axes: Axes) -> str:
     low, high = min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg)
     axes.set_xlim(low / 2, high * 2)
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: as_bytes(count)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: re.sub(r"\.0+ ", " ", as_bytes(count))))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes up and down, all clients")
     axes.set_ylabel("loss (nats a token)")
@@ -203,11 +203,10 @@ def _sampled(run: Run, axes: Axes) -> str:
         for failure in entry.failures:
             failed[seen[failure.client] // per_row, column] += 1
     share = sampled / sampled.max()
-    corner = (0.5, 0.5)
     cell = (per_column, per_row)
     for low, high, opacity in ((0, 1 / 3, 0.4), (1 / 3, 2 / 3, 0.7), (2 / 3, 1, 1.0)):
-        _cells(axes, (share > low) & (share <= high) & (failed == 0), corner, cell, "main", opacity)
-    _cells(axes, failed > 0, corner, cell, "alarm", 1.0)
+        _cells(axes, (share > low) & (share <= high) & (failed == 0), cell, "main", opacity)
+    _cells(axes, failed > 0, cell, "alarm", 1.0)
     axes.grid(False)
     axes.set_xlim(0.5, shape[1] * per_column + 0.5)
     axes.set_ylim(shape[0] * per_row + 0.5, 0.5)
@@ -218,8 +217,8 @@ def _sampled(run: Run, axes: Axes) -> str:
     for colour, label in (("main", "answered"), ("alarm", "failed")):
         axes.plot([], [], "s", color=LIGHT[colour], label=label)
     _legend(axes)
-    of = f" of {run.start['clients']}" if "clients" in run.start else ""
-    return f"Who was sampled in which round: {len(seen)}{of} clients in {run.done} rounds, {len(run.failures)} failures."
+    of = f" of {run.start['clients']:,}" if "clients" in run.start else ""
+    return f"Who was sampled in which round: {len(seen):,}{of} clients, {run.done} rounds, {len(run.failures)} failures."
 
 
 def first_seen(run: Run) -> list[str]:
@@ -227,18 +226,19 @@ def first_seen(run: Run) -> list[str]:
     return list(dict.fromkeys(client for number in sorted(run.rounds) for client in run.rounds[number].clients))
 
 
-def _cells(
-    axes: Axes, where: np.ndarray, corner: tuple[float, float], cell: tuple[int, int], colour: str, opacity: float
-) -> None:
-    """Fill the cells of a map in one path, with a narrow gap between them while they are few."""
-    rows, columns = np.nonzero(where)
+def _cells(axes: Axes, where: npt.NDArray[np.bool_], cell: tuple[int, int], colour: str, opacity: float) -> None:
+    """Fill the cells of a map in one path: apart while they are few, neighbours in one piece when they are many."""
+    few = where.size < 1500
+    steps = np.diff(np.pad(where.astype(int), ((0, 0), (1, 1))), axis=1)
+    (rows, begins), (_, ends) = np.nonzero(steps == 1), np.nonzero(steps == -1)
+    if few:
+        rows, begins = np.nonzero(where)
+        ends = begins + 1
     if not len(rows):
         return
-    gap = 0.08 if where.size < 1500 else 0.0
-    left = corner[0] + (columns + gap) * cell[0]
-    right = corner[0] + (columns + 1 - gap) * cell[0]
-    top = corner[1] + (rows + gap) * cell[1]
-    bottom = corner[1] + (rows + 1 - gap) * cell[1]
+    gap = 0.08 if few else 0.0
+    left, right = 0.5 + (begins + gap) * cell[0], 0.5 + (ends - gap) * cell[0]
+    top, bottom = 0.5 + (rows + gap) * cell[1], 0.5 + (rows + 1 - gap) * cell[1]
     corners = np.stack([left, top, right, top, right, bottom, left, bottom, left, top], axis=1).reshape(-1, 2)
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(rows)
     axes.add_patch(PathPatch(Path(corners, codes), facecolor=LIGHT[colour], edgecolor="none", alpha=opacity))
@@ -268,6 +268,15 @@ def _time(run: Run, axes: Axes) -> str:
     return (
         f"Seconds of every round by purpose: clients' training {as_duration(spent['seconds_local'])} in all, "
         f"evaluation {as_duration(spent['seconds_evaluation'])}, the rest {as_duration(spent['seconds_overhead'])}."
+    )
+
+
+def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str, main: bool = True) -> None:
+    """A line with a dot at every point, while the points are few enough to tell apart."""
+    style = "-o" if len(points) <= 60 else "-"
+    width, above = (2.4, 3) if main else (1.4, 2)
+    axes.plot(
+        *zip(*points, strict=True), style, markersize=4, linewidth=width, color=LIGHT[colour], label=label, zorder=above
     )
 
 

@@ -1,0 +1,33 @@
+"""The methods by name; importing this module imports no library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedferret.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fedferret.core.algorithm import Algorithm
+
+_METHODS: dict[str, tuple[str, str, str]] = {
+    "ferret": ("ferret", "Ferret", "all weights, first-order steps, kilobytes: updates on shared random directions"),
+    "fedavg": ("fedavg", "FedAvg", "all weights, first-order steps, gigabytes: the mean of the clients' updates"),
+    "fedprox": ("fedprox", "FedProx", "FedAvg with clients pulled towards the global weights"),
+}
+
+
+def catalogue() -> dict[str, str]:
+    """Every method's name with one line on it."""
+    return {name: line for name, (_, _, line) in _METHODS.items()}
+
+
+def method(name: str) -> type[Algorithm[Any, Any, Any, Any, Any]]:
+    """The dataclass of that method's settings; ``UserError`` for a name that is none."""
+    if name not in _METHODS:
+        raise UserError(f'no method is called "{name}": {nearest(name, _METHODS)}')
+    module, attribute, _ = _METHODS[name]
+    found: type[Algorithm[Any, Any, Any, Any, Any]] = getattr(
+        importlib.import_module(f"fedferret.algorithms.{module}"), attribute
+    )
+    return found

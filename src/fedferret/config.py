@@ -1,0 +1,228 @@
+"""Recipes: strict TOML that says what a run is.
+
+    seed, rounds            [model] name            [data] source, template, ... and the source's own settings
+    [clients] per_round     [algorithm] name, preset, ... and the method's own settings
+    [evaluation]            [execution]
+
+Two kinds of settings, two kinds of tables: all of the above but ``[execution]`` change the numbers and form the run's
+identity; ``[execution]`` (engine, device, memory, logging) must not.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedferret.algorithms.registry import method
+from fedferret.core.algorithm import Algorithm
+from fedferret.core.errors import UserError, nearest
+from fedferret.data.examples import Source
+from fedferret.data.registry import source
+from fedferret.settings import build, table_of
+
+
+def _positive(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name}={value}: must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model is tuned."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How examples become tokens."""
+
+    template: str = "chat"  # "chat": the model's own; "alpaca": the paper's; else a template file
+    max_tokens: int = 256  # longer prompts lose their beginning
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 8:
+            raise UserError(f"max_tokens={self.max_tokens}: must be at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """Who takes part in a round."""
+
+    per_round: int = 4  # clients sampled each round
+    min_answers: int = 1  # the run stops when fewer answer
+
+    def __post_init__(self) -> None:
+        _positive("clients", per_round=self.per_round, min_answers=self.min_answers)
+        if self.min_answers > self.per_round:
+            raise UserError(f"min_answers={self.min_answers}: more than per_round={self.per_round} can never answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured, in fp32, on the held-out sets."""
+
+    every: int = 1  # rounds between evaluations; round 0 and the last are always evaluated
+    batch_size: int = 8
+    local_only_clients: int = 2  # yardstick: so many clients each train alone, as long as the federation; 0: none
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", every=self.every, batch_size=self.batch_size)
+        if self.local_only_clients < 0:
+            raise UserError(f"local_only_clients={self.local_only_clients}: must not be negative; 0 leaves it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings:
+    """How the run is carried out. None of these may change its numbers."""
+
+    engine: Literal["in-process", "debug"] = "in-process"
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"; sums may differ in the last bit between devices
+    memory: Literal["fast", "lean"] = "fast"  # lean: the public weights wait in a memory-mapped file
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A resolved recipe: everything a run needs."""
+
+    seed: int
+    rounds: int
+    model: ModelSettings
+    data: Source
+    data_source: str
+    text: TextSettings
+    clients: ClientSettings
+    algorithm: Algorithm[Any, Any, Any, Any, Any]
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+    def tables(self) -> dict[str, Any]:
+        """The recipe as TOML tables, every setting spelt out."""
+        return {
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "model": table_of(self.model),
+            "data": {"source": self.data_source, **table_of(self.data)},
+            "text": table_of(self.text),
+            "clients": table_of(self.clients),
+            "algorithm": {"name": self.algorithm.name, **table_of(self.algorithm)},
+            "evaluation": table_of(self.evaluation),
+            "execution": table_of(self.execution),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change the numbers: equal for two runs exactly when they must give the same bits."""
+        return {name: table for name, table in self.tables().items() if name != "execution"}
+
+    def to_toml(self) -> str:
+        """The recipe as a file's text."""
+        import tomli_w
+
+        return tomli_w.dumps(self.tables())
+
+
+_SECTIONS = ("model", "data", "text", "clients", "algorithm", "evaluation", "execution")
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with ``section.key=value`` overrides. Raises UserError for anything that is not one."""
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe; see `recipes/` or `fedferret list`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    for text in overrides:
+        _override(tables, text)
+    return from_tables(tables)
+
+
+def from_tables(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe that these TOML tables say. Raises UserError."""
+    for name, value in tables.items():
+        if name not in ("seed", "rounds", *_SECTIONS):
+            raise UserError(f"{name}: there is no such setting; {nearest(name, ('seed', 'rounds', *_SECTIONS))}")
+        if name in _SECTIONS and not isinstance(value, Mapping):
+            raise UserError(f"{name}={value!r}: must be a table, [{name}]")
+    for name in ("model", "data", "algorithm"):
+        if name not in tables:
+            raise UserError(f"[{name}]: this table is missing; a recipe has at least [model], [data] and [algorithm]")
+    data, algorithm = dict(tables["data"]), dict(tables["algorithm"])
+    data_source, algorithm_name = _take(data, "source", "data"), _take(algorithm, "name", "algorithm")
+    recipe = Recipe(
+        seed=_whole(tables, "seed", 1, 0),
+        rounds=_whole(tables, "rounds", 10, 1),
+        model=build(ModelSettings, tables["model"], "model"),
+        data=build(source(data_source), data, "data"),
+        data_source=data_source,
+        text=build(TextSettings, tables.get("text", {}), "text"),
+        clients=build(ClientSettings, tables.get("clients", {}), "clients"),
+        algorithm=build_algorithm(algorithm_name, algorithm),
+        evaluation=build(EvaluationSettings, tables.get("evaluation", {}), "evaluation"),
+        execution=build(ExecutionSettings, tables.get("execution", {}), "execution"),
+    )
+    limit = recipe.algorithm.max_rounds
+    if limit is not None and recipe.rounds > limit:
+        raise UserError(f"rounds={recipe.rounds}: {algorithm_name} is over after {limit}, set rounds={limit}")
+    return recipe
+
+
+def build_algorithm(name: str, table: Mapping[str, Any]) -> Algorithm[Any, Any, Any, Any, Any]:
+    """The method of that name; ``preset`` in the table names a set of values that its other settings override."""
+    kind, settings = method(name), dict(table)
+    preset = settings.pop("preset", None)
+    presets = kind.presets
+    if preset is not None:
+        if preset not in presets:
+            allowed = nearest(str(preset), presets) if presets else f"{name} has none"
+            raise UserError(f'algorithm.preset="{preset}": there is no such preset; {allowed}')
+        settings = _merged(presets[preset], settings)
+    return build(kind, settings, "algorithm")
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        known = merged.get(name)
+        nested = isinstance(known, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merged(known, value) if nested else value  # type: ignore[arg-type]  # both are mappings
+    return merged
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    """Apply one ``section.key=value``; the value is TOML, or a string where it is not."""
+    path, equals, value = text.partition("=")
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {text}: must look like section.key=value, for example algorithm.coordinates=8192")
+    table = tables
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {text}: {name} is a setting, not a table")
+    try:
+        table[names[-1]] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[names[-1]] = value.strip()
+
+
+def _take(table: dict[str, Any], key: str, section: str) -> str:
+    value = table.pop(key, None)
+    if not isinstance(value, str):
+        raise UserError(f'{section}.{key}: this setting is missing or not a name; see `fedferret list`')
+    return value
+
+
+def _whole(tables: Mapping[str, Any], name: str, default: int, least: int) -> int:
+    value = tables.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name}={value!r}: must be a whole number, at least {least}")
+    return value

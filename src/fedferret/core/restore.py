@@ -1,0 +1,19 @@
+"""Put a decoded public state where a task keeps its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fedferret.core.algorithm import Task
+
+
+def placed(task: Task, public: Any) -> Any:
+    """``public`` with every mapping of tensors handed to ``task.store``: onto its device, or into its file."""
+    if isinstance(public, Mapping):
+        return task.store(public)
+    if dataclasses.is_dataclass(public) and not isinstance(public, type):
+        parts = {field.name: placed(task, getattr(public, field.name)) for field in dataclasses.fields(public)}
+        return type(public)(**parts)
+    return public

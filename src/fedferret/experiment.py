@@ -1,0 +1,189 @@
+"""A run from a recipe: build the parts, play the rounds, measure, and leave a folder that explains itself.
+
+    recipe -> check (seconds, no weights)  -> model, data, engine -> rounds -> events, summary, report
+
+The folder is resumable after every round: `run` continues a folder that holds an unfinished run of the same recipe.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedferret import models
+from fedferret.config import Recipe
+from fedferret.core import rounds, tree
+from fedferret.core.algorithm import Task
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.core.log import Log
+from fedferret.core.rounds import RoundRecord, RunState
+from fedferret.data.batches import FederatedTokens
+from fedferret.data.examples import FederatedData
+from fedferret.data.templates import template
+from fedferret.engines.client_store import ClientStore, FolderClientStore
+from fedferret.engines.debug import Debug
+from fedferret.engines.in_process import InProcess
+from fedferret.evaluation.loss import evaluate
+from fedferret.local.response_loss import ResponseLoss
+from fedferret.models import LanguageModel
+from fedferret.tracking import checkpoint
+from fedferret.wire import codec
+
+ENGINES = {"in-process": InProcess, "debug": Debug}
+
+
+def check(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Everything that can be known to be wrong before weights are read. Returns the trainable tensors' shapes."""
+    models.check(recipe.model.name, device=recipe.execution.device)
+    template(recipe.text.template)
+    shapes = models.parameter_shapes(recipe.model.name)
+    recipe.algorithm.check(shapes, recipe.rounds)
+    return shapes
+
+
+def load_data(recipe: Recipe) -> FederatedData:
+    """Who holds what, with the counts checked against the recipe. Raises UserError."""
+    data = recipe.data.load(Key.of(recipe.seed, "data"))
+    if recipe.clients.per_round > len(data.clients):
+        raise UserError(
+            f"clients.per_round={recipe.clients.per_round}: the data has {len(data.clients)} clients, "
+            f"set per_round to at most that"
+        )
+    for client, examples in data.clients.items():
+        if not examples:
+            raise UserError(f"client {client!r} holds no example: give it data or leave it out")
+    if not data.held_out or not all(data.held_out.values()):
+        raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
+    return data
+
+
+@dataclass
+class Experiment:
+    """A recipe with its parts loaded: what the command line, the library and the tests play rounds with."""
+
+    recipe: Recipe
+    language_model: LanguageModel
+    data: FederatedData
+    folder: Path | None = None  # where public weights wait under memory = "lean", and runs are written
+
+    @classmethod
+    def load(cls, recipe: Recipe, folder: Path | None = None, log: Callable[[str], None] = print) -> Experiment:
+        """Check, then load data and model. Raises UserError for whatever the recipe gets wrong."""
+        check(recipe)
+        data = load_data(recipe)
+        model = models.load(recipe.model.name, device=recipe.execution.device, log=log)
+        return cls(recipe, model, data, folder)
+
+    @cached_property
+    def tokens(self) -> FederatedTokens:
+        """The data as tokens, client by client, made when first asked for."""
+        text = self.recipe.text
+        return FederatedTokens(self.data, template(text.template), self.language_model.tokenizer, text.max_tokens)
+
+    @cached_property
+    def loss(self) -> ResponseLoss:
+        """The loss that is trained and reported."""
+        return ResponseLoss(self.language_model.model)
+
+    @cached_property
+    def task(self) -> Task:
+        """What every method sees."""
+        return Task(self.language_model.model, self.loss, self.recipe.rounds, self._store)
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Of the weights that the run starts from. Ask before training."""
+        return tree.fingerprint(tree.parameters(self.language_model.model))
+
+    def plan(self) -> rounds.Plan:
+        """How the rounds are run."""
+        clients = self.recipe.clients
+        return rounds.Plan(self.recipe.seed, self.recipe.rounds, clients.per_round, clients.min_answers)
+
+    def begin(self) -> RunState:
+        """The state before round 1, or after the last finished round of the run in ``folder``."""
+        if self.folder and checkpoint.saved_round(self.folder) is not None:
+            return checkpoint.resume(self.folder, self.task, self.recipe.algorithm, self.recipe.seed)
+        log = Log(self.folder / "log" if self.folder else None)
+        return rounds.begin(self.task, self.recipe.algorithm, self.recipe.seed, log)
+
+    def engine(self, state: RunState, starting: Callable[[str], None] = lambda client: None) -> InProcess:
+        """The engine of the recipe, with the clients' private states as they were after ``state.round``."""
+        store = FolderClientStore(self.folder / "state" / "clients", codec, state.round) if self.folder else ClientStore()
+        return ENGINES[self.recipe.execution.engine](self.tokens, codec, store, starting)
+
+    def play(
+        self,
+        state: RunState,
+        engine: InProcess,
+        notify: Callable[[rounds.Answer | rounds.Failure], None] = lambda outcome: None,
+    ) -> Iterator[RoundRecord]:
+        """The rounds after ``state.round``; each is committed before it is yielded."""
+        records = rounds.run(
+            self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), notify
+        )
+        for record in records:
+            engine.store.commit(record.round)
+            if self.folder:
+                checkpoint.save(self.folder, state)
+            yield record
+
+    def score(
+        self, state: RunState, engine: InProcess, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
+        """Loss and perplexity on every held-out set, in fp32: the global model's, or where there is none, the mean over
+        the models of (at most 8 of) the clients that have trained."""
+        algorithm = self.recipe.algorithm
+        with algorithm.model(self.task, state.public) as model:
+            if model is not None:
+                return self._scores(model, tick)
+        personal = []
+        for client in sorted(state.versions)[:8]:
+            with algorithm.model(self.task, state.public, engine.store.get(client)) as model:
+                assert model is not None, f"{algorithm.name} gives client {client} no model to run"
+                personal.append(self._scores(model, tick))
+        return {
+            name: {key: statistics.fmean(scores[name][key] for scores in personal) for key in personal[0][name]}
+            for name in (self.data.held_out if personal else ())
+        }
+
+    def local_only(self, base: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The yardstick: some clients train alone from the base for as many rounds as they would be asked for.
+
+        Returns each one's loss on the main held-out set. ``base`` is a copy of the base weights.
+        """
+        recipe, model = self.recipe, self.language_model.model
+        training = getattr(recipe.algorithm, "training", None)
+        count = min(recipe.evaluation.local_only_clients, len(self.data.clients)) if training else 0
+        main = next(iter(self.data.held_out))
+        losses: dict[str, float] = {}
+        for client in Key.of(recipe.seed, "local-only").sample(sorted(self.data.clients), count):
+            tree.copy_(tree.parameters(model), base)
+            for number in range(1, recipe.rounds + 1):
+                assert training is not None
+                training.train(self.task, self.tokens[client], Key.of(recipe.seed, "local-only", number, client))
+                tick()
+            score = evaluate(model, self.loss, self.tokens.held_out(main), recipe.evaluation.batch_size)
+            losses[client] = score.loss
+        tree.copy_(tree.parameters(model), base)
+        return losses
+
+    def _scores(self, model: torch.nn.Module, tick: Callable[[], None]) -> dict[str, dict[str, float]]:
+        size = self.recipe.evaluation.batch_size
+        return {
+            name: asdict(evaluate(model, self.loss, self.tokens.held_out(name), size, tick))
+            for name in self.data.held_out
+        }
+
+    def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
+        device = self.task.device
+        return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}
+

@@ -1,0 +1,189 @@
+"""Carry an experiment out in a folder: events as they happen, a summary after every round, a report at the end.
+
+A folder with an unfinished run of the same recipe is continued; with another recipe, it is refused. Ctrl-C ends the
+run after what is safely on disk; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedferret import models
+from fedferret.config import Recipe, from_tables
+from fedferret.core import tree
+from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import write_atomically
+from fedferret.core.rounds import Answer, Failure, RunState
+from fedferret.data.summary import plot_partition, summarise
+from fedferret.engines.in_process import InProcess
+from fedferret.experiment import Experiment
+from fedferret.local.first_order import observing_steps
+from fedferret.tracking import events, folder
+from fedferret.tracking.environment import write_environment
+from fedferret.tracking.progress import Progress
+from fedferret.tracking.report import write_report
+from fedferret.tracking.summary import read_summary, write_summary
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the run's folder was left resumable."""
+
+
+def run(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Play the recipe in the folder ``out`` and return its summary. Raises UserError, RunError, Interrupted."""
+    resumes = prepare(recipe, out)
+    if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
+        say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
+        return read_summary(out)
+    experiment = Experiment.load(recipe, out, say)
+    return Run(experiment, out, say).play()
+
+
+def prepare(recipe: Recipe, out: Path) -> bool:
+    """Make ``out`` this recipe's folder. Returns whether it was already. Raises UserError if it is another's."""
+    if (out / "recipe.toml").exists():
+        known = from_tables(tomllib.loads((out / "recipe.toml").read_text())).identity()
+        change = difference(known, recipe.identity())
+        if change:
+            raise UserError(f"{out} holds a run with another {change}: choose another folder with --out")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no run folder: choose another one with --out")
+    write_atomically(out / "recipe.toml", recipe.to_toml())
+    write_environment(out)
+    folder.explain(out)
+    return False
+
+
+def difference(known: dict[str, Any], given: dict[str, Any], where: str = "") -> str:
+    """The first setting in which two recipes differ, with both values; "" where they are equal."""
+    for name in [*known, *(name for name in given if name not in known)]:
+        left, right = known.get(name), given.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found = difference(left, right, f"{where}{name}.")
+            if found:
+                return found
+        elif left != right:
+            return f"{where}{name} ({left!r} there, {right!r} here)"
+    return ""
+
+
+class Run:
+    """One process's part in a run: from where the folder stands to its end, or to Ctrl-C."""
+
+    def __init__(self, experiment: Experiment, out: Path, say: Callable[[str], None]) -> None:
+        self.experiment, self.out, self.say = experiment, out, say
+        self.recipe = experiment.recipe
+        self.events = events.EventLog(out)
+        self.tensorboard = _tensorboard(out) if self.recipe.execution.tensorboard else None
+
+    def play(self) -> dict[str, Any]:
+        """Play what is left, and leave a summary and a report whatever happens."""
+        experiment, recipe = self.experiment, self.recipe
+        state = experiment.begin()
+        self._announce(state)
+        with Progress(recipe.rounds, say=self.say) as progress, self._reporting(state):
+            self.index = 0
+            engine = experiment.engine(state, lambda client: self._client(progress, client))
+            known = events.read(self.out)
+            if state.round == 0 and 0 not in known.evaluations:
+                self._evaluate(state, engine, progress)
+            sent = known.ledger()
+            moved = sent.up + sent.down
+            records = experiment.play(state, engine, lambda outcome: self._heard(progress, outcome))
+            progress.round(state.round + 1, recipe.clients.per_round)
+            with observing_steps(lambda step, total: progress.step(step, total, math.nan)):
+                for record in records:
+                    self.events.write("round", **events.round_fields(record))
+                    moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
+                    progress.finished_round(record, moved)
+                    if record.round % recipe.evaluation.every == 0 or record.round == recipe.rounds:
+                        self._evaluate(state, engine, progress)
+                    write_summary(self.out)
+                    self.index = 0
+                    if record.round < recipe.rounds:
+                        progress.round(record.round + 1, recipe.clients.per_round)
+            if recipe.evaluation.local_only_clients and "local-only" not in known.yardsticks:
+                self._yardstick(progress)
+            self.events.write("end", rounds=state.round)
+        return write_summary(self.out)
+
+    @contextmanager
+    def _reporting(self, state: RunState) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.events.write("interrupted", round=state.round)
+            raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
+        except OSError as error:
+            raise RunError(f"{error.strerror or error} ({error.filename or self.out}): round {state.round} is safe") from error
+        finally:
+            write_summary(self.out)
+            write_report(self.out)
+            if self.tensorboard:
+                self.tensorboard.close()
+
+    def _announce(self, state: RunState) -> None:
+        experiment, recipe = self.experiment, self.recipe
+        if state.round or (self.out / events.FILE).exists():
+            self.say(f"Resuming after round {state.round} of {recipe.rounds}.")
+            self.events.write("resume", round=state.round)
+            return
+        self.events.write(
+            "start",
+            method=recipe.algorithm.name,
+            model=recipe.model.name,
+            data=experiment.data.source,
+            rounds=recipe.rounds,
+            clients=len(experiment.data.clients),
+            parameters=tree.size(tree.parameters(experiment.language_model.model)),
+            seed=recipe.seed,
+            base=experiment.base_fingerprint,
+        )
+        plot_partition(experiment.data, self.out / "plots" / "data.svg")
+        import rich
+
+        rich.print(summarise(experiment.data))
+
+    def _client(self, progress: Progress, client: str) -> None:
+        self.index += 1
+        progress.client(client, self.index)
+
+    def _heard(self, progress: Progress, outcome: Answer | Failure) -> None:
+        if isinstance(outcome, Failure):
+            progress.message(f"client {outcome.client} is out of this round ({outcome.stage}): {outcome.reason}")
+
+    def _evaluate(self, state: RunState, engine: InProcess, progress: Progress) -> None:
+        started = time.perf_counter()
+        results = self.experiment.score(state, engine)
+        if not results:
+            return
+        self.events.write(
+            "evaluation", round=state.round, results=results, seconds=time.perf_counter() - started, who="global"
+        )
+        loss = next(iter(results.values()))["loss"]
+        progress.evaluated(state.round, loss)
+        if self.tensorboard:
+            self.tensorboard.write(events.read(self.out))
+
+    def _yardstick(self, progress: Progress) -> None:
+        count = self.recipe.evaluation.local_only_clients
+        progress.message(f"Yardstick: up to {count} clients train alone, for comparison.")
+        base = tree.parameters(models.load(self.recipe.model.name, device=self.recipe.execution.device).model)
+        losses = self.experiment.local_only(base)
+        if losses:
+            mean = sum(losses.values()) / len(losses)
+            self.events.write("yardstick", name="local-only", loss=mean, per_client=losses)
+            progress.message(f"Local-only training ends at loss {mean:.4f}.")
+
+
+def _tensorboard(out: Path) -> Any:
+    from fedferret.tracking.tensorboard import TensorBoard
+
+    return TensorBoard(out)

@@ -1,0 +1,191 @@
+"""``report.html``: a run on one page that opens from disk, without a network, on a phone or a desk.
+
+The page is one file: inline CSS, inline SVG, no script; a content policy forbids it to load anything. It is a jinja2
+template (torch needs jinja2, so it is always there) because jinja2 escapes everything that comes from data.
+It can be written at any time: of a run that is not finished it tells the rounds so far.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedferret.core.files import write_atomically
+from fedferret.tracking import environment
+from fedferret.tracking.events import Run, read
+from fedferret.tracking.summary import read_summary, summarise
+from fedferret.tracking.units import as_bytes, as_count, as_duration, as_loss, as_ratio
+
+FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the page's head, with what it is and what to compare it with."""
+
+    label: str
+    value: str
+    beside: str = ""
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``plots/*.svg`` of the run in ``folder``; returns the report's path.
+
+    Raises UserError where ``folder`` holds no run.
+    """
+    from fedferret.tracking.plots import DARK, LIGHT, draw  # matplotlib takes a second that other commands need not wait
+
+    run = read(folder)
+    summary = {**read_summary(folder), **summarise(run)}
+    plots = draw(run)
+    for plot in plots:
+        write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg)
+    templates = Environment(
+        loader=PackageLoader("fedferret.tracking", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = templates.get_template("report.html.jinja").render(
+        title=_title(run),
+        sentence=_sentence(run),
+        status=_status(run),
+        figures=_figures(run, summary),
+        plots=[(plot.name, plot.title, plot.text, Markup(plot.themed)) for plot in plots],  # our own markup
+        rounds=_rounds(run),
+        failures=[(number, f.client, f.stage, f.reason) for number, f in run.failures],
+        clients=_clients(run),
+        recipe=_text(folder / "recipe.toml"),
+        environment=_environment(folder),
+        folder=shlex.quote(str(folder)),
+        light=LIGHT,
+        dark=DARK,
+    )
+    write_atomically(folder / FILE, page)
+    return folder / FILE
+
+
+def _title(run: Run) -> str:
+    return _capital(f"{run.start.get('method', 'a run')} on {run.start.get('model', 'a model')}")
+
+
+def _sentence(run: Run) -> str:
+    start = run.start
+    weights = f" ({as_count(start['parameters'])} weights)" if start.get("parameters") else ""
+    clients = f", held by {start['clients']:,} clients that keep it" if start.get("clients") else ""
+    seed = f"; seed {start['seed']}" if "seed" in start else ""
+    return _capital(
+        f"{start.get('method', 'a method')} tuned {start.get('model', 'a model')}{weights} on "
+        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}."
+    )
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _status(run: Run) -> str:
+    when = f"{run.last[:10]} {run.last[11:16]} UTC"
+    if run.status == "finished":
+        return f"finished {when}"
+    return f"{run.status} after round {run.done} of {run.planned}, last heard of {when}"
+
+
+def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
+    """The numbers at the head of the page: what it gained, and what that cost."""
+    figures = []
+    if run.evaluations:
+        first, last = run.evaluations[min(run.evaluations)], run.evaluations[max(run.evaluations)]
+        perplexity = f"perplexity {first.perplexity:.4g} → {last.perplexity:.4g}"
+        before_after = f"{as_loss(first.loss)} → {as_loss(last.loss)}"
+        figures.append(Figure("held-out loss, untuned → tuned", before_after, perplexity))
+        figures += [
+            Figure(f"yardstick: {name}", as_loss(yardstick.loss), _against(last.loss, yardstick.loss))
+            for name, yardstick in run.yardsticks.items()
+        ]
+    ledger = run.ledger()
+    if ledger.up:
+        model = 4 * ledger.parameters
+        per_client = ledger.up_per_client_round
+        figures.append(Figure("up, a client and round", as_bytes(per_client), f"FedAvg: {as_bytes(model)}"))
+        less = as_ratio(ledger.fedavg / (ledger.up + ledger.down))
+        figures.append(
+            Figure("moved in all", as_bytes(ledger.up + ledger.down), f"FedAvg: {as_bytes(ledger.fedavg)}, {less}× as much")
+        )
+    if summary["seconds"]:
+        share = summary["seconds_overhead"] / summary["seconds"]
+        figures.append(Figure("time", as_duration(summary["seconds"]), f"{share:.1%} overhead"))
+    if "peak_memory_bytes" in summary:
+        figures.append(Figure("peak memory", as_bytes(summary["peak_memory_bytes"]), "of the process"))
+    return figures
+
+
+def _against(loss: float, yardstick: float) -> str:
+    difference = yardstick - loss
+    if math.isnan(difference):
+        return ""
+    return f"this run is {abs(difference):.3f} {'better' if difference >= 0 else 'worse'}"
+
+
+def _rounds(run: Run) -> list[tuple[str, ...]]:
+    """The table of rounds; round 0 is the model before tuning."""
+    rows = []
+    for number in sorted({*run.rounds, *run.evaluations}):
+        entry, evaluation = run.rounds.get(number), run.evaluations.get(number)
+        held_out = as_loss(evaluation.loss) if evaluation else ""
+        if entry is None:
+            rows.append((str(number), "", "", held_out, "", "", "", "", ""))
+            continue
+        rows.append(
+            (
+                str(number),
+                f"{len(entry.clients) - len(entry.failures)} of {len(entry.clients)}",
+                as_loss(entry.loss),
+                held_out,
+                as_bytes(sum(entry.bytes_up.values())),
+                as_bytes(sum(entry.bytes_down.values())),
+                as_duration(entry.seconds),
+                f"{entry.seconds_overhead / entry.seconds:.1%}" if entry.seconds else "",
+                entry.fingerprint[:12],
+            )
+        )
+    return rows
+
+
+def _clients(run: Run) -> list[tuple[str, int, int, str, str]]:
+    """Every client that was sampled: id, times sampled, failures, bytes up, its own local-only loss."""
+    alone = run.yardsticks["local-only"].per_client if "local-only" in run.yardsticks else {}
+    sampled: dict[str, list[int]] = {}
+    for _, entry in sorted(run.rounds.items()):
+        for client in entry.clients:
+            counts = sampled.setdefault(client, [0, 0, 0])
+            counts[0] += 1
+            counts[2] += entry.bytes_up.get(client, 0)
+        for failure in entry.failures:
+            sampled[failure.client][1] += 1
+    return [
+        (client, times, failed, as_bytes(sent), as_loss(alone[client]) if client in alone else "")
+        for client, (times, failed, sent) in sampled.items()
+    ]
+
+
+def _environment(folder: Path) -> list[tuple[str, str]]:
+    path = folder / environment.FILE
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    packages = found.pop("packages", {})
+    found["memory"] = as_bytes(found.pop("memory_bytes", 0))
+    return [(str(name), str(value)) for name, value in {**found, **packages}.items()]
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

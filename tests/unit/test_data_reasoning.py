@@ -1,0 +1,98 @@
+"""reasoning-gym: distinct questions, scorers at hand, and the global generators left as they were."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.data.reasoning import DEFAULT_TASKS, ReasoningGym, score
+
+pytest.importorskip("reasoning_gym")
+
+# list_functions and pool_matrix read the global generators of random and numpy
+SMALL = ReasoningGym(
+    tasks=("gcd", "lcm", "list_functions", "pool_matrix", "syllogism"), rows=12, held_out_rows=5, held_out_tasks=2
+)
+
+
+def test_rows_and_tasks_are_held_out():
+    data = SMALL.load(Key.of(1))
+    assert len(data.clients) == 3 and [len(examples) for examples in data.clients.values()] == [12] * 3
+    assert [len(examples) for examples in data.held_out.values()] == [15, 10]
+    assert {example.metadata["task"] for example in data.held_out["rows"]} == set(data.clients)
+    assert len({example.metadata["task"] for example in data.held_out["tasks"]} | set(data.clients)) == 5
+    questions = [e.turns[0].content for part in (*data.clients.values(), *data.held_out.values()) for e in part]
+    assert len(questions) == len(set(questions))
+
+
+def test_the_key_decides_whatever_the_global_generators_hold():
+    random.seed(1), np.random.seed(1)  # the state of somebody else's program
+    first = SMALL.load(Key.of(1))
+    random.seed(2), np.random.seed(2)
+    assert first == SMALL.load(Key.of(1))
+    assert first != SMALL.load(Key.of(2))
+
+
+def test_the_global_generators_are_left_as_they_were():
+    code = (
+        "import random, numpy as np\n"
+        "states = lambda: (random.getstate(), np.random.get_state()[1].tolist())\n"
+        "before = states()\n"
+        "from fedferret.core.keys import Key\n"
+        "from fedferret.data.reasoning import ReasoningGym, score\n"
+        "data = ReasoningGym(tasks=('gcd', 'list_functions', 'pool_matrix'), rows=3, held_out_tasks=0).load(Key.of(1))\n"
+        "score(data.clients['gcd'][0], '1')\n"
+        "assert states() == before\n"
+        "print([example.turns[0].content for examples in data.clients.values() for example in examples])\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**_environment(), "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
+
+
+def test_scores_come_from_the_task():
+    data = ReasoningGym(rows=2, held_out_rows=0, held_out_tasks=0).load(Key.of(1))
+    assert list(data.clients) == sorted(DEFAULT_TASKS) and not data.held_out
+    for examples in data.clients.values():
+        assert score(examples[0], examples[0].response) == 1.0
+        assert score(examples[0], "certainly wrong") < 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ("gdc",)}, 'did you mean "gcd"'),
+        ({"tasks": ("rubiks_cube",), "held_out_tasks": 0}, "no answer text"),
+        ({"tasks": ("ransom_note",), "held_out_tasks": 0}, "process to process"),
+        ({"tasks": ("gcd",), "held_out_tasks": 1}, "leave one to train on"),
+        ({"tasks": ("coin_flip",), "held_out_tasks": 0, "rows": 500}, "few distinct questions"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        ReasoningGym(**settings).load(Key.of(1))
+
+
+def test_impossible_settings_are_refused_at_once():
+    with pytest.raises(UserError, match="data.rows is 0"):
+        ReasoningGym(rows=0)

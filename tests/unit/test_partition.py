@@ -1,0 +1,122 @@
+"""Laws of partitions: every row to one client at most, the sizes that the kind promises, the key decides."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.data.partition import BY_SIZE, Partition
+
+CATEGORIES = [f"category {row % 7}" for row in range(700)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([*BY_SIZE, "dirichlet"]), st.integers(1, 8), st.integers(0, 2**64 - 1))
+def test_every_row_has_one_owner(kind, clients, key):
+    count = 600 if kind == "exponential" else 300
+    if kind == "exponential":
+        clients = min(clients, 5)  # e to the i: the first of eight would hold nothing
+    parts = Partition(kind, clients, min_examples=0).split(count, CATEGORIES[:count], Key(key))
+    assert len(parts) == clients
+    assert sorted(row for part in parts for row in part) == list(range(count))
+
+
+def test_sizes_follow_the_kind():
+    def sizes(kind):
+        return [len(part) for part in Partition(kind, 4).split(1000, None, Key.of(3))]
+
+    assert sizes("iid") == [250] * 4
+    assert sizes("linear") == [100, 200, 300, 400]
+    assert sizes("square") == [33, 133, 300, 534]
+    assert sizes("exponential") == [32, 87, 236, 645]
+
+
+@pytest.mark.parametrize("kind", ["iid", "square"])
+def test_rows_are_shuffled_before_they_are_cut_by_size(kind):
+    first = Partition(kind, 4).split(1000, None, Key.of(1))[0]
+    assert first != list(range(len(first)))
+    assert first != Partition(kind, 4).split(1000, None, Key.of(2))[0]
+
+
+def test_pathological_gives_each_client_its_number_of_categories():
+    parts = Partition("pathological", 10, classes=2).split(700, CATEGORIES, Key.of(1))
+    assert [len({CATEGORIES[row] for row in part}) for part in parts] == [2] * 10
+    rows = [row for part in parts for row in part]
+    assert len(rows) == len(set(rows))
+
+
+def test_small_alpha_is_skewed_and_large_alpha_is_not():
+    def largest_share(alpha):
+        parts = Partition("dirichlet", 5, alpha=alpha).split(700, CATEGORIES, Key.of(5))
+        shares = [
+            max(sum(CATEGORIES[row] == name for row in part) for name in set(CATEGORIES)) / len(part) for part in parts
+        ]
+        return sum(shares) / len(shares)
+
+    assert largest_share(1000.0) < 0.2 < 0.4 < largest_share(0.1)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_the_key_decides(kind):
+    partition = Partition(kind, 5)
+    assert partition.split(700, CATEGORIES, Key.of(1)) == partition.split(700, CATEGORIES, Key.of(1))
+    assert partition.split(700, CATEGORIES, Key.of(1)) != partition.split(700, CATEGORIES, Key.of(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "categories", "message"),
+    [
+        ({"clients": 11}, 10, None, "partition.clients is 11 but there are 10 rows"),
+        ({"kind": "dirichlet"}, 100, None, "set category_column"),
+        (
+            {"kind": "pathological", "clients": 2, "classes": 8},
+            700,
+            CATEGORIES,
+            "classes is 8 but there are 7 categories",
+        ),
+        (
+            {"kind": "dirichlet", "clients": 60, "alpha": 0.01},
+            70,
+            CATEGORIES[:70],
+            "would hold no example: raise partition.alpha",
+        ),
+        ({"kind": "exponential", "clients": 20}, 100, None, "ask for fewer"),
+        ({"kind": "iid", "clients": 5, "min_examples": 3}, 10, None, "client 0 would hold 2 examples"),
+        (
+            {"kind": "pathological", "clients": 50, "classes": 2},
+            60,
+            CATEGORIES[:60],
+            "cannot deal these rows to 50 clients",
+        ),
+    ],
+)
+def test_what_cannot_be_dealt_is_one_line(settings, count, categories, message):
+    with pytest.raises(UserError) as error:
+        Partition(**settings).split(count, categories, Key.of(1))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_clients_are_allowed_by_setting():
+    parts = Partition("dirichlet", 60, alpha=0.01, min_examples=0).split(70, CATEGORIES[:70], Key.of(1))
+    assert len(parts) == 60 and any(not part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "dirichlett"}, 'did you mean "dirichlet"?'),
+        ({"clients": 0}, "partition.clients is 0"),
+        ({"alpha": 0.0}, "partition.alpha is 0.0"),
+        ({"alpha": float("nan")}, "partition.alpha is nan"),
+        ({"classes": 0}, "partition.classes is 0"),
+        ({"min_examples": -1}, "partition.min_examples is -1"),
+    ],
+)
+def test_impossible_settings_are_refused_at_once(settings, message):
+    with pytest.raises(UserError, match=".") as error:
+        Partition(**settings)
+    assert message in str(error.value)
