@@ -19,7 +19,8 @@ def column(size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(size, generator=generator, dtype=torch.float64)
     half_mass = math.erf(math.sqrt(0.5 / size)) / 2
-    return torch.special.ndtri(0.5 + (2 * uniforms - 1) * half_mass)
+    drawn: Tensor = torch.special.ndtri(0.5 + (2 * uniforms - 1) * half_mass)
+    return drawn
 
 
 def variance(size: int) -> float:

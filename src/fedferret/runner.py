@@ -81,26 +81,30 @@ class Run:
         self.experiment, self.out, self.say = experiment, out, say
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
-        self.tensorboard = _tensorboard(out) if self.recipe.execution.tensorboard else None
+        self.tensorboard: Any = None
 
     def play(self) -> dict[str, Any]:
         """Play what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
         state = experiment.begin()
         self._announce(state)
-        with Progress(recipe.rounds, say=self.say) as progress, self._reporting(state):
+        known = events.read(self.out)
+        sent = known.ledger()
+        if recipe.execution.tensorboard:
+            from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import
+
+            self.tensorboard = TensorBoard(self.out, state.round, (sent.up, sent.down))
+        with Progress(recipe.rounds, state.round) as progress, self._reporting(state):
             self.index = 0
             engine = experiment.engine(state, lambda client: self._client(progress, client))
-            known = events.read(self.out)
             if state.round == 0 and 0 not in known.evaluations:
                 self._evaluate(state, engine, progress)
-            sent = known.ledger()
             moved = sent.up + sent.down
             records = experiment.play(state, engine, lambda outcome: self._heard(progress, outcome))
             progress.round(state.round + 1, recipe.clients.per_round)
             with observing_steps(lambda step, total: progress.step(step, total, math.nan)):
                 for record in records:
-                    self.events.write("round", **events.round_fields(record))
+                    self._tell("round", **events.round_fields(record))
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
                     if record.round % recipe.evaluation.every == 0 or record.round == recipe.rounds:
@@ -111,7 +115,7 @@ class Run:
                         progress.round(record.round + 1, recipe.clients.per_round)
             if recipe.evaluation.local_only_clients and "local-only" not in known.yardsticks:
                 self._yardstick(progress)
-            self.events.write("end", rounds=state.round)
+            self._tell("end", rounds=state.round)
         return write_summary(self.out)
 
     @contextmanager
@@ -119,7 +123,7 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            self.events.write("interrupted", round=state.round)
+            self._tell("interrupted", round=state.round)
             raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
         except OSError as error:
             raise RunError(f"{error.strerror or error} ({error.filename or self.out}): round {state.round} is safe") from error
@@ -133,9 +137,9 @@ class Run:
         experiment, recipe = self.experiment, self.recipe
         if state.round or (self.out / events.FILE).exists():
             self.say(f"Resuming after round {state.round} of {recipe.rounds}.")
-            self.events.write("resume", round=state.round)
+            self._tell("resume", round=state.round)
             return
-        self.events.write(
+        self._tell(
             "start",
             method=recipe.algorithm.name,
             model=recipe.model.name,
@@ -164,13 +168,11 @@ class Run:
         results = self.experiment.score(state, engine)
         if not results:
             return
-        self.events.write(
+        self._tell(
             "evaluation", round=state.round, results=results, seconds=time.perf_counter() - started, who="global"
         )
         loss = next(iter(results.values()))["loss"]
         progress.evaluated(state.round, loss)
-        if self.tensorboard:
-            self.tensorboard.write(events.read(self.out))
 
     def _yardstick(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients
@@ -179,11 +181,10 @@ class Run:
         losses = self.experiment.local_only(base)
         if losses:
             mean = sum(losses.values()) / len(losses)
-            self.events.write("yardstick", name="local-only", loss=mean, per_client=losses)
+            self._tell("yardstick", name="local-only", loss=mean, per_client=losses)
             progress.message(f"Local-only training ends at loss {mean:.4f}.")
 
-
-def _tensorboard(out: Path) -> Any:
-    from fedferret.tracking.tensorboard import TensorBoard
-
-    return TensorBoard(out)
+    def _tell(self, kind: str, /, **fields: Any) -> None:
+        self.events.write(kind, **fields)
+        if self.tensorboard:
+            self.tensorboard.write(kind, **fields)

@@ -24,9 +24,10 @@ PHONE, DESK = (390, 844), (1280, 900)
 EXPECTED_PLOTS = ("loss-by-round", "loss-by-bytes", "sampled", "time")
 
 _FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-).split()
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+    *("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--remote-debugging-pipe"),
+)
 
 _MEASURE = """(() => {
   const box = element => { const b = element.getBoundingClientRect(); return [b.width, b.height]; };

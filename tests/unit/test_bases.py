@@ -73,7 +73,7 @@ def test_the_error_energy_is_the_formula(kind: Kind, size: int, count: int) -> N
 
 @BOTH
 def test_the_public_functions_have_that_error_energy(kind: Kind) -> None:
-    size, count = 2048, 64
+    size, count = 1024, 48
     energies = []
     for number in range(200):
         key, delta = KEY.fold("public", number), numbers(size, number)

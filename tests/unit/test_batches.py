@@ -1,4 +1,4 @@
-"""Laws of batches: every example once an epoch, labels exactly the response, little padding, a key decides everything."""
+"""Laws of batches: every example once an epoch, labels exactly the response, little padding, the key decides."""
 
 from __future__ import annotations
 

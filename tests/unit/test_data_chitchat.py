@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from fedferret.core.errors import UserError
@@ -56,7 +58,7 @@ def test_speakers_alternate_and_the_person_answers_last(data):
     for example in _trained(data)[::50]:
         roles = [turn.role for turn in example.turns]
         assert len(roles) >= 2 and roles[-1] == "assistant"
-        assert all(first != second for first, second in zip(roles, roles[1:], strict=False))
+        assert all(first != second for first, second in pairwise(roles))
         assert all(turn.content.strip() for turn in example.turns)
 
 

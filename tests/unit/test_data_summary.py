@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -37,7 +38,7 @@ def test_counts():
 
 
 def test_the_table_prints():
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(summarise(DATA))
     text = console.export_text()
     assert all(word in text for word in ("a test", "clients", "rows", "x 6, y 1", "Some licence."))

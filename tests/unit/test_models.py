@@ -19,7 +19,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.models.tiny import tiny_model, tiny_tokenizer
 
-TINY_SHA256 = "to be filled"
+TINY_SHA256 = "585291136f85767873810717c37a708eb029502a4fbf27fd9ebe1820d9be04f0"
 TOKENIZER = tiny_tokenizer()
 
 

@@ -117,6 +117,6 @@ def test_empty_clients_are_allowed_by_setting():
     ],
 )
 def test_impossible_settings_are_refused_at_once(settings, message):
-    with pytest.raises(UserError, match=".") as error:
+    with pytest.raises(UserError) as error:
         Partition(**settings)
     assert message in str(error.value)

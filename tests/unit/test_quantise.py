@@ -22,7 +22,8 @@ EXPECTED_ERROR = {1: math.pi / 2 - 1, 2: 0.1175 / 0.8825, 4: 0.009497 / 0.990503
 def heavy_tailed(length: int, *words: int) -> Tensor:
     """Cubes of Gaussians: kurtosis 46, about what coordinates of real updates look like."""
     uniform = Key.of(6, length, *words).uniform(length).clamp(1e-9, 1 - 1e-9)
-    return (torch.special.ndtri(uniform) ** 3).float()
+    gaussian: Tensor = torch.special.ndtri(uniform)
+    return (gaussian**3).float()
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
@@ -82,23 +83,13 @@ def test_energy_in_one_corner_spreads_over_every_length(length: int) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("length", [256, 300])
 def test_the_mean_over_keys_is_the_vector(bits: int, length: int) -> None:
-    repeats = 600
+    repeats = 400
     vector = heavy_tailed(length)
     results = torch.stack([pack_vector(vector, bits, KEY.fold("mean", number)).unpack() for number in range(repeats)])
     single = sum(relative_error(result, vector) for result in results) / repeats
     ratio = relative_error(results.mean(dim=0), vector) * repeats / single
-    print("RATIO", bits, length, ratio)
-    # an unbiased mean of n is off by 1/n of one result's error energy: a bias adds to it, correlated keys add to it.
-    # Rotations by a Hadamard matrix are not quite uniform: a small bias remains where few entries dominate
-    assert 0.6 < ratio < (1.5 if bits == 8 else 8)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_the_mean_over_keys_of_an_even_vector_is_unbiased(bits: int) -> None:
-    repeats, vector = 600, 2 * Key.of(1).uniform(1024).float() - 1
-    results = torch.stack([pack_vector(vector, bits, KEY.fold("even", number)).unpack() for number in range(repeats)])
-    single = sum(relative_error(result, vector) for result in results) / repeats
-    assert 0.8 < relative_error(results.mean(dim=0), vector) * repeats / single < 1.25
+    # an unbiased mean of n is off by 1/n of one result's error energy: a bias adds to it, correlated keys add to it
+    assert 0.7 < ratio < 1.5
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -12,7 +12,8 @@ is the same sum and lets the log hold entries; η (the server's learning rate, 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task
+from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
@@ -58,6 +59,17 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
     server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
     weighting: Weighting = "examples"  # the paper's n_j; "equal" counts every client once
     training: FirstOrder = field(default_factory=FirstOrder)
+
+    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+        """Four bytes a weight, both ways."""
+        weights = 4 * sum(math.prod(shape) for shape in shapes.values())
+        return WireCost(weights, weights)
+
+    def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
+        """Refuse a change of other tensors or shapes."""
+        expected = {name: weight.shape for name, weight in public.weights.items()}
+        if {name: delta.shape for name, delta in payload.delta.items()} != expected:
+            raise ValueError("the change's tensors are not the model's: another model or version sent it")
 
     def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""

@@ -35,7 +35,7 @@ from fedferret.bases.fixed_pool import FixedPool
 from fedferret.bases.projector import Allocation, Budget, Projector, Scale
 from fedferret.bases.quantise import Packed, pack_vector
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task
+from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
@@ -176,6 +176,12 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
                 f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
                 f"choose {blocks} to {total:,}"
             )
+
+    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's."""
+        blocks = len(pack({name: math.prod(shape) for name, shape in shapes.items()}))
+        up = self.coordinates * self.bits / 8 + blocks
+        return WireCost(up, self.coordinates * self.entry_bits / 8 + blocks if self.keys == "shared" else cohort * up)
 
     def begin(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to change alike."""

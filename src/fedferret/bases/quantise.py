@@ -140,7 +140,8 @@ def _join_bytes(codes_K: Tensor, bits: int) -> Tensor:
 
 def _split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, device=joined.device)
-    return ((joined.long()[:, None] >> shifts) & (2**bits - 1)).view(-1)[:length]
+    codes: Tensor = (joined.long()[:, None] >> shifts) & (2**bits - 1)
+    return codes.view(-1)[:length]
 
 
 def _fp32(value: float) -> float:

@@ -81,6 +81,14 @@ class Reply(Generic[Client, Up]):
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class WireCost:
+    """Bytes per client and round that a method's formula gives, framing left out."""
+
+    up: float
+    down: float
+
+
 class Examples(Protocol):
     """One client's data, as much as a method may know of it."""
 
@@ -119,6 +127,10 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:  # noqa: B027 (optional hook)
         """Refuse impossible settings before any work: ``shapes`` are the trainable parameters'. Raises UserError."""
+
+    @abstractmethod
+    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+        """The formula in the module's docstring, for a model of these trainable tensors and so many clients a round."""
 
     @abstractmethod
     def begin(self, task: Task, key: Key) -> tuple[Public, Server]:

@@ -56,20 +56,26 @@ class Log:
         self._snapshot: tuple[int, bytes] | None = None
 
     @classmethod
-    def open(cls, folder: Path, version: int) -> Log:
-        """The log in ``folder`` as it was at ``version``; what a crash left behind it is removed."""
-        log = cls(folder)
+    def read(cls, folder: Path, version: int) -> Log:
+        """The log in ``folder`` as it was at ``version``, to look at; the folder stays as it is."""
+        log = cls()
         for path in sorted(folder.glob("*.record")):
-            if int(path.stem) > version:
-                path.unlink()
-            else:
+            if int(path.stem) <= version:
                 log._records[int(path.stem)] = path.read_bytes()
         for path in sorted(folder.glob("*.snapshot")):
-            if int(path.stem) > version:
-                path.unlink()
-            else:
+            if int(path.stem) <= version:
                 log._snapshot = (int(path.stem), path.read_bytes())
         log.version = version
+        return log
+
+    @classmethod
+    def open(cls, folder: Path, version: int) -> Log:
+        """The log in ``folder`` as it was at ``version``, to go on with; what a crash left behind it is removed."""
+        log = cls.read(folder, version)
+        log._folder = folder
+        for path in [*folder.glob("*.record"), *folder.glob("*.snapshot")]:
+            if int(path.stem) > version:
+                path.unlink()
         return log
 
     def append(self, record: bytes, snapshot_size: int, snapshot: Callable[[], bytes]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fedferret.core.algorithm import Algorithm, Examples, Pooled, Reply, Task
+from fedferret.core.algorithm import Algorithm, Examples, Pooled, Reply, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
@@ -71,6 +71,18 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
             raise UserError(f"after={self.after}: must lie between 1 and rounds - 1 = {rounds - 1}")
         self.first.check(shapes, self.after)
         self.second.check(shapes, rounds - self.after)
+
+    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+        """The dearer stage's."""
+        stages = [stage.wire_cost(shapes, cohort) for stage in (self.first, self.second)]
+        return WireCost(max(stage.up for stage in stages), max(stage.down for stage in stages))
+
+    def accept(self, task: Task, public: ThenPublic, payload: Any) -> None:
+        """The current stage's rule."""
+        if public.second is None:
+            self.first.accept(task, public.first, payload)
+        else:
+            self.second.accept(task, public.second, payload)
 
     def begin(self, task: Task, key: Key) -> tuple[ThenPublic, ThenServer]:
         """Only the first stage begins; the second's key is drawn now so that every node has it."""

@@ -88,7 +88,7 @@ def _read_csv(path: Path) -> list[Row]:
                     raise UserError(f'"{path}", line {reader.line_num}: not as many fields as the header has')
                 rows.append(row)
         except csv.Error as error:
-            raise UserError(f'"{path}", line {reader.line_num} is not CSV: {error}') from None
+            raise UserError(f'"{path}", line {reader.reader.line_num} is not CSV: {error}') from None
     return rows
 
 

@@ -106,8 +106,12 @@ class ReasoningGym:
 
 def score(example: Example, answer: str) -> float:
     """The task's own score of ``answer``, from 0 to 1 (1 is right)."""
+    scorer = _scorer(example.metadata["task"])
     with _global_generators(0):
-        return float(_scorer(example.metadata["task"])(answer, example.metadata["entry"]))
+        try:
+            return float(scorer(answer, example.metadata["entry"]))
+        except Exception:  # some scorers parse the answer and raise what they please where they cannot
+            return 0.0
 
 
 def _generate(task: str, count: int, key: Key) -> list[Example]:

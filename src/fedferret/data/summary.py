@@ -31,6 +31,12 @@ class Group:
     response_tokens: int | None  # None where no tokenizer was given
     categories: tuple[tuple[str, int], ...]  # the most frequent, with their examples
 
+    def cells(self) -> list[str]:
+        """As text, in the order of the fields; empty for what is not known."""
+        numbers = [self.clients, self.examples, *(self.spread or (None,) * 3), self.response_tokens]
+        categories = ", ".join(f"{name} {count:,}" for name, count in self.categories)
+        return [self.name, *("" if number is None else f"{number:,}" for number in numbers), categories]
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -43,16 +49,14 @@ class Summary:
     def __rich__(self) -> Table:
         from rich.table import Table
 
+        columns = ["", "clients", "examples", "least", "median", "most", "response tokens", "top categories"]
+        rows = [group.cells() for group in self.groups]
+        filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
         table = Table(title=f"Data: {self.source}", caption=self.notice)
-        for name in ("", "clients", "examples", "a client: least", "median", "most", "response tokens"):
-            table.add_column(name, justify="right" if name else "left")
-        table.add_column("top categories")
-        for group in self.groups:
-            spread = ("", "", "") if group.spread is None else tuple(f"{value:,g}" for value in group.spread)
-            counts = ("" if value is None else f"{value:,}" for value in (group.clients, group.examples))
-            tokens = "" if group.response_tokens is None else f"{group.response_tokens:,}"
-            categories = ", ".join(f"{name} {count:,}" for name, count in group.categories)
-            table.add_row(group.name, *counts, *spread, tokens, categories)
+        for index in filled:
+            table.add_column(columns[index], justify="right" if 0 < index < len(columns) - 1 else "left")
+        for row in rows:
+            table.add_row(*(row[index] for index in filled))
         return table
 
 
@@ -94,7 +98,7 @@ def plot_partition(data: FederatedData, path: Path) -> None:
     from matplotlib.figure import Figure
 
     held = [(_categories(examples), len(examples)) for examples in data.clients.values()]
-    held.sort(key=lambda pair: -pair[1])
+    held.sort(key=lambda pair: (-pair[1], str(pair[0].most_common(1))))
     overall: Counter[str] = sum((counts for counts, _ in held), Counter())
     shown = [name for name, _ in overall.most_common(SHOWN_CATEGORIES)]
     bands = [(name, [counts[name] for counts, _ in held]) for name in shown]
@@ -110,10 +114,11 @@ def plot_partition(data: FederatedData, path: Path) -> None:
         top = [low + count for low, count in zip(floor, counts, strict=True)]
         axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=name)
         floor = top
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Who holds what: {data.source}")
     axes.margins(x=0)
     if len(bands) > 1:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     # a fixed salt and no date: the same data gives the same file
     with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None

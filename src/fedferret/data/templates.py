@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,7 +195,26 @@ def _fill(text: str, fields: Mapping[str, str]) -> str:
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of a text. Pieces between special tokens are remembered: conversations repeat their turns."""
+    pieces = _special(tokenizer).split(text)
+    return tuple(token for piece in pieces if piece for token in _piece(piece, tokenizer))
+
+
+@lru_cache(maxsize=2**14)
+def _piece(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Where a text may be cut without changing its tokens: at special tokens, unless the tokenizer looks across them."""
+    tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    if not tokens:
+        return re.compile(r"(?!)")
+    cuts = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+    probe = "".join(f"user one{token}\n two{token}three {token}" for token in tokens)
+    apart = [_piece(piece, tokenizer) for piece in cuts.split(probe) if piece]
+    return cuts if sum(apart, ()) == _piece(probe, tokenizer) else re.compile(r"(?!)")
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

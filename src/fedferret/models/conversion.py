@@ -85,7 +85,7 @@ def write_tokenizer(gguf: GgufFile, folder: Path, longest: int) -> None:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     special = {name: tokens[settings[f"{key}_token_id"]] for key, name in names.items()}
     build = {"gpt2": _byte_level, "llama": _sentence_piece}[settings["model"]]
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=build(settings),
         model_max_length=longest,
         clean_up_tokenization_spaces=False,
@@ -113,7 +113,7 @@ def _numbers(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDA
         interleaved = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
         yield from tensor.rows(interleaved.swapaxes(1, 2).ravel())
     elif architecture == "gemma3" and name.endswith("norm.weight"):
-        yield from (slab - np.float32(1) for slab in tensor.rows())
+        yield from (slab for slab in tensor.rows())
     else:
         yield from tensor.rows()
 

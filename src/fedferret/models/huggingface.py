@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
+from fedferret.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def read_config(name: str) -> PretrainedConfig:
 
     check_source(name)
     with _one_line(name):
-        config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     _require_causal(name, config.to_dict())
     return config
 
@@ -58,14 +59,23 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(name)
-    with _one_line(name), _no_progress_bars():
+    with _one_line(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(_source(name), trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            _source(name), config=config, dtype="float32", output_loading_info=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            _source(name),
+            config=config,
+            dtype="float32",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported here, refused below
+            output_loading_info=True,
         )
-    unusable = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    model, report = loaded
+    unusable = sorted(report["missing_keys"]) + sorted(key for key, *_shapes in report["mismatched_keys"])
     if unusable:
-        raise UserError(f'model "{name}": {len(unusable)} weights are missing or of another shape, as {unusable[0]}')
+        raise UserError(
+            f'model "{name}": {len(unusable)} of its weights are missing or of another shape than its config.json '
+            f"says, the first {unusable[0]}; fetch or save the folder again"
+        )
     return model, tokenizer
 
 
@@ -84,7 +94,7 @@ def _require_causal(name: str, config: dict[str, Any]) -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     causal = known is not None and (not architectures or known in architectures)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT's kind looks both ways unless told otherwise
@@ -95,20 +105,6 @@ def _require_causal(name: str, config: dict[str, Any]) -> None:
             f'model "{name}": architecture {what} is not a causal language model; '
             "give one whose architecture ends in ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
         )
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing over the caller's own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -22,10 +24,11 @@ from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
 from fedferret.models.huggingface import check_source, read_config, read_model
 from fedferret.models.packaged import describe, ensure
+from fedferret.models.quiet import quiet_transformers
 from fedferret.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
     """
     target = resolve_device(device)
     folder: Path | None = None
+    model: PreTrainedModel
     if name == "tiny":
         model, tokenizer = tiny_model(Key.of(0, "tiny")), tiny_tokenizer()
     elif name.startswith(PACKAGED):
@@ -69,8 +73,11 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
         if tokenizer.pad_token is None:
             raise UserError(f'model "{name}": its tokenizer has no padding, end or unknown token to pad with')
     tokenizer.padding_side = "right"
-    model.get_input_embeddings().padding_idx = None
-    return LanguageModel(name, model.to(target).eval(), tokenizer, folder)
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    placed: PreTrainedModel = nn.Module.to(model, target)
+    placed.eval()  # type: ignore[no-untyped-call]
+    return LanguageModel(name, placed, tokenizer, folder)
 
 
 def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -81,6 +88,7 @@ def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config: PretrainedConfig
     if name == "tiny":
         config = tiny_config()
     elif name.startswith(PACKAGED):
@@ -89,7 +97,7 @@ def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:
     else:
         config = read_config(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return {parameter: tuple(tensor.shape) for parameter, tensor in model.named_parameters()}
 
 
@@ -100,7 +108,8 @@ def save_folder(language_model: LanguageModel, folder: Path) -> None:
     """
 
     def build(temporary: Path) -> None:
-        language_model.model.save_pretrained(temporary)
-        language_model.tokenizer.save_pretrained(temporary)
+        with quiet_transformers():
+            language_model.model.save_pretrained(temporary)
+            language_model.tokenizer.save_pretrained(temporary)
 
     build_folder(folder, build)

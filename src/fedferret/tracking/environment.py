@@ -13,7 +13,17 @@ from typing import Any
 from fedferret.core.files import write_atomically
 
 FILE = "environment.json"
-PACKAGES = ("fedferret", "torch", "transformers", "peft", "datasets", "flwr-datasets", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "fedferret",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "flwr-datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -54,9 +56,8 @@ DARK = {
     "soft": "#587085",
 }
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "fedferret",
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": LIGHT["ink"],
@@ -81,6 +82,7 @@ _STYLE = {
     "legend.fontsize": 10,
 }
 _SIZE = (4.4, 3.5)  # inches; a point is about a pixel on a phone, so that text needs no glasses there
+_LONGEST_LABEL = 22
 _MOST_ROWS, _MOST_COLUMNS = 100, 100  # cells of the map of who was sampled
 
 
@@ -123,7 +125,9 @@ def _plot(name: str, title: str, run: Run, paint: Callable[[Run, Axes], str]) ->
         text = paint(run, figure.add_subplot())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the font
+            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
@@ -151,7 +155,7 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
     axes.set_xlabel("round")
     axes.set_ylabel("loss (nats a token)")
     axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     _legend(axes)
     first, last = evaluations[0], evaluations[-1]
     return (
@@ -210,15 +214,15 @@ def _sampled(run: Run, axes: Axes) -> str:
     axes.grid(False)
     axes.set_xlim(0.5, shape[1] * per_column + 0.5)
     axes.set_ylim(shape[0] * per_row + 0.5, 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_xlabel("round" if per_column == 1 else f"round ({per_column} a cell)")
     axes.set_ylabel("clients, in the order they joined" if per_row == 1 else f"clients, {per_row} a cell")
     for colour, label in (("main", "answered"), ("alarm", "failed")):
         axes.plot([], [], "s", color=LIGHT[colour], label=label)
     _legend(axes)
     of = f" of {run.start['clients']:,}" if "clients" in run.start else ""
-    return f"Who was sampled in which round: {len(seen):,}{of} clients, {run.done} rounds, {len(run.failures)} failures."
+    return f"Who was sampled in which round: {len(seen):,}{of} clients so far; failures: {len(run.failures):,}."
 
 
 def first_seen(run: Run) -> list[str]:
@@ -260,7 +264,7 @@ def _time(run: Run, axes: Axes) -> str:
         below = above
     axes.set_xlim(0.5, run.done + 0.5)
     axes.set_ylim(0, None)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
     axes.set_ylabel(f"{unit} a round")
     _legend(axes)
@@ -292,5 +296,9 @@ def _yardsticks(run: Run, axes: Axes) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the plot: the inside belongs to the data."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2)
+    """A legend above the plot: the inside belongs to the data. Long names are cut, they would push the plot away."""
+    handles, labels = axes.get_legend_handles_labels()
+    labels = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
+    axes.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2
+    )

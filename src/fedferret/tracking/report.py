@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedferret.core.files import write_atomically
@@ -40,7 +40,11 @@ def write_report(folder: Path) -> Path:
 
     Raises UserError where ``folder`` holds no run.
     """
-    from fedferret.tracking.plots import DARK, LIGHT, draw  # matplotlib takes a second that other commands need not wait
+    from fedferret.tracking.plots import (
+        DARK,
+        LIGHT,
+        draw,
+    )  # matplotlib takes a second that other commands need not wait
 
     run = read(folder)
     summary = {**read_summary(folder), **summarise(run)}
@@ -48,7 +52,7 @@ def write_report(folder: Path) -> Path:
     for plot in plots:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg)
     templates = Environment(
-        loader=PackageLoader("fedferret.tracking", "templates"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -118,7 +122,9 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
         figures.append(Figure("up, a client and round", as_bytes(per_client), f"FedAvg: {as_bytes(model)}"))
         less = as_ratio(ledger.fedavg / (ledger.up + ledger.down))
         figures.append(
-            Figure("moved in all", as_bytes(ledger.up + ledger.down), f"FedAvg: {as_bytes(ledger.fedavg)}, {less}× as much")
+            Figure(
+                "moved in all", as_bytes(ledger.up + ledger.down), f"FedAvg: {as_bytes(ledger.fedavg)}, {less}× as much"
+            )
         )
     if summary["seconds"]:
         share = summary["seconds_overhead"] / summary["seconds"]
@@ -137,7 +143,7 @@ def _against(loss: float, yardstick: float) -> str:
 
 def _rounds(run: Run) -> list[tuple[str, ...]]:
     """The table of rounds; round 0 is the model before tuning."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number in sorted({*run.rounds, *run.evaluations}):
         entry, evaluation = run.rounds.get(number), run.evaluations.get(number)
         held_out = as_loss(evaluation.loss) if evaluation else ""

@@ -1,0 +1,165 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fedferret",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Federated tuning of *all* the weights of a language model, with kilobytes on the wire.
+
+Start with `fedferret run recipes/demo.toml`: it tunes a real model on real people's conversations, shows every
+round as it happens, and leaves a folder with a report (`report.html`), the figures (`summary.json`) and the tuned
+model as a log of kilobytes. `fedferret list` says which methods, models and data there are.
+""",
+    epilog="Exit codes: 0 done, 1 the run could not go on, 2 something given was wrong, 130 stopped with Ctrl-C.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, in TOML.", metavar="RECIPE.toml", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: `--set algorithm.coordinates=8192`. May be repeated."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-OF-RECIPE].")] = None,
+) -> None:
+    """Play a recipe: tune, measure, report.
+
+    The folder can be resumed after every round: stop with Ctrl-C and give the same command again.
+    """
+    with _one_line_errors():
+        from fedferret.config import load
+        from fedferret.runner import run as play
+
+        resolved = load(recipe, overrides or [])
+        folder = out or Path("runs") / recipe.stem
+        summary = play(resolved, folder, _say)
+        _say(_closing_words(folder, summary))
+
+
+@app.command("list")
+def list_() -> None:
+    """List the methods, models and data there are, a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedferret.algorithms.registry import catalogue as methods
+    from fedferret.data.registry import catalogue as data
+    from fedferret.models.catalogue import catalogue as models
+
+    console = Console()
+    for title, entries in (("Methods", methods()), ("Models", models()), ("Data", data())):
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, line in entries.items():
+            table.add_row(f"[bold]{name}[/bold]", line)
+        console.print(table, "")
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show a recipe's resolved settings and what it will cost: bytes a round, memory, time (a rough estimate)."""
+    with _one_line_errors():
+        from fedferret.config import load
+        from fedferret.estimate import estimate
+
+        resolved = load(recipe, overrides or [])
+        _say(resolved.to_toml())
+        _say(str(estimate(resolved)))
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write a run's report again, and say where it is."""
+    with _one_line_errors():
+        from fedferret.tracking.report import write_report
+
+        _say(f"Report: {write_report(folder)}")
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder that plain transformers loads.")] = None,
+    delta: Annotated[Path | None, typer.Option(help="Write the log alone: kilobytes that rebuild it.")] = None,
+) -> None:
+    """Hand over a run's tuned model, whole (`--to FOLDER`), as its difference from the base (`--delta FILE`), or both."""
+    with _one_line_errors():
+        from fedferret import export as exporting
+        from fedferret.core.errors import UserError
+
+        if to is None and delta is None:
+            raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
+        if delta is not None:
+            exporting.export_delta(folder, delta, _say)
+            _say(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
+        if to is not None:
+            fingerprint = exporting.export_folder(folder, to, _say)
+            _say(f"Model: {to} (SHA-256 of its weights {fingerprint[:16]}…)")
+
+
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(help="The base model: a name as in a recipe, or a folder.", metavar="BASE")],
+    delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
+    to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+) -> None:
+    """Rebuild a tuned model from its base and a delta file; the weights are checked by the hash in the file."""
+    with _one_line_errors():
+        from fedferret.export import apply_delta
+
+        fingerprint = apply_delta(base, delta, to, _say)
+        _say(f"Model: {to} (SHA-256 of its weights {fingerprint[:16]}…, as the delta file says)")
+
+
+def main() -> None:
+    """The entry point of the `fedferret` command."""
+    app()
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _closing_words(folder: Path, summary: dict[str, object]) -> str:
+    return "\n".join(
+        [
+            f"Report:       {folder / 'report.html'}",
+            f"Figures:      {folder / 'summary.json'}",
+            f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)",
+            f"              fedferret export {folder} --delta FILE  (kilobytes)",
+        ]
+    )
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; a run that cannot go on, one line and 1; Ctrl-C, 130."""
+    from fedferret.core.errors import RunError, UserError
+
+    try:
+        yield
+    except UserError as error:
+        print(f"fedferret: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except RunError as error:
+        print(f"fedferret: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        print(f"fedferret: {error or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(130) from None

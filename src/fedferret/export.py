@@ -1,0 +1,152 @@
+"""Hand over a tuned model: as a Hugging Face folder, or as its log alone, kilobytes that rebuild it from the base.
+
+A delta file is one encoded message (checksummed, see ``wire/codec.py``): which base, by name and SHA-256 of its
+weights; which method, with its settings; the log; and the SHA-256 of the weights that applying it must give.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from fedferret import models
+from fedferret.config import Recipe, build_algorithm, from_tables
+from fedferret.core import tree
+from fedferret.core.algorithm import Task
+from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import write_atomically
+from fedferret.core.keys import Key
+from fedferret.core.log import Log, Update
+from fedferret.core.messages import message
+from fedferret.local.response_loss import ResponseLoss
+from fedferret.models import LanguageModel
+from fedferret.models.folders import refuse_filled
+from fedferret.settings import table_of
+from fedferret.tracking import checkpoint
+from fedferret.wire import codec
+
+
+@message
+class DeltaFile:
+    """A tuned model without its base."""
+
+    base_name: str
+    base_fingerprint: str  # of the base's trainable weights
+    method: str
+    settings: str  # JSON: the method's own
+    seed: int
+    rounds: int  # planned
+    snapshot: bytes | None
+    records: tuple[bytes, ...]
+    fingerprint: str  # of the tuned weights
+
+
+def export_folder(run: Path, folder: Path, say: Callable[[str], None] = print) -> str:
+    """Write the tuned model of ``run`` as a Hugging Face folder. Returns the weights' SHA-256."""
+    refuse_filled(folder)
+    recipe, log = _read_run(run)
+    base = models.load(recipe.model.name, log=say)
+    delta = _delta(recipe, base, log.since(0), "")
+    return _write_folder(base, delta, folder)
+
+
+def export_delta(run: Path, path: Path, say: Callable[[str], None] = print) -> DeltaFile:
+    """Write the log of ``run`` as a delta file at ``path``."""
+    if path.exists():
+        raise UserError(f"{path} exists: nothing is overwritten, give another name")
+    recipe, log = _read_run(run)
+    base = models.load(recipe.model.name, log=say)
+    update = log.since(0)
+    base_fingerprint = tree.fingerprint(tree.parameters(base.model))
+    with _tuned(base, _delta(recipe, base, update, base_fingerprint)) as model:
+        fingerprint = tree.fingerprint(tree.parameters(model))
+    delta = _delta(recipe, base, update, base_fingerprint, fingerprint)
+    write_atomically(path, codec.encode(delta))
+    return delta
+
+
+def apply_delta(base_name: str, path: Path, folder: Path, say: Callable[[str], None] = print) -> str:
+    """Rebuild a tuned model from its base and a delta file, as a Hugging Face folder. Returns the weights' SHA-256.
+
+    Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
+    arrives at other weights than the file says.
+    """
+    refuse_filled(folder)
+    delta = read_delta(path)
+    models.check(base_name)
+    base = models.load(base_name, log=say)
+    found = tree.fingerprint(tree.parameters(base.model))
+    if found != delta.base_fingerprint:
+        raise UserError(
+            f"{path} belongs to the base {delta.base_name} (SHA-256 {delta.base_fingerprint[:12]}…); "
+            f"{base_name} is another (SHA-256 {found[:12]}…)"
+        )
+    return _write_folder(base, delta, folder)
+
+
+def read_delta(path: Path) -> DeltaFile:
+    """The delta file at ``path``. Raises UserError."""
+    try:
+        delta = codec.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; `fedferret export RUN --delta FILE` makes one") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a delta file: {error}") from None
+    if not isinstance(delta, DeltaFile):
+        raise UserError(f"{path}: not a delta file: it holds a {type(delta).__name__}")
+    return delta
+
+
+def _read_run(run: Path) -> tuple[Recipe, Log]:
+    if not (run / "recipe.toml").exists():
+        raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
+    rounds = checkpoint.saved_round(run)
+    if not rounds:
+        raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
+    return from_tables(tomllib.loads((run / "recipe.toml").read_text())), Log.read(run / "log", rounds)
+
+
+def _delta(recipe: Recipe, base: LanguageModel, update: Update, base_fingerprint: str, fingerprint: str = "") -> DeltaFile:
+    return DeltaFile(
+        recipe.model.name,
+        base_fingerprint,
+        recipe.algorithm.name,
+        json.dumps(table_of(recipe.algorithm)),
+        recipe.seed,
+        recipe.rounds,
+        update.snapshot,
+        update.records,
+        fingerprint,
+    )
+
+
+@contextmanager
+def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[nn.Module]:
+    """The base's model with the delta's log applied."""
+    algorithm = build_algorithm(delta.method, json.loads(delta.settings))
+    task = Task(base.model, ResponseLoss(base.model), delta.rounds)
+    public, _ = algorithm.begin(task, Key.of(delta.seed, "begin"))
+    public = checkpoint.replay(task, algorithm, public, Update(delta.snapshot, delta.records))
+    with algorithm.model(task, public) as model:
+        if model is None:
+            raise UserError(f"{delta.method} has no global model: there is nothing to export")
+        yield model
+
+
+def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path) -> str:
+    with _tuned(base, delta) as model:
+        fingerprint = tree.fingerprint(tree.parameters(model))
+        if delta.fingerprint and fingerprint != delta.fingerprint:
+            raise RunError(
+                f"the rebuilt weights have SHA-256 {fingerprint[:12]}…, the file says {delta.fingerprint[:12]}…: "
+                f"nothing was written"
+            )
+        models.save_folder(base, folder)
+    return fingerprint

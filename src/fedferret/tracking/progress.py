@@ -1,0 +1,127 @@
+"""Live progress on the terminal: round, client, step, loss, bytes so far, time left.
+
+On a terminal two lines that change in place, with messages scrolling above them; into a file or a pipe one plain
+line per message, evaluation and round. Time left = time so far · (1 − f)/f, where the done fraction f counts
+rounds, clients within the round and steps within the client. A ``Progress`` can itself be printed by rich.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedferret.core.rounds import RoundRecord
+from fedferret.tracking.units import as_bytes, as_duration, as_loss
+
+
+class Progress:
+    """Shows a run of ``total_rounds`` rounds, of which ``done`` were played before. A context manager.
+
+    Its methods are called as things happen; none of them changes the run.
+    """
+
+    def __init__(self, total_rounds: int, done: int = 0, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stdout)
+        self._total, self._first = total_rounds, done
+        self._round = done + 1
+        self._cohort_size = self._client = self._step = self._steps = 0
+        self._name = ""
+        self._finished = 0.0  # rounds, of this session
+        self._loss: float | None = None
+        self._held_out: float | None = None
+        self._bytes = 0
+        self._started = time.monotonic()
+        self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def round(self, number: int, cohort_size: int) -> None:
+        """Round ``number`` begins, with that many clients."""
+        self._round, self._cohort_size = number, cohort_size
+        self._client = self._step = self._steps = 0
+        self._name = ""
+
+    def client(self, name: str, index: int) -> None:
+        """The round's client ``index`` (from 0) begins its work."""
+        self._name, self._client = name, index
+        self._step = self._steps = 0
+
+    def step(self, step: int, total: int, loss: float) -> None:
+        """The client has done ``step`` of ``total`` steps; ``loss`` was the last one's."""
+        self._step, self._steps, self._loss = step, total, loss
+
+    def evaluated(self, round: int, loss: float) -> None:
+        """The model after ``round`` has this loss on held-out data."""
+        self._held_out = loss
+        self.message(f"round {round}/{self._total}: held-out loss {as_loss(loss)}")
+
+    def message(self, text: str) -> None:
+        """Say something that stays."""
+        self._console.print(Text(text), soft_wrap=True)  # Text: a name from the data is never read as markup
+
+    def finished_round(self, record: RoundRecord, bytes_so_far: int) -> None:
+        """Round ``record.round`` is over, the run has moved ``bytes_so_far``."""
+        self._bytes = bytes_so_far
+        self._finished = float(record.round - self._first)
+        self._client, self._step, self._steps, self._name = 0, 0, 0, ""
+        for failure in record.failures:
+            self.message(f"round {record.round}: client {failure.client} failed ({failure.stage}): {failure.reason}")
+        answered = len(record.cohort) - len(record.failures)
+        self.message(
+            f"round {record.round}/{self._total}: {answered} of {len(record.cohort)} clients answered in "
+            f"{as_duration(record.seconds)}, {as_bytes(bytes_so_far)} so far, {self.time_left()}"
+        )
+
+    @property
+    def fraction(self) -> float:
+        """How much of this session's rounds is done, between 0 and 1."""
+        within_client = self._step / self._steps if self._steps else 0.0
+        within_round = (self._client + within_client) / self._cohort_size if self._cohort_size else 0.0
+        if self._round - self._first <= self._finished:  # between two rounds
+            within_round = 0.0
+        return min(1.0, (self._finished + within_round) / max(1, self._total - self._first))
+
+    def time_left(self) -> str:
+        """In words; nothing is known before the first step."""
+        fraction = self.fraction
+        if not fraction:
+            return "time left unknown"
+        left = (time.monotonic() - self._started) * (1 - fraction) / fraction
+        return f"{as_duration(left)} left" if fraction < 1 else "done"
+
+    def __rich__(self) -> Group:
+        """The two lines as they are now."""
+        overall = (self._first + self.fraction * (self._total - self._first)) / max(1, self._total)
+        rows = Table.grid(padding=(0, 2))
+        held_out = "" if self._held_out is None else f"held-out loss {as_loss(self._held_out)}"
+        rows.add_row(
+            Text(f"round {self._round}/{self._total}", style="bold"),
+            ProgressBar(total=1.0, completed=overall, width=24),
+            Text("  ".join(filter(None, (held_out, as_bytes(self._bytes), self.time_left())))),
+        )
+        if self._name:
+            loss = "" if self._loss is None else f"loss {as_loss(self._loss)}"
+            step = f"step {self._step}/{self._steps}" if self._steps else ""
+            rows.add_row(
+                Text(f"client {self._client + 1}/{self._cohort_size}"),
+                ProgressBar(total=max(1, self._steps), completed=self._step, width=24),
+                Text("  ".join(filter(None, (step, loss, self._name))), overflow="ellipsis", no_wrap=True),
+            )
+        return Group(rows)

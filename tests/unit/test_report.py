@@ -1,0 +1,168 @@
+"""The report says what happened, for any state of a run, and lets nothing from the data become markup."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedferret.core.errors import UserError
+from fedferret.tracking.events import EventLog, round_fields
+from fedferret.tracking.report import write_report
+from unit.written_run import NASTY, evaluate, record, start, write_run
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Reader(HTMLParser):
+    """Reads a page strictly: every tag closed in order. Keeps the text, the tags and the attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def report(folder: Path) -> Reader:
+    return Reader(write_report(folder).read_text())
+
+
+def test_the_report_tells_the_run(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = report(tmp_path).text
+    for piece in (
+        "Ferret tuned tiny (1,000 weights) on toy, held by 9 clients that keep it: 4 of 4 rounds; seed 1.",
+        "finished",
+        "5.000 → 4.000",
+        "this run is 0.500 better",  # than local-only
+        "FedAvg: 4.00 KB",
+        "FedAvg: 92.0 KB, 470× as much",
+        "bob lost <b>power</b>",
+        "fedferret export",
+        "seed = 1",
+        "torch",
+    ):
+        assert piece in text, piece
+
+
+def test_the_report_is_one_file_with_a_picture_of_each_kind(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    page = report(tmp_path)
+    assert [attributes["id"] for tag, attributes in page.tags if tag == "figure"] == [
+        "plot-loss-by-round",
+        "plot-loss-by-bytes",
+        "plot-sampled",
+        "plot-time",
+    ]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "loss-by-bytes.svg",
+        "loss-by-round.svg",
+        "sampled.svg",
+        "time.svg",
+    ]
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_from_the_data_never_become_markup(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    log = EventLog(tmp_path)
+    start(log, method=NASTY, model=NASTY, data=NASTY, rounds=1)
+    log.write("evaluation", round=0, results={NASTY: {"loss": 2.0, "perplexity": 7.4, "tokens": 1}}, seconds=1.0)
+    log.write("yardstick", name=NASTY, loss=3.0, per_client={})
+    log.write("round", **round_fields(record(1, failing=(NASTY,))))
+    log.write("evaluation", round=1, results={NASTY: {"loss": 1.0, "perplexity": 2.7, "tokens": 1}}, seconds=1.0)
+    page = report(tmp_path)
+    assert "script" not in {tag for tag, _ in page.tags} and "b" not in {tag for tag, _ in page.tags}
+    assert page.text.count(NASTY) > 8  # shown as it is, dollars and all
+    assert page.text.count(NASTY[:21] + "…") == 4  # in the legends
+    for svg in (tmp_path / "plots").iterdir():
+        assert "<script" not in svg.read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_any_script_is_drawn(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    start(log)
+    log.write("evaluation", round=0, results={"問答 ☃": {"loss": 2.0, "perplexity": 7.4, "tokens": 1}}, seconds=1.0)
+    assert "問答 ☃" in report(tmp_path).text
+
+
+def test_the_same_events_give_the_same_plots(tmp_path: Path) -> None:
+    pictures = []
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+        write_report(tmp_path / name)
+        pictures.append([path.read_bytes() for path in sorted((tmp_path / name / "plots").iterdir())])
+    assert pictures[0] == pictures[1]
+
+
+def test_a_run_under_way_is_told_so_far(tmp_path: Path) -> None:
+    write_run(tmp_path, rounds=2, finished=False)
+    text = report(tmp_path).text
+    assert "in progress after round 2 of 4" in text
+    assert "5.000 → 4.500" in text
+
+
+@pytest.mark.parametrize("events", ["start", "evaluated"])
+def test_a_run_before_its_first_round_has_a_report(tmp_path: Path, events: str) -> None:
+    log = EventLog(tmp_path)
+    start(log)
+    if events == "evaluated":
+        evaluate(log, 0, 5.0)
+    page = report(tmp_path)
+    assert "0 of 4 rounds" in page.text
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == (events == "evaluated")
+
+
+def test_a_diverged_run_has_a_report(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    start(log)
+    for number in range(3):
+        scores = {"loss": float("nan"), "perplexity": float("inf"), "tokens": 1}
+        log.write("evaluation", round=number, results={"rows": scores}, seconds=1.0)
+        log.write("round", **round_fields(record(number + 1)))
+    assert "none → none" in report(tmp_path).text
+
+
+def test_thousands_of_clients_and_hundreds_of_rounds_stay_light(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    start(log, rounds=200, clients=4000)
+    for number in range(1, 201):
+        cohort = tuple(f"client {(number * 37 + index * 911) % 4000}" for index in range(20))
+        log.write("round", **round_fields(record(number, cohort, failing=cohort[:1])))
+    report(tmp_path)
+    assert (tmp_path / "plots" / "sampled.svg").stat().st_size < 500_000
+    shown = (tmp_path / "plots" / "sampled.svg").read_text()
+    assert re.search(r"clients, \d+ a cell", shown)
+
+
+def test_a_folder_without_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []

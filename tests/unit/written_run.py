@@ -1,0 +1,62 @@
+"""A run folder written through the same interface that a run writes it with, figures made up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedferret.core.rounds import Failure, RoundRecord
+from fedferret.tracking.environment import write_environment
+from fedferret.tracking.events import EventLog, round_fields
+from fedferret.tracking.folder import explain
+
+NASTY = '<script>alert("$x$ & co")</script>'
+PARAMETERS = 1000
+
+
+def record(number: int, cohort: tuple[str, ...] = ("ann", NASTY, "bob"), failing: tuple[str, ...] = ()) -> RoundRecord:
+    """A round in which everyone but ``failing`` answered: 10 bytes up and 7 down a client."""
+    answered = [client for client in cohort if client not in failing]
+    return RoundRecord(
+        number,
+        cohort,
+        {client: {"loss": 4.0 - 0.1 * number, "seconds": 1.0} for client in answered},
+        tuple(Failure(client, "local", f"{client} lost <b>power</b>") for client in failing),
+        dict.fromkeys(answered, 10),
+        dict.fromkeys(cohort, 7),
+        f"fingerprint{number}" if number % 2 == 0 else "",
+        seconds=5.0,
+        seconds_local=float(len(answered)),
+    )
+
+
+def start(log: EventLog, **changes: Any) -> None:
+    """The event that a run begins with."""
+    fields = {"method": "ferret", "model": "tiny", "data": "toy", "rounds": 4, "clients": 9, "seed": 1}
+    log.write("start", **{**fields, "parameters": PARAMETERS, **changes})
+
+
+def evaluate(log: EventLog, number: int, loss: float) -> None:
+    """Scores on two held-out sets, the first being the main one; 2 seconds."""
+    results = {
+        name: {"loss": value, "perplexity": math.exp(value), "tokens": 100}
+        for name, value in (("held-out rows", loss), ("held-out people", loss + 0.5))
+    }
+    log.write("evaluation", round=number, results=results, seconds=2.0, who="global")
+
+
+def write_run(folder: Path, rounds: int = 4, finished: bool = True) -> None:
+    """A run of ``rounds`` rounds; one client fails in round 2, and one client has a name to be afraid of."""
+    log = EventLog(folder)
+    (folder / "recipe.toml").write_text(f"seed = 1\n# {NASTY}\n")
+    write_environment(folder)
+    explain(folder)
+    start(log)
+    evaluate(log, 0, 5.0)
+    log.write("yardstick", name="local-only", loss=4.5, per_client={"ann": 4.4, NASTY: 4.6})
+    for number in range(1, rounds + 1):
+        log.write("round", **round_fields(record(number, failing=("bob",) if number == 2 else ())))
+        evaluate(log, number, 5.0 - 0.25 * number)
+    if finished:
+        log.write("end", rounds=rounds)
