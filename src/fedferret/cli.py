@@ -155,11 +155,15 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"fedferret: {error}", file=sys.stderr)
+        _complain(error)
         raise typer.Exit(2) from None
     except RunError as error:
-        print(f"fedferret: {error}", file=sys.stderr)
+        _complain(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
-        print(f"fedferret: {error or 'stopped'}", file=sys.stderr)
+        _complain(error if error.args else "stopped")
         raise typer.Exit(130) from None
+
+
+def _complain(error: object) -> None:
+    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # torch's own messages can have many lines

@@ -7,7 +7,9 @@ The folder is resumable after every round: `run` continues a folder that holds a
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ from fedferret.core.algorithm import Task
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
+from fedferret.core.mapped import MappedTree
 from fedferret.core.rounds import RoundRecord, RunState
 from fedferret.data.batches import FederatedTokens
 from fedferret.data.examples import FederatedData
@@ -125,15 +128,20 @@ class Experiment:
         state: RunState,
         engine: InProcess,
         notify: Callable[[rounds.Answer | rounds.Failure], None] = lambda outcome: None,
+        journal: Callable[[RoundRecord], None] = lambda record: None,
     ) -> Iterator[RoundRecord]:
-        """The rounds after ``state.round``; each is committed before it is yielded."""
+        """The rounds after ``state.round``; each is committed before it is yielded.
+
+        ``journal`` hears of a round just before: what it writes of a round that a crash undoes, it will write again.
+        """
         records = rounds.run(
             self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), notify
         )
         for record in records:
-            engine.store.commit(record.round)
+            journal(record)
             if self.folder:
                 checkpoint.save(self.folder, state)
+            engine.store.commit(record.round)  # after the checkpoint: it removes the states from before this round
             yield record
 
     def score(
@@ -184,6 +192,9 @@ class Experiment:
         }
 
     def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
+        if self.recipe.execution.memory == "lean":
+            folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
+            return MappedTree(folder / f".weights-{os.getpid()}", weights)
         device = self.task.device
         return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}
 

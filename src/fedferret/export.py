@@ -107,10 +107,11 @@ def read_delta(path: Path) -> DeltaFile:
 def _read_run(run: Path) -> tuple[Recipe, Log]:
     if not (run / "recipe.toml").exists():
         raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
+    recipe = from_tables(tomllib.loads((run / "recipe.toml").read_text()))  # first: it brings the method's messages
     rounds = checkpoint.saved_round(run)
     if not rounds:
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
-    return from_tables(tomllib.loads((run / "recipe.toml").read_text())), Log.read(run / "log", rounds)
+    return recipe, Log.read(run / "log", rounds)
 
 
 def _delta(recipe: Recipe, base: LanguageModel, update: Update, base_fingerprint: str, fingerprint: str = "") -> DeltaFile:

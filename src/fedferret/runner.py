@@ -97,17 +97,21 @@ class Run:
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state):
             self.index = 0
             engine = experiment.engine(state, lambda client: self._client(progress, client))
-            if state.round == 0 and 0 not in known.evaluations:
+            if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
             moved = sent.up + sent.down
-            records = experiment.play(state, engine, lambda outcome: self._heard(progress, outcome))
+            records = experiment.play(
+                state,
+                engine,
+                lambda outcome: self._heard(progress, outcome),
+                lambda record: self._tell("round", **events.round_fields(record)),
+            )
             progress.round(state.round + 1, recipe.clients.per_round)
             with observing_steps(lambda step, total: progress.step(step, total, math.nan)):
                 for record in records:
-                    self._tell("round", **events.round_fields(record))
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
-                    if record.round % recipe.evaluation.every == 0 or record.round == recipe.rounds:
+                    if self._due(record.round):
                         self._evaluate(state, engine, progress)
                     write_summary(self.out)
                     self.index = 0
@@ -154,6 +158,9 @@ class Run:
         import rich
 
         rich.print(summarise(experiment.data))
+
+    def _due(self, round: int) -> bool:
+        return round % self.recipe.evaluation.every == 0 or round == self.recipe.rounds
 
     def _client(self, progress: Progress, client: str) -> None:
         self.index += 1

@@ -41,10 +41,15 @@ def test_a_wrong_column_is_named(folder):
         Hub(name=str(folder)).load(Key.of(1))
 
 
-@pytest.mark.parametrize(("name", "split"), [("nobody/no-such-data", "train"), ("", "train"), ("questions", "trian")])
+@pytest.mark.parametrize(("name", "split"), [("nobody/no-such-data", "train"), ("questions", "trian")])
 def test_what_cannot_be_loaded_is_one_line(folder, monkeypatch, name, split):
     monkeypatch.chdir(folder.parent)
     with pytest.raises(UserError) as error:
         Hub(name=name, split=split).load(Key.of(1))
     assert f'cannot load "{name}" (split "{split}") from the hub' in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_name_is_refused_at_once():
+    with pytest.raises(UserError, match=r"data\.name is empty"):
+        Hub(name="")

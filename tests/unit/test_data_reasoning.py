@@ -54,6 +54,7 @@ print(data.clients)
 """
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_rows_and_leaves_its_generators_alone():
     hash_seed = {**os.environ, "PYTHONHASHSEED": "7"}
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=hash_seed)

@@ -223,6 +223,14 @@ def test_those_who_ask_at_once_get_one_folder_built_once(small: PackagedModel, t
     assert leftovers(tmp_path / "cache") == [folders[0].name]
 
 
+def test_what_a_killed_process_left_is_cleared_away(small: PackagedModel, tmp_path: Path) -> None:
+    name = packaged.ensure("packaged:small", print).name
+    cache = tmp_path / "cache" / "models"
+    (cache / name).rename(cache / f".{name}.abandoned")
+    packaged.ensure("packaged:small", print)
+    assert leftovers(tmp_path / "cache") == [name]
+
+
 @pytest.mark.parametrize(("part", "offset"), [("small_part1", 500), ("small_part2", -1)])
 def test_a_flipped_bit_is_refused(small: PackagedModel, tmp_path: Path, part: str, offset: int) -> None:
     piece = tmp_path / "site" / part / "piece"

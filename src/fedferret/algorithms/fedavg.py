@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
@@ -67,8 +68,8 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
 
     def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
         """Refuse a change of other tensors or shapes."""
-        expected = {name: weight.shape for name, weight in public.weights.items()}
-        if {name: delta.shape for name, delta in payload.delta.items()} != expected:
+        expected = {name: (weight.shape, torch.float32) for name, weight in public.weights.items()}
+        if {name: (delta.shape, delta.dtype) for name, delta in payload.delta.items()} != expected:
             raise ValueError("the change's tensors are not the model's: another model or version sent it")
 
     def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
@@ -97,7 +98,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
     def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
         """w <- w - η Δ, element by element."""
         for name, weight in public.weights.items():
-            weight.sub_(entry.delta[name].to(weight.device).mul_(entry.learning_rate))
+            weight.sub_(entry.delta[name].to(weight.device) * entry.learning_rate)
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:

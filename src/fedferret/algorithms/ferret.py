@@ -39,6 +39,7 @@ from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooli
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
+from fedferret.core.pooling import NotFinite
 from fedferret.core.tree import Tree
 from fedferret.local.first_order import FirstOrder
 
@@ -219,14 +220,20 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         return Reply(payload, weight_of(data, self.weighting), private, metrics)
 
     def accept(self, task: Task, public: FerretPublic, payload: Up) -> None:
-        """Refuse coordinates or norms of the wrong number."""
+        """Refuse coordinates or norms of the wrong kind or number, and coordinates that are not finite."""
         projector = self.projector(public)
+        if not isinstance(payload, SharedReply if self.keys == "shared" else KeyedReply):
+            raise ValueError(f"a {type(payload).__name__} came: the client plays with other settings")
+        if isinstance(payload, KeyedReply) and not 0 <= payload.key < 2**64:
+            raise ValueError(f"{payload.key} is no key")
         norms = public.norms if isinstance(payload, SharedReply) else payload.norms
         if len(payload.norms) != len(projector.blocks):
             raise ValueError(f"{len(payload.norms)} block norms came, {len(projector.blocks)} were expected")
         expected = sum(projector.counts(decode_norms(norms)))
         if payload.coordinates.length != expected:
             raise ValueError(f"{payload.coordinates.length} coordinates came, {expected} were expected")
+        if not torch.isfinite(payload.coordinates.unpack()).all():
+            raise NotFinite("coordinates holds NaN or infinity")
 
     def update(
         self, task: Task, public: FerretPublic, server: FerretServer, pooled: Pooled[Up], key: Key

@@ -145,7 +145,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """One client's work in one round. Changes neither ``public`` nor ``client``."""
 
     def accept(self, task: Task, public: Public, payload: Up) -> None:  # noqa: B027 (optional hook)
-        """Refuse, with ValueError, a payload that cannot belong to this round: a wrong shape, say."""
+        """Refuse, with an exception, a payload that cannot belong to this round: of a wrong type or shape, say."""
 
     @abstractmethod
     def update(

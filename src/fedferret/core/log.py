@@ -9,6 +9,8 @@
   taken, so a newcomer never downloads more than one and a half models. A method whose entry is as large
   as the model (FedAvg) therefore folds every round; Ferret never does.
 * Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
+* On disk, what a fold makes superfluous goes only by ``settle``, when whoever holds the log has written down that
+  this version is reached: a crash in between finds the version before it whole.
 
 The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
 each file whole or absent; without, it is in memory.
@@ -54,6 +56,7 @@ class Log:
         self._folder = folder
         self._records: dict[int, bytes] = {}
         self._snapshot: tuple[int, bytes] | None = None
+        self._superfluous: list[Path] = []
 
     @classmethod
     def read(cls, folder: Path, version: int) -> Log:
@@ -73,8 +76,9 @@ class Log:
         """The log in ``folder`` as it was at ``version``, to go on with; what a crash left behind it is removed."""
         log = cls.read(folder, version)
         log._folder = folder
+        newest = log._snapshot[0] if log._snapshot else 0
         for path in [*folder.glob("*.record"), *folder.glob("*.snapshot")]:
-            if int(path.stem) > version:
+            if int(path.stem) > version or (path.suffix == ".snapshot" and int(path.stem) < newest):
                 path.unlink()
         return log
 
@@ -87,6 +91,12 @@ class Log:
         base = self._snapshot[0] if self._snapshot else 0
         if 2 * sum(len(r) for version, r in self._records.items() if version > base) > snapshot_size:
             self._fold(snapshot())
+
+    def settle(self) -> None:
+        """This version will not be gone back from: remove the files that only an older one needs."""
+        for path in self._superfluous:
+            path.unlink(missing_ok=True)
+        self._superfluous.clear()
 
     def since(self, version: int) -> Update:
         """What a node at ``version`` lacks, in the fewest bytes."""
@@ -106,11 +116,11 @@ class Log:
         if self._folder:
             write_atomically(self._folder / f"{self.version:06d}.snapshot", snapshot)
             if old is not None:
-                (self._folder / f"{old:06d}.snapshot").unlink()
+                self._superfluous.append(self._folder / f"{old:06d}.snapshot")
         kept = 0
         for number in sorted(self._records, reverse=True):
             kept += len(self._records[number])
             if kept >= len(snapshot):
                 del self._records[number]
                 if self._folder:
-                    (self._folder / f"{number:06d}.record").unlink()
+                    self._superfluous.append(self._folder / f"{number:06d}.record")

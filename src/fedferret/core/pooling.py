@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic
 
 import torch
@@ -59,7 +59,7 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):
             yield from tensors(getattr(value, item.name), f"{path}.{item.name}" if path else item.name)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from tensors(item, f"{path}[{name}]")
     elif isinstance(value, tuple):

@@ -147,7 +147,7 @@ def run(
         algorithm.apply(task, state.public, codec.decode(encoded))  # the server applies what the clients will receive
         due = plan.fingerprint_every and number % plan.fingerprint_every == 0
         takes_fingerprint = due or number == plan.rounds
-        fingerprint = tree.fingerprint(dict(tensors(state.public))) if takes_fingerprint else ""
+        fingerprint = tree.digest(tensors(state.public)) if takes_fingerprint else ""
         state.log.append(
             codec.encode(Record(number, encoded, fingerprint)),
             codec.size(state.public),
@@ -187,6 +187,8 @@ def collect(
                 answers.append(Answer(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
             except ValueError as error:
                 outcome = Failure(outcome.client, "pool", str(error))
+            except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:  # of another shape inside
+                outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
         if isinstance(outcome, Failure):
             failures.append(outcome)
         notify(outcome)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -97,7 +97,7 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
         self, task: Task, public: ThenPublic, client: ThenClient | None, data: Examples, key: Key
     ) -> Reply[ThenClient, Any]:
         """The current stage's work; the other stage's private state is carried along."""
-        client = client or ThenClient(None, None)
+        client, task = client or ThenClient(None, None), self._stage(task, public)
         if public.second is None:
             reply = self.first.local(task, public.first, client.first, data, key)
             return Reply(reply.payload, reply.weight, ThenClient(reply.client, client.second), reply.metrics)
@@ -111,6 +111,7 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
         self, task: Task, public: ThenPublic, server: ThenServer, pooled: Pooled[Any], key: Key
     ) -> tuple[ThenServer, Any]:
         """The current stage's step; the second's server state is born in its first round."""
+        task = self._stage(task, public)
         if public.second is None:
             first, entry = self.first.update(task, public.first, server.first, pooled, key)
             return ThenServer(first, None), entry
@@ -134,6 +135,10 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
                     self.hand_over(task, model)
                 public.second, _ = self.second.begin(task, Key(public.key))
             public.first = None
+
+    def _stage(self, task: Task, public: ThenPublic) -> Task:
+        """The task with the current stage's number of rounds, which is what a stage's schedule is a function of."""
+        return replace(task, rounds=self.after if public.second is None else task.rounds - self.after)
 
     @contextmanager
     def model(self, task: Task, public: ThenPublic, client: ThenClient | None = None) -> Iterator[nn.Module | None]:

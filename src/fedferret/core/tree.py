@@ -8,7 +8,7 @@ needs a second copy of a model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TypeAlias
 
 import torch
@@ -46,14 +46,20 @@ def size(tree: Mapping[str, Tensor]) -> int:
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The pairs (name, before - after), one tensor at a time, in fp32."""
     for name, tensor in before.items():
-        yield name, tensor.float() - after[name].float()
+        trained = after[name]
+        yield name, tensor.to(trained.device).float() - trained.float()
 
 
 def fingerprint(tree: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and bytes, in order of name: equal exactly when the weights are bit-equal."""
+    """SHA-256 of a tree in order of name: equal exactly when the weights are bit-equal."""
+    return digest((name, tree[name]) for name in sorted(tree))
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, types and bytes, in the order given, one tensor at a time."""
     digest = hashlib.sha256()
-    for name in sorted(tree):
-        tensor = tree[name].detach().cpu().contiguous()
+    for name, value in tensors:
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
     return digest.hexdigest()

@@ -23,6 +23,11 @@ class Hub(Table):
     held_out_split: str | None = None
     revision: str | None = None  # a commit makes the run repeatable
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name.strip("/ "):
+            raise UserError('data.name is empty: give a data set of the hub such as "owner/name"')
+
     def load(self, key: Key) -> FederatedData:
         """Download (or read from the hub's cache), check, withhold and deal out."""
         held_out = None if self.held_out_split is None else self._rows(self.held_out_split)

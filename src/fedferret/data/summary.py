@@ -96,6 +96,7 @@ def plot_partition(data: FederatedData, path: Path) -> None:
         raise UserError(f'cannot plot to "{path}": give a name that ends in .svg or .png')
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     held = [(_categories(examples), len(examples)) for examples in data.clients.values()]
     held.sort(key=lambda pair: (-pair[1], str(pair[0].most_common(1))))
@@ -114,7 +115,7 @@ def plot_partition(data: FederatedData, path: Path) -> None:
         top = [low + count for low, count in zip(floor, counts, strict=True)]
         axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=name)
         floor = top
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Who holds what: {data.source}")
     axes.margins(x=0)
     if len(bands) > 1:

@@ -207,7 +207,7 @@ def _piece(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Where a text may be cut without changing its tokens: at special tokens, unless the tokenizer looks across them."""
+    """Where a text may be cut without changing its tokens: at special tokens, if the tokenizer never looks across."""
     tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
     if not tokens:
         return re.compile(r"(?!)")

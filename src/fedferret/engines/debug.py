@@ -26,10 +26,10 @@ class Debug(InProcess):
 
     def work(self, job: Job, client: str, data: Examples) -> tuple[bytes, Any]:
         """In-process work on recorded data, with the public state checked before and after."""
-        before = tree.fingerprint(dict(tensors(job.public)))
+        before = tree.digest(tensors(job.public))
         self._recorded = Recorded(data)
         result = super().work(job, client, self._recorded)
-        if tree.fingerprint(dict(tensors(job.public))) != before:
+        if tree.digest(tensors(job.public)) != before:
             raise AssertionError(f"{job.algorithm.name}.local changed the public state")
         return result
 
@@ -63,4 +63,4 @@ class Recorded:
         """How much was read, and what the last batch held."""
         if self._last is None:
             return f"{len(self)} examples, none read"
-        return f"{len(self)} examples, failed at batch {self._batches}: {self._last!r}"
+        return f"{len(self)} examples, failed at batch {self._batches}: {' '.join(repr(self._last).split()):.200}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedferret.core.algorithm import Examples
+from fedferret.core.algorithm import Examples, Payload
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 from fedferret.core.rounds import Answer, Codec, Failure, Job
@@ -82,4 +82,7 @@ def open_envelope(client: str, encoded: bytes, codec: Codec) -> Answer:
     envelope = codec.decode(encoded)
     if not isinstance(envelope, Envelope):
         raise ValueError(f"a {type(envelope).__name__} came where an Envelope was expected")
+    numbers = [envelope.weight, *envelope.metrics.values()] if isinstance(envelope.metrics, dict) else [None]
+    if not isinstance(envelope.payload, Payload) or not all(isinstance(number, float) for number in numbers):
+        raise ValueError("an Envelope came that holds no payload with a weight and metrics")
     return Answer(client, envelope.payload, envelope.weight, envelope.metrics, len(encoded))

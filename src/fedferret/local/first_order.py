@@ -4,7 +4,9 @@
                                + mu (w - anchor), with FedProx          clip the global norm
                                one step of the optimiser, fresh each round
 
-Weights are fp32 whatever the compute precision. Plain SGD keeps no optimiser state.
+Weights are fp32 whatever the compute precision. Plain SGD (no momentum, decay, clip or accumulation) needs no
+gradient buffer: each tensor's gradient is applied and dropped as the backward pass produces it, same bits. Dropout is
+off: it would draw from the global generator.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from fedferret.core.algorithm import Examples, Task
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.local.steppers import StepAfterBackward, StepInBackward, Stepper, checkpointed
 
 
 class TrainingRefused(RuntimeError):
@@ -57,6 +60,7 @@ class FirstOrder:
     steps: int | None = None  # 5 where neither is given
     epochs: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; bf16 is autocast over fp32 weights and changes numbers
+    checkpoint_activations: bool = False  # a third more compute for much less memory with long or many examples
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -95,35 +99,35 @@ class FirstOrder:
         if not len(data):
             raise TrainingRefused("the client holds no example")
         started = time.perf_counter()
-        model, observer = task.model, _observer.get()
-        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        optimizer = self._optimizer(list(weights.values()))
+        weights = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
         batches = endless(data, self.batch_size, key)
         total = self.total_steps(len(data))
+        observer = _observer.get()
         losses = torch.zeros(total, device=task.device)  # read once at the end: no synchronisation in the loop
-        model.train()
-        for step in range(total):
-            for _ in range(self.accumulate):
-                with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    loss = task.loss(model, next(batches)) / self.accumulate
-                loss.backward()  # type: ignore[no-untyped-call]
-                losses[step] += loss.detach()
-            if proximal and anchor is not None:
-                for name, weight in weights.items():
-                    if weight.grad is not None:
-                        weight.grad.add_(weight.detach() - anchor[name], alpha=proximal)
-            if self.clip is not None:
-                torch.nn.utils.clip_grad_norm_(weights.values(), self.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if observer:
-                observer(step + 1, total)
-        model.eval()
+        stepper = self._stepper(weights, anchor if proximal else None, proximal)
+        with stepper, checkpointed(task.model, self.checkpoint_activations):
+            for step in range(total):
+                for _ in range(self.accumulate):
+                    with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        loss = task.loss(task.model, next(batches)) / self.accumulate
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    losses[step] += loss.detach()
+                stepper.step()
+                if observer:
+                    observer(step + 1, total)
         mean_loss = losses.mean().item()
         if not math.isfinite(mean_loss):
             step = int(torch.nonzero(~torch.isfinite(losses))[0])
             raise TrainingRefused(f"the loss is {losses[step].item()} at step {step + 1}: lower the learning rate")
         return {"loss": mean_loss, "seconds": time.perf_counter() - started}
+
+    def _stepper(
+        self, weights: Mapping[str, torch.nn.Parameter], anchor: Mapping[str, Tensor] | None, proximal: float
+    ) -> Stepper:
+        plain = self.optimizer == "sgd" and not self.momentum and not self.weight_decay
+        if plain and self.clip is None and self.accumulate == 1 and anchor is None:
+            return StepInBackward(list(weights.values()), self.learning_rate)
+        return StepAfterBackward(weights, self._optimizer(list(weights.values())), self.clip, anchor, proximal)
 
     def _optimizer(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":

@@ -113,7 +113,7 @@ def _numbers(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDA
         interleaved = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
         yield from tensor.rows(interleaved.swapaxes(1, 2).ravel())
     elif architecture == "gemma3" and name.endswith("norm.weight"):
-        yield from (slab for slab in tensor.rows())
+        yield from (slab - np.float32(1) for slab in tensor.rows())
     else:
         yield from tensor.rows()
 

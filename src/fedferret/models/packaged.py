@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,8 @@ def ensure(name: str, log: Callable[[str], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _sole_builder(folder, lambda: log(f"waiting for another process that prepares {name}")):
             if not folder.is_dir():
+                for abandoned in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
+                    shutil.rmtree(abandoned)
                 build_folder(folder, lambda temporary: _build(name, model, temporary, log))
     except OSError as error:
         raise UserError(

@@ -38,12 +38,21 @@ def save(folder: Path, run: RunState) -> None:
     """Make the round that ``run`` has reached the one to resume from."""
     progress = Progress(run.round, run.server, run.versions)
     write_atomically(folder / "state" / "run.state", codec.encode(progress))
+    run.log.settle()
 
 
 def saved_round(folder: Path) -> int | None:
     """The last finished round of the run in ``folder``, or None where no run has begun."""
     path = folder / "state" / "run.state"
-    return int(codec.decode(path.read_bytes()).round) if path.exists() else None
+    return int(read(path).round) if path.exists() else None
+
+
+def read(path: Path) -> Any:
+    """The state in that file. Raises RunError for a damaged one."""
+    try:
+        return codec.decode(path.read_bytes())
+    except codec.WireError as error:
+        raise RunError(f"{path} is damaged ({error}): restore it from a copy, or start again in another folder") from None
 
 
 def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int) -> RunState:
@@ -51,7 +60,7 @@ def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, An
 
     Raises RunError where replaying the log gives other weights than it says.
     """
-    progress = codec.decode((folder / "state" / "run.state").read_bytes())
+    progress = read(folder / "state" / "run.state")
     log = Log.open(folder / "log", progress.round)
     public, _ = algorithm.begin(task, Key.of(seed, "begin"))
     public = replay(task, algorithm, public, log.since(0))
@@ -68,7 +77,7 @@ def replay(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], public: An
     for encoded in update.records:
         record: Record = codec.decode(encoded)
         algorithm.apply(task, public, codec.decode(record.entry))
-        if record.fingerprint and tree.fingerprint(dict(tensors(public))) != record.fingerprint:
+        if record.fingerprint and tree.digest(tensors(public)) != record.fingerprint:
             raise RunError(
                 f"version {record.version}: this machine rebuilt other weights than the log says; "
                 f"its base model, its fedferret or its memory differs"

@@ -208,9 +208,11 @@ class _Reader:
         for length in shape:
             elements *= length
         data = self.take(elements * _DTYPES[code].itemsize)
-        if not elements:
-            return torch.empty(shape, dtype=_DTYPES[code])
-        return torch.frombuffer(bytearray(data), dtype=_DTYPES[code]).reshape(shape)
+        flat = torch.frombuffer(bytearray(data), dtype=_DTYPES[code]) if elements else torch.empty(0, dtype=_DTYPES[code])
+        try:
+            return flat.reshape(shape)
+        except (RuntimeError, TypeError):  # no elements along one dimension, and more than 2^63 along another
+            raise WireError(f"tensor of impossible shape {shape}") from None
 
 
 _CONSTANTS: dict[bytes, Any] = {b"n": None, b"t": True, b"f": False}
