@@ -127,6 +127,31 @@ def apply(
         _say(f"Model: {to} (SHA-256 of its weights {fingerprint[:16]}…, as the delta file says)")
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str], typer.Argument(help="Which ones, or `all`.", metavar="NAME...", show_default=False)],
+    save: Annotated[bool, typer.Option(help="Keep the results in benchmarks/results/.")] = False,
+) -> None:
+    """Measure a claim about speed or memory: projection, round, training, memory, simulation, startup.
+
+    Every benchmark compares two things measured in turn in one run, and prints JSON and a sentence.
+    """
+    with _one_line_errors():
+        import subprocess
+
+        from fedferret.core.errors import UserError, nearest
+
+        checkout = Path(__file__).parents[2]
+        known = ["projection", "round", "training", "memory", "simulation", "startup"]
+        if not (checkout / "benchmarks" / "measure.py").exists():
+            raise UserError("benchmarks are part of the repository, not of the package: run this in a checkout")
+        for name in known if names == ["all"] else names:
+            if name not in known:
+                raise UserError(f'no benchmark is called "{name}": {nearest(name, known)}')
+            command = [sys.executable, "-m", f"benchmarks.{name}", *(["--save"] if save else [])]
+            subprocess.run(command, cwd=checkout, check=True)
+
+
 def main() -> None:
     """The entry point of the `fedferret` command."""
     app()

@@ -49,6 +49,9 @@ _MEASURE = """(() => {
       return [f.id.replace("plot-", ""), {
         box: box(svg),
         label: svg.getAttribute("aria-label"),
+        colours: [...new Set([...svg.querySelectorAll("text, path, use")].flatMap(p =>
+          [getComputedStyle(p).fill, getComputedStyle(p).stroke])
+          .filter(c => c.startsWith("rgb(") && c != "rgb(0, 0, 0)"))],  // black: the default of lines without a fill
         drawn: [...svg.querySelectorAll("path, use")].filter(p => {
           const b = p.getBBox(), style = getComputedStyle(p);
           return b.width + b.height > 0 && (style.fill != "none" || style.stroke != "none");

@@ -161,6 +161,7 @@ def progress_output() -> str:
     console = Console(file=output, width=100)
     with Progress(2, console=console) as progress:
         progress.evaluated(0, 5.0)
+        progress.message("[bold]a name[/bold]")
         for number in (1, 2):
             progress.round(number, 3)
             progress.client("[red]ann[/red]", 0)
@@ -172,10 +173,11 @@ def progress_output() -> str:
 def test_progress_into_a_file_is_plain_lines() -> None:
     lines = progress_output().splitlines()
     assert lines[0] == "round 0/2: held-out loss 5.000"
-    assert lines[1] == "round 1: client bob failed (local): bob lost <b>power</b>"
-    assert lines[2].startswith("round 1/2: 2 of 3 clients answered in 5 s, 51 B so far, ")
-    assert lines[4].endswith("102 B so far, done")
-    assert len(lines) == 5 and "\x1b" not in "".join(lines)
+    assert lines[1] == "[bold]a name[/bold]"
+    assert lines[2] == "round 1: client bob failed (local): bob lost <b>power</b>"
+    assert lines[3].startswith("round 1/2: 2 of 3 clients answered in 5 s, 51 B so far, ")
+    assert lines[5].endswith("102 B so far, done")
+    assert len(lines) == 6 and "\x1b" not in "".join(lines)
 
 
 def test_progress_on_a_terminal_shows_round_client_step_and_loss() -> None:

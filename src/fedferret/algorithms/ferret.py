@@ -170,8 +170,13 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
         """At least one coordinate per block and at most one per weight."""
-        sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-        total, blocks = sum(sizes.values()), len(pack(sizes))
+        sizes = [block.size for block in pack({name: math.prod(shape) for name, shape in shapes.items()})]
+        total, blocks, largest = sum(sizes), len(sizes), max(sizes)
+        if self.budget == "largest-block" and not 2 <= self.coordinates <= largest:
+            raise UserError(
+                f"coordinates={self.coordinates:,}: this model's largest block has {largest:,} weights, "
+                f"choose 2 to {largest:,}"
+            )
         if self.budget == "total" and not blocks <= self.coordinates <= total:
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
@@ -179,10 +184,16 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             )
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's."""
-        blocks = len(pack({name: math.prod(shape) for name, shape in shapes.items()}))
-        up = self.coordinates * self.bits / 8 + blocks
-        return WireCost(up, self.coordinates * self.entry_bits / 8 + blocks if self.keys == "shared" else cohort * up)
+        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's.
+
+        With the budget "largest-block" the figures are bounds: K depends on the blocks' norms.
+        """
+        blocks = pack({name: math.prod(shape) for name, shape in shapes.items()})
+        coordinates = self.coordinates
+        if self.budget == "largest-block":
+            coordinates = sum(min(block.size, self.coordinates) for block in blocks)
+        up = coordinates * self.bits / 8 + len(blocks)
+        return WireCost(up, coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up)
 
     def begin(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to change alike."""

@@ -8,6 +8,7 @@ Unbiased with s = 1. In a bucket of n weights the error energy is n - 1 times th
 equal buckets, and at K = d projection and expansion are each other's exact inverse.
 
 Cost: one pass over d numbers whatever K is, 4 d bytes read to project, 8 d moved to expand, O(chunk + K) extra memory.
+Compiled where the machine can (native.py), in chunks of torch's operations elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedferret.bases import native
 from fedferret.bases.basis import Basis, add_rounded_, fold_rows_
 from fedferret.bases.hashing import MAX_SIGN_POSITION, TILE, flip_signs
 from fedferret.core.keys import Key
@@ -25,7 +27,7 @@ from fedferret.core.keys import Key
 
 @dataclass(frozen=True)
 class SignBuckets(Basis):
-    """One signed entry a row. ``chunk_elements``: how much is worked on at a time, best about the size of a cache."""
+    """One signed entry a row. ``chunk_elements``: how much the plain path works on at a time."""
 
     name: ClassVar[str] = "sign-buckets"
     max_size: ClassVar[int] = MAX_SIGN_POSITION
@@ -50,11 +52,17 @@ class SignBuckets(Basis):
         return squares / size - 1
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
+        if compiled := native.kernels(delta_N.device):
+            compiled.sign_project(delta_N, out_K, key, offset)
+            return
         for start, stop in self._chunks(delta_N.numel(), offset):
             signed_N = flip_signs(delta_N[start - offset : stop - offset], key, start)
             _add_to_buckets_(out_K, signed_N, start)
 
     def _expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, size: int, offset: int) -> None:
+        if compiled := native.kernels(target_N.device):
+            compiled.sign_expand_(target_N, coordinates_K, key, offset)
+            return
         longest_run = min(self._step, target_N.numel())
         # few coordinates are repeated until a whole chunk is one slice; many wrap at most once a chunk as they are
         few = coordinates_K.numel() < longest_run

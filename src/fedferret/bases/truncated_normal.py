@@ -8,7 +8,8 @@ its two integrals is used, which has nothing to cancel: rho = (1/3d)(1 - 2/(15 d
 Deviations from the published code, which scales by d/K (a third) and draws from torch's own generator.
 
 Cost: O(d K): one hash and a short polynomial for each element of V, for each use of it. Tiles of 64 columns by some
-thousand positions are built, used and dropped; a column costs about as much as sign buckets do in all.
+thousand positions are built, used and dropped; a column costs about as much as sign buckets do in all. Compiled where
+the machine can (native.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedferret.bases import native
 from fedferret.bases.basis import Basis, add_rounded_, fold_rows_
 from fedferret.bases.hashing import MAX_UNIFORM_POSITION, column_states, position_states, uniforms
 from fedferret.core.keys import Key
@@ -31,7 +33,7 @@ _COLUMNS = 64  # part of the definition: V c is summed over groups of this many 
 
 @dataclass(frozen=True)
 class TruncatedNormal(Basis):
-    """Dense columns. ``chunk_elements``: elements of V held at a time, best about the size of a cache."""
+    """Dense columns. ``chunk_elements``: elements of V that the plain path holds at a time."""
 
     name: ClassVar[str] = "truncated-normal"
     max_size: ClassVar[int] = MAX_UNIFORM_POSITION
@@ -48,6 +50,11 @@ class TruncatedNormal(Basis):
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
         scale = self.unbiased_scale(size, out_K.numel())
+        if compiled := native.kernels(delta_N.device):
+            out_K += compiled.dense_project(delta_N, out_K.numel(), key, offset, _quantile_coefficients(size)).mul(
+                scale
+            )
+            return
         for start, stop in self._chunks(delta_N.numel(), out_K.numel()):
             piece_N = delta_N[start:stop].float()
             positions_N = position_states(key, offset + start, offset + stop, delta_N.device)
@@ -57,6 +64,9 @@ class TruncatedNormal(Basis):
                 out_K[first:last] += fold_rows_(products.T).mul(scale)
 
     def _expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, size: int, offset: int) -> None:
+        if compiled := native.kernels(target_N.device):
+            compiled.dense_expand_(target_N, coordinates_K, key, offset, _quantile_coefficients(size))
+            return
         for start, stop in self._chunks(target_N.numel(), coordinates_K.numel()):
             positions_N = position_states(key, offset + start, offset + stop, target_N.device)
             increment_N = torch.zeros(stop - start, dtype=torch.float32, device=target_N.device)

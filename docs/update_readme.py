@@ -1,0 +1,75 @@
+"""Put a run's figures between README's demo markers, and its plots into docs/images.
+
+    python docs/update_readme.py [RUN_FOLDER]        runs/demo where none is given
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedferret.core.files import write_atomically
+from fedferret.tracking.events import read
+from fedferret.tracking.summary import read_summary
+from fedferret.tracking.units import as_bytes, as_count, as_duration
+
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+PLOTS = {"loss-by-round": "Loss on held-out text against rounds", "loss-by-bytes": "The same loss against bytes moved"}
+
+
+def section(summary: dict[str, Any], parameters: int, delta_bytes: int | None) -> str:
+    """The Markdown between the markers, from what ``summary.json`` and the run's first event hold."""
+    losses, yardsticks = summary["eval_loss"], summary["yardsticks"]
+    fedavg = 4 * parameters
+    losses_by_model = [
+        ("before tuning", losses[0]),
+        *([("one client's own training alone", yardsticks["local-only"])] if "local-only" in yardsticks else []),
+        (f"{summary['method']}, {summary['rounds']} rounds", losses[-1]),
+    ]
+    delta = [] if delta_bytes is None else [("the tuned model, without its base", delta_bytes, fedavg)]
+    moved = [
+        ("up, per client and round", summary["bytes_up_per_client_round"], fedavg),
+        ("down, per client and round", summary["bytes_down_per_client_round"], fedavg),
+        ("both ways, the whole run", summary["bytes_up"] + summary["bytes_down"], summary["bytes_fedavg"]),
+        *delta,
+    ]
+    lines = [
+        f"{summary['model']}, all {as_count(parameters)} weights; {as_duration(summary['seconds'])} of training and "
+        f"evaluation, {as_bytes(summary['peak_memory_bytes'])} of memory at most.",
+        "",
+        "| loss on held-out text, nats a token | |",
+        "|---|---|",
+        *(f"| {name} | {loss:.3f} |" for name, loss in losses_by_model),
+        "",
+        f"| bytes moved | {summary['method']} | FedAvg |",
+        "|---|---|---|",
+        *(f"| {name} | {as_bytes(ours)} | {as_bytes(theirs)} |" for name, ours, theirs in moved),
+        "",
+        *(f"![{text}](docs/images/{name}.svg)" for name, text in PLOTS.items()),
+    ]
+    return "\n".join(lines)
+
+
+def on_paper(svg: str) -> str:
+    """The plot on white, so that its dark ink is readable in a dark theme too."""
+    return svg.replace("<svg", '<svg style="background: #fff"', 1)
+
+
+def update(run: Path, readme: Path) -> None:
+    """Rewrite the marked part of ``readme`` and the images beside it from the run's folder."""
+    summary = read_summary(run)
+    if not summary or summary["status"] != "finished":
+        sys.exit(f"{run} holds no finished run: make demo first")
+    delta = run / "tuned.fedferret"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = section(summary, read(run).start["parameters"], delta.stat().st_size if delta.exists() else None)
+    for name in PLOTS:
+        write_atomically(readme.parent / "docs" / "images" / f"{name}.svg", on_paper((run / "plots" / f"{name}.svg").read_text()))
+    write_atomically(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent.parent
+    update(Path(sys.argv[1]) if len(sys.argv) > 1 else here / "runs" / "demo", here / "README.md")

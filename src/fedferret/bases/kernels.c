@@ -1,0 +1,179 @@
+/* The inner loops of both bases, for the compiler to vectorise: hashing.py defines every bit of the randomness.
+
+   Additions to a weight follow the plain path operation by operation (compile with -ffp-contract=off), so its bits do
+   too. Sums are taken in an order that depends on positions alone, never on how the work is cut into calls: accumulator
+   c of sign_project takes its weights in order of position, and dense_project cuts positions into CHUNKs. Every function
+   works on one piece of a block whose first element is at position `start`, and calls no other library. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 256  /* neighbours that take the same bit of as many words */
+#define TILE (32 * LANES)
+#define CHUNK 4096 /* positions whose hashed states and deltas stay in the first cache while all columns pass */
+#define GROUP 64   /* columns whose sum is one fixed tree */
+#define WIDTH 64   /* positions worked on side by side: some vectors of any machine */
+
+static inline uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x21F0AAADu;
+    x = (x ^ (x >> 15)) * 0x735A2D97u;
+    return x ^ (x >> 15);
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- sign buckets ---- */
+
+typedef struct {
+    uint32_t low, high;
+    int64_t tile; /* whose words are held; -1 for none */
+    uint32_t words[LANES];
+} Signs;
+
+static inline float negated_where(float value, uint32_t word, unsigned bit) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits ^= (word << (31 - bit)) & 0x80000000u;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* target[i] += values[i] with the sign of position start + i */
+static void add_signed(float *restrict target, const float *restrict values, int64_t count, int64_t start,
+                       Signs *signs) {
+    for (int64_t done = 0; done < count;) {
+        const int64_t position = start + done, tile = position / TILE, lane = position % LANES;
+        if (tile != signs->tile) {
+            for (int i = 0; i < LANES; i++)
+                signs->words[i] = mix(mix(((uint32_t)(tile * LANES) + (uint32_t)i) ^ signs->low) ^ signs->high);
+            signs->tile = tile;
+        }
+        const unsigned bit = (unsigned)(position / LANES % 32);
+        const int64_t run = least(LANES - lane, count - done);
+        const uint32_t *restrict words = signs->words + lane;
+        float *restrict to = target + done;
+        const float *restrict from = values + done;
+        if (run == LANES)
+            for (int i = 0; i < LANES; i++) to[i] += negated_where(from[i], words[i], bit);
+        else
+            for (int64_t i = 0; i < run; i++) to[i] += negated_where(from[i], words[i], bit);
+        done += run;
+    }
+}
+
+/* accumulators[p mod buckets] += signed delta at p, for the positions p that fall into buckets first to last - 1 */
+void sign_project(const float *delta, int64_t count, int64_t start, float *accumulators, int64_t buckets,
+                  int64_t first, int64_t last, uint32_t low, uint32_t high) {
+    Signs signs = {low, high, -1, {0}};
+    const int64_t stop = start + count;
+    for (int64_t row = start / buckets * buckets; row < stop; row += buckets) {
+        const int64_t from = greatest(start, row + first), to = least(stop, row + last);
+        if (from < to) add_signed(accumulators + (from - row), delta + (from - start), to - from, from, &signs);
+    }
+}
+
+/* target at p += signed coordinates[p mod buckets] */
+void sign_expand(float *target, int64_t count, int64_t start, const float *coordinates, int64_t buckets, uint32_t low,
+                 uint32_t high) {
+    Signs signs = {low, high, -1, {0}};
+    const int64_t stop = start + count;
+    for (int64_t row = start / buckets * buckets; row < stop; row += buckets) {
+        const int64_t from = greatest(start, row), to = least(stop, row + buckets);
+        add_signed(target + (from - start), coordinates + (from - row), to - from, from, &signs);
+    }
+}
+
+/* ---- truncated normal ---- */
+
+/* one element of V: u (b_0 + b_1 u^2 + ...), by Horner's rule */
+static inline __attribute__((always_inline)) float element(uint32_t state, uint32_t column, const float *coefficients,
+                                                           int terms) {
+    /* the top 24 bits, signed (compilers shift the sign in), and a last bit that is always set */
+    const float u = (float)(((int32_t)mix(state ^ column) >> 7) | 1) * 0x1p-24f;
+    if (terms == 1) return u * coefficients[0];
+    const float square = u * u;
+    float polynomial = coefficients[terms - 1];
+    for (int term = terms - 2; term >= 0; term--) polynomial = polynomial * square + coefficients[term];
+    return polynomial * u;
+}
+
+/* the sum over a padded chunk of elements of one column times delta: WIDTH sums side by side, then a tree of them */
+static inline __attribute__((always_inline)) float column_sum(const uint32_t *restrict states,
+                                                              const float *restrict delta, int64_t padded,
+                                                              uint32_t column, const float *coefficients, int terms) {
+    float sums[WIDTH] = {0};
+    for (int64_t from = 0; from < padded; from += WIDTH)
+        for (int i = 0; i < WIDTH; i++) sums[i] += element(states[from + i], column, coefficients, terms) * delta[from + i];
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
+}
+
+/* values[i] = elements of one column at WIDTH positions, times its coordinate */
+static inline __attribute__((always_inline)) void column_products(float *restrict values,
+                                                                  const uint32_t *restrict states, uint32_t column,
+                                                                  float coordinate, const float *coefficients,
+                                                                  int terms) {
+    for (int i = 0; i < WIDTH; i++) values[i] = element(states[i], column, coefficients, terms) * coordinate;
+}
+
+/* long series belong to small blocks only; the usual lengths are constants to the compiler, which unrolls them */
+#define FOR_EACH_LENGTH(terms, CALL) \
+    switch (terms) {                 \
+        case 1: CALL(1); break;      \
+        case 2: CALL(2); break;      \
+        case 3: CALL(3); break;      \
+        case 4: CALL(4); break;      \
+        default: CALL(terms);        \
+    }
+
+/* totals[k - first] += the sum over positions of V[p, k] delta[p], for columns first to last - 1 */
+void dense_project(const float *delta, int64_t count, uint32_t start, double *totals, uint32_t first, uint32_t last,
+                   const float *coefficients, int32_t terms, uint32_t low, uint32_t high) {
+    uint32_t states[CHUNK];
+    float chunk[CHUNK];
+    for (int64_t from = 0; from < count; from += CHUNK) {
+        const int64_t length = least(CHUNK, count - from), padded = (length + WIDTH - 1) / WIDTH * WIDTH;
+        for (int64_t i = 0; i < padded; i++) states[i] = mix((start + (uint32_t)(from + i)) ^ low);
+        memcpy(chunk, delta + from, (size_t)length * sizeof *chunk);
+        memset(chunk + length, 0, (size_t)(padded - length) * sizeof *chunk);
+#define SUM(length_of_series) \
+    for (uint32_t k = first; k < last; k++) \
+        totals[k - first] += column_sum(states, chunk, padded, mix(k ^ high), coefficients, length_of_series)
+        FOR_EACH_LENGTH(terms, SUM)
+    }
+}
+
+/* the sum of `rows` rows, left in the first: basis.py's fold_rows_ */
+static inline void fold(float (*values)[WIDTH], int rows) {
+    while (rows > 1) {
+        const int half = rows / 2;
+        for (int row = 0; row < half; row++)
+            for (int i = 0; i < WIDTH; i++) values[row][i] += values[rows - half + row][i];
+        rows -= half;
+    }
+}
+
+/* target[p] += the sum over columns of V[p, k] coordinates[k] */
+void dense_expand(float *target, int64_t count, uint32_t start, const float *coordinates, uint32_t columns,
+                  const float *coefficients, int32_t terms, uint32_t low, uint32_t high) {
+    uint32_t states[WIDTH];
+    float increment[WIDTH], values[GROUP][WIDTH];
+    for (int64_t from = 0; from < count; from += WIDTH) {
+        for (int i = 0; i < WIDTH; i++) states[i] = mix((start + (uint32_t)(from + i)) ^ low);
+        memset(increment, 0, sizeof increment);
+        for (uint32_t first = 0; first < columns; first += GROUP) {
+            const int group = (int)least(GROUP, columns - first);
+#define MULTIPLY(length_of_series) \
+    for (int k = 0; k < group; k++) \
+        column_products(values[k], states, mix((first + (uint32_t)k) ^ high), coordinates[first + (uint32_t)k], \
+                        coefficients, length_of_series)
+            FOR_EACH_LENGTH(terms, MULTIPLY)
+            fold(values, group);
+            for (int i = 0; i < WIDTH; i++) increment[i] += values[0][i];
+        }
+        const int64_t length = least(WIDTH, count - from);
+        for (int64_t i = 0; i < length; i++) target[from + i] += increment[i];
+    }
+}

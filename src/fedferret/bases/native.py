@@ -1,0 +1,266 @@
+"""The bases' inner loops as machine code: ``kernels.c``, compiled where a C compiler is at hand.
+
+At first use (never at import) the machine's ``cc`` builds a library into the cache, named by a hash of the source, the
+flags, the compiler and the processor; later processes load it. ctypes lets go of Python's lock during a call, so pieces
+of one tensor run on a pool of torch's number of threads. No OpenMP: torch brings its own runtime, and two would fight.
+
+Bits: additions to weights have the plain path's, element for element. Coordinates are sums in another order and agree
+to rounding (in units of their bucket's or column's norm, about 1e-7 times the square root of the terms added one after
+another). How work is cut follows from sizes alone, so results do not depend on the number of threads.
+
+Without a compiler, or where ``FEDFERRET_NATIVE=0`` is set, the plain path serves. A build that fails is tried once
+per process and said once, through ``logging``. The cache is ``$FEDFERRET_CACHE/kernels``, or ``fedferret/kernels`` in
+``$XDG_CACHE_HOME`` or in ``~/.cache``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedferret.bases.basis import fold_rows_
+from fedferret.core.files import build_atomically
+from fedferret.core.keys import Key
+
+_REQUIRED = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
+_TUNED = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())  # the first that is accepted
+
+_MOST_PIECES = 64
+_CONVERTED = 1 << 15  # elements of another dtype that are held in fp32; torch starts no threads of its own for so few
+_FEW_BUCKETS = 1 << 12  # fewer are repeated, so that one run of neighbours is long enough for vectors
+_COLUMN_BLOCK = 1 << 14  # buckets that stay in a core's cache
+_SIGN_PIECE = 1 << 17  # weights worth a thread's attention, some 20 microseconds
+_DENSE_PIECE = 1 << 20  # elements of V for a few hundred microseconds
+_CHUNK, _GROUP = 4096, 64  # as in kernels.c
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def kernels(device: torch.device) -> Kernels | None:
+    """The compiled kernels for tensors on ``device``; None where the plain path serves."""
+    if device.type != "cpu" or os.environ.get("FEDFERRET_NATIVE") == "0":
+        return None
+    with _lock:
+        return _load()
+
+
+@cache
+def _load() -> Kernels | None:
+    try:
+        return Kernels(build(_cache_folder()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
+        _log.warning(
+            "projections run on their plain path, some times slower, because kernels.c could not be compiled (%s); "
+            "install a C compiler, or set FEDFERRET_NATIVE=0 to choose this",
+            reason,
+        )
+        return None
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("FEDFERRET_CACHE"):
+        return Path(chosen) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret" / "kernels"
+
+
+def build(folder: Path) -> Path:
+    """The library in ``folder``, compiled unless it is there. Processes that build it at once all get a whole one.
+
+    Raises FileNotFoundError without a compiler, CalledProcessError if it refuses, OSError if the folder does.
+    """
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no cc, gcc or clang")
+    source = files("fedferret.bases").joinpath("kernels.c").read_bytes()
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    identity = b"\0".join((source, repr((_REQUIRED, _TUNED)).encode(), version, _processor().encode()))
+    library = folder / f"kernels-{hashlib.blake2b(identity, digest_size=10).hexdigest()}.so"
+    if not library.exists():
+        build_atomically(library, lambda temporary: _compile(compiler, source, temporary))
+    return library
+
+
+def _compile(compiler: str, source: bytes, target: Path) -> None:
+    refused: subprocess.CalledProcessError | None = None
+    for tuned in _TUNED:
+        command = [compiler, *_REQUIRED, *tuned, "-x", "c", "-", "-o", str(target)]
+        try:
+            subprocess.run(command, input=source, capture_output=True, check=True, timeout=120)
+            return
+        except subprocess.CalledProcessError as error:
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache may be shared by unlike machines."""
+    description = [platform.system(), platform.machine(), platform.processor()]
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        of_interest = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+        description += sorted({line for line in information.read_text().splitlines() if line.startswith(of_interest)})
+    return "\n".join(description)
+
+
+class Kernels:
+    """The four loops over one piece of a block, whose first element is at position ``offset`` of the block."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, size, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
+        series = (pointer, ctypes.c_int32)
+        keys = (word, word)
+        signatures = {
+            "sign_project": (pointer, size, size, pointer, size, size, size, *keys),
+            "sign_expand": (pointer, size, size, pointer, size, *keys),
+            "dense_project": (pointer, size, word, pointer, word, word, *series, *keys),
+            "dense_expand": (pointer, size, word, pointer, word, *series, *keys),
+        }
+        for name, signature in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = signature, None
+        self._library = library
+
+    def sign_project(self, delta_N: Tensor, out_K: Tensor, key: Key, offset: int) -> None:
+        """Add the bucket sums of ``delta_N``, any float dtype, to ``out_K``, fp32."""
+        count, repeats = delta_N.numel(), _repeats(delta_N.numel(), out_K.numel())
+        buckets = repeats * out_K.numel()
+        blocks = _clamp(buckets // _COLUMN_BLOCK, _MOST_PIECES) if _is_plain(delta_N) else 1  # changes no sum
+        pieces = _clamp(count // max(64 * buckets, _SIGN_PIECE), _MOST_PIECES // _clamp(buckets // _COLUMN_BLOCK, 64))
+        # one sum per bucket is added to where it belongs; with K = d it is exact
+        direct = repeats == pieces == 1 and out_K.is_contiguous()
+        sums_PR = out_K[None] if direct else torch.zeros(pieces, buckets)
+
+        def work(task: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+            piece, positions, columns = task
+            for start, values in _in_fp32(delta_N, *positions):
+                where = (values.data_ptr(), values.numel(), offset + start)
+                self._library.sign_project(*where, sums_PR[piece].data_ptr(), buckets, *columns, *key.words)
+
+        parts = enumerate(_split(count, pieces))
+        _for_each(work, [(*part, columns) for part in parts for columns in _split(buckets, blocks)])
+        if not direct:
+            out_K += fold_rows_(sums_PR.view(-1, out_K.numel()))
+
+    def sign_expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, offset: int) -> None:
+        """Add to every weight of ``target_N``, any float dtype, its signed coordinate (fp32)."""
+        count = target_N.numel()
+        coordinates_R = coordinates_K.repeat(_repeats(count, coordinates_K.numel()))
+
+        def work(positions: tuple[int, int]) -> None:
+            for start, values in _in_fp32(target_N, *positions, write_back=True):
+                where = (values.data_ptr(), values.numel(), offset + start)
+                self._library.sign_expand(*where, coordinates_R.data_ptr(), coordinates_R.numel(), *key.words)
+
+        _for_each(work, _split(count, _clamp(count // _SIGN_PIECE, _MOST_PIECES)))
+
+    def dense_project(
+        self, delta_N: Tensor, num_columns: int, key: Key, offset: int, coefficients: Sequence[float]
+    ) -> Tensor:
+        """The sums over positions of V times ``delta_N``, any float dtype, unscaled: fp64 (num_columns,)."""
+        count, groups = delta_N.numel(), -(-num_columns // _GROUP)
+        tasks = _clamp(count * num_columns // _DENSE_PIECE, _MOST_PIECES)
+        blocks = min(tasks, groups)
+        pieces = _clamp(count // _CHUNK, tasks // blocks)
+        totals_PK = torch.zeros(pieces, num_columns, dtype=torch.float64)
+        series = _as_argument(coefficients)
+
+        def work(task: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+            piece, positions, (first, last) = task
+            first, last = first * _GROUP, min(last * _GROUP, num_columns)
+            totals = totals_PK[piece, first:]
+            for start, values in _in_fp32(delta_N, *positions):
+                where = (values.data_ptr(), values.numel(), offset + start)
+                self._library.dense_project(*where, totals.data_ptr(), first, last, *series, *key.words)
+
+        parts = enumerate(_split(count, pieces))
+        _for_each(work, [(*part, columns) for part in parts for columns in _split(groups, blocks)])
+        return fold_rows_(totals_PK)
+
+    def dense_expand_(
+        self, target_N: Tensor, coordinates_K: Tensor, key: Key, offset: int, coefficients: Sequence[float]
+    ) -> None:
+        """Add V times ``coordinates_K`` (fp32) to ``target_N``, any float dtype."""
+        count, coordinates_K = target_N.numel(), coordinates_K.contiguous()
+        series = _as_argument(coefficients)
+
+        def work(positions: tuple[int, int]) -> None:
+            for start, values in _in_fp32(target_N, *positions, write_back=True):
+                where = (values.data_ptr(), values.numel(), offset + start)
+                columns = (coordinates_K.data_ptr(), coordinates_K.numel())
+                self._library.dense_expand(*where, *columns, *series, *key.words)
+
+        _for_each(work, _split(count, _clamp(count * coordinates_K.numel() // _DENSE_PIECE, min(count, _MOST_PIECES))))
+
+
+def _as_argument(coefficients: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_float], int]:
+    return (ctypes.c_float * len(coefficients))(*coefficients), len(coefficients)
+
+
+def _clamp(count: int, most: int) -> int:
+    return max(1, min(count, most))
+
+
+def _repeats(count: int, num_coordinates: int) -> int:
+    """How often to lay few buckets out side by side: to _FEW_BUCKETS, but never to more than the weights repay."""
+    return max(1, min(_FEW_BUCKETS, count // 8) // num_coordinates)
+
+
+def _split(count: int, parts: int) -> list[tuple[int, int]]:
+    return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+def _is_plain(values_N: Tensor) -> bool:
+    return values_N.dtype == torch.float32 and values_N.is_contiguous()
+
+
+def _in_fp32(values_N: Tensor, start: int, stop: int, write_back: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """Positions ``start`` to ``stop - 1`` as contiguous fp32, each stretch with its start: one, or converted ones."""
+    if _is_plain(values_N):
+        yield start, values_N[start:stop]
+        return
+    values_N = values_N.detach()  # torch.no_grad holds for the thread that entered it alone
+    for first in range(start, stop, _CONVERTED):
+        original = values_N[first : min(stop, first + _CONVERTED)]
+        converted = original.to(torch.float32).contiguous()
+        yield first, converted
+        if write_back:
+            original.copy_(converted)
+
+
+def _for_each(work: Callable[[T], None], tasks: Sequence[T]) -> None:
+    """Call ``work`` on every task, in as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), len(tasks))
+    if threads == 1:
+        for task in tasks:
+            work(task)
+    else:
+        # consumed, because errors only show then
+        deque(_pool(torch.get_num_threads(), os.getpid()).map(work, tasks), maxlen=0)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """The threads of this ``process``: a fork inherits none."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="fedferret-bases")

@@ -1,0 +1,71 @@
+"""The rows of the contract: every registered method in several settings, three unlike ones, and a composition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from fedferret.algorithms.fedavg import FedAvg
+from fedferret.algorithms.fedprox import FedProx
+from fedferret.algorithms.ferret import Ferret
+from fedferret.config import build_algorithm
+from fedferret.core.then import then
+from fedferret.local.first_order import FirstOrder
+from toys import TRAINING, AnyAlgorithm, Simulation, simulate
+from contract.unlike_methods import UNLIKE
+
+ROUNDS = 4
+
+_ferret = Ferret(coordinates=60, bits=8, server_learning_rate=0.5, training=TRAINING)
+_one_by_one = {"coordinates": 24, "training": TRAINING}  # a column at a time is slow: few of them
+
+
+def _preset(name: str, **settings: object) -> AnyAlgorithm:
+    training = {"learning_rate": 0.02, "steps": 3, "batch_size": 4, "accumulate": 1, "clip": 1.0}
+    return build_algorithm("ferret", {"preset": name, "training": training, **settings})
+
+
+METHODS: dict[str, AnyAlgorithm] = {
+    "fedavg": FedAvg(training=TRAINING),
+    "fedavg-adamw-damped": FedAvg(
+        server_learning_rate=0.7,
+        weighting="equal",
+        training=FirstOrder(optimizer="adamw", learning_rate=0.01, epochs=1, accumulate=2, clip=None),
+    ),
+    "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
+    "fedprox": FedProx(mu=0.1, training=TRAINING),
+    "ferret": _ferret,
+    "ferret-32-bits": replace(_ferret, bits=32, entry_bits=32),
+    "ferret-16-bits": replace(_ferret, bits=16, entry_bits=16),
+    "ferret-4-bits": replace(_ferret, bits=4, allocation="norm", schedule="linear"),
+    "ferret-2-bits": replace(_ferret, bits=2, entry_bits=4, allocation="uniform", schedule="cosine"),
+    "ferret-1-bit": replace(_ferret, bits=1),
+    "ferret-shrunk": replace(_ferret, scale="shrunk", server_learning_rate=1.0),
+    "ferret-momentum": replace(_ferret, server_momentum=0.5, server_learning_rate=0.3),
+    "ferret-error-feedback": replace(_ferret, error_feedback=True, scale="shrunk"),
+    "ferret-per-client": replace(_ferret, keys="per-client"),
+    "ferret-per-client-momentum-feedback": replace(
+        _ferret, keys="per-client", server_momentum=0.5, error_feedback=True, scale="shrunk", server_learning_rate=0.5
+    ),
+    "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
+    "ferret-fixed-pool": Ferret(
+        keys="fixed-pool", basis="truncated-normal", bits=8, scale="shrunk", server_learning_rate=1.0, **_one_by_one
+    ),
+    "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
+    "ferret-paper-code": _preset("paper-code", coordinates=12, server_learning_rate=0.5),
+    **{method.name: method for method in UNLIKE},
+    "fedavg-then-ferret": then(
+        FedAvg(training=TRAINING), replace(_ferret, error_feedback=True, schedule="linear", scale="shrunk"), after=2
+    ),
+}
+
+
+def rounds_of(algorithm: AnyAlgorithm) -> int:
+    """How many rounds the tests play of it."""
+    return algorithm.max_rounds or ROUNDS
+
+
+@cache
+def reference(name: str) -> Simulation:
+    """The plain run of a row, played once. Look, do not touch."""
+    return simulate(METHODS[name], rounds_of(METHODS[name]))

@@ -1,0 +1,221 @@
+"""A small world to play methods in: a regression on 97 weights, clients of uneven size, and a whole run in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedferret.core import rounds, tree
+from fedferret.core.algorithm import Algorithm, Examples, Task
+from fedferret.core.keys import Key
+from fedferret.core.log import Log
+from fedferret.core.rounds import Answer, Failure, Job, Plan, RoundRecord, RunState
+from fedferret.engines.client_store import ClientStore, FolderClientStore
+from fedferret.engines.in_process import InProcess
+from fedferret.local.first_order import FirstOrder
+from fedferret.tracking import checkpoint
+from fedferret.wire import codec
+
+AnyAlgorithm = Algorithm[Any, Any, Any, Any, Any]
+
+TRAINING = FirstOrder(learning_rate=0.1, steps=2, batch_size=4)
+INPUTS = 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch: inputs (B, 4) and targets (B, 1)."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class ToyData:
+    """One client's rows. In a fixed order if ``shuffled`` is off, whatever the key."""
+
+    x: Tensor
+    y: Tensor
+    shuffled: bool = True
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batches(self, size: int, key: Key) -> Iterator[Rows]:
+        """All rows once."""
+        order = key.permutation(len(self)) if self.shuffled else list(range(len(self)))
+        for start in range(0, len(self), size):
+            rows = order[start : start + size]
+            yield Rows(self.x[rows], self.y[rows])
+
+
+class Failing(ToyData):
+    """A client that breaks in the middle of its training, after gradients exist."""
+
+    def batches(self, size: int, key: Key) -> Iterator[Rows]:
+        """One good batch, then none."""
+        yield next(super().batches(size, key))
+        raise OSError("the disk is gone")
+
+
+def normal(key: Key, *shape: int) -> Tensor:
+    """Sums of twelve uniforms: normal to the eye, the same bits everywhere."""
+    count = int(torch.Size(shape).numel())
+    total = sum((key.fold(draw).uniform(count) for draw in range(12)), torch.full((count,), -6.0, dtype=torch.float64))
+    return total.float().view(shape)
+
+
+def toy_rows(key: Key, count: int) -> ToyData:
+    """Rows of one law, y = tanh of a fixed direction, seen under noise."""
+    x = normal(key.fold("x"), count, INPUTS)
+    return ToyData(x, torch.tanh(x @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]])) + 0.05 * normal(key.fold("y"), count, 1))
+
+
+def toy_clients(count: int = 3) -> dict[str, Examples]:
+    """Clients "a", "b", ... of 9, 12, 15, ... rows."""
+    return {chr(ord("a") + number): toy_rows(Key.of(7, "client", number), 9 + 3 * number) for number in range(count)}
+
+
+HELD_OUT = toy_rows(Key.of(7, "held out"), 64)
+
+
+def toy_model(key: Key = Key.of(7, "model")) -> nn.Module:
+    """Two linear layers: four tensors, 97 weights."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, 1))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(0.5 * normal(key.fold(name), *weight.shape))
+    return model
+
+
+def squared_error(model: nn.Module, rows: Rows) -> Tensor:
+    """The mean over a batch."""
+    return nn.functional.mse_loss(model(rows.x), rows.y)
+
+
+def toy_task(rounds: int) -> Task:
+    """The regression, with a model of its own."""
+    return Task(toy_model(), squared_error, rounds)
+
+
+SHAPES = {name: tuple(weight.shape) for name, weight in toy_model().named_parameters()}
+
+
+class Backwards:
+    """An engine whose outcomes arrive in the reverse of the order in which they were asked for."""
+
+    def __init__(self, engine: InProcess) -> None:
+        self.engine, self.store = engine, engine.store
+
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[Answer | Failure]:
+        """All of them, the last first."""
+        return list(self.engine.map(job, cohort))[::-1]
+
+
+@dataclass
+class Simulation:
+    """A run and what it was made of."""
+
+    algorithm: AnyAlgorithm
+    task: Task
+    engine: Any
+    state: RunState
+    records: list[RoundRecord]
+    data: Mapping[str, Examples]
+    seed: int
+
+    @property
+    def public(self) -> bytes:
+        """The public state, to the bit."""
+        return codec.encode(self.state.public)
+
+    @property
+    def memory(self) -> bytes:
+        """All that must be the same for two runs to be the same: every memory and the log."""
+        private = {client: self.engine.store.get(client) for client in self.data}
+        update = self.state.log.since(0)
+        return codec.encode(
+            (self.state.public, self.state.server, private, self.state.versions, update.snapshot, update.records)
+        )
+
+    def history(self) -> list[RoundRecord]:
+        """The records without their timings."""
+        return [untimed(record) for record in self.records]
+
+    def loss(self) -> float:
+        """On held-out rows: the global model's, or the mean over the clients' own."""
+        with self.algorithm.model(self.task, self.state.public) as model:
+            if model is not None:
+                return held_out_loss(model)
+        losses = []
+        for client in self.data:
+            with self.algorithm.model(self.task, self.state.public, self.engine.store.get(client)) as model:
+                assert model is not None
+                losses.append(held_out_loss(model))
+        return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module) -> float:
+    """The mean squared error over the held-out rows."""
+    return float(squared_error(model, Rows(HELD_OUT.x, HELD_OUT.y)))
+
+
+def untimed(record: RoundRecord) -> RoundRecord:
+    """The record with its seconds taken out."""
+    metrics = {c: {k: v for k, v in values.items() if k != "seconds"} for c, values in record.metrics.items()}
+    return replace(record, metrics=metrics, seconds=0.0, seconds_local=0.0)
+
+
+def simulate(
+    algorithm: AnyAlgorithm,
+    rounds_: int,
+    *,
+    data: Mapping[str, Examples] | None = None,
+    until: int | None = None,
+    per_round: int | None = None,
+    min_clients: int = 1,
+    seed: int = 3,
+    folder: Path | None = None,
+    engine: type[InProcess] = InProcess,
+    arriving: Callable[[InProcess], Any] = lambda engine: engine,
+    task: Task | None = None,
+) -> Simulation:
+    """Play ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
+    data, task = data or toy_clients(), task or toy_task(rounds_)
+    plan = Plan(seed, rounds_, per_round or len(data), min_clients, fingerprint_every=1)
+    if folder and checkpoint.saved_round(folder) is not None:
+        state = checkpoint.resume(folder, task, algorithm, seed)
+    else:
+        state = rounds.begin(task, algorithm, seed, Log(folder / "log" if folder else None))
+    store = FolderClientStore(folder / "clients", codec, state.round) if folder else ClientStore()
+    playing = arriving(engine(data, codec, store))
+    simulation = Simulation(algorithm, task, playing, state, [], data, seed)
+    if state.round >= (until or rounds_):
+        return simulation
+    for record in rounds.run(task, algorithm, playing, codec, list(data), state, plan):
+        if folder:
+            checkpoint.save(folder, state)
+        store.commit(record.round)
+        simulation.records.append(record)
+        if record.round == until:
+            break
+    return simulation
+
+
+def bits(value: Any) -> bytes:
+    """A state or message to the bit."""
+    return codec.encode(value)
+
+
+def weights(simulation: Simulation) -> dict[str, Tensor]:
+    """The global model's weights, copied."""
+    with simulation.algorithm.model(simulation.task, simulation.state.public) as model:
+        assert model is not None
+        return tree.clone(tree.parameters(model))
