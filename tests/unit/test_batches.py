@@ -32,7 +32,7 @@ def _rows(batches):
             yield tuple(ids[:length].tolist()), tuple(labels[:length].tolist())
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples, st.integers(1, 7), keys)
 def test_every_example_once_with_labels_exactly_on_the_response(tokens, size, key):
     expected = Counter(
@@ -44,7 +44,7 @@ def test_every_example_once_with_labels_exactly_on_the_response(tokens, size, ke
     assert len(batches) == -(-len(tokens) // size)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples, st.integers(1, 7), keys)
 def test_no_batch_is_wider_than_its_longest_example(tokens, size, key):
     for batch in TokenisedData(tokens).batches(size, key):

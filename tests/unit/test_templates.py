@@ -125,7 +125,7 @@ dialogues = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(dialogues, st.sampled_from(["chat", "alpaca"]), st.integers(2, 300))
 def test_the_limit_holds_and_the_response_is_whole_where_it_fits(example, name, max_tokens):
     chosen = template(name)
@@ -140,7 +140,7 @@ def test_the_limit_holds_and_the_response_is_whole_where_it_fits(example, name, 
     assert chosen.prompt(example, TOKENIZER, room) == tokens.ids[: tokens.response_start]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(dialogues, st.sampled_from(["chat", "alpaca"]), st.integers(60, 300))
 def test_the_prompt_is_the_longest_that_fits_and_loses_its_oldest_turns(example, name, max_tokens):
     chosen = template(name)

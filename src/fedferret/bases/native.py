@@ -39,7 +39,7 @@ from fedferret.core.files import build_atomically
 from fedferret.core.keys import Key
 
 _REQUIRED = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
-_TUNED = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())  # the first that is accepted
+_TUNED = (("-march=native",), ())  # the first that is accepted
 
 _MOST_PIECES = 64
 _CONVERTED = 1 << 15  # elements of another dtype that are held in fp32; torch starts no threads of its own for so few

@@ -1,0 +1,203 @@
+"""The codec: what goes in comes out to the bit; what is not a message is refused, and nothing else happens."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedferret.core.log import Record
+from fedferret.core.messages import message, state
+from fedferret.wire import codec
+from fedferret.wire.codec import WireError
+
+DTYPES = [
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+]  # fmt: skip
+
+
+@message
+class Mixed:
+    """One of everything."""
+
+    nothing: None
+    parts: tuple[Any, ...]
+    table: dict[str, Any]
+    inner: Record
+
+
+SAMPLE = Mixed(
+    None,
+    (True, False, 0, -1, 2**63, -(2**70), 0.1, -math.inf, "", "Grüße", b"", b"\x00\xff", (), ((1,),)),
+    {"": 1, "weights": torch.arange(6.0).reshape(2, 3), "none": torch.zeros(0, 4), "scalar": torch.tensor(2.5)},
+    Record(3, b"entry", "abc"),
+)
+
+
+def framed(body: bytes) -> bytes:
+    """Any body as an intact message: only its meaning can be wrong."""
+    head = b"fF" + bytes([codec.VERSION]) + body
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        raw = [x.contiguous().reshape(-1).view(torch.uint8) for x in (left, right)]
+        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*raw)
+    return codec.encode(left) == codec.encode(right) and type(left) is type(right)
+
+
+def test_what_goes_in_comes_out() -> None:
+    decoded = codec.decode(codec.encode(SAMPLE))
+    assert decoded.parts == SAMPLE.parts and decoded.inner == SAMPLE.inner and decoded.nothing is None
+    assert list(decoded.table) == list(SAMPLE.table)
+    assert all(same(decoded.table[name], value) for name, value in SAMPLE.table.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 5), (2, 3, 4)], ids=str)
+def test_tensors_of_every_type_and_shape_survive(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.arange(torch.Size(shape).numel()) % 7).to(dtype).reshape(shape)
+    encoded = codec.encode(tensor)
+    assert same(codec.decode(encoded), tensor)
+    assert len(encoded) == codec.size(tensor) <= tensor.numel() * dtype.itemsize + 7 + 8
+
+
+def test_the_bits_of_nan_survive() -> None:
+    odd = torch.tensor([0x7FC00001, -1, 0x7F800001 - 2**31], dtype=torch.int32).view(torch.float32)
+    assert same(codec.decode(codec.encode(odd)), odd)
+    assert math.isnan(codec.decode(codec.encode(math.nan)))
+
+
+def test_tensors_that_are_no_block_of_memory_survive() -> None:
+    tensor = torch.arange(24.0).reshape(4, 6)
+    for view in (tensor.T, tensor[:, ::2], tensor[1:, 1], tensor[:1].expand(3, 6)):
+        assert same(codec.decode(codec.encode(view)), view.contiguous())
+
+
+def test_decoded_tensors_own_their_memory() -> None:
+    encoded = codec.encode((torch.ones(4), torch.ones(4)))
+    left, right = codec.decode(encoded)
+    left.zero_()
+    assert right.sum() == 4 and codec.decode(encoded)[0].sum() == 4
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | st.binary() | st.text(
+        st.characters(exclude_categories=["Cs"])
+    ),
+    lambda inner: st.lists(inner, max_size=4).map(tuple)
+    | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(values)
+def test_every_value_survives_and_costs_what_size_says(value: Any) -> None:
+    encoded = codec.encode(value)
+    assert codec.decode(encoded) == value
+    assert codec.size(value) == len(encoded)
+
+
+def test_any_flipped_bit_is_refused() -> None:
+    encoded = codec.encode(SAMPLE)
+    for position in range(8 * len(encoded)):
+        damaged = bytearray(encoded)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(WireError):
+            codec.decode(bytes(damaged))
+
+
+def test_a_message_cut_anywhere_is_refused() -> None:
+    encoded = codec.encode(SAMPLE)
+    for length in range(len(encoded)):
+        with pytest.raises(WireError):
+            codec.decode(encoded[:length])
+    with pytest.raises(WireError):
+        codec.decode(encoded + b"\0")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_in_an_intact_frame_are_a_value_or_refused(body: bytes) -> None:
+    for data in (body, framed(body)):
+        try:
+            codec.decode(data)
+        except WireError as error:
+            assert "\n" not in str(error)
+
+
+def test_every_cut_body_in_an_intact_frame_is_refused() -> None:
+    body = codec.encode(SAMPLE)[3:-4]
+    for length in range(len(body)):
+        with pytest.raises(WireError):
+            codec.decode(framed(body[:length]))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, len(codec.encode(SAMPLE)) - 8), st.integers(0, 255))
+def test_a_forged_byte_makes_another_value_or_is_refused(position: int, byte: int) -> None:
+    body = bytearray(codec.encode(SAMPLE)[3:-4])
+    body[position] = byte
+    try:
+        codec.decode(framed(bytes(body)))
+    except WireError as error:
+        assert "\n" not in str(error)
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number >= 0x80:
+        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
+    return out + bytes([number])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"T\x00\x02" + varint(0) + varint(2**62),  # no elements, but a dimension that no tensor has
+        b"T\x00\x02" + varint(0) + varint(2**70),
+        b"T\x00\x01" + varint(2**60),  # more elements than there are bytes
+        b"T\x63\x00",  # no such type of number
+        b"[" + varint(2**40),  # a list of a trillion things
+        b"[\x01" * 5000 + b"n",  # a list in a list in a list
+        b"b" + b"\xff" * 50,  # a length without end
+        b"m\x05Trash",  # no such message
+        b"m\x06Record" + b"nn",  # two fields where it has three
+        b"nn",  # two values
+    ],
+    ids=lambda body: repr(body[:8]),
+)
+def test_hostile_bodies_are_refused(body: bytes) -> None:
+    with pytest.raises(WireError):
+        codec.decode(framed(body))
+
+
+def test_another_version_and_another_kind_of_file_are_named() -> None:
+    encoded = codec.encode(1)
+    with pytest.raises(WireError, match="version 9; this is version 1: update the older side"):
+        codec.decode(encoded[:2] + b"\x09" + encoded[3:])
+    with pytest.raises(WireError, match="not a fedferret message"):
+        codec.decode(b"PK\x03\x04 and more")
+
+
+def test_what_no_message_may_hold_is_not_encoded() -> None:
+    for value in (object(), {1, 2}, 1j, codec):
+        with pytest.raises(TypeError, match="cannot cross the wire"):
+            codec.encode(value)
+
+
+def test_two_message_types_of_one_name_are_refused() -> None:
+    with pytest.raises(TypeError, match="two message types are called Record"):
+
+        @state
+        class Record:
+            x: int

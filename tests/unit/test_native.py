@@ -1,0 +1,265 @@
+"""The compiled kernels against the plain path: additions bit for bit, sums to rounding, whatever the sizes and threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedferret.bases import native
+from fedferret.bases.basis import Basis
+from fedferret.bases.sign_buckets import SignBuckets
+from fedferret.bases.truncated_normal import TruncatedNormal
+from fedferret.core.keys import Key
+
+KEY = Key.of(3, "native")
+BOTH = pytest.mark.parametrize("kind", [SignBuckets, TruncatedNormal])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+Kind = Callable[..., Basis]
+
+compiled_only = pytest.mark.skipif(
+    native.kernels(torch.device("cpu")) is None,
+    reason="no C compiler here, or FEDFERRET_NATIVE=0: the plain path serves",
+)
+
+# (weights, coordinates): one of everything, odd sizes, all there are, and both sides of where the work is cut otherwise
+SIGN_SIZES = [
+    (1, 1), (2, 1), (3, 2), (255, 7), (257, 257), (8191, 1), (8193, 4), (20_011, 20_011),
+    (33_001, 4095), (33_001, 4096), (33_001, 4097), (40_007, 2049), (70_001, 32_767), (70_001, 32_769),
+    (262_143, 5), (300_001, 3), (300_001, 33_000), (600_011, 1000), (600_011, 4097), (2_300_003, 16_385),
+]  # fmt: skip
+DENSE_SIZES = [
+    (1, 1), (2, 2), (3, 1), (63, 63), (64, 5), (65, 64), (127, 65), (1001, 66), (4095, 3), (4097, 127),
+    (8191, 1), (8193, 129), (20_011, 200), (1_100_003, 1),
+]  # fmt: skip
+CASES = [(SignBuckets, *case) for case in SIGN_SIZES] + [(TruncatedNormal, *case) for case in DENSE_SIZES]
+
+
+def numbers(size: int, *words: int) -> Tensor:
+    """Numbers of mean zero and very different magnitudes, as updates are."""
+    uniform = 2 * Key.of(9, size, *words).uniform(size) - 1
+    return (uniform**5).float()
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDFERRET_NATIVE", "0")
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_sums(actual: Tensor, expected: Tensor, kind: Basis, delta: Tensor, size: int) -> None:
+    """To rounding: 2e-6 of the norm of what each coordinate sums."""
+    share = kind.unbiased_scale(size, len(expected)) / size**0.5 if isinstance(kind, TruncatedNormal) else 1.0
+    norm = float(delta.double().norm()) * share
+    if isinstance(kind, SignBuckets):
+        norm = max(norm / len(expected) ** 0.5, float(delta.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6 * norm)
+
+
+@compiled_only
+@pytest.mark.parametrize(("kind", "size", "count"), CASES)
+def test_expand_is_bit_equal_to_the_plain_path(kind: Kind, size: int, count: int) -> None:
+    target, coordinates = numbers(size), numbers(count, 1)
+    expected = target.clone()
+    with plain_path():
+        kind().expand_(expected, coordinates, KEY, 0.37)
+    for number in (1, 3):
+        with threads(number):
+            assert torch.equal(kind().expand_(target.clone(), coordinates, KEY, 0.37), expected)
+
+
+@compiled_only
+@pytest.mark.parametrize(("kind", "size", "count"), CASES)
+def test_project_agrees_with_the_plain_path_and_with_itself(kind: Kind, size: int, count: int) -> None:
+    delta = numbers(size)
+    with plain_path():
+        expected = kind().project(delta, count, KEY)
+    with threads(1):
+        alone = kind().project(delta, count, KEY)
+    assert_same_sums(alone, expected, kind(), delta, size)
+    for number in (2, 5):
+        with threads(number):
+            assert torch.equal(kind().project(delta, count, KEY), alone)
+
+
+@compiled_only
+@pytest.mark.parametrize("size", [1, 2, 255, 8193, 40_001, 1_200_007])
+def test_a_coordinate_a_weight_is_exact(size: int) -> None:
+    delta = numbers(size)
+    coordinates = SignBuckets().project(delta, size, KEY)
+    with plain_path():
+        assert torch.equal(coordinates, SignBuckets().project(delta, size, KEY))
+    assert torch.equal(SignBuckets().expand_(torch.zeros(size), coordinates, KEY), delta)
+
+
+@compiled_only
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_dtypes_and_layouts_are_read_as_fp32_and_rounded_once(kind: Kind, dtype: torch.dtype) -> None:
+    size, count = (400_003, 20_001) if kind is SignBuckets else (70_001, 33)
+    wide = numbers(2 * size).to(dtype)
+    packed, strided = wide[::2].clone(), wide[::2]
+    coordinates, alone = numbers(count, 1), kind().project(packed.float(), count, KEY)
+    assert torch.equal(kind().project(packed, count, KEY), alone)
+    assert torch.equal(kind().project(strided, count, KEY), alone)
+    expected, untouched = packed.clone(), wide[1::2].clone()
+    with plain_path():
+        kind().expand_(expected, coordinates, KEY, 0.1)
+    assert torch.equal(kind().expand_(packed, coordinates, KEY, 0.1), expected)
+    assert torch.equal(kind().expand_(strided, coordinates, KEY, 0.1), expected)
+    assert torch.equal(wide[1::2], untouched)
+
+
+@compiled_only
+@pytest.mark.parametrize(("kind", "position"), [(SignBuckets, 2**35 + 12_345), (TruncatedNormal, 2**32 - 5000)])
+def test_positions_may_be_far_into_a_block(kind: Kind, position: int) -> None:
+    # beyond 32 bits for signs; up to the last one that a uniform's counter can number
+    length, count = 5000, 77
+    size, delta, coordinates = position + length, numbers(length), numbers(count, 1)
+    actual = kind().expand_(torch.zeros(length), coordinates, KEY, size=size, offset=position)
+    sums = kind().project(delta, count, KEY, size=size, offset=position)
+    with plain_path():
+        expected = kind().expand_(torch.zeros(length), coordinates, KEY, size=size, offset=position)
+        expected_sums = kind().project(delta, count, KEY, size=size, offset=position)
+    assert torch.equal(actual, expected)
+    assert_same_sums(sums, expected_sums, kind(), delta, size)
+
+
+@compiled_only
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from([SignBuckets, TruncatedNormal]),
+    before=st.integers(0, 20_000),
+    length=st.integers(1, 20_000),
+    after=st.integers(0, 9),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    number=st.integers(1, 3),
+)
+def test_any_piece_of_any_block(
+    kind: Kind, before: int, length: int, after: int, share: float, dtype: torch.dtype, number: int
+) -> None:
+    size = before + length + after
+    most = size if kind is SignBuckets else min(size, 80)
+    count = 1 + int(share * (most - 1))
+    delta, coordinates, out = numbers(length).to(dtype), numbers(count, 1), numbers(count, 2)
+    with threads(number):
+        sums = kind().project(delta, count, KEY, size=size, offset=before, out=torch.zeros(count))
+        added = kind().project(delta, count, KEY, size=size, offset=before, out=out.clone())
+        target = kind().expand_(delta.clone(), coordinates, KEY, 0.7, size=size, offset=before)
+    with plain_path():
+        expected_sums = kind().project(delta, count, KEY, size=size, offset=before)
+        expected = kind().expand_(delta.clone(), coordinates, KEY, 0.7, size=size, offset=before)
+    assert torch.equal(target, expected)
+    assert_same_sums(sums, expected_sums, kind(), delta.float(), size)
+    assert_same_sums(added - out, sums, kind(), torch.cat((delta.float(), out)), size)
+
+
+@compiled_only
+@BOTH
+def test_weights_that_learn_are_changed_in_place_by_every_thread(kind: Kind) -> None:
+    with threads(3):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter = torch.nn.Parameter(torch.zeros(600_000 if kind is SignBuckets else 60_000, dtype=dtype))
+            kind().expand_(parameter, kind().project(parameter + 1, 40, KEY), KEY)
+            assert parameter.requires_grad and parameter.is_leaf and int((parameter == 0).sum()) < 100
+
+
+@compiled_only
+def test_many_threads_may_project_at_once() -> None:
+    delta = numbers(600_000)
+    expected = SignBuckets().project(delta, 1000, KEY)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(
+            torch.equal(each, expected)
+            for each in pool.map(lambda _: SignBuckets().project(delta, 1000, KEY), range(8))
+        )
+
+
+@compiled_only
+def test_a_library_is_built_once_and_is_whole_when_many_build_it_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(native.build, [tmp_path / "new" / "folder"] * 3))
+    (path,) = paths
+    assert list(path.parent.iterdir()) == [path]
+    delta, sums = numbers(1000), torch.zeros(7)
+    native.Kernels(path).sign_project(delta, sums, KEY, 0)
+    assert torch.equal(sums, SignBuckets().project(delta, 7, KEY))
+    built = path.stat().st_mtime_ns
+    assert native.build(path.parent) == path and path.stat().st_mtime_ns == built
+
+
+PROGRAM = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from fedferret.bases.sign_buckets import SignBuckets
+from fedferret.core.keys import Key
+for _ in range(2):
+    update = SignBuckets().expand_(torch.zeros(300), torch.arange(7.0), Key.of(3, "native"))
+print(int((update * torch.arange(300)).sum()))
+"""
+
+
+def run_in_a_process(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "FEDFERRET_CACHE": str(folder), "OMP_NUM_THREADS": "1", **environment}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("trouble", ["no compiler", "a compiler that fails", "turned off"])
+def test_without_a_library_the_plain_path_serves_and_says_so_once(tmp_path: Path, trouble: str) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if trouble == "a compiler that fails":
+        (tools / "cc").write_text("#!/bin/sh\n[ $1 = --version ] && exit\necho 'no space\nleft' >&2\nexit 1\n")
+        (tools / "cc").chmod(0o755)
+        environment, said = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}, "(no space left)"
+    elif trouble == "no compiler":
+        environment, said = {"PATH": str(tools)}, "(there is no cc, gcc or clang)"
+    else:
+        environment, said = {"FEDFERRET_NATIVE": "0"}, ""
+    finished = run_in_a_process(tmp_path, **environment)
+    update = SignBuckets().expand_(torch.zeros(300), torch.arange(7.0), KEY)
+    assert int(finished.stdout) == int((update * torch.arange(300)).sum())
+    assert said in finished.stderr and len(finished.stderr.splitlines()) == bool(said)
+    assert not list(tmp_path.rglob("*.so*"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler called cc")
+def test_a_compiler_that_knows_no_native_processor_still_serves(tmp_path: Path) -> None:
+    real, tools = shutil.which("cc"), tmp_path / "tools"
+    tools.mkdir()
+    (tools / "cc").write_text(
+        f'#!/bin/sh\nfor each; do [ "$each" = -march=native ] && exit 1; done\nexec {real} "$@"\n'
+    )
+    (tools / "cc").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        library = native.Kernels(native.build(tmp_path / "cache"))
+    coordinates, target, expected = numbers(129), torch.zeros(3000), torch.zeros(3000)
+    library.dense_expand_(target, coordinates, KEY, 0, (0.02, 0.0003))
+    with plain_path():
+        TruncatedNormal().expand_(expected, coordinates, KEY)
+    assert target.dtype == expected.dtype and bool(target.any())
