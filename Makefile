@@ -14,7 +14,7 @@ help:
 	@echo "make demo    tune a real model (SmolLM2-135M) on real people's conversations; about ten minutes on two cores"
 	@echo "make test    the tests: the fast ones, then the slow ones (real weights, processes, a browser)"
 	@echo "make check   format, lint, types and the fast tests: what a change must pass"
-	@echo "make bench   the benchmarks: every benchmarks/run_*.py"
+	@echo "make bench   the benchmarks: speed and memory, each against something measured in the same run"
 	@echo "make venv    set up .venv for development and nothing else"
 	@echo "make lock    write requirements.lock again, from what .venv holds"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -23,6 +23,7 @@ help:
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make ... takes the small build of PyTorch."
 
 # A stamp per set of packages: a second call costs nothing until pyproject.toml or the lock changes.
+# --no-compile: byte code of what is never imported is half of an installation's time.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "fedferret needs Python 3.11 or newer: say which, PYTHON=python3.12 make ..." >&2; exit 1; }
@@ -32,7 +33,7 @@ $(BIN)/python:
 
 $(VENV)/installed-%: pyproject.toml requirements.lock | $(BIN)/python
 	@echo "Installing fedferret[$*], versions as in requirements.lock (some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[$*]'
+	@$(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check -c requirements.lock -e '.[$*]'
 	@touch $@
 
 .PRECIOUS: $(VENV)/installed-%
@@ -64,7 +65,7 @@ check: $(VENV)/installed-dev
 	@$(PYTEST) -q -m "not slow"
 
 bench: $(VENV)/installed-dev
-	@for benchmark in $(wildcard benchmarks/run_*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	@$(BIN)/fedferret bench all
 
 lock: $(VENV)/installed-dev
 	@sed '/^#/!d' requirements.lock > .requirements.lock

@@ -1,6 +1,6 @@
 """Put a run's figures between README's demo markers, and its plots into docs/images.
 
-    python docs/update_readme.py [RUN_FOLDER]        runs/demo where none is given
+python docs/update_readme.py [RUN_FOLDER]        runs/demo where none is given
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def update(run: Path, readme: Path) -> None:
     _, _, after = rest.partition(END)
     text = section(summary, read(run).start["parameters"], delta.stat().st_size if delta.exists() else None)
     for name in PLOTS:
-        write_atomically(readme.parent / "docs" / "images" / f"{name}.svg", on_paper((run / "plots" / f"{name}.svg").read_text()))
+        write_atomically(
+            readme.parent / "docs" / "images" / f"{name}.svg", on_paper((run / "plots" / f"{name}.svg").read_text())
+        )
     write_atomically(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 

@@ -1,7 +1,7 @@
 """Federated tuning in ten lines: eight people, two of them a round, under a kilobyte up per person and round.
 
-    python examples/quickstart.py                              the tiny random model: seconds
-    python examples/quickstart.py --model packaged:smollm2     the real one: minutes
+python examples/quickstart.py                              the tiny random model: seconds
+python examples/quickstart.py --model packaged:smollm2     the real one: minutes
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def varint(number: int) -> bytes:
 @pytest.mark.parametrize(
     "body",
     [
-        b"T\x00\x02" + varint(0) + varint(2**62),  # no elements, but a dimension that no tensor has
+        b"T\x00\x02" + varint(0) + varint(2**63),  # no elements, but a dimension that no tensor has
         b"T\x00\x02" + varint(0) + varint(2**70),
         b"T\x00\x01" + varint(2**60),  # more elements than there are bytes
         b"T\x63\x00",  # no such type of number

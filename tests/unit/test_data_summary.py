@@ -56,6 +56,7 @@ def test_the_plot_is_a_repeatable_picture(tmp_path, categories):
     plot_partition(data, second)
     assert first.read_bytes() == second.read_bytes()
     assert ElementTree.parse(first).getroot().tag.endswith("svg")
+    assert ("<!-- others -->" in first.read_text()) == (categories > 8)
     plot_partition(data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 3

@@ -13,19 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+from packaging.requirements import Requirement
+
 import fedferret
 import fedferret.algorithms
-import pytest
 from fedferret.algorithms import registry as methods
 from fedferret.data import registry as sources
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import write_summary
-from packaging.requirements import Requirement
 from unit.written_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = PROJECT["optional-dependencies"]
+DEPENDENCIES = [*PROJECT["dependencies"], *(line for lines in OPTIONAL.values() for line in lines)]
 MARKER = re.compile(r"<!-- settings: (\S+) -->\n((?:\|.*\n)+)")
 COMMON = ["config.ModelSettings", "config.TextSettings", "config.ClientSettings", "config.EvaluationSettings"]
 COMMON += ["config.ExecutionSettings", "local.first_order.FirstOrder", "data.partition.Partition"]
@@ -76,7 +79,9 @@ def test_a_page_names_every_setting_with_its_default_and_no_other(name: str) -> 
 
 
 def test_everything_that_has_settings_has_a_table() -> None:
-    kinds = [methods.method(name) for name in methods.catalogue()] + [sources.source(name) for name in sources.catalogue()]
+    kinds = [methods.method(name) for name in methods.catalogue()] + [
+        sources.source(name) for name in sources.catalogue()
+    ]
     wanted = {f"{kind.__module__}.{kind.__name__}" for kind in kinds} | {f"fedferret.{name}" for name in COMMON}
     assert wanted == set(settings_tables())
 
@@ -115,12 +120,11 @@ def requirements(lines: list[str]) -> set[str]:
 def test_every_dependency_has_its_reason() -> None:
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     always, extras, development = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
-    optional = PROJECT["optional-dependencies"]
     assert {row["package"] for row in rows_of(table_in(always))} == requirements(PROJECT["dependencies"])
     assert {(row["extra"], row["package"]) for row in rows_of(table_in(extras))} == {
-        (extra, name) for extra, lines in optional.items() if extra != "dev" for name in requirements(lines)
+        (extra, name) for extra, lines in OPTIONAL.items() if extra != "dev" for name in requirements(lines)
     }
-    assert {row["package"] for row in rows_of(table_in(development))} == requirements(optional["dev"])
+    assert {row["package"] for row in rows_of(table_in(development))} == requirements(OPTIONAL["dev"])
 
 
 def table_in(text: str) -> str:
@@ -129,7 +133,7 @@ def table_in(text: str) -> str:
 
 def test_every_import_is_a_declared_dependency() -> None:
     modules = {"tomli_w": "tomli-w"}
-    declared = requirements([*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
+    declared = requirements(DEPENDENCIES)
     for path in ROOT.glob("src/**/*.py"):
         for name in re.findall(r"^\s*(?:from|import) (\w+)[\w.]*(?: import |$| as )", path.read_text(), re.MULTILINE):
             known = name in sys.stdlib_module_names or name == "fedferret"
@@ -141,7 +145,7 @@ def test_the_lock_pins_every_dependency() -> None:
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     assert all(str(pin.specifier).startswith("==") and "+" not in str(pin.specifier) for pin in pins)
     versions = {pin.name.lower().replace("_", "-"): str(pin.specifier)[2:] for pin in pins}
-    for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]:
+    for line in DEPENDENCIES:
         wanted = Requirement(line)
         name = wanted.name.lower().replace("_", "-")
         if name not in ("fedferret", "pip"):  # an environment brings its own pip
@@ -161,7 +165,9 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 def blocks(page: Path) -> dict[str, str]:
     """The fenced blocks of a page by the file that their first line names."""
-    found = re.findall(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^```(?:python|toml)\n# (\S+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     return dict(found)
 
 

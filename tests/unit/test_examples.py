@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from examples import quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +34,8 @@ def test_the_quickstart_runs_from_the_command_line_and_runs_again(tmp_path: Path
 
 @pytest.mark.slow
 def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     monkeypatch.chdir(tmp_path)
     exec(block, {})

@@ -100,6 +100,13 @@ def test_what_cannot_be_dealt_is_one_line(settings, count, categories, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_key_draws_the_shares_too():
+    def sizes(seed):
+        return [len(part) for part in Partition("dirichlet", 5).split(700, CATEGORIES, Key.of(seed))]
+
+    assert sizes(1) != sizes(2)
+
+
 def test_empty_clients_are_allowed_by_setting():
     parts = Partition("dirichlet", 60, alpha=0.01, min_examples=0).split(70, CATEGORIES[:70], Key.of(1))
     assert len(parts) == 60 and any(not part for part in parts)

@@ -68,11 +68,11 @@ def _load() -> Kernels | None:
     try:
         return Kernels(build(_cache_folder()))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:200]
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
         _log.warning(
-            "projections run on their plain path, some times slower, because kernels.c could not be compiled (%s); "
+            "projections run on their plain path, several times slower: kernels.c could not be compiled (%s); "
             "install a C compiler, or set FEDFERRET_NATIVE=0 to choose this",
-            reason,
+            " ".join(said.split())[:200],
         )
         return None
 

@@ -1,0 +1,150 @@
+"""Two things measured in turn in one run: the only kind of figure that a busy or unknown machine cannot spoil.
+
+A benchmark makes ``Figure``s and hands them to ``main``, which prints one JSON object and one sentence, and with
+``--save`` keeps the JSON in ``benchmarks/results/NAME.json``. A measurement is a callable that returns a number: what
+``seconds(action)`` does with an action, or any other (bytes, say). Ratios are taken pair by pair, so that whatever
+slows the machine for a while slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedferret.core.files import write_atomically
+from fedferret.tracking.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+Measurement = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The first measurement over the second, pair by pair."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def pairs(self) -> list[float]:
+        """One ratio per repetition."""
+        return [first / second for first, second in zip(self.first, self.second, strict=True)]
+
+    @property
+    def median(self) -> float:
+        """The ratio that is quoted."""
+        return statistics.median(self.pairs)
+
+    def scaled(self, first: float = 1.0, second: float = 1.0) -> Ratio:
+        """As if the first and the second had been so many times as much work: for what is measured on a slice."""
+        return Ratio(tuple(value * first for value in self.first), tuple(value * second for value in self.second))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A claim about a ratio, and what was measured."""
+
+    claim: str  # "X against Y", as a phrase
+    ratio: Ratio
+    bound: Literal["at most", "at least"]
+    target: float
+    note: str = ""  # sizes, and what was scaled
+    unit: str = "s"  # of both measurements
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median keeps the claim."""
+        return self.ratio.median <= self.target if self.bound == "at most" else self.ratio.median >= self.target
+
+
+def seconds(action: Callable[[], object]) -> Measurement:
+    """Measures how long ``action`` takes, by the wall clock."""
+
+    def measure() -> float:
+        started = time.perf_counter()
+        action()
+        return time.perf_counter() - started
+
+    return measure
+
+
+def alternate(first: Measurement, second: Measurement, repetitions: int = 7, warm_up: int = 1) -> Ratio:
+    """Measure both in turn, ``repetitions`` times after ``warm_up`` unrecorded turns; each goes first in every other."""
+    values: list[tuple[float, float]] = []
+    for turn in range(warm_up + repetitions):
+        if turn % 2:
+            after = second()
+            values.append((first(), after))
+        else:
+            before = first()
+            values.append((before, second()))
+    measured = values[warm_up:]
+    return Ratio(tuple(pair[0] for pair in measured), tuple(pair[1] for pair in measured))
+
+
+def describe(name: str, claim: str, figures: Sequence[Figure]) -> dict[str, Any]:
+    """The JSON object of a benchmark: every figure with its ratio and both medians, and the machine."""
+    return {
+        "benchmark": name,
+        "claim": claim,
+        "figures": [
+            {
+                "claim": figure.claim,
+                "target": f"{figure.bound} {_plain(figure.target)}",
+                "reached": figure.reached,
+                "ratio": {
+                    "median": _rounded(figure.ratio.median),
+                    "min": _rounded(min(figure.ratio.pairs)),
+                    "max": _rounded(max(figure.ratio.pairs)),
+                },
+                "first": {"median": _rounded(statistics.median(figure.ratio.first)), "unit": figure.unit},
+                "second": {"median": _rounded(statistics.median(figure.ratio.second)), "unit": figure.unit},
+                "repetitions": len(figure.ratio.first),
+                "note": figure.note,
+            }
+            for figure in figures
+        ],
+        "machine": environment(),
+    }
+
+
+def sentence(description: dict[str, Any]) -> str:
+    """What a benchmark found, in one sentence per figure and one line in all."""
+    found = [
+        f"{figure['claim']}: {_plain(figure['ratio']['median'])} "
+        f"({figure['target']}: {'reached' if figure['reached'] else 'missed'})"
+        for figure in description["figures"]
+    ]
+    return f"{description['claim']} " + "; ".join(found) + "."
+
+
+def main(name: str, claim: str, measure: Callable[[], Iterator[Figure]]) -> None:
+    """Run a benchmark from the command line: JSON on standard output, then a sentence; progress on standard error."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=claim)
+    parser.add_argument("--save", action="store_true", help=f"keep the JSON in benchmarks/results/{name}.json")
+    arguments = parser.parse_args()
+    figures: list[Figure] = []
+    for figure in measure():
+        print(f"{figure.claim}: {_plain(figure.ratio.median)}", file=sys.stderr, flush=True)
+        figures.append(figure)
+    description = describe(name, claim, figures)
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    print(text + sentence(description))
+    if arguments.save:
+        write_atomically(RESULTS / f"{name}.json", text)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,74 @@
+"""Peak memory of a Ferret round against that of one plain forward and backward pass, each in a process of its own.
+
+The plain pass loads the same model, runs the same loss on the same batch and keeps its gradients: the least that
+first-order training of all weights can do without tricks. The round is whole: local steps with a clipped gradient,
+projection, wire, update, apply.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from benchmarks.measure import Figure, alternate, main
+from fedferret import recipe
+from fedferret.data.examples import Example, FederatedData, Turn
+from fedferret.experiment import Experiment
+from fedferret.models import load
+
+MODEL = "packaged:smollm2"
+BATCH, TOKENS = 4, 128
+
+
+def experiment(memory: str, method: str) -> Experiment:
+    """Two clients whose batches are all of the same shape."""
+    settings = recipe(
+        rounds=1,
+        model={"name": MODEL},
+        data={"source": "chitchat"},
+        text={"max_tokens": TOKENS, "template": "alpaca"},
+        clients={"per_round": 2},
+        algorithm={"name": method, "training": {"steps": 2, "batch_size": BATCH}},
+        execution={"memory": memory},
+    )
+    turns = (Turn("user", "count " * 200), Turn("assistant", " ".join(map(str, range(40)))))
+    holdings = {name: (Example(turns),) * BATCH for name in ("left", "right")}
+    return Experiment(settings, load(MODEL), FederatedData(holdings, {"held out": (Example(turns),)}, "synthetic"))
+
+
+def child(kind: str) -> None:
+    """Do the work and print this process's peak memory in bytes."""
+    if kind == "plain":
+        run = experiment("fast", "ferret")
+        batch = next(run.tokens["left"].batches(BATCH, None))
+        run.loss(run.language_model.model, batch).backward()  # type: ignore[no-untyped-call]
+    else:
+        memory, method = kind.split("-")
+        run = experiment(memory, method)
+        state = run.begin()
+        for record in run.play(state, run.engine(state)):
+            assert not record.failures, record.failures
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak(kind: str) -> float:
+    """Peak memory of a process that does ``kind``."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", kind]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def figures() -> Iterator[Figure]:
+    """Lean and fast Ferret against the plain pass; FedAvg for comparison."""
+    note = f"SmolLM2-135M, batch {BATCH} x {TOKENS} tokens, fp32, gradients clipped, whole processes"
+    for kind, target in (("lean-ferret", 1.1), ("fast-ferret", 1.6), ("fast-fedavg", 3.5)):
+        ratio = alternate(lambda kind=kind: peak(kind), lambda: peak("plain"), 3, 0)  # type: ignore[misc]
+        yield Figure(f"a {kind.replace('-', ' ')} round against a plain pass", ratio, "at most", target, note, "B")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2])
+    else:
+        main("memory", "A lean round needs the memory of the model's own passes.", figures)

@@ -1,0 +1,126 @@
+"""Projection costs next to nothing: against copying memory, against the published projection, and against training.
+
+Four figures. The published projection (published_projection.py) takes hours for a whole tensor, so it is timed on some
+columns and multiplied: its columns are independent, equal work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarks import published_projection as published
+from benchmarks.measure import Figure, alternate, main, seconds
+
+from fedferret.bases.projector import Projector
+from fedferret.bases.sign_buckets import SignBuckets
+from fedferret.bases.truncated_normal import TruncatedNormal
+from fedferret.core.algorithm import Task
+from fedferret.core.keys import Key
+from fedferret.data.batches import Batch
+from fedferret.local.first_order import FirstOrder
+from fedferret.local.response_loss import ResponseLoss
+from fedferret.models.loading import load
+
+CLAIM = "Projecting and rebuilding an update costs next to nothing beside training."
+KEY = Key.of(0, "projection benchmark")
+MODEL = "packaged:smollm2"
+LARGEST = 49_152 * 576  # weights of SmolLM2-135M's largest tensor, the embedding
+
+
+class RandomTokens:
+    """Examples of random tokens, all scored, all of one length: the work of training without data."""
+
+    def __init__(self, count: int, length: int, vocabulary: int, key: Key) -> None:
+        self._ids = (key.uniform(count * length) * vocabulary).long().view(count, length)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def batches(self, size: int, key: Key) -> Iterator[Any]:
+        """In the order they are in."""
+        for ids in self._ids.split(size):
+            yield Batch(ids, torch.ones_like(ids), ids)
+
+
+def random_update(count: int) -> torch.Tensor:
+    """Numbers in [-1, 1)."""
+    return (2 * KEY.uniform(count) - 1).float()
+
+
+def against_a_copy() -> Figure:
+    """Reading a tensor against reading and writing it."""
+    delta, count = random_update(LARGEST), 65_536
+    ratio = alternate(seconds(partial(SignBuckets().project, delta, count, KEY)), seconds(delta.clone), repetitions=15)
+    return Figure(
+        "project with sign buckets against clone of the same tensor",
+        ratio,
+        "at most",
+        1.5,
+        f"{LARGEST:,} weights, fp32, K = {count:,}",
+    )
+
+
+def against_the_published(kind: type[SignBuckets] | type[TruncatedNormal], target: float) -> Figure:
+    """The published projection's seconds over this basis's, both of all K columns."""
+    size, count, columns = 1 << 20, 4096, 2
+    delta = random_update(size)
+    slow = seconds(partial(published.project, delta, columns, seed=0))
+    # the dense basis is timed on columns too: its whole K would take long enough to tire of
+    fast_columns = count if kind is SignBuckets else 256
+    fast = seconds(partial(kind().project, delta, fast_columns, KEY))
+    ratio = alternate(slow, fast, repetitions=9).scaled(first=count / columns, second=count / fast_columns)
+    scaled = f"{columns} of its columns were timed and multiplied"
+    if fast_columns != count:
+        scaled += f", and {fast_columns} of ours"
+    return Figure(
+        f"the published projection against {kind.name} at the same K",
+        ratio,
+        "at least",
+        target,
+        f"{size:,} weights, K = {count:,}; {scaled}",
+    )
+
+
+def against_training() -> Figure:
+    """What a client does besides training, over ten steps of it."""
+    loaded = load(MODEL)
+    model, count, steps, tokens = loaded.model, 65_536, 10, 128
+    task = Task(model, ResponseLoss(model), rounds=1)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    data = RandomTokens(4 * steps, tokens, int(model.config.vocab_size), KEY)
+    training = FirstOrder(batch_size=4, steps=steps)
+    training.train(task, data, KEY)
+    change = {name: before[name] - weight.detach() for name, weight in model.named_parameters()}
+    sizes = {name: weight.numel() for name, weight in before.items()}
+    projector = Projector(sizes, SignBuckets(), count, "norm-sqrt-dim")
+    counts = projector.counts(projector.norms(change.items()))
+
+    def project_and_expand() -> None:
+        coordinates, _ = projector.measure(change.items(), counts, KEY)
+        projector.rebuild_(before, coordinates, counts, KEY, -1.0)
+
+    ratio = alternate(
+        seconds(project_and_expand), seconds(lambda: training.train(task, data, KEY)), repetitions=5, warm_up=0
+    )
+    return Figure(
+        "project and expand of one client against ten local steps of 4 x 128 tokens",
+        ratio,
+        "at most",
+        0.05,
+        f"SmolLM2-135M, fp32, clipped SGD, sign buckets, K = {count:,}",
+    )
+
+
+def measure() -> Iterator[Figure]:
+    """All four, the longest last."""
+    yield against_a_copy()
+    yield against_the_published(SignBuckets, 10_000)
+    yield against_the_published(TruncatedNormal, 20)
+    yield against_training()
+
+
+if __name__ == "__main__":
+    main("projection", CLAIM, measure)

@@ -1,0 +1,44 @@
+"""A whole round of Ferret against the same round of FedAvg: same model, clients, steps and batches, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.measure import Figure, alternate, main
+from fedferret import recipe
+from fedferret.experiment import Experiment, load_data
+from fedferret.models import load
+
+CLIENTS, STEPS = 4, 10
+MODEL = "packaged:smollm2"
+
+
+def figures() -> Iterator[Figure]:
+    """Seconds of a round, everything included but evaluation."""
+
+    def settings(method: str):  # type: ignore[no-untyped-def]
+        return recipe(
+            rounds=1,
+            model={"name": MODEL},
+            data={"source": "chitchat", "num_clients": 20, "max_messages": 40},
+            text={"max_tokens": 128},
+            clients={"per_round": CLIENTS},
+            algorithm={"name": method, "training": {"steps": STEPS}},
+        )
+
+    model, data = load(MODEL), load_data(settings("ferret"))
+
+    def round_of(method: str) -> float:
+        run = Experiment(settings(method), model, data)
+        state = run.begin()
+        (record,) = run.play(state, run.engine(state))
+        assert not record.failures, record.failures
+        return record.seconds
+
+    ratio = alternate(lambda: round_of("ferret"), lambda: round_of("fedavg"), 3, 0)
+    note = f"SmolLM2-135M, {CLIENTS} clients x {STEPS} steps of 4 examples of at most 128 tokens, fp32, chitchat"
+    yield Figure("a round of Ferret against one of FedAvg", ratio, "at most", 1.05, note)
+
+
+if __name__ == "__main__":
+    main("round", "Ferret's rounds cost what FedAvg's cost in time.", figures)

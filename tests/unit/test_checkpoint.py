@@ -1,0 +1,83 @@
+"""Resuming: whatever moment the power fails, the run goes on from a finished round, to the same bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.methods import METHODS
+from fedferret.core.errors import RunError
+from fedferret.tracking import checkpoint
+from toys import simulate, toy_task
+
+
+class PowerCut(BaseException):
+    """Nothing catches this but the test."""
+
+
+@contextmanager
+def power_cut(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[str]]:
+    """Let ``after`` changes of the disk (a rename into place, a removal of a file) happen, then none."""
+    done: list[str] = []
+    replace, unlink = os.replace, Path.unlink
+
+    def counted(action: Any, name: str) -> Any:
+        def act(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if ".tmp" in str(path) or (name == "unlink" and Path(path).name.startswith(".")):
+                return action(path, *args, **kwargs)  # tidying up a temporary file
+            if len(done) == after:
+                raise PowerCut
+            done.append(f"{name} {args or path}")
+            return action(path, *args, **kwargs)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(replace, "replace"))
+        patch.setattr(Path, "unlink", counted(unlink, "unlink"))
+        yield done
+
+
+# large entries that fold, small ones with private states, and a server that remembers
+@pytest.mark.parametrize("name", ["fedavg", "ferret-per-client-momentum-feedback", "drift", "hermits"])
+def test_a_crash_at_any_moment_leaves_a_run_that_resumes_to_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = METHODS[name]
+    expected = simulate(algorithm, 3).memory
+    with power_cut(monkeypatch, 10_000) as changes:
+        assert simulate(algorithm, 3, folder=tmp_path / "whole").memory == expected
+    assert len(changes) > 8
+    for moment in range(len(changes)):
+        folder = tmp_path / str(moment)
+        with power_cut(monkeypatch, moment), pytest.raises(PowerCut):
+            simulate(algorithm, 3, folder=folder)
+        again = simulate(algorithm, 3, folder=folder)
+        assert again.memory == expected, f"after {changes[moment]}"
+
+
+def test_resuming_elsewhere_than_on_the_same_base_is_refused(tmp_path: Path) -> None:
+    simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
+    task = toy_task(3)
+    for weight in task.model.parameters():
+        weight.data.mul_(1.0 + 2.0**-20)
+    with pytest.raises(RunError, match="version 1: this machine rebuilt other weights than the log says"):
+        simulate(METHODS["ferret"], 3, folder=tmp_path, task=task)
+
+
+def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
+    simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
+    path = tmp_path / "state" / "run.state"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"run\.state is damaged \(.*\): restore it from a copy") as raised:
+        checkpoint.saved_round(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_finished_round_has_none(tmp_path: Path) -> None:
+    assert checkpoint.saved_round(tmp_path) is None

@@ -1,0 +1,86 @@
+"""The loss: the plain cross-entropy of the response, whichever way the logits are made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from fedferret import models
+from fedferret.core.keys import Key
+from fedferret.data.batches import Batch
+from fedferret.local.response_loss import IGNORED, ResponseLoss, head_is_linear
+
+
+def batch() -> Batch:
+    """Two examples of 9 and 6 tokens with responses of 4 and 2."""
+    ids = (Key.of(1).uniform(18) * 200 + 3).long().view(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, 5:], labels[1, 4:6] = ids[0, 5:], ids[1, 4:6]
+    return Batch(ids * mask, mask, labels)
+
+
+def plain(model: nn.Module, rows: Batch) -> Tensor:
+    """Written out: all logits, shifted by one."""
+    logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+    return functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), rows.labels[:, 1:].reshape(-1))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    model: nn.Module = models.load("tiny").model
+    return model
+
+
+class Capped(nn.Module):
+    """A model that does something to its logits, as Gemma does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.base_model = inner, inner.base_model
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.inner.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def forward(self, **inputs: Tensor) -> object:
+        output = self.inner(**inputs)
+        output.logits = torch.tanh(output.logits / 0.1) * 0.1
+        return output
+
+
+def test_it_is_the_plain_loss_and_gradient(tiny: nn.Module) -> None:
+    assert head_is_linear(tiny)
+    ours = ResponseLoss(tiny)(tiny, batch())
+    gradients = torch.autograd.grad(ours, list(tiny.parameters()))
+    theirs = plain(tiny, batch())
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(gradients, torch.autograd.grad(theirs, list(tiny.parameters())), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_head_that_is_not_linear_is_noticed(tiny: nn.Module) -> None:
+    capped = Capped(tiny)
+    assert not head_is_linear(capped)
+    torch.testing.assert_close(ResponseLoss(capped)(capped, batch()), plain(capped, batch()))
+    assert not torch.isclose(plain(capped, batch()), plain(tiny, batch()), rtol=1e-3)
+
+
+def test_the_total_is_the_mean_times_the_tokens(tiny: nn.Module) -> None:
+    loss = ResponseLoss(tiny)
+    total, tokens = loss.total(tiny, batch())
+    assert tokens == 6
+    torch.testing.assert_close(total / 6, loss(tiny, batch()))
+
+
+def test_what_is_padding_or_prompt_does_not_count(tiny: nn.Module) -> None:
+    rows = batch()
+    other = Batch(rows.input_ids.clone(), rows.attention_mask, rows.labels)
+    other.input_ids[1, 6:] = 77  # padding
+    loss = ResponseLoss(tiny)
+    assert torch.equal(loss(tiny, rows), loss(tiny, other))
+    other.input_ids[1, 5] = 88  # the last response token is only predicted, never read
+    torch.testing.assert_close(loss(tiny, rows), loss(tiny, other))
