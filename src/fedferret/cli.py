@@ -13,7 +13,7 @@ import typer
 app = typer.Typer(
     name="fedferret",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Federated tuning of *all* the weights of a language model, with kilobytes on the wire.
