@@ -77,7 +77,7 @@ def seconds(action: Callable[[], object]) -> Measurement:
 
 
 def alternate(first: Measurement, second: Measurement, repetitions: int = 7, warm_up: int = 1) -> Ratio:
-    """Measure both in turn, ``repetitions`` times after ``warm_up`` unrecorded turns; each goes first in every other."""
+    """Measure both in turn, ``repetitions`` times after ``warm_up`` unrecorded turns; they take turns to go first."""
     values: list[tuple[float, float]] = []
     for turn in range(warm_up + repetitions):
         if turn % 2:

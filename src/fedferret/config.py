@@ -43,6 +43,7 @@ class TextSettings:
 
     template: str = "chat"  # "chat": the model's own; "alpaca": the paper's; else a template file
     max_tokens: int = 256  # longer prompts lose their beginning
+    packed: bool = False  # training batches end to end in one row, attention kept apart: no padding at all
 
     def __post_init__(self) -> None:
         if self.max_tokens < 8:

@@ -89,7 +89,8 @@ class Experiment:
     def tokens(self) -> FederatedTokens:
         """The data as tokens, client by client, made when first asked for."""
         text = self.recipe.text
-        return FederatedTokens(self.data, template(text.template), self.language_model.tokenizer, text.max_tokens)
+        tokenizer = self.language_model.tokenizer
+        return FederatedTokens(self.data, template(text.template), tokenizer, text.max_tokens, text.packed)
 
     @cached_property
     def loss(self) -> ResponseLoss:

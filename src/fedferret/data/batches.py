@@ -26,15 +26,17 @@ WINDOW = 16  # batches that are sorted by length together
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, padded on the right to the longest, T tokens; all (B, T) int64.
+    """B examples, one row each, padded on the right to the longest, T tokens; all (B, T) int64.
 
     ``labels[b, t]`` is ``input_ids[b, t]`` where t is in the response, else ``IGNORED``: masked by length, never by
-    id, because a model's padding token may be its end token. The mask is 1 on tokens, 0 on padding.
+    id, because a model's padding token may be its end token. The mask is 1 on tokens, 0 on padding. A packed batch
+    has one row, its examples end to end, and no padding.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None  # None in a packed batch
     labels: Tensor
+    position_ids: Tensor | None = None  # a packed batch's, from 0 in each example: what keeps their attention apart
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -43,7 +45,8 @@ class Batch:
 class TokenisedData:
     """One client's or one held-out set's examples: a flat int32 tensor of all tokens, and where each example ends."""
 
-    def __init__(self, examples: Sequence[Tokens]) -> None:
+    def __init__(self, examples: Sequence[Tokens], packed: bool = False) -> None:
+        self._packed = packed
         self._ids = torch.tensor([token for each in examples for token in each.ids], dtype=torch.int32)
         self._lengths = torch.tensor([len(each.ids) for each in examples], dtype=torch.int32)
         self._response_starts = torch.tensor([each.response_start for each in examples], dtype=torch.int32)
@@ -76,7 +79,7 @@ class TokenisedData:
         which the first batch already needs as much memory as any.
         """
         for rows in self._grouped(size, key):
-            yield self._batch(rows)
+            yield self._pack(rows) if self._packed and key is not None else self._batch(rows)
 
     def _grouped(self, size: int, key: Key | None) -> list[list[int]]:
         lengths = self.lengths
@@ -89,6 +92,18 @@ class TokenisedData:
             order[start : start + span] = sorted(order[start : start + span], key=lambda row: lengths[row])
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         return [groups[index] for index in key.fold("batches").permutation(len(groups))]
+
+    def _pack(self, rows: Sequence[int]) -> Batch:
+        input_ids, labels, position_ids = [], [], []
+        for row in rows:
+            length, response_start, end = int(self._lengths[row]), int(self._response_starts[row]), int(self._ends[row])
+            ids = self._ids[end - length : end].long()
+            scored = ids.clone()
+            scored[: max(1, response_start)] = IGNORED  # the first token's predecessor is another example's last
+            input_ids.append(ids)
+            labels.append(scored)
+            position_ids.append(torch.arange(length))
+        return Batch(torch.cat(input_ids)[None], None, torch.cat(labels)[None], torch.cat(position_ids)[None])
 
     def _batch(self, rows: Sequence[int]) -> Batch:
         longest = int(self._lengths[rows].max())
@@ -108,17 +123,23 @@ class FederatedTokens(Mapping[str, TokenisedData]):
     """Client ids to their tokens, made on first use and kept; ``num_examples`` tokenises nothing."""
 
     def __init__(
-        self, data: FederatedData, template: Template, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+        self,
+        data: FederatedData,
+        template: Template,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        packed: bool = False,  # the clients' training batches; a held-out set has one row an example
     ) -> None:
         check_at_least("max_tokens", max_tokens, 2)
         self.data = data
+        self._packed = packed
         self._template, self._tokenizer, self._max_tokens = template, tokenizer, max_tokens
         self._clients: dict[str, TokenisedData] = {}
         self._held_out: dict[str, TokenisedData] = {}
 
     def __getitem__(self, client: str) -> TokenisedData:
         if client not in self._clients:
-            self._clients[client] = self.encode(self.data.clients[client])
+            self._clients[client] = self.encode(self.data.clients[client], self._packed)
         return self._clients[client]
 
     def __iter__(self) -> Iterator[str]:
@@ -137,6 +158,7 @@ class FederatedTokens(Mapping[str, TokenisedData]):
         """How many examples a client holds."""
         return len(self.data.clients[client])
 
-    def encode(self, examples: Sequence[Example]) -> TokenisedData:
+    def encode(self, examples: Sequence[Example], packed: bool = False) -> TokenisedData:
         """Any examples, tokenised as the clients' are."""
-        return TokenisedData([self._template.encode(each, self._tokenizer, self._max_tokens) for each in examples])
+        tokens = [self._template.encode(each, self._tokenizer, self._max_tokens) for each in examples]
+        return TokenisedData(tokens, packed)

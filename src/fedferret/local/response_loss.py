@@ -41,7 +41,8 @@ class ResponseLoss:
         device = next(model.parameters()).device
         labels = batch.labels[:, 1:].to(device)
         where = labels != IGNORED  # the position before each response token predicts it
-        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+        given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
         if self._head_is_linear:
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][where]  # type: ignore[operator,union-attr]
             logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
