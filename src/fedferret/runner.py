@@ -6,6 +6,7 @@ run after what is safely on disk; the same command goes on from there.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import tomllib
@@ -19,6 +20,7 @@ from fedferret.config import Recipe, from_tables
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
+from fedferret.core.mapped import MappedTree
 from fedferret.core.rounds import Answer, Failure, RunState
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.in_process import InProcess
@@ -82,6 +84,8 @@ class Run:
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
         self.tensorboard: Any = None
+        self.index = 0  # of the client at work, within its round
+        self.loss = math.nan  # of the last client that answered
 
     def play(self) -> dict[str, Any]:
         """Play what is left, and leave a summary and a report whatever happens."""
@@ -95,7 +99,6 @@ class Run:
 
             self.tensorboard = TensorBoard(self.out, state.round, (sent.up, sent.down))
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state):
-            self.index = 0
             engine = experiment.engine(state, lambda client: self._client(progress, client))
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
@@ -107,7 +110,7 @@ class Run:
                 lambda record: self._tell("round", **events.round_fields(record)),
             )
             progress.round(state.round + 1, recipe.clients.per_round)
-            with observing_steps(lambda step, total: progress.step(step, total, math.nan)):
+            with observing_steps(lambda step, total: progress.step(step, total, self.loss)):
                 for record in records:
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
@@ -130,7 +133,9 @@ class Run:
             self._tell("interrupted", round=state.round)
             raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
         except OSError as error:
-            raise RunError(f"{error.strerror or error} ({error.filename or self.out}): round {state.round} is safe") from error
+            raise RunError(
+                f"{error.strerror or error} ({error.filename or self.out}): round {state.round} is safe"
+            ) from error
         finally:
             write_summary(self.out)
             write_report(self.out)
@@ -163,16 +168,19 @@ class Run:
         return round % self.recipe.evaluation.every == 0 or round == self.recipe.rounds
 
     def _client(self, progress: Progress, client: str) -> None:
-        self.index += 1
         progress.client(client, self.index)
+        self.index += 1
 
     def _heard(self, progress: Progress, outcome: Answer | Failure) -> None:
-        if isinstance(outcome, Failure):
-            progress.message(f"client {outcome.client} is out of this round ({outcome.stage}): {outcome.reason}")
+        if isinstance(outcome, Answer):
+            self.loss = outcome.metrics.get("loss", math.nan)
 
     def _evaluate(self, state: RunState, engine: InProcess, progress: Progress) -> None:
         started = time.perf_counter()
-        results = self.experiment.score(state, engine)
+        size = self.recipe.evaluation.batch_size
+        batches = sum(math.ceil(len(examples) / size) for examples in self.experiment.data.held_out.values())
+        with self._aside(progress, "evaluation", batches) as tick:
+            results = self.experiment.score(state, engine, tick)
         if not results:
             return
         self._tell(
@@ -181,11 +189,22 @@ class Run:
         loss = next(iter(results.values()))["loss"]
         progress.evaluated(state.round, loss)
 
+    @contextmanager
+    def _aside(self, progress: Progress, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """Shows work that is no client's; what it yields is to be called after each of ``total`` steps."""
+        done = itertools.count(1)
+        progress.aside(label, 0, total)
+        yield lambda: progress.aside(label, next(done), total)
+        progress.end_aside()
+
     def _yardstick(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients
         progress.message(f"Yardstick: up to {count} clients train alone, for comparison.")
-        base = tree.parameters(models.load(self.recipe.model.name, device=self.recipe.execution.device).model)
-        losses = self.experiment.local_only(base)
+        # in a file: this third copy of the weights would be the run's peak of memory
+        base = MappedTree(self.out / "state" / ".base", tree.parameters(models.load(self.recipe.model.name).model))
+        rounds = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
+        with self._aside(progress, "local-only training, in rounds", rounds) as tick:
+            losses = self.experiment.local_only(base, tick)
         if losses:
             mean = sum(losses.values()) / len(losses)
             self._tell("yardstick", name="local-only", loss=mean, per_client=losses)

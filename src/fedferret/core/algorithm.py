@@ -125,7 +125,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:  # noqa: B027 (optional hook)
+    def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
         """Refuse impossible settings before any work: ``shapes`` are the trainable parameters'. Raises UserError."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
     def local(self, task: Task, public: Public, client: Client | None, data: Examples, key: Key) -> Reply[Client, Up]:
         """One client's work in one round. Changes neither ``public`` nor ``client``."""
 
-    def accept(self, task: Task, public: Public, payload: Up) -> None:  # noqa: B027 (optional hook)
+    def accept(self, task: Task, public: Public, payload: Up) -> None:
         """Refuse, with an exception, a payload that cannot belong to this round: of a wrong type or shape, say."""
 
     @abstractmethod

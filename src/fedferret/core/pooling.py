@@ -14,7 +14,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from fedferret.core.algorithm import Payload, Pooled, Pooling, Up
+from fedferret.core.algorithm import Pooled, Pooling, Up
 
 
 class NotFinite(ValueError):

@@ -20,8 +20,8 @@ from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record, Update
 from fedferret.core.messages import state
 from fedferret.core.pooling import tensors
-from fedferret.core.rounds import RunState
 from fedferret.core.restore import placed
+from fedferret.core.rounds import RunState
 from fedferret.wire import codec
 
 
@@ -52,7 +52,9 @@ def read(path: Path) -> Any:
     try:
         return codec.decode(path.read_bytes())
     except codec.WireError as error:
-        raise RunError(f"{path} is damaged ({error}): restore it from a copy, or start again in another folder") from None
+        raise RunError(
+            f"{path} is damaged ({error}): restore it from a copy, or start again in another folder"
+        ) from None
 
 
 def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int) -> RunState:

@@ -7,6 +7,7 @@ rounds, clients within the round and steps within the client. A ``Progress`` can
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -32,7 +33,8 @@ class Progress:
         self._total, self._first = total_rounds, done
         self._round = done + 1
         self._cohort_size = self._client = self._step = self._steps = 0
-        self._name = ""
+        self._name = self._label = ""
+        self._aside: tuple[int, int] | None = None
         self._finished = 0.0  # rounds, of this session
         self._loss: float | None = None
         self._held_out: float | None = None
@@ -61,10 +63,19 @@ class Progress:
     def client(self, name: str, index: int) -> None:
         """The round's client ``index`` (from 0) begins its work."""
         self._name, self._client = name, index
+        self._label = f"client {index + 1}/{self._cohort_size}"
         self._step = self._steps = 0
 
+    def aside(self, label: str, step: int, total: int) -> None:
+        """Work that is no client's: scoring a held-out set, a yardstick. It has done ``step`` of ``total`` steps."""
+        self._label, self._name, self._aside = label, "", (step, total)
+
+    def end_aside(self) -> None:
+        """That work is over."""
+        self._aside = None
+
     def step(self, step: int, total: int, loss: float) -> None:
-        """The client has done ``step`` of ``total`` steps; ``loss`` was the last one's."""
+        """The client has done ``step`` of ``total`` steps; ``loss`` is the newest that is known, NaN before any."""
         self._step, self._steps, self._loss = step, total, loss
 
     def evaluated(self, round: int, loss: float) -> None:
@@ -116,11 +127,15 @@ class Progress:
             ProgressBar(total=1.0, completed=overall, width=24),
             Text("  ".join(filter(None, (held_out, as_bytes(self._bytes), self.time_left())))),
         )
-        if self._name:
-            loss = "" if self._loss is None else f"loss {as_loss(self._loss)}"
+        if self._aside is not None:
+            step, total = self._aside
+            bar = ProgressBar(total=max(1, total), completed=step, width=24)
+            rows.add_row(Text(self._label), bar, Text(f"{step}/{total}"))
+        elif self._name:
+            loss = "" if self._loss is None or math.isnan(self._loss) else f"loss {as_loss(self._loss)}"
             step = f"step {self._step}/{self._steps}" if self._steps else ""
             rows.add_row(
-                Text(f"client {self._client + 1}/{self._cohort_size}"),
+                Text(self._label),
                 ProgressBar(total=max(1, self._steps), completed=self._step, width=24),
                 Text("  ".join(filter(None, (step, loss, self._name))), overflow="ellipsis", no_wrap=True),
             )

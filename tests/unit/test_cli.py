@@ -1,0 +1,92 @@
+"""The command: what it prints, what it writes, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedferret.cli import app
+from tiny_runs import tiny_recipe
+
+COMMAND = [sys.executable, "-c", "from fedferret.cli import main; main()"]
+
+
+def fedferret(*words: str | Path, code: int = 0) -> str:
+    """Run a command; returns what it wrote on standard output."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file of two rounds."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "recipe.toml").write_text(tiny_recipe(folder, rounds=2).to_toml())
+    return folder / "recipe.toml"
+
+
+def test_run_report_export_apply(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = fedferret("run", recipe, "--out", out, "--set", "algorithm.coordinates=512")
+    assert f"Report:       {out / 'report.html'}" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished" and len(summary["eval_loss"]) == 3
+    assert "coordinates = 512" in (out / "recipe.toml").read_text()
+    (out / "report.html").unlink()
+    assert str(out / "report.html") in fedferret("report", out)
+    assert (out / "report.html").exists()
+    said = fedferret("export", out, "--to", tmp_path / "model", "--delta", tmp_path / "tuned.delta")
+    assert "SHA-256" in said and "bytes)" in said
+    fedferret("apply", "tiny", tmp_path / "tuned.delta", "--to", tmp_path / "again")
+    first, second = (tmp_path / name / "model.safetensors" for name in ("model", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_list_names_every_method_model_and_source() -> None:
+    said = fedferret("list")
+    for name in ("ferret", "fedavg", "fedprox", "packaged:smollm2", "tiny", "chitchat", "files", "reasoning-gym"):
+        assert name in said
+
+
+def test_show_gives_the_resolved_recipe_and_its_cost(recipe: Path) -> None:
+    said = fedferret("show", recipe)
+    assert "coordinates = 1024" in said and "up, a client and round" in said
+
+
+def test_help_explains_every_command() -> None:
+    assert all(name in fedferret("--help") for name in ("run", "list", "show", "report", "export", "apply"))
+    for name in ("run", "show", "report", "export", "apply"):
+        assert "--help" in fedferret(name, "--help")
+
+
+def run_process(words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "nowhere.toml"], "fedferret: nowhere.toml: there is no such recipe; see `recipes/` or `fedferret list`"),
+        (["export", "nowhere", "--delta", "x"], "fedferret: nowhere: not a run folder, it has no recipe.toml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_process(words: list[str], message: str) -> None:
+    result = run_process(words)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_exports_what_another_ran(recipe: Path, tmp_path: Path) -> None:
+    fedferret("run", recipe, "--out", tmp_path / "run", "--set", "algorithm.error_feedback=true")
+    result = run_process(["export", tmp_path / "run", "--delta", tmp_path / "tuned.delta"])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "tuned.delta").exists()

@@ -1,0 +1,103 @@
+"""Recipes: what a file says, what a run does, and a line for everything that is neither."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedferret.config import from_tables, load
+from fedferret.core.errors import UserError
+from tiny_runs import tiny_recipe, tiny_tables
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_of_the_project_is_valid_and_survives_being_written(path: Path) -> None:
+    recipe = load(path)
+    assert from_tables(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_a_resolved_recipe_spells_out_every_setting(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    tables = tomllib.loads(recipe.to_toml())
+    assert tables["algorithm"]["training"]["clip"] == 1.0
+    assert tables["algorithm"]["coordinate_clip"] == "none"
+    assert tables["clients"]["min_answers"] == 1
+
+
+def test_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tiny_recipe(tmp_path).to_toml())
+    sets = ["seed=7", "algorithm.coordinates = 2048", "algorithm.training.clip=none", "execution.engine=debug"]
+    recipe: Any = load(file, sets)
+    assert (recipe.seed, recipe.algorithm.coordinates, recipe.execution.engine) == (7, 2048, "debug")
+    assert recipe.algorithm.training.clip is None
+    assert load(file, ["seed=2", "seed=3"]).seed == 3
+
+
+def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
+    plain = tiny_recipe(tmp_path)
+    assert tiny_recipe(tmp_path, execution={"engine": "debug", "tensorboard": True}).identity() == plain.identity()
+    assert tiny_recipe(tmp_path, seed=2).identity() != plain.identity()
+    assert tiny_recipe(tmp_path, text={"max_tokens": 32}).identity() != plain.identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 3}, r'sede: there is no such setting; did you mean "seed"\?'),
+        ({"seed": -1}, r"seed=-1: must be a whole number, at least 0"),
+        ({"rounds": 0}, r"rounds=0: must be a whole number, at least 1"),
+        ({"rounds": 2.5}, r"rounds=2\.5: must be a whole number"),
+        ({"rounds": True}, r"rounds=True: must be a whole number"),
+        ({"model": 3}, r"model=3: must be a table, \[model\]"),
+        ({"clients": {"per_rond": 2}}, r'clients\.per_rond: there is no such setting; did you mean "per_round"\?'),
+        ({"clients": {"per_round": 0}}, r"clients: per_round=0: must be greater than 0"),
+        ({"clients": {"min_answers": 3}}, r"min_answers=3: more than per_round=2 can never answer"),
+        ({"algorithm": {"name": "ferett"}}, r'no method is called "ferett": did you mean "ferret"\?'),
+        ({"algorithm": {"name": "ferret", "bits": 3}}, r"algorithm\.bits=3: input should be"),
+        ({"algorithm": {"name": "ferret", "preset": "papr"}}, r'there is no such preset; did you mean "paper"\?'),
+        ({"algorithm": {"name": "fedavg", "preset": "paper"}}, r"there is no such preset; fedavg has none"),
+        ({"algorithm": {"name": "fedavg", "training": {"lr": 1}}}, r"algorithm\.training\.lr: there is no such setting"),
+        ({"algorithm": {"name": 3}}, r"algorithm\.name: this setting is missing or not a name"),
+        ({"data": {"source": "chat"}}, r'no data source is called "chat": did you mean "chitchat"\?'),
+        ({"data": {"pth": "x"}}, r'data\.pth: there is no such setting; did you mean "path"\?'),
+        ({"text": {"max_tokens": 1}}, r"max_tokens=1: must be at least 8"),
+        ({"evaluation": {"every": 0}}, r"every=0: must be greater than 0"),
+        ({"execution": {"engine": "flwr"}}, r"execution\.engine=\"flwr\": input should be 'in-process' or 'debug'"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_the_setting(changes: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        from_tables(tiny_tables(tmp_path, **changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "algorithm"])
+def test_a_missing_table_is_named(missing: str, tmp_path: Path) -> None:
+    tables = tiny_tables(tmp_path)
+    del tables[missing]
+    with pytest.raises(UserError, match=rf"\[{missing}\]: this table is missing"):
+        from_tables(tables)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("algorithm.coordinates", "must look like section.key=value"),
+        ("=3", "must look like section.key=value"),
+        ("algorithm..bits=3", "must look like section.key=value"),
+        ("seed.x=3", "seed is a setting, not a table"),
+        ("algorithm.coordiantes=3", 'did you mean "coordinates"'),
+        ("data=3", r"data=3: must be a table"),
+    ],
+)
+def test_a_malformed_override_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tiny_recipe(tmp_path).to_toml())
+    with pytest.raises(UserError, match=message):
+        load(file, [text])
