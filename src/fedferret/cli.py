@@ -98,7 +98,7 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder that plain transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone: kilobytes that rebuild it.")] = None,
 ) -> None:
-    """Hand over a run's tuned model, whole (`--to FOLDER`), as its difference from the base (`--delta FILE`), or both."""
+    """Hand over a run's tuned model: whole (`--to FOLDER`), as a difference from the base (`--delta FILE`), or both."""
     with _one_line_errors():
         from fedferret import export as exporting
         from fedferret.core.errors import UserError

@@ -120,7 +120,8 @@ class Experiment:
 
     def engine(self, state: RunState, starting: Callable[[str], None] = lambda client: None) -> InProcess:
         """The engine of the recipe, with the clients' private states as they were after ``state.round``."""
-        store = FolderClientStore(self.folder / "state" / "clients", codec, state.round) if self.folder else ClientStore()
+        folder = self.folder and self.folder / "state" / "clients"
+        store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
         return ENGINES[self.recipe.execution.engine](self.tokens, codec, store, starting)
 
     def play(

@@ -114,7 +114,9 @@ def _read_run(run: Path) -> tuple[Recipe, Log]:
     return recipe, Log.read(run / "log", rounds)
 
 
-def _delta(recipe: Recipe, base: LanguageModel, update: Update, base_fingerprint: str, fingerprint: str = "") -> DeltaFile:
+def _delta(
+    recipe: Recipe, base: LanguageModel, update: Update, base_fingerprint: str, fingerprint: str = ""
+) -> DeltaFile:
     return DeltaFile(
         recipe.model.name,
         base_fingerprint,

@@ -253,7 +253,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         number = server.round + 1
         rate = scheduled(self.schedule, self.server_learning_rate, number, task.rounds)
         if self.keys == "shared":
-            opened = pooled.only  # the mean of Opened
+            opened: Any = pooled.only  # a mean of what SharedReply.opened gave
             packed = pack_vector(opened.coordinates, self.entry_bits, key.fold("rounding"))
             reply = SharedReply(packed, encode_norms(opened.norms.tolist()))
             return FerretServer(number), FerretEntry((reply,), (1.0,), rate)

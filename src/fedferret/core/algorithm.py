@@ -134,7 +134,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     @abstractmethod
     def begin(self, task: Task, key: Key) -> tuple[Public, Server]:
-        """The state before round 1, from the weights that ``task.model`` holds. The public part is equal on every node."""
+        """The state before round 1, from the weights in ``task.model``. The public part is equal on every node."""
 
     def join(self, task: Task, data: Examples, key: Key) -> Client | None:
         """A client's private state before its first round: the only place where one is born."""

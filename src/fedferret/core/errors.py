@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: says what was given, what is allowed and what to do. The command exits with 2."""
+    """A user's mistake: says what was given, what is allowed and what to do. The command exits with 2."""
 
 
 class RunError(RuntimeError):

@@ -18,13 +18,15 @@ _TYPES: dict[str, type] = {}
 @dataclass_transform(frozen_default=True)
 def message(cls: T) -> T:
     """Make ``cls`` a frozen dataclass that the codec can carry; two types of one name are refused."""
-    return _register(dataclass(frozen=True)(cls))
+    dataclass(frozen=True)(cls)  # changes the class in place
+    return _register(cls)
 
 
 @dataclass_transform()
 def state(cls: T) -> T:
     """Make ``cls`` a mutable dataclass that the codec can write down; two types of one name are refused."""
-    return _register(dataclass(cls))
+    dataclass(cls)
+    return _register(cls)
 
 
 def message_type(name: str) -> type | None:

@@ -187,7 +187,7 @@ def collect(
                 answers.append(Answer(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
             except ValueError as error:
                 outcome = Failure(outcome.client, "pool", str(error))
-            except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:  # of another shape inside
+            except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:  # malformed
                 outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
         if isinstance(outcome, Failure):
             failures.append(outcome)

@@ -44,7 +44,7 @@ class ResponseLoss:
         given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
         if self._head_is_linear:
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][where]  # type: ignore[operator,union-attr]
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][where]  # type: ignore[operator]
             logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
         else:
             logits = model(**inputs, use_cache=False).logits[:, :-1][where]

@@ -59,7 +59,10 @@ class StepInBackward:
 
     def __enter__(self) -> StepInBackward:
         # a tied weight is one leaf, and autograd sums all its gradients before this hook hears of them
-        self._hooks = [weight.register_post_accumulate_grad_hook(self._apply) for weight in self._weights]
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._apply)  # type: ignore[no-untyped-call]
+            for weight in self._weights
+        ]
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

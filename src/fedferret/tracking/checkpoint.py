@@ -53,7 +53,7 @@ def read(path: Path) -> Any:
         return codec.decode(path.read_bytes())
     except codec.WireError as error:
         raise RunError(
-            f"{path} is damaged ({error}): restore it from a copy, or start again in another folder"
+            f"{path} is damaged ({error}): restore a copy of it, or start again in another folder"
         ) from None
 
 

@@ -128,9 +128,9 @@ class Progress:
             Text("  ".join(filter(None, (held_out, as_bytes(self._bytes), self.time_left())))),
         )
         if self._aside is not None:
-            step, total = self._aside
-            bar = ProgressBar(total=max(1, total), completed=step, width=24)
-            rows.add_row(Text(self._label), bar, Text(f"{step}/{total}"))
+            done, total = self._aside
+            bar = ProgressBar(total=max(1, total), completed=done, width=24)
+            rows.add_row(Text(self._label), bar, Text(f"{done}/{total}"))
         elif self._name:
             loss = "" if self._loss is None or math.isnan(self._loss) else f"loss {as_loss(self._loss)}"
             step = f"step {self._step}/{self._steps}" if self._steps else ""

@@ -208,7 +208,8 @@ class _Reader:
         for length in shape:
             elements *= length
         data = self.take(elements * _DTYPES[code].itemsize)
-        flat = torch.frombuffer(bytearray(data), dtype=_DTYPES[code]) if elements else torch.empty(0, dtype=_DTYPES[code])
+        dtype = _DTYPES[code]
+        flat = torch.frombuffer(bytearray(data), dtype=dtype) if elements else torch.empty(0, dtype=dtype)
         try:
             return flat.reshape(shape)
         except (RuntimeError, TypeError):  # no elements along one dimension, and more than 2^63 along another
