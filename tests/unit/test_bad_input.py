@@ -80,13 +80,12 @@ def test_a_model_that_is_not_causal(tmp_path: Path) -> None:
 
 
 def test_a_client_that_holds_nothing(tmp_path: Path) -> None:
-    partition = {"kind": "iid", "clients": 80, "min_examples": 0}
+    partition = {"kind": "exponential", "clients": 10, "min_examples": 0}
     tables = tiny_tables(tmp_path, data={"partition": partition})
     del tables["data"]["client_column"]
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(tables))
-    line = refused("run", path, "--out", tmp_path / "run")
-    assert re.search(r"client 'client-\d+' holds no example: give it data or leave it out|80 clients", line)
+    assert "client 'client-0' holds no example: give it data or leave it out" in refused("run", path)
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:

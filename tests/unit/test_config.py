@@ -25,7 +25,8 @@ def test_a_resolved_recipe_spells_out_every_setting(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     tables = tomllib.loads(recipe.to_toml())
     assert tables["algorithm"]["training"]["clip"] == 1.0
-    assert tables["algorithm"]["coordinate_clip"] == "none"
+    assert tables["algorithm"]["bits"] == 1
+    assert "coordinate_clip" not in tables["algorithm"]  # absent, and absent by default
     assert tables["clients"]["min_answers"] == 1
 
 

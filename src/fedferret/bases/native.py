@@ -146,8 +146,9 @@ class Kernels:
         """Add the bucket sums of ``delta_N``, any float dtype, to ``out_K``, fp32."""
         count, repeats = delta_N.numel(), _repeats(delta_N.numel(), out_K.numel())
         buckets = repeats * out_K.numel()
-        blocks = _clamp(buckets // _COLUMN_BLOCK, _MOST_PIECES) if _is_plain(delta_N) else 1  # changes no sum
-        pieces = _clamp(count // max(64 * buckets, _SIGN_PIECE), _MOST_PIECES // _clamp(buckets // _COLUMN_BLOCK, 64))
+        cached = _clamp(buckets // _COLUMN_BLOCK, _MOST_PIECES)
+        blocks = cached if _is_plain(delta_N) else 1  # where buckets are cut changes no sum; where positions are does
+        pieces = _clamp(count // max(64 * buckets, _SIGN_PIECE), _MOST_PIECES // cached)
         # one sum per bucket is added to where it belongs; with K = d it is exact
         direct = repeats == pieces == 1 and out_K.is_contiguous()
         sums_PR = out_K[None] if direct else torch.zeros(pieces, buckets)
