@@ -19,8 +19,8 @@ help:
 	@echo "make lock    write requirements.lock again, from what .venv holds"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 	@echo ""
-	@echo "PYTHON=python3.12 make ... chooses the interpreter. On Linux without a GPU,"
-	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make ... takes the small build of PyTorch."
+	@echo "PYTHON=python3.12 make ... chooses the interpreter. On Linux without a GPU, PIP_EXTRA_INDEX_URL set to"
+	@echo "PyTorch's index of CPU builds takes the small build of PyTorch."
 
 # A stamp per set of packages: a second call costs nothing until pyproject.toml or the lock changes.
 # --no-compile: byte code of what is never imported is half of an installation's time.

@@ -83,7 +83,12 @@ class Partition:
             return [sorted(partitioner.load_partition(client)["row"]) for client in range(self.clients)]
 
     def _partitioner(self, min_examples: int, seed: int) -> Any:
-        from flwr_datasets import partitioner as flwr
+        try:
+            from flwr_datasets import partitioner as flwr
+        except ImportError:
+            raise UserError(
+                'dealing rows out to clients needs a package: pip install "fedferret[partition]", or name a client_column'
+            ) from None
 
         match self.kind:
             case "dirichlet":
