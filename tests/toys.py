@@ -1,4 +1,4 @@
-"""A small world to play methods in: a regression on 97 weights, clients of uneven size, and a whole run in milliseconds."""
+"""A small world to play methods in: a regression on 97 weights, clients of uneven size, whole runs in milliseconds."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def normal(key: Key, *shape: int) -> Tensor:
 def toy_rows(key: Key, count: int) -> ToyData:
     """Rows of one law, y = tanh of a fixed direction, seen under noise."""
     x = normal(key.fold("x"), count, INPUTS)
-    return ToyData(x, torch.tanh(x @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]])) + 0.05 * normal(key.fold("y"), count, 1))
+    return ToyData(
+        x, torch.tanh(x @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]])) + 0.05 * normal(key.fold("y"), count, 1)
+    )
 
 
 def toy_clients(count: int = 3) -> dict[str, Examples]:
@@ -84,8 +86,9 @@ def toy_clients(count: int = 3) -> dict[str, Examples]:
 HELD_OUT = toy_rows(Key.of(7, "held out"), 64)
 
 
-def toy_model(key: Key = Key.of(7, "model")) -> nn.Module:
+def toy_model() -> nn.Module:
     """Two linear layers: four tensors, 97 weights."""
+    key = Key.of(7, "model")
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, 1))
     with torch.no_grad():

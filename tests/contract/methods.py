@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.ferret import Ferret
@@ -12,7 +13,6 @@ from fedferret.config import build_algorithm
 from fedferret.core.then import then
 from fedferret.local.first_order import FirstOrder
 from toys import TRAINING, AnyAlgorithm, Simulation, simulate
-from contract.unlike_methods import UNLIKE
 
 ROUNDS = 4
 

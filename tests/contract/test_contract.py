@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from contract.methods import METHODS, reference, rounds_of
 from fedferret.algorithms.registry import catalogue
 from fedferret.core.algorithm import Pooled, Reply
 from fedferret.core.errors import RunError
@@ -19,7 +20,6 @@ from fedferret.core.rounds import Failure
 from fedferret.engines.debug import Debug
 from fedferret.tracking.checkpoint import replay
 from fedferret.wire import codec
-from contract.methods import METHODS, reference, rounds_of
 from toys import (
     SHAPES,
     Backwards,

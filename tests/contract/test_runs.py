@@ -100,7 +100,9 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, where: str, round: int) -> Non
     monkeypatch.setattr(home, "save" if where == "begin" else where, pressed)
 
 
-@pytest.mark.parametrize(("where", "round"), [("save", 1), ("begin", 1), ("score", 1), ("score", 0), ("begin", 2), ("score", 3)])
+@pytest.mark.parametrize(
+    ("where", "round"), [("save", 1), ("begin", 1), ("score", 1), ("score", 0), ("begin", 2), ("score", 3)]
+)
 def test_stopped_at_any_moment_and_resumed_is_uninterrupted(
     whole: tuple[Path, Mapping[str, Any]], where: str, round: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

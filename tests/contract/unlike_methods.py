@@ -1,8 +1,8 @@
 """Three methods that have little in common, to know that the contract carries more than it was written for.
 
-    drift        a mean of changes; the server alone remembers a velocity           public, server          MEAN
-    prototypes   one round; every client's class means are kept side by side         public                  EACH
-    hermits      every client keeps a model of its own; only a census is shared      public, client          SUM
+drift        a mean of changes; the server alone remembers a velocity           public, server          MEAN
+prototypes   one round; every client's class means are kept side by side         public                  EACH
+hermits      every client keeps a model of its own; only a census is shared      public, client          SUM
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
         weights = task.store(tree.parameters(task.model))
         return DriftPublic(weights), DriftServer(tree.zeros_like(weights))
 
-    def local(
-        self, task: Task, public: DriftPublic, client: None, data: Examples, key: Key
-    ) -> Reply[None, DriftReply]:
+    def local(self, task: Task, public: DriftPublic, client: None, data: Examples, key: Key) -> Reply[None, DriftReply]:
         tree.copy_(tree.parameters(task.model), public.weights)
         metrics = TRAINING.train(task, data, key)
         change = dict(tree.difference(public.weights, tree.parameters(task.model)))
@@ -132,9 +130,7 @@ class Prototypes(Algorithm[PrototypesPublic, None, None, PrototypesEntry, Means]
     def begin(self, task: Task, key: Key) -> tuple[PrototypesPublic, None]:
         return PrototypesPublic(()), None
 
-    def local(
-        self, task: Task, public: PrototypesPublic, client: None, data: Examples, key: Key
-    ) -> Reply[None, Means]:
+    def local(self, task: Task, public: PrototypesPublic, client: None, data: Examples, key: Key) -> Reply[None, Means]:
         (rows,) = data.batches(len(data), key) if len(data) else ()
         sides = [rows.y[:, 0] <= 0, rows.y[:, 0] > 0]
         return Reply(Means(*(torch.stack([v[side].mean(0) for side in sides]) for v in (rows.x, rows.y))), 1.0)
@@ -192,9 +188,7 @@ class Hermits(Algorithm[Census, None, Hermit, CensusEntry, Head]):
         drawn = {name: key.fold(name).uniform(weight.numel()).float() - 0.5 for name, weight in weights.items()}
         return Hermit({name: values.view(weights[name].shape) for name, values in drawn.items()}, 0)
 
-    def local(
-        self, task: Task, public: Census, client: Hermit | None, data: Examples, key: Key
-    ) -> Reply[Hermit, Head]:
+    def local(self, task: Task, public: Census, client: Hermit | None, data: Examples, key: Key) -> Reply[Hermit, Head]:
         assert client is not None
         tree.copy_(tree.parameters(task.model), client.weights)
         metrics = TRAINING.train(task, data, key)

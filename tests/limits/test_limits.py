@@ -24,7 +24,9 @@ FEDAVG = FedAvg(training=TRAINING)
 
 def assert_equal_to_rounding(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-5) -> None:
     for name, weight in left.items():
-        torch.testing.assert_close(weight, right[name], rtol=rtol, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            weight, right[name], rtol=rtol, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("keys", ["shared", "per-client"])

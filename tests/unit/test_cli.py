@@ -73,7 +73,10 @@ def run_process(words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "nowhere.toml"], "fedferret: nowhere.toml: there is no such recipe; see `recipes/` or `fedferret list`"),
+        (
+            ["run", "nowhere.toml"],
+            "fedferret: nowhere.toml: there is no such recipe; see `recipes/` or `fedferret list`",
+        ),
         (["export", "nowhere", "--delta", "x"], "fedferret: nowhere: not a run folder, it has no recipe.toml"),
     ],
 )

@@ -63,7 +63,10 @@ def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
         ({"algorithm": {"name": "ferret", "bits": 3}}, r"algorithm\.bits=3: input should be"),
         ({"algorithm": {"name": "ferret", "preset": "papr"}}, r'there is no such preset; did you mean "paper"\?'),
         ({"algorithm": {"name": "fedavg", "preset": "paper"}}, r"there is no such preset; fedavg has none"),
-        ({"algorithm": {"name": "fedavg", "training": {"lr": 1}}}, r"algorithm\.training\.lr: there is no such setting"),
+        (
+            {"algorithm": {"name": "fedavg", "training": {"lr": 1}}},
+            r"algorithm\.training\.lr: there is no such setting",
+        ),
         ({"algorithm": {"name": 3}}, r"algorithm\.name: this setting is missing or not a name"),
         ({"data": {"source": "chat"}}, r'no data source is called "chat": did you mean "chitchat"\?'),
         ({"data": {"pth": "x"}}, r'data\.pth: there is no such setting; did you mean "path"\?'),

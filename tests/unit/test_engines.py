@@ -76,7 +76,10 @@ SHARED = [
     (lambda e: replace(e, weight=0.0), "weight 0.0: must be positive and finite"),
     (lambda e: replace(e, payload=Delta({})), "a Delta came: the client plays with other settings"),
     (lambda e: replace(e, payload=KeyedReply(e.payload.coordinates, e.payload.norms, 3)), "a KeyedReply came"),
-    (lambda e: replace(e, payload=replace(e.payload, norms=e.payload.norms[1:])), "3 block norms came, 4 were expected"),
+    (
+        lambda e: replace(e, payload=replace(e.payload, norms=e.payload.norms[1:])),
+        "3 block norms came, 4 were expected",
+    ),
     (lambda e: replace(e, payload=replace(e.payload, norms="loud")), ""),
     (lambda e: packed(e, length=59), "59 coordinates came, 60 were expected"),
     (lambda e: packed(e, scale=float("nan")), "NaN or infinity"),
@@ -185,7 +188,9 @@ def test_the_debug_engine_stops_at_the_first_failure_and_shows_the_data() -> Non
     with pytest.raises(ClientError) as raised:
         simulate(METHODS["fedavg"], 2, data={**data, "ab": failing}, engine=Debug)
     text = str(raised.value)
-    assert text.startswith("client 'ab' failed in round 1, stage local: OSError: the disk is gone (9 examples, failed at")
+    assert text.startswith(
+        "client 'ab' failed in round 1, stage local: OSError: the disk is gone (9 examples, failed at"
+    )
     assert "Rows(x=tensor" in text and "\n" not in text and len(text) < 400
     assert isinstance(raised.value.__cause__, OSError)
 

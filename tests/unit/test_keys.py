@@ -30,7 +30,7 @@ def test_bits_are_fair_and_independent() -> None:
     ones = torch.stack([(bits >> place & 1).double().mean() for place in range(64)])
     assert (ones - 0.5).abs().max() < 0.02
     uniform = Key.of(9).uniform(20_000)
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.var() - 1 / 12) < 0.002
     neighbours = torch.corrcoef(torch.stack([Key.of(1).uniform(20_000), Key.of(2).uniform(20_000)]))
     assert neighbours[0, 1].abs() < 0.03

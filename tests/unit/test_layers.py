@@ -79,7 +79,9 @@ def test_every_folder_of_modules_is_a_layer_with_rules() -> None:
     assert {path.parent.name for path in MODULES.values() if path.parent != ROOT} == set(MAY)
 
 
-@pytest.mark.parametrize("module", ["fedferret", "fedferret.cli", "fedferret.algorithms.registry", "fedferret.data.registry"])
+@pytest.mark.parametrize(
+    "module", ["fedferret", "fedferret.cli", "fedferret.algorithms.registry", "fedferret.data.registry"]
+)
 def test_importing_is_cheap(module: str) -> None:
     program = f"import {module}, sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     heavy = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

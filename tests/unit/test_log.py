@@ -9,7 +9,9 @@ import pytest
 from fedferret.core.log import Log
 
 
-def filled(versions: int, record_bytes: int, snapshot_bytes: int, folder: Path | None = None, settle: bool = True) -> Log:
+def filled(
+    versions: int, record_bytes: int, snapshot_bytes: int, folder: Path | None = None, settle: bool = True
+) -> Log:
     log = Log(folder)
     for version in range(1, versions + 1):
         snapshot = f"S{version}".encode().ljust(snapshot_bytes, b".")

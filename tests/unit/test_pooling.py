@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_refused_by_name_and_leaves_the_pool_alone(bad: fl
     with pytest.raises(NotFinite, match=r"named\[a\] holds NaN or infinity"):
         pool.add(wrong, 1.0)
     for weight in (bad, 0.0, -1.0):
-        with pytest.raises(NotFinite, match="weight .*: must be positive and finite"):
+        with pytest.raises(NotFinite, match=r"weight .*: must be positive and finite"):
             pool.add(up(2), weight)
     assert len(pool) == 1 and torch.equal(pool.result().only.x, up(1).x)
     assert nonfinite(up(1)) is None
