@@ -55,9 +55,7 @@ def peak(clients: int) -> float:
 def figures() -> Iterator[Figure]:
     """Time per client against 5 ms; memory of many against memory of few."""
     note = f"{MANY:,} clients of four examples, one step each, Ferret with 4,096 coordinates"
-    yield Figure(
-        "overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 5), "at most", 1.0, note
-    )
+    yield Figure("overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 5), "at most", 1.0, note)
     memory = alternate(lambda: peak(MANY), lambda: peak(FEW), 3, 0)
     claim = f"peak memory with {MANY:,} clients against {FEW}"
     yield Figure(claim, memory, "at most", 1.05, "two rounds in a process of its own", "B")

@@ -218,7 +218,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
 def _take(table: dict[str, Any], key: str, section: str) -> str:
     value = table.pop(key, None)
     if not isinstance(value, str):
-        raise UserError(f'{section}.{key}: this setting is missing or not a name; see `fedferret list`')
+        raise UserError(f"{section}.{key}: this setting is missing or not a name; see `fedferret list`")
     return value
 
 

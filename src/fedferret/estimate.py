@@ -1,9 +1,9 @@
 """What a recipe will cost, before it runs: bytes from the method's formula, memory and time roughly.
 
-    bytes     the method's ``wire_cost``; FedAvg's is 4 d up and 4 d down
-    memory    fp32 weights (two copies, one with memory = "lean"), gradients, the optimiser's state, activations
-    time      6 d floating-point operations a token for forward and backward, 2 d for evaluation, at the rate of a
-              matrix product measured here for a fifth of a second; models reach about half of it
+bytes     the method's ``wire_cost``; FedAvg's is 4 d up and 4 d down
+memory    fp32 weights (two copies, one with memory = "lean"), gradients, the optimiser's state, activations
+time      6 d floating-point operations a token for forward and backward, 2 d for evaluation, at the rate of a
+          matrix product measured here for a fifth of a second; models reach about half of it
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def estimate(recipe: Recipe) -> Estimate:
     trainings = recipe.rounds * (recipe.clients.per_round + alone) * steps
     held_out = sum(getattr(recipe.data, name, 0) or 0 for name in ("max_held_out",)) * 2 or 256
     evaluations = recipe.rounds // recipe.evaluation.every + 1
-    operations = parameters * _FILL * (
-        6 * trainings * batch_tokens + 2 * evaluations * held_out * recipe.text.max_tokens
+    operations = (
+        parameters * _FILL * (6 * trainings * batch_tokens + 2 * evaluations * held_out * recipe.text.max_tokens)
     )
     copies = 1 if recipe.execution.memory == "lean" else 2
     optimizer = 2 if training is not None and training.optimizer == "adamw" else 0

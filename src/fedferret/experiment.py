@@ -198,4 +198,3 @@ class Experiment:
             return MappedTree(folder / f".weights-{os.getpid()}", weights)
         device = self.task.device
         return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}
-

@@ -19,6 +19,14 @@ from fedferret.core.keys import Key
 KEY = Key.of(2, "bases")
 BOTH = pytest.mark.parametrize("kind", [SignBuckets, TruncatedNormal])
 Kind = Callable[..., Basis]
+# the compiled kernels where there is a compiler, and the plain path everywhere
+ON_EVERY_PATH = pytest.mark.parametrize("path", ["kernels", "plain"], indirect=True)
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose how the bases work in this test."""
+    monkeypatch.setenv("FEDFERRET_NATIVE", "1" if request.param == "kernels" else "0")
 
 
 def numbers(size: int, *words: int) -> Tensor:
@@ -142,9 +150,10 @@ def ways_to_run(kind: Kind) -> Iterator[Basis]:
         torch.set_num_threads(before)
 
 
+@ON_EVERY_PATH
 @BOTH
 @pytest.mark.parametrize("count", [1, 3, 64, 150])
-def test_expand_has_the_same_bits_for_every_chunk_and_thread_count(kind: Kind, count: int) -> None:
+def test_expand_has_the_same_bits_for_every_chunk_and_thread_count(path: None, kind: Kind, count: int) -> None:
     size = 1_001 if kind is TruncatedNormal else 70_003
     coordinates, target = numbers(count, 1), numbers(size)
     expected = kind().expand_(target.clone(), coordinates, KEY, 0.37)
@@ -152,7 +161,8 @@ def test_expand_has_the_same_bits_for_every_chunk_and_thread_count(kind: Kind, c
         assert torch.equal(one_way.expand_(target.clone(), coordinates, KEY, 0.37), expected)
 
 
-def test_expand_of_very_many_coordinates_has_the_same_bits_for_every_chunk() -> None:
+@ON_EVERY_PATH
+def test_expand_of_very_many_coordinates_has_the_same_bits_for_every_chunk(path: None) -> None:
     size, count = 700_001, 300_007
     coordinates = numbers(count, 1)
     expected = SignBuckets().expand_(torch.zeros(size), coordinates, KEY)
@@ -181,8 +191,9 @@ def test_a_block_may_be_cut_into_tensors(kind: Kind, cut: int) -> None:
     torch.testing.assert_close(out, kind().project(delta, count, KEY), rtol=1e-4, atol=1e-6 * scale)
 
 
+@ON_EVERY_PATH
 @BOTH
-def test_project_has_the_same_bits_for_every_thread_count(kind: Kind) -> None:
+def test_project_has_the_same_bits_for_every_thread_count(path: None, kind: Kind) -> None:
     size = 5_000 if kind is TruncatedNormal else 400_001
     delta = numbers(size)
     before = torch.get_num_threads()

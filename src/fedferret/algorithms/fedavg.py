@@ -76,9 +76,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         """The base weights."""
         return FedAvgPublic(task.store(tree.parameters(task.model))), None
 
-    def local(
-        self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
-    ) -> Reply[None, Delta]:
+    def local(self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key) -> Reply[None, Delta]:
         """Train on the client's data; send the change."""
         with holding(task, public.weights) as model:
             metrics = self.train(task, public, data, key.fold("train"))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fedferret.bases.basis import fold_rows_
-from fedferret.core.files import build_atomically
+from fedferret.core.files import build_atomically, cache_folder
 from fedferret.core.keys import Key
 
 _REQUIRED = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
@@ -66,7 +66,7 @@ def kernels(device: torch.device) -> Kernels | None:
 @cache
 def _load() -> Kernels | None:
     try:
-        return Kernels(build(_cache_folder()))
+        return Kernels(build(cache_folder() / "kernels"))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
         _log.warning(
@@ -75,12 +75,6 @@ def _load() -> Kernels | None:
             " ".join(said.split())[:200],
         )
         return None
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("FEDFERRET_CACHE"):
-        return Path(chosen) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret" / "kernels"
 
 
 def build(folder: Path) -> Path:

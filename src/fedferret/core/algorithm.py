@@ -148,9 +148,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """Refuse, with an exception, a payload that cannot belong to this round: of a wrong type or shape, say."""
 
     @abstractmethod
-    def update(
-        self, task: Task, public: Public, server: Server, pooled: Pooled[Up], key: Key
-    ) -> tuple[Server, Entry]:
+    def update(self, task: Task, public: Public, server: Server, pooled: Pooled[Up], key: Key) -> tuple[Server, Entry]:
         """The server's work in one round: what to remember and what to tell everybody. Changes no argument."""
 
     @abstractmethod

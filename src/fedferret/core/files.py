@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder for those that can be made again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: ``$FEDFERRET_CACHE``, or ``fedferret`` in the user's cache."""
+    if chosen := os.environ.get("FEDFERRET_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret"
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

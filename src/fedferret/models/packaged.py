@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from fedferret.core.errors import RunError, UserError, nearest
+from fedferret.core.files import cache_folder
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.folders import build_folder
 from fedferret.models.packaged_models import MODELS, PackagedModel, Part
@@ -40,13 +40,6 @@ def describe(name: str) -> PackagedModel:
             f'model "{name}": there is no such packaged model; {nearest(name, [PACKAGED + m for m in MODELS])}'
         )
     return MODELS[short]
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept between runs."""
-    if chosen := os.environ.get("FEDFERRET_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret"
 
 
 def ensure(name: str, log: Callable[[str], None]) -> Path:

@@ -52,9 +52,7 @@ def read(path: Path) -> Any:
     try:
         return codec.decode(path.read_bytes())
     except codec.WireError as error:
-        raise RunError(
-            f"{path} is damaged ({error}): restore a copy of it, or start again in another folder"
-        ) from None
+        raise RunError(f"{path} is damaged ({error}): restore a copy of it, or start again in another folder") from None
 
 
 def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int) -> RunState:
