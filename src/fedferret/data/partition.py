@@ -87,7 +87,7 @@ class Partition:
             from flwr_datasets import partitioner as flwr
         except ImportError:
             raise UserError(
-                'dealing rows out to clients needs a package: pip install "fedferret[partition]", or name a client_column'
+                'dealing rows to clients needs a package: pip install "fedferret[partition]", or name a client_column'
             ) from None
 
         match self.kind:

@@ -88,7 +88,7 @@ def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # type: ignore[operator]
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # type: ignore[operator]
     model.train()  # transformers checkpoints in training mode only
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -96,5 +96,5 @@ def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.activation_checkpointing_disable()  # type: ignore[operator]
         model.eval()
