@@ -1,10 +1,11 @@
-"""Put a run's figures between README's demo markers, and its plots into docs/images.
+"""Put measured figures between README's markers: a run's, with its plots in docs/images, and the benchmarks'.
 
 python docs/update_readme.py [RUN_FOLDER]        runs/demo where none is given
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from fedferret.tracking.events import read
 from fedferret.tracking.summary import read_summary
 from fedferret.tracking.units import as_bytes, as_count, as_duration
 
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 PLOTS = {"loss-by-round": "Loss on held-out text against rounds", "loss-by-bytes": "The same loss against bytes moved"}
 
 
@@ -62,16 +62,39 @@ def update(run: Path, readme: Path) -> None:
     if not summary or summary["status"] != "finished":
         sys.exit(f"{run} holds no finished run: make demo first")
     delta = run / "tuned.fedferret"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     text = section(summary, read(run).start["parameters"], delta.stat().st_size if delta.exists() else None)
     for name in PLOTS:
         write_atomically(
             readme.parent / "docs" / "images" / f"{name}.svg", on_paper((run / "plots" / f"{name}.svg").read_text())
         )
-    write_atomically(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    replace_between(readme, "demo", text)
+
+
+def performance(results: Path) -> str:
+    """The Markdown of every result in ``results``: a row per figure."""
+    lines = ["| measured | ratio: median (least to most) | aim |", "|---|---|---|"]
+    machines = set()
+    for path in sorted(results.glob("*.json")):
+        description = json.loads(path.read_text())
+        machine = description["machine"]
+        machines.add(f"{machine['processor']}, {machine['cores']} cores")
+        for figure in description["figures"]:
+            ratio = figure["ratio"]
+            spread = f"{ratio['median']:,.4g} ({ratio['min']:,.4g} to {ratio['max']:,.4g})"
+            missed = "" if figure["reached"] else ", missed"
+            lines.append(f"| {figure['claim']} | {spread} | {figure['target']}{missed} |")
+    return "\n".join([*lines, "", f"On {'; '.join(sorted(machines))}; sizes and notes in benchmarks/results/."])
+
+
+def replace_between(readme: Path, marker: str, text: str) -> None:
+    """Put ``text`` between the comments ``marker:begin`` and ``marker:end``."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    write_atomically(readme, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent.parent
+    replace_between(here / "README.md", "performance", performance(here / "benchmarks" / "results"))
     update(Path(sys.argv[1]) if len(sys.argv) > 1 else here / "runs" / "demo", here / "README.md")
