@@ -12,6 +12,7 @@ from torch import Tensor
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.ferret import Ferret
+from fedferret.bases.sign_buckets import SignBuckets
 from fedferret.core.keys import Key
 from fedferret.core.pooling import Pool
 from fedferret.local.first_order import FirstOrder
@@ -50,12 +51,12 @@ def test_ferret_shrunk_with_as_many_coordinates_as_weights_is_not_shrunk() -> No
 
 
 def test_ferret_shrunk_is_ferret_times_each_blocks_factor() -> None:
-    """K_l / d_l with sign buckets; in the toy model every tensor is a block."""
+    """1 / (1 + error energy), K_l / d_l for equal buckets; in the toy model every tensor is a block."""
     narrow = Ferret(coordinates=24, bits=32, entry_bits=32, allocation="uniform", training=TRAINING)
     start = toy_task(1).model.state_dict()
     unbiased, shrunk = weights(simulate(narrow, 1)), weights(simulate(replace(narrow, scale="shrunk"), 1))
     for name, count in zip(start, (8, 8, 7, 1), strict=True):
-        step = (unbiased[name] - start[name]) * (count / start[name].numel())
+        step = (unbiased[name] - start[name]) * SignBuckets().shrinkage(start[name].numel(), count)
         torch.testing.assert_close(shrunk[name] - start[name], step, rtol=1e-4, atol=1e-6)
 
 

@@ -74,7 +74,7 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
     path = tmp_path / "state" / "run.state"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"run\.state is damaged \(.*\): restore it from a copy") as raised:
+    with pytest.raises(RunError, match=r"run\.state is damaged \(.*\): restore a copy of it") as raised:
         checkpoint.saved_round(tmp_path)
     assert "\n" not in str(raised.value)
 
