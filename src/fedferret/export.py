@@ -7,7 +7,6 @@ weights; which method, with its settings; the log; and the SHA-256 of the weight
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from fedferret import models
-from fedferret.config import Recipe, build_algorithm, from_tables
+from fedferret.config import Recipe, build_algorithm, load
 from fedferret.core import tree
 from fedferret.core.algorithm import Task
 from fedferret.core.errors import RunError, UserError
@@ -107,7 +106,7 @@ def read_delta(path: Path) -> DeltaFile:
 def _read_run(run: Path) -> tuple[Recipe, Log]:
     if not (run / "recipe.toml").exists():
         raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
-    recipe = from_tables(tomllib.loads((run / "recipe.toml").read_text()))  # first: it brings the method's messages
+    recipe = load(run / "recipe.toml")  # first: it brings the method's messages
     rounds = checkpoint.saved_round(run)
     if not rounds:
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedferret import models
-from fedferret.config import Recipe, from_tables
+from fedferret.config import Recipe, load
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
@@ -39,27 +38,27 @@ class Interrupted(KeyboardInterrupt):
 
 def run(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Play the recipe in the folder ``out`` and return its summary. Raises UserError, RunError, Interrupted."""
-    resumes = prepare(recipe, out)
+    resumes = belongs(recipe, out)
     if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
         say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return read_summary(out)
     experiment = Experiment.load(recipe, out, say)
+    if not resumes:  # only now: a recipe that was refused claims no folder
+        write_atomically(out / "recipe.toml", recipe.to_toml())
+        write_environment(out)
+        folder.explain(out)
     return Run(experiment, out, say).play()
 
 
-def prepare(recipe: Recipe, out: Path) -> bool:
-    """Make ``out`` this recipe's folder. Returns whether it was already. Raises UserError if it is another's."""
+def belongs(recipe: Recipe, out: Path) -> bool:
+    """Whether ``out`` is this recipe's folder already. Raises UserError if it is another's, or not a free one."""
     if (out / "recipe.toml").exists():
-        known = from_tables(tomllib.loads((out / "recipe.toml").read_text())).identity()
-        change = difference(known, recipe.identity())
+        change = difference(load(out / "recipe.toml").identity(), recipe.identity())
         if change:
             raise UserError(f"{out} holds a run with another {change}: choose another folder with --out")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no run folder: choose another one with --out")
-    write_atomically(out / "recipe.toml", recipe.to_toml())
-    write_environment(out)
-    folder.explain(out)
     return False
 
 

@@ -76,7 +76,7 @@ def bert(folder: Path) -> str:
 def test_a_recipe_that_cannot_be(changes: Any, message: str, tmp_path: Path) -> None:
     path = write(tmp_path, **changes)
     assert re.search(message, refused("run", path, "--out", tmp_path / "run"))
-    assert not list((tmp_path / "run").rglob("*.record"))
+    assert not (tmp_path / "run").exists()  # a recipe that was refused claims no folder
 
 
 def test_a_model_that_is_not_causal(tmp_path: Path) -> None:
@@ -93,7 +93,10 @@ def test_a_client_that_holds_nothing(tmp_path: Path) -> None:
     del tables["data"]["client_column"]
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(tables))
-    assert re.search(r"client 'client-\d+' holds no example: give it data or leave it out", refused("run", path))
+    assert re.search(
+        r"client 'client-\d+' holds no example: give it data or leave it out",
+        refused("run", path, "--out", tmp_path / "r"),
+    )
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
@@ -120,6 +123,14 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.toml").write_text(tiny_recipe(tmp_path, seed=9).to_toml())
     line = refused("run", path, "--out", tmp_path / "run")
     assert "holds a run with another seed (9 there, 1 here): choose another folder with --out" in line
+
+
+def test_a_folder_whose_recipe_is_broken(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text("seed = = 3")
+    assert "not TOML" in refused("run", path, "--out", tmp_path / "run")
+    assert "not TOML" in refused("export", tmp_path / "run", "--to", tmp_path / "model")
 
 
 def test_malformed_overrides(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fedferret.algorithms.fedavg import Delta, FedAvg
 from fedferret.algorithms.ferret import KeyedReply, SharedReply
 from fedferret.core.algorithm import Task
 from fedferret.core.keys import Key
-from fedferret.engines.client_store import ClientStore
+from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import ClientError, Debug
 from fedferret.engines.in_process import Envelope, InProcess
 from fedferret.wire import codec
@@ -206,13 +207,15 @@ def test_the_debug_engine_catches_a_method_that_changes_the_public_state() -> No
         simulate(Careless(training=TRAINING), 1, engine=Debug)
 
 
-def test_a_state_becomes_the_state_by_commit_alone() -> None:
-    store = ClientStore()
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_state_becomes_the_state_by_commit_alone(kind: str, tmp_path: Path) -> None:
+    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, 0)
     store.stage("a", 1, 1)
     assert store.get("a") is None
     store.commit(1)
     store.stage("a", 2, 2)
-    assert store.get("a") == 1
+    assert store.get("a") == 1 and store.get("b") is None
     store.discard()
     store.commit(2)
     assert store.get("a") == 1
+    assert len(list(tmp_path.iterdir())) == (kind == "folder")
