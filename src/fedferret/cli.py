@@ -44,6 +44,7 @@ def run(
     The folder can be resumed after every round: stop with Ctrl-C and give the same command again.
     """
     with _one_line_errors():
+        _refuse_missing(recipe)
         from fedferret.config import load
         from fedferret.runner import run as play
 
@@ -75,6 +76,7 @@ def list_() -> None:
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show a recipe's resolved settings and what it will cost: bytes a round, memory, time (a rough estimate)."""
     with _one_line_errors():
+        _refuse_missing(recipe)
         from fedferret.config import load
         from fedferret.estimate import estimate
 
@@ -155,6 +157,14 @@ def bench(
 def main() -> None:
     """The entry point of the `fedferret` command."""
     app()
+
+
+def _refuse_missing(recipe: Path) -> None:
+    """Before the imports that take seconds."""
+    from fedferret.core.errors import UserError
+
+    if not recipe.exists():
+        raise UserError(f"{recipe}: there is no such recipe; see `recipes/` or `fedferret list`")
 
 
 def _say(text: str) -> None:

@@ -139,6 +139,7 @@ class Experiment:
             self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), notify
         )
         for record in records:
+            engine.store.withdraw(failure.client for failure in record.failures)
             journal(record)
             if self.folder:
                 checkpoint.save(self.folder, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedferret.algorithms.fedavg import Delta, FedAvg
 from fedferret.algorithms.ferret import KeyedReply, SharedReply
 from fedferret.core.algorithm import Task
 from fedferret.core.keys import Key
+from fedferret.core.rounds import Answer, Failure, Job
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import ClientError, Debug
 from fedferret.engines.in_process import Envelope, InProcess
@@ -219,3 +220,25 @@ def test_a_state_becomes_the_state_by_commit_alone(kind: str, tmp_path: Path) ->
     store.commit(2)
     assert store.get("a") == 1
     assert len(list(tmp_path.iterdir())) == (kind == "folder")
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_refused_client_stays_what_it_was(kind: str, tmp_path: Path) -> None:
+    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, 0)
+    store.stage("a", 1, 1)
+    store.commit(1)
+    store.stage("a", 2, 2)
+    store.stage("b", 2, 2)
+    store.withdraw(["a", "nobody"])
+    store.commit(2)
+    assert (store.get("a"), store.get("b")) == (1, 2)
+
+
+def test_a_client_that_the_engine_leaves_out_is_a_failure_and_those_after_it_count() -> None:
+    class Forgetful(InProcess):
+        def map(self, job: Job, cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+            return super().map(job, cohort[1:])
+
+    (record,) = simulate(METHODS["fedavg"], 1, engine=Forgetful).records
+    assert [(failure.client, failure.stage) for failure in record.failures] == [(record.cohort[0], "engine")]
+    assert set(record.metrics) == set(record.cohort[1:])

@@ -131,8 +131,9 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
         self.first.apply(task, public.first, entry)
         if public.round == self.after:
             with self.first.model(task, public.first) as model:
-                if model is not None:
-                    self.hand_over(task, model)
+                if model is None:
+                    raise UserError(f"{self.first.name} has no global model to hand over to {self.second.name}")
+                self.hand_over(task, model)
                 public.second, _ = self.second.begin(task, Key(public.key))
             public.first = None
 

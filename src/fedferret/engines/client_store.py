@@ -7,6 +7,7 @@ round resumes with the states from before it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ class ClientStore:
         self._states.update(self._staged)
         self._staged.clear()
 
+    def withdraw(self, clients: Iterable[str]) -> None:
+        """Forget what these clients staged: their answers were refused, so they stay what they were."""
+        for client in clients:
+            self._staged.pop(client, None)
+
     def discard(self) -> None:
         """Forget what an unfinished round staged."""
-        self._staged.clear()
+        self.withdraw(list(self._staged))
 
 
 class FolderClientStore(ClientStore):
@@ -70,11 +76,11 @@ class FolderClientStore(ClientStore):
                 path.unlink()
         self._staged.clear()
 
-    def discard(self) -> None:
-        """Remove what an unfinished round wrote."""
-        for path in self._staged.values():
-            path.unlink(missing_ok=True)
-        self._staged.clear()
+    def withdraw(self, clients: Iterable[str]) -> None:
+        """Remove what these clients wrote."""
+        for client in clients:
+            if client in self._staged:
+                self._staged.pop(client).unlink(missing_ok=True)
 
     def _paths(self, client: str) -> list[Path]:
         return sorted(self._folder.glob(f"{_identifier(client)}.*.state"), key=_round)
