@@ -22,6 +22,7 @@ from fedferret import models
 from fedferret.config import Recipe
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import Task
+from fedferret.core.allocator import return_large_blocks
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
@@ -195,6 +196,7 @@ class Experiment:
 
     def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
         if self.recipe.execution.memory == "lean":
+            return_large_blocks()
             folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
             return MappedTree(folder / f".weights-{os.getpid()}", weights)
         device = self.task.device
