@@ -60,9 +60,9 @@ def peak(kind: str) -> float:
 
 
 def figures() -> Iterator[Figure]:
-    """Lean and fast Ferret against the plain pass; FedAvg for comparison."""
+    """Lean and fast Ferret against the plain pass."""
     note = f"SmolLM2-135M, batch {BATCH} x {TOKENS} tokens, fp32, gradients clipped, whole processes"
-    for kind, target in (("lean-ferret", 1.1), ("fast-ferret", 1.6), ("fast-fedavg", 3.5)):
+    for kind, target in (("lean-ferret", 1.1), ("fast-ferret", 1.6)):
         ratio = alternate(lambda kind=kind: peak(kind), lambda: peak("plain"), 3, 0)  # type: ignore[misc]
         yield Figure(f"a {kind.replace('-', ' ')} round against a plain pass", ratio, "at most", target, note, "B")
 

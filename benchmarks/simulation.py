@@ -47,7 +47,7 @@ def overhead() -> float:
 
 
 def peak(clients: int) -> float:
-    """Peak memory, in bytes, of a process that plays two rounds of so many clients."""
+    """Peak memory, in bytes, of a process that plays a round of so many clients."""
     command = [sys.executable, "-m", "benchmarks.simulation", "--child", str(clients)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -55,15 +55,15 @@ def peak(clients: int) -> float:
 def figures() -> Iterator[Figure]:
     """Time per client against 5 ms; memory of many against memory of few."""
     note = f"{MANY:,} clients of four examples, one step each, Ferret with 4,096 coordinates"
-    yield Figure("overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 5), "at most", 1.0, note)
-    memory = alternate(lambda: peak(MANY), lambda: peak(FEW), 3, 0)
+    yield Figure("overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 3, 0), "at most", 1.0, note)
+    memory = alternate(lambda: peak(MANY), lambda: peak(FEW), 2, 0)
     claim = f"peak memory with {MANY:,} clients against {FEW}"
-    yield Figure(claim, memory, "at most", 1.05, "two rounds in a process of its own", "B")
+    yield Figure(claim, memory, "at most", 1.05, "one round in a process of its own", "B")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        play(int(sys.argv[2]), rounds=2)
+        play(int(sys.argv[2]))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     else:
         main("simulation", "Simulated clients cost nothing but their training.", figures)
