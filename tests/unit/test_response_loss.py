@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fedferret import models
 from fedferret.core.keys import Key
-from fedferret.data.batches import Batch
+from fedferret.data.batches import Batch, TokenisedData
+from fedferret.data.templates import Tokens
 from fedferret.local.response_loss import IGNORED, ResponseLoss, head_is_linear
 
 
@@ -84,3 +85,17 @@ def test_what_is_padding_or_prompt_does_not_count(tiny: nn.Module) -> None:
     assert torch.equal(loss(tiny, rows), loss(tiny, other))
     other.input_ids[1, 5] = 88  # the last response token is only predicted, never read
     torch.testing.assert_close(loss(tiny, rows), loss(tiny, other))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rounded_shapes_under_autocast_change_no_loss(tiny: nn.Module, packed: bool) -> None:
+    model, loss = tiny, ResponseLoss(tiny)
+    examples = [Tokens(tuple(range(3, 3 + length)), 2, False) for length in (5, 9, 13)]
+    (batch,) = TokenisedData(examples, packed).batches(3, Key.of(1))
+    plain, count = loss.total(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, targets = loss.scored(model, batch)
+        rounded, rounded_count = loss.total(model, batch)
+    assert len(targets) % 16 == 0 and logits.shape[0] == len(targets)
+    assert rounded_count == count == 3 + 7 + 11
+    assert abs(rounded.item() - plain.item()) < 0.02 * plain.item()

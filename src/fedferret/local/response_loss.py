@@ -15,6 +15,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 IGNORED = -100  # the label of a position that is not scored
+_MULTIPLE = (
+    16  # oneDNN compiles bf16 kernels for every new shape: with batches by length, that cost more than bf16 saved
+)
 
 
 class ResponseLoss:
@@ -34,21 +37,42 @@ class ResponseLoss:
     def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """The sum over the batch's response tokens, and their number."""
         logits_NV, targets_N = self.scored(model, batch)
-        return functional.cross_entropy(logits_NV, targets_N, reduction="sum"), len(targets_N)
+        return functional.cross_entropy(logits_NV, targets_N, reduction="sum"), int((targets_N != IGNORED).sum())
 
     def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) in fp32 and targets (N,) of the N response tokens of ``batch``."""
+        """Logits (N, V) in fp32 and targets (N,) of the N response tokens of ``batch``.
+
+        Under autocast T and N are rounded up to a multiple of 16, with targets that are ``IGNORED``.
+        """
         device = next(model.parameters()).device
-        labels = batch.labels[:, 1:].to(device)
-        where = labels != IGNORED  # the position before each response token predicts it
-        given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids")}
+        given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+        rounded = torch.is_autocast_enabled(device.type)
+        if rounded:
+            inputs = _lengthened(inputs)
+        targets = inputs.pop("labels")[:, 1:].reshape(-1)
+        where = (targets != IGNORED).nonzero().squeeze(1)  # the position before each response token predicts it
+        targets = targets[where]
+        if rounded:
+            extra = -len(where) % _MULTIPLE
+            where = functional.pad(where, (0, extra))
+            targets = functional.pad(targets, (0, extra), value=IGNORED)
         if self._head_is_linear:
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][where]  # type: ignore[operator]
-            logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator]
+            logits = model.get_output_embeddings()(hidden.flatten(0, 1)[where])  # type: ignore[operator]
         else:
-            logits = model(**inputs, use_cache=False).logits[:, :-1][where]
-        return logits.float(), labels[where]
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)[where]
+        return logits.float(), targets
+
+
+def _lengthened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows, padded to a length that is a multiple of 16; in a packed batch, with one more example of padding."""
+    extra = -inputs["input_ids"].shape[1] % _MULTIPLE
+    padded = {name: functional.pad(tensor, (0, extra)) for name, tensor in inputs.items()}
+    padded["labels"] = functional.pad(inputs["labels"], (0, extra), value=IGNORED)
+    if "position_ids" in padded and extra:
+        padded["position_ids"][:, -extra:] = torch.arange(extra, device=padded["position_ids"].device)
+    return padded
 
 
 @torch.no_grad()
