@@ -35,7 +35,7 @@ def figures() -> Iterator[Figure]:
         assert not record.failures, record.failures
         return record.seconds
 
-    ratio = alternate(lambda: round_of("ferret"), lambda: round_of("fedavg"), 3, 0)
+    ratio = alternate(lambda: round_of("ferret"), lambda: round_of("fedavg"), 2, 0)
     note = f"SmolLM2-135M, {CLIENTS} clients x {STEPS} steps of 4 examples of at most 128 tokens, fp32, chitchat"
     yield Figure("a round of Ferret against one of FedAvg", ratio, "at most", 1.05, note)
 

@@ -22,7 +22,7 @@ from fedferret.local.first_order import FirstOrder
 from fedferret.models import load
 
 MODEL = "packaged:smollm2"
-EXAMPLES, BATCH, TOKENS = 64, 4, 128
+EXAMPLES, BATCH, TOKENS = 32, 4, 128
 
 
 def figures() -> Iterator[Figure]:

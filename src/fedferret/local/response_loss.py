@@ -66,7 +66,7 @@ class ResponseLoss:
 
 
 def _lengthened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows, padded to a length that is a multiple of 16; in a packed batch, with one more example of padding."""
+    """The same rows, padded to a multiple of 16; in a packed batch, with one more example of padding."""
     extra = -inputs["input_ids"].shape[1] % _MULTIPLE
     padded = {name: functional.pad(tensor, (0, extra)) for name, tensor in inputs.items()}
     padded["labels"] = functional.pad(inputs["labels"], (0, extra), value=IGNORED)
