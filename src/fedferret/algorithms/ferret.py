@@ -243,7 +243,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         expected = sum(projector.counts(decode_norms(norms)))
         if payload.coordinates.length != expected:
             raise ValueError(f"{payload.coordinates.length} coordinates came, {expected} were expected")
-        if not torch.isfinite(payload.coordinates.unpack()).all():
+        # what pools is opened, and checked, when it does; what is kept apart travels on as it came
+        if isinstance(payload, KeyedReply) and not torch.isfinite(payload.coordinates.unpack()).all():
             raise NotFinite("coordinates holds NaN or infinity")
 
     def update(
