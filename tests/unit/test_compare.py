@@ -105,6 +105,7 @@ def test_the_example_is_a_grid() -> None:
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: must be a list of different"),
         ({"seeds": [True]}, r"seeds=\[True\]: must be"),
         ({"target_loss": "low"}, r"target_loss='low': must be a loss above 0"),
+        ({"budget_bytes": -1}, r"budget_bytes=-1: must be bytes above 0"),
         ({"target_los": 3.0}, r'target_los: there is no such setting in a grid; did you mean "target_loss"\?'),
         ({"methods": []}, r"\[\[methods\]\]: this list of tables is missing"),
         ({"methods": [{"algorithm": FEDAVG}]}, r"methods\[1\].label=None: must be a name"),
@@ -301,6 +302,16 @@ def test_the_target_is_nine_tenths_of_the_best_gain_or_what_the_grid_says(tmp_pa
     partly = written(tmp_path / "partly", target_loss=3.9)
     line = next(line for line in as_markdown(partly).splitlines() if line.startswith("| B"))
     assert line.count("reached by 1 of 2") == 2
+
+
+def test_a_budget_buys_the_loss_of_the_last_evaluation_within_it(tmp_path: Path) -> None:
+    one_round = rows_by_label(written(tmp_path / "one", budget_bytes=2000))
+    assert one_round["A"].mean["loss_in_budget"] == pytest.approx(4.2)  # a round costs it 2,000
+    assert one_round["B"].mean["loss_in_budget"] == pytest.approx(3.85)  # and B 20: it played to its end
+    nothing = rows_by_label(written(tmp_path / "none", budget_bytes=1999))
+    assert nothing["A"].mean["loss_in_budget"] == pytest.approx(5.1)
+    assert "loss within 2.00 KB" in as_markdown(written(tmp_path / "shown", budget_bytes=2000))
+    assert "loss within" not in as_markdown(written(tmp_path / "plain"))
 
 
 def test_a_prompt_that_starts_worse_does_not_move_the_usual_target(tmp_path: Path) -> None:

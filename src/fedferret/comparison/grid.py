@@ -1,6 +1,6 @@
 """The grid of a comparison: one task, several methods, several seeds.
 
-    grid file = the tables of a recipe (the base)  +  seeds, target_loss, [[methods]]
+    grid file = the tables of a recipe (the base)  +  seeds, target_loss, budget_bytes, [[methods]]
     a row     = the base, a [[methods]] entry laid over it, and one combination of the values in its [methods.grid]
     a cell    = a row with one seed: an ordinary recipe, played in OUT/runs/<row>/seed-<seed>
 
@@ -10,6 +10,7 @@ What makes the task (model, data, text, clients) belongs to the base alone: no m
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from fedferret.core.errors import UserError, nearest
 
 TASK = ("model", "data", "text", "clients")
 OWN = ("rounds", "algorithm", "evaluation", "execution")  # what a method may say for itself
-_GRID = ("seeds", "target_loss", "methods")
+_GRID = ("seeds", "target_loss", "budget_bytes", "methods")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class Grid:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     target_loss: float | None
+    budget_bytes: float | None  # both ways, of one place in the cohort, over the run
     tables: Mapping[str, Any]
 
     def to_toml(self) -> str:
@@ -103,7 +105,9 @@ def resolve(tables: Mapping[str, Any]) -> Grid:
     for number, entry in enumerate(_entries(tables), start=1):
         rows += _rows({**base, "seed": seeds[0]}, entry, f"methods[{number}]")
     _refuse_twins(rows)
-    return Grid(tuple(rows), seeds, _target(tables), tables)
+    target = _above_zero(tables, "target_loss", "a loss above 0")
+    budget = _above_zero(tables, "budget_bytes", "bytes above 0, such as 500_000")
+    return Grid(tuple(rows), seeds, target, budget, tables)
 
 
 def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -193,13 +197,13 @@ def _seeds(tables: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _target(tables: Mapping[str, Any]) -> float | None:
-    target = tables.get("target_loss")
-    if target is None:
+def _above_zero(tables: Mapping[str, Any], name: str, what: str) -> float | None:
+    value = tables.get(name)
+    if value is None:
         return None
-    if not isinstance(target, int | float) or isinstance(target, bool) or not target > 0:
-        raise UserError(f"target_loss={target!r}: must be a loss above 0, or be left out")
-    return float(target)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{name}={value!r}: must be {what}, or be left out")
+    return float(value)
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
     curve      after every evaluated round r: loss, Σ_{i≤r} (up_i + down_i) / sampled_i, Σ_{i≤r} seconds_i
     target     given, or untuned − 0.9 (untuned − best): nine tenths of what the best row gained, means over seeds
+    budget     bytes of one place in the cohort: the loss after the last evaluated round that kept within it
     figures    of every run; a row has their means and sample deviations over its seeds
 
 A byte is a byte of the encoded messages as the ledger counts them, catching up included. Bytes are of one place in
@@ -138,7 +139,7 @@ def rows_of(
         missing.setdefault(cell.row.label, {})[cell.seed] = now
     rows = []
     for row in grid.rows:
-        own = tuple(_with_target(run, target) for run in runs if run.cell.row.label == row.label)
+        own = tuple(_with_prices(run, target, grid.budget_bytes) for run in runs if run.cell.row.label == row.label)
         numbers = [{**run.figures, **run.scores} for run in own]
         columns = {name: [each.get(name, math.nan) for each in numbers] for name in (numbers[0] if own else {})}
         # NaN where one is: a mean over the seeds that reached the target alone would flatter
@@ -159,7 +160,8 @@ def _placed(row: RowResult, rows: Sequence[RowResult]) -> RowResult:
     return replace(row, in_front=not beaten)
 
 
-def _with_target(run: RunResult, target: float | None) -> RunResult:
+def _with_prices(run: RunResult, target: float | None, budget: float | None) -> RunResult:
+    """The run with what the target cost it and what the budget bought it."""
     reached = next((point for point in run.curve if target is not None and point.loss <= target), None)
     figures = {
         **run.figures,
@@ -167,6 +169,8 @@ def _with_target(run: RunResult, target: float | None) -> RunResult:
         "bytes_to_target": reached.bytes if reached else math.nan,
         "seconds_to_target": reached.seconds if reached else math.nan,
     }
+    if budget is not None:  # before round 1 nothing has been sent, so there is always such a point
+        figures["loss_in_budget"] = [point.loss for point in run.curve if point.bytes <= budget][-1]
     return replace(run, figures=figures)
 
 

@@ -55,7 +55,9 @@ def columns(comparison: Comparison) -> list[Column]:
     """Those of every comparison, and after the loss what else its runs measured of the main held-out set."""
     scores = dict.fromkeys(name for row in comparison.rows for run in row.runs for name in run.scores)
     loss, *others = COLUMNS
-    return [loss, *(Column(name, name, lambda score: f"{score:.3f}") for name in scores), *others]
+    budget = comparison.grid.budget_bytes
+    within = [] if budget is None else [Column("loss_in_budget", f"loss within {as_bytes(budget)}", as_loss)]
+    return [loss, *within, *(Column(name, name, lambda score: f"{score:.3f}") for name in scores), *others]
 
 
 def headings(comparison: Comparison) -> list[str]:
@@ -103,6 +105,11 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(
             f"Target: loss {as_loss(target)}, the untuned loss less {SHARE_OF_GAIN:.0%} of what the best row gained, "
             "at the first evaluated round that reached it."
+        )
+    if grid.budget_bytes is not None:
+        lines.append(
+            f"Loss within {as_bytes(grid.budget_bytes)}: after the last evaluated round by which one place in the "
+            "cohort had sent and received no more; where one round is dearer, that is the untuned model's."
         )
     lines.append(f"{FRONT}: no other row has both fewer bytes in all and a lower loss.")
     return lines
