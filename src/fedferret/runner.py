@@ -10,9 +10,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedferret import models
 from fedferret.config import Recipe, load
@@ -42,12 +44,26 @@ def run(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> dict[s
     if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
         say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return read_summary(out)
-    experiment = Experiment.load(recipe, out, say)
-    if not resumes:  # only now: a recipe that was refused claims no folder
-        write_atomically(out / "recipe.toml", recipe.to_toml())
-        write_environment(out)
-        folder.explain(out)
-    return Run(experiment, out, say).play()
+    with ExitStack() as stack:
+        if resumes:
+            stack.enter_context(_alone(out))  # before the model is loaded, which takes long
+        experiment = Experiment.load(recipe, out, say)
+        if not resumes:  # only now: a recipe that was refused claims no folder
+            write_atomically(out / "recipe.toml", recipe.to_toml())
+            write_environment(out)
+            folder.explain(out)
+            stack.enter_context(_alone(out))
+        return Run(experiment, out, say).play()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Nobody else plays in this folder meanwhile. Raises UserError where somebody does."""
+    try:
+        with FileLock(out / "state" / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{out} is being played by another process: wait for it, or give another folder") from None
 
 
 def belongs(recipe: Recipe, out: Path) -> bool:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from contract.methods import METHODS
-from fedferret.core.errors import RunError
+from fedferret.core.errors import RunError, UserError
+from fedferret.runner import run
 from fedferret.tracking import checkpoint
+from tiny_runs import tiny_recipe
 from toys import simulate, toy_task
 
 
@@ -81,3 +84,11 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_finished_round_has_none(tmp_path: Path) -> None:
     assert checkpoint.saved_round(tmp_path) is None
+
+
+def test_a_folder_is_played_by_one_process_at_a_time(tmp_path: Path) -> None:
+    recipe, out = tiny_recipe(tmp_path, rounds=1), tmp_path / "run"
+    with FileLock(out / "state" / ".lock"), pytest.raises(UserError, match="another process"):
+        (out / "recipe.toml").write_text(recipe.to_toml())  # as it is while the other one plays
+        run(recipe, out)
+    assert run(recipe, out)["status"] == "finished"
