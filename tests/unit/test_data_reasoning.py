@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.data.partition import Partition
 from fedferret.data.reasoning import DEFAULT_TASKS, ReasoningGym, score
 
 pytest.importorskip("reasoning_gym")
@@ -46,6 +49,7 @@ def states():
     return random.getstate(), np.random.get_state()[1].tolist()
 before = states()
 from fedferret.core.keys import Key
+from fedferret.data.partition import Partition
 from fedferret.data.reasoning import ReasoningGym, score
 data = ReasoningGym(tasks=("gcd", "list_functions", "pool_matrix"), rows=3, held_out_tasks=0).load(Key.of(1))
 score(data.clients["gcd"][0], "1")
@@ -88,3 +92,18 @@ def test_what_cannot_be_had_is_one_line(settings, message):
 def test_impossible_settings_are_refused_at_once():
     with pytest.raises(UserError, match=r"data\.rows is 0"):
         ReasoningGym(rows=0)
+
+
+def test_a_partition_deals_the_rows_of_all_tasks_out_and_withholds_the_same():
+    whole = SMALL.load(Key.of(1))
+    kinds = {}
+    for kind, alpha in (("iid", 1.0), ("dirichlet", 0.1)):
+        partition = Partition(kind=kind, clients=3, alpha=alpha, min_examples=0)
+        dealt = dataclasses.replace(SMALL, client="partition", partition=partition).load(Key.of(1))
+        assert list(dealt.clients) == ["client-0", "client-1", "client-2"]
+        everything = sorted(str(each.turns) for examples in dealt.clients.values() for each in examples)
+        assert everything == sorted(str(each.turns) for examples in whole.clients.values() for each in examples)
+        assert dealt.held_out == whole.held_out
+        kinds[kind] = [Counter(example.metadata["task"] for example in held) for held in dealt.clients.values()]
+    largest = {kind: max(max(count.values()) / count.total() for count in counts) for kind, counts in kinds.items()}
+    assert largest["dirichlet"] > largest["iid"]

@@ -35,7 +35,7 @@ def test_its_tokenizer_splits_as_its_donor_and_loses_no_text(small: LanguageMode
     tokenizer, donor = small.tokenizer, models.load("packaged:smollm2").tokenizer
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)
     ids = tokenizer(text)["input_ids"]
-    assert max(ids) < 4096 and tokenizer.decode(ids) == text
+    assert max(ids) < len(tokenizer) == 4096 and tokenizer.decode(ids) == text
     assert (
         text == "<|im_start|>user\n1 and 12?<|im_end|>\n<|im_start|>assistant\n" + CHAT[1]["content"] + "<|im_end|>\n"
     )
@@ -59,5 +59,6 @@ def test_what_a_recipe_learns_is_what_its_training_labels(small: LanguageModel, 
     (trained,) = experiment.tokens["one"].batches(1, None)
     (evaluated,) = experiment.tokens.held_out("held out").batches(1, None)
     responses = int((evaluated.labels != IGNORED).sum())
+    assert responses < evaluated.labels.numel() - 1  # what is held out is scored on its responses, always
     assert int((trained.labels != IGNORED).sum()) == (responses if learn == "responses" else trained.labels.numel() - 1)
     assert torch.equal(trained.input_ids, evaluated.input_ids)

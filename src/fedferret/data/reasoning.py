@@ -1,4 +1,5 @@
-"""Generated reasoning tasks with exact scorers: the ``reasoning-gym`` package. Client = task.
+"""Generated reasoning tasks with exact scorers: the ``reasoning-gym`` package. Client = task, or a share of all rows,
+dealt out by a partition whose categories are the tasks.
 
 Rows of a task follow from the key and the task's name. Questions are distinct: of the first ``rows`` plus
 ``held_out_rows`` distinct ones the last are held out, so no held-out question is ever trained on.
@@ -16,14 +17,15 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData, Turn, at_most, check_at_least
+from fedferret.data.partition import Partition
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -53,6 +55,8 @@ class ReasoningGym:
     held_out_rows: int = 10  # a task
     held_out_tasks: int = 4  # drawn by the key
     max_held_out: int | None = 256  # examples of each held-out set; None: all
+    client: Literal["task", "partition"] = "task"  # a task each, as skewed as can be; or by ``partition``
+    partition: Partition = field(default_factory=Partition)  # its categories are the tasks
 
     def __post_init__(self) -> None:
         check_at_least("rows", self.rows, 1)
@@ -77,6 +81,8 @@ class ReasoningGym:
                 examples = _generate(task, self.rows + self.held_out_rows, key.fold("rows", task))
                 clients[task] = tuple(examples[: self.rows])
                 held_out["rows"].extend(examples[self.rows :])
+        if self.client == "partition":
+            clients = self._dealt_out(clients, key.fold("partition"))
         return FederatedData(
             clients=clients,
             held_out={
@@ -87,6 +93,12 @@ class ReasoningGym:
             source="reasoning-gym",
             notice=NOTICE,
         )
+
+    def _dealt_out(self, by_task: dict[str, tuple[Example, ...]], key: Key) -> dict[str, tuple[Example, ...]]:
+        rows = [example for examples in by_task.values() for example in examples]
+        parts = self.partition.split(len(rows), [example.metadata["task"] for example in rows], key)
+        digits = len(str(len(parts) - 1))
+        return {f"client-{number:0{digits}}": tuple(rows[row] for row in part) for number, part in enumerate(parts)}
 
     def _tasks(self) -> list[str]:
         known = set(_package().factory.DATASETS)
