@@ -8,7 +8,7 @@ rounds so far,
 and since each round's noise is drawn anew, its norm grows like √t until the loss feels it. Measured beside it: the norm
 of the true walk Σ Δ_s, and the norm that the formula predicts, √Σ_s Σ_l (d_l/K_l - 1) ‖Δ_s,l‖² for buckets.
 
-    python -m benchmarks.noise recipes/small/breadth.toml --set algorithm.coordinates=512
+    python -m benchmarks.noise recipes/small/reasoning.toml --set algorithm.coordinates=512
 
 prints a JSON object. The recipe's method must be Ferret with shared keys. Nothing is written.
 """
