@@ -56,6 +56,10 @@ def bert(folder: Path) -> str:
         ),
         ({"algorithm": {"name": "ferret", "coordinates": 3}}, r"coordinates=3: this model has"),
         (
+            {"algorithm": {"name": "ferret", "coordinates": 512, "error_feedback": True}},
+            r'error_feedback=true, scale="unbiased": .* set scale="shrunk"',
+        ),
+        (
             {"algorithm": {"name": "ferret", "preset": "paper-code", "coordinates": 1}},
             r"largest block has .* choose 2 to",
         ),

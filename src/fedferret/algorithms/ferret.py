@@ -172,6 +172,11 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         """At least one coordinate per block and at most one per weight."""
         sizes = [block.size for block in blocks_of(shapes)]
         total, blocks, largest = sum(sizes), len(sizes), max(sizes)
+        if self.error_feedback and self.scale == "unbiased" and 2 * self.coordinates < total:
+            raise UserError(
+                'error_feedback=true, scale="unbiased": what a client keeps back would grow without bound, as an '
+                'unbiased reconstruction overshoots d/K times; set scale="shrunk"'
+            )
         if self.budget == "largest-block" and not 2 <= self.coordinates <= largest:
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model's largest block has {largest:,} weights, "
