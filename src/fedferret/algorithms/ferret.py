@@ -153,7 +153,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     scale: Scale = "unbiased"
     budget: Budget = "total"
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
-    entry_bits: Bits = 8  # per coordinate, down, with shared keys
+    entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
     coordinate_clip: float | None = None  # bound on the norm of one coordinate's share of an update
     server_learning_rate: float = 1.0
     schedule: Schedule = "constant"
