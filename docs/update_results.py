@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.update_readme import on_paper, replace_between
+
 from fedferret.core.files import write_atomically
 from fedferret.tracking.units import as_bytes
 
