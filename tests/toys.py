@@ -5,6 +5,7 @@ Methods that need a language model read the same rows as sentences of five words
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +228,7 @@ def simulate(
     until: int | None = None,
     per_round: int | None = None,
     min_clients: int = 1,
+    max_weight: float = math.inf,
     seed: int = 3,
     folder: Path | None = None,
     engine: type[InProcess] = InProcess,
@@ -235,7 +237,7 @@ def simulate(
 ) -> Simulation:
     """Play ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
-    plan = Plan(seed, rounds_, per_round or len(data), min_clients, fingerprint_every=1)
+    plan = Plan(seed, rounds_, per_round or len(data), min_clients, max_weight=max_weight, fingerprint_every=1)
     if folder and checkpoint.saved_round(folder) is not None:
         state = checkpoint.resume(folder, task, algorithm, seed)
     else:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -184,6 +185,163 @@ def bench(
                 raise UserError(f'no benchmark is called "{name}": {nearest(name, known)}')
             command = [sys.executable, "-m", f"benchmarks.{name}", *(["--save"] if save else [])]
             subprocess.run(command, cwd=checkout, check=True)
+
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without certificates: on loopback, for trying out.")]
+OffLoopback = Annotated[
+    bool, typer.Option("--insecure-off-loopback", help="With --insecure: on a network where everybody is trusted.")
+]
+
+
+@app.command()
+def serve(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-OF-RECIPE].")] = None,
+    listen: Annotated[str, typer.Option(help="Where sites call: ADDRESS:PORT.")] = "127.0.0.1:8443",
+    folder: Annotated[Path, typer.Option("--pki", help="The folder that `fedferret pki init` made.")] = Path("pki"),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for all sites before the first round.")] = 300.0,
+    insecure: Insecure = False,
+    insecure_off_loopback: OffLoopback = False,
+) -> None:
+    """Serve a recipe to the sites it names: let them in, play the rounds, go on after whatever ends.
+
+    The folder can be resumed at any time: stop with Ctrl-C and give the same command again.
+    """
+    with _one_line_errors():
+        from fedferret.recipe_file import read_tables
+
+        tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
+        commands = _site_commands()
+        commands.serve(
+            tables, out or Path("runs") / recipe.stem, listen, folder, wait, insecure, insecure_off_loopback, _say
+        )
+
+
+@app.command()
+def join(
+    address: Annotated[str, typer.Argument(help="The server, HOST:PORT.", metavar="ADDRESS", show_default=False)],
+    name: Annotated[str, typer.Option(help="This site's name, as the run's list of sites has it.")],
+    data: Annotated[Path | None, typer.Option(help="The file to train on; it stays here. Needed once.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="The site's own folder [default: sites/NAME].")] = None,
+    credentials: Annotated[
+        Path | None, typer.Option(help="What the server's administrator sent: archive or folder. Needed once.")
+    ] = None,
+    package: Annotated[
+        str, typer.Option(help="SHA-256 of the one run package to take [default: this version's].")
+    ] = "",
+    insecure: Insecure = False,
+    insecure_off_loopback: OffLoopback = False,
+) -> None:
+    """Take part in a server's run with this machine's data, until Ctrl-C."""
+    with _one_line_errors():
+        _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _say)
+
+
+@app.command()
+def nodes(folder: RunFolder) -> None:
+    """Show a served run's sites: who is connected, who answered when, what moved."""
+    with _one_line_errors():
+        from rich.console import Console
+
+        from fedferret.sites.status import nodes_table
+
+        Console().print(nodes_table(folder))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="A served run's folder, or a site's.", metavar="DIR")],
+) -> None:
+    """Say how a served run stands, or a site."""
+    with _one_line_errors():
+        from fedferret.sites.status import status as words
+
+        _say(words(folder))
+
+
+def _site_commands() -> ModuleType:
+    from fedferret.core.errors import UserError
+
+    try:
+        from fedferret.sites import commands
+    except ModuleNotFoundError as error:
+        if error.name not in ("flwr", "cryptography"):
+            raise
+        raise UserError('running across organisations needs packages: pip install "fedferret[flower]"') from None
+    return commands
+
+
+pki = typer.Typer(
+    no_args_is_help=True,
+    help="""Certificates of a federation: make the authority once, then one archive for each site.
+
+The authority's key never leaves its folder (`--pki`, or `pki`); a site is sent its own archive and nothing else.
+docs/security.md says how to send, renew and revoke.""",
+)
+app.add_typer(pki, name="pki")
+
+PkiFolder = Annotated[Path, typer.Option("--pki", help="The folder that holds the authority.", metavar="DIR")]
+SiteName = Annotated[str, typer.Argument(help="A site, as in ward-7.", metavar="NAME", show_default=False)]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", help="A name or address under which sites call the server. May be repeated."),
+]
+
+
+@pki.command("init")
+def pki_init(
+    host: Hosts = None,
+    folder: PkiFolder = Path("pki"),
+    title: Annotated[str, typer.Option(help="The federation's name, in every certificate.")] = "fedferret",
+) -> None:
+    """Make the authority and the server's certificates."""
+    with _one_line_errors():
+        _pki_commands().init(folder, host or [], title, _say)
+
+
+@pki.command("issue")
+def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
+    """Make a site's certificate and node key, in one archive to send."""
+    with _one_line_errors():
+        _pki_commands().issue(folder, name, _say)
+
+
+@pki.command("renew")
+def pki_renew(
+    name: Annotated[str, typer.Argument(help="A site, or `server`.", metavar="NAME", show_default=False)],
+    host: Hosts = None,
+    folder: PkiFolder = Path("pki"),
+) -> None:
+    """Make a certificate anew before it expires; a site's node key stays."""
+    with _one_line_errors():
+        _pki_commands().renew(folder, name, host or [], _say)
+
+
+@pki.command("revoke")
+def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
+    """Shut a site out for good: all its certificates are refused, its keys forgotten."""
+    with _one_line_errors():
+        _pki_commands().revoke(folder, name, _say)
+
+
+@pki.command("show")
+def pki_show(folder: PkiFolder = Path("pki")) -> None:
+    """List the certificates: whose, how many days are left, which are revoked."""
+    with _one_line_errors():
+        _pki_commands().show(folder, _say)
+
+
+def _pki_commands() -> ModuleType:
+    from fedferret.core.errors import UserError
+
+    try:
+        from fedferret.sites import pki_commands
+    except ModuleNotFoundError as error:
+        if error.name != "cryptography":
+            raise
+        raise UserError('certificates need a package: pip install "fedferret[flower]"') from None
+    return pki_commands
 
 
 def main() -> None:

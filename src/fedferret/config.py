@@ -59,9 +59,13 @@ class ClientSettings:
 
     per_round: int = 4  # clients sampled each round
     min_answers: int = 1  # the run stops when fewer answer
+    min_fraction: float = 0.0  # and when a smaller share does; 0: min_answers alone decides
+    max_examples: int = 10_000_000  # who claims more is refused: far above any site's, far below outweighing them all
 
     def __post_init__(self) -> None:
-        _positive("clients", per_round=self.per_round, min_answers=self.min_answers)
+        _positive("clients", per_round=self.per_round, min_answers=self.min_answers, max_examples=self.max_examples)
+        if not 0 <= self.min_fraction <= 1:
+            raise UserError(f"min_fraction={self.min_fraction}: give a share of the sampled clients, from 0 to 1")
         if self.min_answers > self.per_round:
             raise UserError(f"min_answers={self.min_answers}: more than per_round={self.per_round} can never answer")
 
@@ -93,10 +97,19 @@ class EvaluationSettings:
 class ExecutionSettings:
     """How the run is carried out. None of these may change its numbers."""
 
-    engine: Literal["in-process", "debug"] = "in-process"
+    engine: Literal["in-process", "debug", "processes", "ray"] = "in-process"
+    workers: int = 2  # of "processes" and "ray", each with a model in memory: more than cores or devices gain nothing
+    worker_cpus: float = 1.0  # that Ray reserves for a worker
+    worker_gpus: float = 0.0  # likewise; 0.25: four workers share a device
+    deadline: float = 3600.0  # seconds of a round; a silent client costs all of them, a shorter one the slow clients
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"; sums may differ in the last bit between devices
     memory: Literal["fast", "lean"] = "fast"  # lean: the public weights wait in a memory-mapped file
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("execution", workers=self.workers, deadline=self.deadline)
+        if self.worker_cpus < 0 or self.worker_gpus < 0:
+            raise UserError(f"worker_cpus={self.worker_cpus}, worker_gpus={self.worker_gpus}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +144,12 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """The settings that change the numbers: equal for two runs exactly when they must give the same bits."""
         return {name: table for name, table in self.tables().items() if name != "execution"}
+
+    def identity_toml(self) -> str:
+        """The identity as text: what sites are told of the recipe, and what its SHA-256 names a run by."""
+        import tomli_w
+
+        return tomli_w.dumps(self.identity())
 
     def to_toml(self) -> str:
         """The recipe as a file's text."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,10 +30,14 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.rounds import RoundRecord, RunState
 from fedferret.data.batches import FederatedTokens
 from fedferret.data.examples import FederatedData
+from fedferret.data.sites import Sites
 from fedferret.data.templates import template
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
+from fedferret.engines.remote import Remote
+from fedferret.engines.simulation import simulation
+from fedferret.engines.transport import Transport
 from fedferret.evaluation.evaluator import Evaluator, Results, Scores
 from fedferret.evaluation.loss import evaluate
 from fedferret.evaluation.personal import fairness
@@ -60,8 +65,8 @@ def check(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_data(recipe: Recipe) -> FederatedData:
-    """Who holds what, with the counts checked against the recipe. Raises UserError."""
+def load_data(recipe: Recipe, elsewhere: bool = False) -> FederatedData:
+    """Who holds what, with the counts checked against the recipe; ``elsewhere``: sites hold it. Raises UserError."""
     data = recipe.data.load(Key.of(recipe.seed, "data"))
     if recipe.clients.per_round > len(data.clients):
         raise UserError(
@@ -69,8 +74,12 @@ def load_data(recipe: Recipe) -> FederatedData:
             f"set per_round to at most that"
         )
     for client, examples in data.clients.items():
-        if not examples:
+        if not examples and not elsewhere:
             raise UserError(f"client {client!r} holds no example: give it data or leave it out")
+    if isinstance(recipe.data, Sites) and not data.held_out:
+        if recipe.evaluation.metrics != ("loss",):
+            raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")
+        return data
     if not data.held_out or not all(data.held_out.values()):
         raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
     check_metrics(recipe.evaluation.metrics, data.held_out)
@@ -98,6 +107,7 @@ class Experiment:
     language_model: LanguageModel
     data: FederatedData
     folder: Path | None = None  # where public weights wait under memory = "lean", and runs are written
+    transport: Transport | None = None  # to sites that hold the data; None: everything is on this machine or cluster
     model: nn.Module = field(init=False)  # what is tuned: the base, with the method's adapter in it if it has one
     base_size: int = field(init=False)  # weights of the base alone
     base_fingerprint: str = field(init=False)  # SHA-256 of those
@@ -108,12 +118,30 @@ class Experiment:
         self.model = rounds.prepare(self.recipe.algorithm, self.language_model.model, self.recipe.seed)
 
     @classmethod
-    def load(cls, recipe: Recipe, folder: Path | None = None, log: Callable[[str], None] = print) -> Experiment:
+    def load(
+        cls,
+        recipe: Recipe,
+        folder: Path | None = None,
+        log: Callable[[str], None] = print,
+        transport: Transport | None = None,
+    ) -> Experiment:
         """Check, then load data and model. Raises UserError for whatever the recipe gets wrong."""
         check(recipe)
-        data = load_data(recipe)
+        data = load_data(recipe, elsewhere=transport is not None)
+        return cls.over(recipe, data, folder, log, transport)
+
+    @classmethod
+    def over(
+        cls,
+        recipe: Recipe,
+        data: FederatedData,
+        folder: Path | None = None,
+        log: Callable[[str], None] = print,
+        transport: Transport | None = None,
+    ) -> Experiment:
+        """The recipe with this data, whatever its own source is."""
         model = models.load(recipe.model.name, device=recipe.execution.device, log=log)
-        return cls(recipe, model, data, folder)
+        return cls(recipe, model, data, folder, transport)
 
     @cached_property
     def tokens(self) -> FederatedTokens:
@@ -156,7 +184,14 @@ class Experiment:
     def plan(self) -> rounds.Plan:
         """How the rounds are run."""
         clients = self.recipe.clients
-        return rounds.Plan(self.recipe.seed, self.recipe.rounds, clients.per_round, clients.min_answers)
+        return rounds.Plan(
+            self.recipe.seed,
+            self.recipe.rounds,
+            clients.per_round,
+            clients.min_answers,
+            clients.min_fraction,
+            clients.max_examples,
+        )
 
     def begin(self) -> RunState:
         """The state before round 1, or after the last finished round of the run in ``folder``.
@@ -169,16 +204,40 @@ class Experiment:
         log = Log(self.folder / "log" if self.folder else None)
         return rounds.begin(self.task, self.recipe.algorithm, self.recipe.seed, log)
 
-    def engine(self, state: RunState, starting: Callable[[str], None] = lambda client: None) -> InProcess:
-        """The engine of the recipe, with the clients' private states as they were after ``state.round``."""
+    def engine(
+        self,
+        state: RunState,
+        starting: Callable[[str], None] = lambda client: None,
+        say: Callable[[str], None] = lambda line: None,
+        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    ) -> InProcess | Remote:
+        """The engine of the recipe, with the clients' private states as they were after ``state.round``. Close it.
+
+        ``say`` hears what an operator should know, ``record`` of every letter, where there are letters.
+        """
         folder = self.folder and self.folder / "state" / "clients"
         store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
-        return ENGINES[self.recipe.execution.engine](self.tokens, codec, store, starting)
+        execution = self.recipe.execution
+        if self.transport is None and execution.engine in ENGINES:
+            return ENGINES[execution.engine](self.tokens, codec, store, starting)
+        workers = None if self.transport else simulation(execution, self.folder)
+        return Remote(
+            self.transport or workers,  # type: ignore[arg-type]  # one of them is there
+            codec,
+            recipe=self.recipe.identity_toml(),
+            base=self.base_fingerprint,
+            deadline=execution.deadline,
+            workers=workers.workers if workers else (),
+            store=store,
+            starting=starting,
+            say=say,
+            record=record,
+        )
 
     def play(
         self,
         state: RunState,
-        engine: InProcess,
+        engine: InProcess | Remote,
         notify: Callable[[rounds.Answer | rounds.Failure], None] = lambda outcome: None,
         journal: Callable[[RoundRecord], None] = lambda record: None,
     ) -> Iterator[RoundRecord]:
@@ -198,15 +257,24 @@ class Experiment:
             yield record
 
     def score(
-        self, state: RunState, engine: InProcess, tick: Callable[[], None] = lambda: None, extra: bool = False
+        self,
+        state: RunState,
+        engine: InProcess | Remote,
+        tick: Callable[[], None] = lambda: None,
+        extra: bool = False,
     ) -> Scores:
         """What ``[evaluation]`` asks for on every held-out set, in fp32, beside the losses only if ``extra``: of the
         global model, or where there is none, the mean over the models of (at most 8 of) the clients that have trained.
+        Nothing where nothing is held out here, or where those models stay at their sites.
         """
         algorithm = self.recipe.algorithm
+        if not self.data.held_out:
+            return Scores({}, {})
         with algorithm.model(self.task, state.public) as model:
             if model is not None:
                 return self.evaluator.score(model, extra, tick)
+        if self.transport is not None:
+            return Scores({}, {})
         personal: list[Results] = []
         losses: dict[str, float] = {}
         for number, client in enumerate(sorted(state.versions)):
@@ -235,6 +303,8 @@ class Experiment:
         recipe, model = self.recipe, self.model
         training = getattr(recipe.algorithm, "training", None)
         count = min(recipe.evaluation.local_only_clients, len(self.data.clients)) if training else 0
+        if self.transport is not None or not self.data.held_out:
+            return {}
         main = next(iter(self.data.held_out))
         losses: dict[str, float] = {}
         for client in Key.of(recipe.seed, "local-only").sample(sorted(self.data.clients), count):

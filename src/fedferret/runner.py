@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.rounds import Answer, Failure, RunState
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.in_process import InProcess
+from fedferret.engines.remote import Remote
+from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
 from fedferret.tracking import events, folder
@@ -33,13 +36,26 @@ from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import read_summary, write_summary
 
+SERVED = "server"  # what `fedferret serve` keeps in a run's folder, from before the run begins
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the run's folder was left resumable."""
 
 
-def run(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Play the recipe in the folder ``out`` and return its summary. Raises UserError, RunError, Interrupted."""
+def run(
+    recipe: Recipe,
+    out: Path,
+    say: Callable[[str], None] = print,
+    *,
+    transport: Transport | None = None,
+    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Play the recipe in the folder ``out`` and return its summary. Raises UserError, RunError, Interrupted.
+
+    ``transport`` reaches the sites that hold the data, in place of the recipe's own engine; it is closed at the end.
+    ``record`` hears of every letter to and from them.
+    """
     resumes = belongs(recipe, out)
     if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
         say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
@@ -47,13 +63,13 @@ def run(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> dict[s
     with ExitStack() as stack:
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
-        experiment = Experiment.load(recipe, out, say)
+        experiment = Experiment.load(recipe, out, say, transport)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
             folder.explain(out)
             stack.enter_context(_alone(out))
-        return Run(experiment, out, say).play()
+        return Run(experiment, out, say, record).play()
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def belongs(recipe: Recipe, out: Path) -> bool:
         if change:
             raise UserError(f"{out} holds a run with another {change}: choose another folder with --out")
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != SERVED for path in out.iterdir())):
         raise UserError(f"{out} exists and is no run folder: choose another one with --out")
     return False
 
@@ -94,8 +110,14 @@ def difference(known: dict[str, Any], given: dict[str, Any], where: str = "") ->
 class Run:
     """One process's part in a run: from where the folder stands to its end, or to Ctrl-C."""
 
-    def __init__(self, experiment: Experiment, out: Path, say: Callable[[str], None]) -> None:
-        self.experiment, self.out, self.say = experiment, out, say
+    def __init__(
+        self,
+        experiment: Experiment,
+        out: Path,
+        say: Callable[[str], None],
+        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    ) -> None:
+        self.experiment, self.out, self.say, self.record = experiment, out, say, record
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
         self.tensorboard: Any = None
@@ -113,8 +135,9 @@ class Run:
             from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import
 
             self.tensorboard = TensorBoard(self.out, state.round, (sent.up, sent.down))
-        with Progress(recipe.rounds, state.round) as progress, self._reporting(state):
-            engine = experiment.engine(state, lambda client: self._client(progress, client))
+        with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
+            starting = partial(self._client, progress)
+            engine = stack.enter_context(closing(experiment.engine(state, starting, progress.message, self.record)))
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
             moved = sent.up + sent.down
@@ -135,7 +158,7 @@ class Run:
                     self.index = 0
                     if record.round < recipe.rounds:
                         progress.round(record.round + 1, recipe.clients.per_round)
-            if recipe.evaluation.local_only_clients and "local-only" not in known.yardsticks:
+            if self._has_yardstick() and "local-only" not in known.yardsticks:
                 self._yardstick(progress)
             self._tell("end", rounds=state.round)
         return write_summary(self.out)
@@ -171,6 +194,7 @@ class Run:
             data_fingerprint=experiment.data.fingerprint,
             rounds=recipe.rounds,
             clients=len(experiment.data.clients),
+            held_out=sum(map(len, experiment.data.held_out.values())),
             parameters=experiment.base_size,
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
@@ -197,7 +221,9 @@ class Run:
         if isinstance(outcome, Answer):
             self.loss = outcome.metrics.get("loss", math.nan)
 
-    def _evaluate(self, state: RunState, engine: InProcess, progress: Progress) -> None:
+    def _evaluate(self, state: RunState, engine: InProcess | Remote, progress: Progress) -> None:
+        if not self.experiment.data.held_out:
+            return
         started = time.perf_counter()
         extra = self._extra_due(state.round)
         with self._aside(progress, "evaluation", self.experiment.evaluator.num_ticks(extra)) as tick:
@@ -222,6 +248,12 @@ class Run:
         progress.aside(label, 0, total)
         yield lambda: progress.aside(label, next(done), total)
         progress.end_aside()
+
+    def _has_yardstick(self) -> bool:
+        """Whether clients can train alone here, and be scored."""
+        experiment = self.experiment
+        here = experiment.transport is None and bool(experiment.data.held_out)
+        return here and self.recipe.evaluation.local_only_clients > 0
 
     def _yardstick(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients

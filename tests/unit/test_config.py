@@ -72,7 +72,10 @@ def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
         ({"data": {"pth": "x"}}, r'data\.pth: there is no such setting; did you mean "path"\?'),
         ({"text": {"max_tokens": 1}}, r"max_tokens=1: must be at least 8"),
         ({"evaluation": {"every": 0}}, r"every=0: must be greater than 0"),
-        ({"execution": {"engine": "flwr"}}, r"execution\.engine=\"flwr\": input should be 'in-process' or 'debug'"),
+        (
+            {"execution": {"engine": "flwr"}},
+            r"execution\.engine=\"flwr\": input should be 'in-process', 'debug', 'processes' or 'ray'",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_the_setting(changes: Any, message: str, tmp_path: Path) -> None:

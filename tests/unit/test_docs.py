@@ -32,7 +32,7 @@ DEPENDENCIES = [*PROJECT["dependencies"], *(line for lines in OPTIONAL.values() 
 MARKER = re.compile(r"<!-- settings: (\S+) -->\n((?:\|.*\n)+)")
 COMMON = ["config.ModelSettings", "config.TextSettings", "config.ClientSettings", "config.EvaluationSettings"]
 COMMON += ["config.ExecutionSettings", "local.first_order.FirstOrder", "data.partition.Partition"]
-COMMON += ["local.zeroth_order.ZerothOrder"]
+COMMON += ["local.zeroth_order.ZerothOrder", "engines.site.Site"]
 
 Row = dict[str, str]
 

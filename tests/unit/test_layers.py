@@ -28,9 +28,10 @@ MAY = {
     "models": {"core"},
     "data": {"core"},
     "algorithms": {"core", "bases", "local", "models"},
-    "engines": {"core"},
+    "engines": {"core", "data", "tracking", "wire", "config", "experiment", "settings"},
     "evaluation": {"core", "local", "data"},
     "tracking": {"core", "wire", "data"},
+    "sites": {"core", "data", "engines", "tracking", "config", "runner"},
     "comparison": {"core", "tracking", "config", "estimate", "experiment", "recipe_file", "runner"},
 }
 

@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """A run that cannot go on (too few clients answered, the disk is full). What is done so far stays resumable."""
 
 
+class TooFewAnswers(RunError):
+    """A round that fewer clients answered than the plan asks for: played again later, it may go well."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest allowed one, or all of them when none is close.
 

@@ -9,6 +9,7 @@ Everything that differs between one process, many GPUs and many organisations si
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import nn
 
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, Task
-from fedferret.core.errors import RunError
+from fedferret.core.errors import TooFewAnswers
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
 from fedferret.core.pooling import Pool, tensors
@@ -42,10 +43,12 @@ class Job:
     log: Log
     round: int
     seed: int
+    versions: Mapping[str, int] = field(default_factory=dict)  # as in RunState: what each client was last known to hold
 
-    def key(self, client: str) -> Key:
-        """The key of one client's work in this round."""
-        return Key.of(self.seed, "local", self.round, client)
+
+def local_key(seed: int, round: int, client: str) -> Key:
+    """The key of one client's work in a round."""
+    return Key.of(seed, "local", round, client)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Plan:
     rounds: int
     per_round: int  # clients sampled
     min_clients: int = 1  # fewer answers than this end the run
+    min_fraction: float = 0.0  # and so does a smaller share of those sampled
+    max_weight: float = math.inf  # a client that claims more, in examples, is refused: it would outweigh all others
     fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: only the last
 
 
@@ -136,7 +141,7 @@ def run(
 ) -> Iterator[RoundRecord]:
     """Play the rounds after ``state.round``, yielding a record after each; ``state`` is then up to date.
 
-    Raises RunError when fewer than ``plan.min_clients`` answered; ``state`` is then as before that round.
+    Raises TooFewAnswers when fewer answered than the plan asks for; ``state`` is then as before that round.
     """
     for number in range(state.round + 1, plan.rounds + 1):
         started = time.perf_counter()
@@ -144,11 +149,12 @@ def run(
         held = {client: state.versions.get(client, 0) for client in cohort}
         lacking = {version: state.log.since(version).size for version in set(held.values())}
         bytes_down = {client: lacking[version] for client, version in held.items()}
-        job = Job(algorithm, task, state.public, state.log, number, plan.seed)
-        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, notify)
-        if len(pool) < max(1, plan.min_clients):
-            reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures)
-            raise RunError(f"round {number}: {len(pool)} clients answered, {plan.min_clients} are needed ({reasons})")
+        job = Job(algorithm, task, state.public, state.log, number, plan.seed, dict(state.versions))
+        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, notify, plan.max_weight)
+        needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
+        if len(pool) < needed:
+            known = reasons(failures)
+            raise TooFewAnswers(f"round {number}: {len(pool)} clients answered, {needed} are needed ({known})")
         server, entry = algorithm.update(
             task, state.public, state.server, pool.result(), Key.of(plan.seed, "update", number)
         )
@@ -182,6 +188,7 @@ def collect(
     outcomes: Iterable[Answer | Failure],
     cohort: Sequence[str],
     notify: Callable[[Answer | Failure], None],
+    max_weight: float = math.inf,
 ) -> tuple[Pool[Any], list[Answer], list[Failure]]:
     """Pool the answers in the cohort's order, holding back those that come early."""
     pool: Pool[Any] = Pool()
@@ -190,6 +197,8 @@ def collect(
     for outcome in in_order(outcomes, cohort):
         if isinstance(outcome, Answer):
             try:
+                if outcome.weight > max_weight:
+                    raise ValueError(f"claims {outcome.weight:,.0f} examples, more than the {max_weight:,.0f} allowed")
                 job.algorithm.accept(job.task, job.public, outcome.payload)
                 pool.add(outcome.payload, outcome.weight)
                 # the payload has been folded in; keeping it would cost a model per client
@@ -202,6 +211,12 @@ def collect(
             failures.append(outcome)
         notify(outcome)
     return pool, answers, failures
+
+
+def reasons(failures: Sequence[Failure], shown: int = 5) -> str:
+    """Who failed and why, on one line; of many, the first."""
+    told = [f"{failure.client}: {failure.reason}" for failure in failures[:shown]]
+    return "; ".join([*told, *([f"and {len(failures) - shown} more"] if len(failures) > shown else [])])
 
 
 def in_order(outcomes: Iterable[Answer | Failure], cohort: Sequence[str]) -> Iterator[Answer | Failure]:

@@ -28,6 +28,7 @@ _SOURCES: dict[str, tuple[str, str, str]] = {
         "a clone of Natural Instructions v2.8; client = training task, 119 test tasks held out",
     ),
     "reasoning-gym": ("reasoning", "ReasoningGym", "generated reasoning tasks with exact scorers; client = task"),
+    "sites": ("sites", "Sites", "a list of sites that keep their own files: a run across organisations"),
 }
 
 

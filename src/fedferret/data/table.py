@@ -30,20 +30,80 @@ class _Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """The settings of any data that comes as rows.
+class Columns:
+    """What the columns of rows are called.
 
-    The columns of inputs, messages, categories and choices may be absent under their default names.
-    Rows with a ``client_column`` belong to that client; the others are dealt out by ``partition``.
+    Those of inputs, messages, categories and choices may be absent under their default names.
     """
 
     prompt_column: str = "instruction"
     input_column: str = "input"
     response_column: str = "response"
     messages_column: str = "messages"  # a list of {"role", "content"}; where it exists, it is used
-    client_column: str | None = None
     category_column: str = "category"
     choices_column: str = "choices"  # a list of texts of which the response is one, for the metric "choice"
+
+    def examples(self, rows: Sequence[Row], source: str) -> tuple[Example, ...]:
+        """All rows' examples, in order; ``source`` names the rows in errors."""
+        return _examples(self._records(rows, source, None))
+
+    def _records(self, rows: Sequence[Row], source: str, client_column: str | None) -> list[_Record]:
+        if not rows:
+            raise UserError(f"{source} holds no rows: give data with at least one example")
+        columns = set(rows[0])
+        chat = self.messages_column in columns
+        optional = ("input_column", "messages_column", "category_column", "choices_column")
+        required = [name for name in optional if getattr(self, name) != getattr(Columns, name)]
+        required += [] if chat else ["prompt_column", "response_column"]
+        for name in [*required, *([] if client_column is None else ["client_column"])]:
+            given = getattr(self, name)
+            if given not in columns:
+                hint = nearest(given, columns)
+                there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
+                raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
+        return [
+            self._record(row, chat, client_column, f"{source}, row {number}")
+            for number, row in enumerate(rows, start=1)
+        ]
+
+    def _record(self, row: Row, chat: bool, client_column: str | None, where: str) -> _Record:
+        category = row.get(self.category_column)
+        metadata = {} if category is None else {"category": str(category)}
+        client = None if client_column is None else _text(row, client_column, where)
+        metadata |= {} if client is None else {"client": client}
+        examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
+        return _Record(examples, client, metadata.get("category"))
+
+    def _pair(self, row: Row, metadata: Mapping[str, Any], where: str) -> Example:
+        instruction = _text(row, self.prompt_column, where)
+        response = _text(row, self.response_column, where)
+        extra = row.get(self.input_column)
+        choices = row.get(self.choices_column)
+        if choices is not None:
+            metadata = {**metadata, "choices": _choices(choices, response, where)}
+        return instructed(instruction, "" if extra is None else str(extra), response, metadata)
+
+    def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
+        messages = row.get(self.messages_column)
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise UserError(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
+        turns = tuple(_turn(message, where) for message in messages)
+        examples = tuple(
+            Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
+        )
+        if not examples:
+            raise UserError(f"{where}: no assistant message that answers something, so there is nothing to learn")
+        return examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(Columns):
+    """The settings of any data that comes as rows.
+
+    Rows with a ``client_column`` belong to that client; the others are dealt out by ``partition``.
+    """
+
+    client_column: str | None = None
     held_out_fraction: float = 0.1  # of the rows, never a client's last; not used where held-out rows are given
     held_out_categories: tuple[str, ...] = ()  # all rows of these become the held-out set "categories"
     partition: Partition = field(default_factory=Partition)
@@ -55,12 +115,12 @@ class Table:
         self, rows: Sequence[Row], held_out_rows: Sequence[Row] | None, key: Key, source: str, notice: str | None = None
     ) -> FederatedData:
         """Clients and held-out sets ``rows`` and ``categories`` from rows; ``source`` names them in errors."""
-        records = self._records(rows, source)
+        records = self._records(rows, source, self.client_column)
         held_out: dict[str, tuple[Example, ...]] = {}
         withheld = self._in_categories(records, source)
         training = [record for record in records if record.category not in self.held_out_categories]
         if held_out_rows is not None:
-            held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)"))
+            held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)", self.client_column))
         elif self.held_out_fraction > 0:
             chosen = _choose_held_out(training, self.held_out_fraction, key.fold("held out"))
             held_out["rows"] = _examples([training[index] for index in sorted(chosen)])
@@ -92,52 +152,6 @@ class Table:
         return {
             f"client-{number:0{digits}}": _examples([records[row] for row in part]) for number, part in enumerate(parts)
         }
-
-    def _records(self, rows: Sequence[Row], source: str) -> list[_Record]:
-        if not rows:
-            raise UserError(f"{source} holds no rows: give data with at least one example")
-        columns = set(rows[0])
-        chat = self.messages_column in columns
-        optional = ("input_column", "messages_column", "category_column", "choices_column")
-        required = [name for name in optional if getattr(self, name) != getattr(Table, name)]
-        required += [] if chat else ["prompt_column", "response_column"]
-        required += [] if self.client_column is None else ["client_column"]
-        for name in required:
-            given = getattr(self, name)
-            if given not in columns:
-                hint = nearest(given, columns)
-                there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
-                raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
-        return [self._record(row, chat, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
-
-    def _record(self, row: Row, chat: bool, where: str) -> _Record:
-        category = row.get(self.category_column)
-        metadata = {} if category is None else {"category": str(category)}
-        client = None if self.client_column is None else _text(row, self.client_column, where)
-        metadata |= {} if client is None else {"client": client}
-        examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
-        return _Record(examples, client, metadata.get("category"))
-
-    def _pair(self, row: Row, metadata: Mapping[str, Any], where: str) -> Example:
-        instruction = _text(row, self.prompt_column, where)
-        response = _text(row, self.response_column, where)
-        extra = row.get(self.input_column)
-        choices = row.get(self.choices_column)
-        if choices is not None:
-            metadata = {**metadata, "choices": _choices(choices, response, where)}
-        return instructed(instruction, "" if extra is None else str(extra), response, metadata)
-
-    def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
-        messages = row.get(self.messages_column)
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise UserError(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
-        turns = tuple(_turn(message, where) for message in messages)
-        examples = tuple(
-            Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
-        )
-        if not examples:
-            raise UserError(f"{where}: no assistant message that answers something, so there is nothing to learn")
-        return examples
 
 
 def _examples(records: Sequence[_Record]) -> tuple[Example, ...]:

@@ -12,20 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedferret.core.algorithm import Examples, Payload
-from fedferret.core.keys import Key
-from fedferret.core.messages import message
+from fedferret.core.algorithm import Examples
 from fedferret.core.rounds import Answer, Codec, Failure, Job
 from fedferret.engines.client_store import ClientStore
+from fedferret.engines.envelope import Envelope, open_envelope, seal_envelope
 
-
-@message
-class Envelope:
-    """What travels up: the payload and what the server must know of it."""
-
-    payload: Any
-    weight: float
-    metrics: dict[str, float]
+__all__ = ["Envelope", "InProcess"]
 
 
 class InProcess:
@@ -67,22 +59,21 @@ class InProcess:
     def work(self, job: Job, client: str, data: Examples) -> tuple[bytes, Any]:
         """One client's round: its message, encoded, and its new private state."""
         private = self.store.get(client)
-        if private is None:
-            private = job.algorithm.join(job.task, data, Key.of(job.seed, "join", client))
-        reply = job.algorithm.local(job.task, job.public, private, data, job.key(client))
-        return self._codec.encode(Envelope(reply.payload, reply.weight, dict(reply.metrics))), reply.client
+        return seal_envelope(
+            job.algorithm,
+            job.task,
+            job.public,
+            private,
+            data,
+            self._codec,
+            seed=job.seed,
+            round=job.round,
+            client=client,
+        )
 
     def failed(self, job: Job, client: str, stage: str, error: Exception) -> Failure:
         """What becomes of an error: here, the round goes on without the client."""
         return Failure(client, stage, f"{type(error).__name__}: {error}")
 
-
-def open_envelope(client: str, encoded: bytes, codec: Codec) -> Answer:
-    """A received message as the loop wants it. Raises WireError or ValueError for one that is not an answer."""
-    envelope = codec.decode(encoded)
-    if not isinstance(envelope, Envelope):
-        raise ValueError(f"a {type(envelope).__name__} came where an Envelope was expected")
-    numbers = [envelope.weight, *envelope.metrics.values()] if isinstance(envelope.metrics, dict) else [None]
-    if not isinstance(envelope.payload, Payload) or not all(isinstance(number, float) for number in numbers):
-        raise ValueError("an Envelope came that holds no payload with a weight and metrics")
-    return Answer(client, envelope.payload, envelope.weight, envelope.metrics, len(encoded))
+    def close(self) -> None:
+        """Nothing to end: the clients live in this process."""

@@ -94,9 +94,10 @@ def _sentence(run: Run) -> str:
     weights = f" ({as_count(start['parameters'])} weights)" if start.get("parameters") else ""
     clients = f", held by {start['clients']:,} clients that keep it" if start.get("clients") else ""
     seed = f"; seed {start['seed']}" if "seed" in start else ""
+    unseen = " Nothing is held out where it was run, so nothing was evaluated." if start.get("held_out") == 0 else ""
     return _capital(
         f"{start.get('method', 'a method')} tuned {start.get('model', 'a model')}{weights} on "
-        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}."
+        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}.{unseen}"
     )
 
 

@@ -1,0 +1,114 @@
+"""The resident process of a site or a simulation: one trainer behind a local socket, its model loaded once.
+
+    python -m fedferret.engines.resident SITE_FOLDER [--with-parent]
+
+Takes the folder (0700, one resident at a time), checks the site's data, binds SITE_FOLDER/trainer.sock (0600) and
+prints ``ready``. One frame in, one frame out, one at a time. ``--with-parent``: ends at once when standard input does,
+which is when whoever started it is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from fedferret.core.errors import UserError
+from fedferret.engines.relay import SOCKET, address, receive, send
+from fedferret.engines.trainer import Trainer
+
+PATIENCE = 60.0  # seconds that a relay may take over one frame before it is given up
+
+
+def open_trainer(folder: Path) -> Trainer:
+    """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once. Raises UserError."""
+    from fedferret.engines.site import check_data, read_site, work
+    from fedferret.tracking.audit import Audit
+
+    site = read_site(folder)
+    check_data(site)
+    if site.threads:
+        import torch
+
+        torch.set_num_threads(site.threads)
+    if site.data is None:
+        return Trainer(partial(work, site))
+    return Trainer(partial(work, site), folder, site.name, Audit(folder))
+
+
+def take(folder: Path) -> IO[bytes]:
+    """Make ``folder`` this process's: for its owner alone, and no second resident. Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    lock = (folder / "trainer.lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: a trainer is at work there already; stop it first, or give another folder"
+        ) from None
+    return lock
+
+
+def listen(folder: Path) -> socket.socket:
+    """A listening socket in ``folder`` that only its owner may reach."""
+    path = folder / SOCKET
+    path.unlink(missing_ok=True)  # an earlier process's, which is gone: the folder is ours
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        with address(path) as name:
+            listener.bind(name)
+    finally:
+        os.umask(mask)
+    listener.listen()
+    return listener
+
+
+def serve(trainer: Trainer, listener: socket.socket) -> None:
+    """Answer one connection after the other, for ever. One that breaks off costs nothing but its answer."""
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(PATIENCE)
+            try:
+                send(connection, trainer.answer(receive(connection)))
+            except OSError as error:
+                print(f"a relay broke off: {error}", file=sys.stderr, flush=True)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(0)  # at once, in the middle of a step too: whatever is on disk is whole
+
+
+def main() -> None:
+    """Serve the site in the folder that the command line names."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--with-parent"]
+    if len(arguments) != 1:
+        sys.exit("usage: python -m fedferret.engines.resident SITE_FOLDER [--with-parent]")
+    if len(sys.argv) > len(arguments) + 1:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    folder = Path(arguments[0])
+    try:
+        lock = take(folder)
+        trainer = open_trainer(folder)
+        listener = listen(folder)
+    except UserError as error:
+        print(f"fedferret: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    with lock, listener:
+        print("ready", flush=True)
+        serve(trainer, listener)
+
+
+if __name__ == "__main__":
+    main()

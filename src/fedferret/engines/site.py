@@ -1,0 +1,103 @@
+"""A site's own settings, ``site.toml``, and what a recipe becomes with them.
+
+    name = "ward-7"
+    model = "/models/smollm2"     # where this site has the base model, if not under the recipe's name
+    device = "cpu"
+
+    [data]
+    path = "ward-7.jsonl"         # and columns, as for the data source "files"
+
+A recipe that comes over the wire says what to do with the data, never which: that is said here alone. Without [data]
+the recipe's own source is loaded and any client played, which is what a simulation's worker does.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from fedferret.config import Recipe, from_tables
+from fedferret.core.errors import UserError
+from fedferret.data.examples import Example, FederatedData
+from fedferret.data.sites import SiteFile
+from fedferret.engines.trainer import Work
+from fedferret.settings import build, table_of
+
+FILE = "site.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One site's settings."""
+
+    name: str  # as the run's list of sites has it
+    data: SiteFile | None = None  # None: the recipe's own data, in a simulation
+    model: str | None = None  # None: the recipe's name for it, found in this site's cache or on its disk
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
+    memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
+    threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():
+            raise UserError(f"name={self.name!r}: give the name that the run's list of sites has")
+
+    def to_toml(self) -> str:
+        """The text of ``site.toml``."""
+        import tomli_w
+
+        table = table_of(self)
+        return tomli_w.dumps({name: value for name, value in table.items() if value != "none"})
+
+
+def read_site(folder: Path) -> Site:
+    """The settings in ``folder``; a relative data file is looked for there. Raises UserError."""
+    path = folder / FILE
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; it names the site and its data") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    data = tables.pop("data", None)
+    if data is not None and not isinstance(data, Mapping):
+        raise UserError(f"{path}: data={data!r}: must be a table, [data], with a path")
+    site = build(Site, tables, FILE)
+    if data is None:
+        return site
+    file = build(SiteFile, data, f"{FILE}: data")
+    return replace(site, data=replace(file, path=str(folder / Path(file.path).expanduser())))
+
+
+def check_data(site: Site) -> tuple[Example, ...]:
+    """The site's examples, read before any server is met. Raises UserError for a file or a row that is of no use."""
+    return () if site.data is None else site.data.load()
+
+
+def work(site: Site, recipe: str, folder: Path | None, say: Callable[[str], None] = lambda line: None) -> Work:
+    """What ``recipe``, as TOML, becomes here: model and data loaded. Raises UserError."""
+    from fedferret.experiment import Experiment
+
+    settings = adapted(site, from_tables(tomllib.loads(recipe)))
+    if site.data is None:
+        experiment = Experiment.load(settings, folder, say)
+    else:
+        data = FederatedData({site.name: check_data(site)}, {}, source=site.data.path)
+        experiment = Experiment.over(settings, data, folder, say)
+    return Work(
+        experiment.task,
+        settings.algorithm,
+        settings.seed,
+        experiment.tokens,
+        experiment.base_fingerprint,
+        experiment.data.fingerprint,
+    )
+
+
+def adapted(site: Site, recipe: Recipe) -> Recipe:
+    """The recipe with the site's own model, device and memory; none of them changes what is computed."""
+    execution = replace(recipe.execution, device=site.device, memory=site.memory, engine="in-process")
+    model = recipe.model if site.model is None else replace(recipe.model, name=site.model)
+    return replace(recipe, execution=execution, model=model)

@@ -1,0 +1,275 @@
+"""The site's half: model, replica, data and private state in one process that answers orders. No socket in it.
+
+    order -> the recipe's work, built once          (model loaded once: the process id in every receipt shows it)
+          -> replica up to the order's version      (base + own log on disk + the records of the order)
+          -> is its hash the server's?              (else "lacks replica": the server names the site, and it rebuilds)
+          -> join / local -> receipt
+
+    FOLDER/runs/<run>/recipe.toml   what was asked of this site
+    FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
+    FOLDER/runs/<run>/clients/      its private state after each round that may still be the last one counted
+
+A trainer that is started again rebuilds the replica from its base and this log, and asks the server for nothing but
+what it missed. Without a folder (a simulation's worker) nothing is kept, and private states come with the orders.
+Whatever comes in, ``answer`` raises nothing: a mistake, ours or the server's, is one line in the receipt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedferret.core import tree
+from fedferret.core.algorithm import Algorithm, Examples, Task
+from fedferret.core.errors import RunError
+from fedferret.core.files import write_atomically
+from fedferret.core.keys import Key
+from fedferret.core.log import Update
+from fedferret.core.pooling import tensors
+from fedferret.engines.envelope import seal_envelope
+from fedferret.engines.site_folder import RunFolder
+from fedferret.engines.transport import Order, Receipt, check_fields
+from fedferret.tracking.checkpoint import replay
+from fedferret.wire import codec
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a recipe becomes at a site, with the model in its base's weights."""
+
+    task: Task
+    algorithm: Algorithm[Any, Any, Any, Any, Any]
+    seed: int
+    data: Mapping[str, Examples]  # of the clients that are played here: a site's one, or all of a simulation's
+    base: str  # SHA-256 of the base weights
+    data_fingerprint: str
+
+
+Build = Callable[[str, Path | None], Work]  # from a recipe as TOML, and a folder to work in
+
+
+class Lacks(Exception):
+    """The order cannot be carried out with what is here: "recipe", "records" or "replica"."""
+
+
+@dataclass
+class Replica:
+    """One run at this site: its work, and the public state at a version."""
+
+    run: str
+    work: Work
+    public: Any
+    version: int
+    fingerprint: str = ""  # of this version, once it was asked for
+
+    def hash(self) -> str:
+        """SHA-256 of the public state."""
+        if not self.fingerprint:
+            self.fingerprint = tree.digest(tensors(self.public))
+        return self.fingerprint
+
+
+class Trainer:
+    """Answers orders, one at a time."""
+
+    def __init__(
+        self,
+        build: Build,
+        folder: Path | None = None,
+        client: str | None = None,
+        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    ) -> None:
+        """``client``: the only one that is played here; None: any. ``record`` hears of every order and receipt."""
+        self._build, self._folder, self._client, self._record = build, folder, client, record
+        self._replica: Replica | None = None
+        self._last: tuple[Order, Receipt] | None = None  # the answer given last: the same order has the same
+
+    def answer(self, letter: bytes) -> bytes:
+        """The receipt for an order, both encoded."""
+        order = Order("", "", "", "", 0, "", 0, "", 0, b"", (), 0, False, b"")
+        notes: list[str] = []
+        try:
+            order = read_order(letter)
+            self._tell("order", order, len(letter), 0, "")
+            receipt = self._carry_out(order, notes)
+        except Lacks as lacking:
+            receipt = self._receipt(order, "lacks", reason=str(lacking))
+        except Exception as error:
+            receipt = self._receipt(order, "refused", reason=" ".join(f"{type(error).__name__}: {error}".split()))
+        encoded = codec.encode(receipt)
+        note = "; ".join([*notes, *([receipt.reason] if receipt.reason else [])])
+        try:
+            self._tell(receipt.outcome, order, len(encoded), len(receipt.content), note)
+        except OSError as error:  # the disk is full: what cannot be written down is not sent
+            encoded = codec.encode(self._receipt(order, "refused", reason=f"cannot write its audit file: {error}"))
+        return encoded
+
+    def _carry_out(self, order: Order, notes: list[str]) -> Receipt:
+        if order.client and self._client is not None and order.client != self._client:
+            raise RunError(f"this site plays {self._client}, and the order is for {order.client}")
+        replica = self._open(order, notes)
+        self._catch_up(replica, order)
+        if order.fingerprint and replica.hash() != order.fingerprint:
+            raise Lacks("replica")
+        if not order.client:
+            return self._receipt(order, "answer")
+        if self._last and _same_work(self._last[0], order):
+            return replace(self._last[1], ticket=order.ticket)
+        if order.client not in replica.work.data:
+            raise RunError(f"there is no data here for {order.client}")
+        private = self._private(order, notes)
+        content, private = seal_envelope(
+            replica.work.algorithm,
+            replica.work.task,
+            replica.public,
+            private,
+            replica.work.data[order.client],
+            codec,
+            seed=replica.work.seed,
+            round=order.round,
+            client=order.client,
+        )
+        kept = b"" if private is None else codec.encode(private)
+        folder = self._run_folder(order.run)
+        if folder and kept:
+            folder.keep(order.round, kept)
+        receipt = self._receipt(order, "answer", content, private=b"" if folder else kept)
+        if folder:  # one client: a server that was killed meanwhile asks for the same again
+            self._last = order, receipt
+        return receipt
+
+    def _open(self, order: Order, notes: list[str]) -> Replica:
+        """The replica of the order's run, built from the base and this site's log if it is not in memory."""
+        folder = self._run_folder(order.run)
+        if self._replica and self._replica.run == order.run and not order.rebuild:
+            self._check_base(self._replica.work, order)
+            return self._replica
+        self._replica, self._last = None, None  # the memory of two models is one too many
+        if folder and order.rebuild:
+            folder.forget()
+        recipe = order.recipe or (folder.recipe() if folder else "")
+        if not recipe:
+            raise Lacks("recipe")
+        if hashlib.sha256(recipe.encode()).hexdigest() != order.run:
+            raise RunError("the recipe that came is not the one that the order names")
+        work = self._build(recipe, folder.path if folder else None)
+        self._check_base(work, order)
+        public, _ = work.algorithm.begin(work.task, Key.of(work.seed, "begin"))
+        replica = Replica(order.run, work, public, 0)
+        if folder:
+            write_atomically(folder.path / "recipe.toml", recipe)
+            try:
+                update, version = folder.log(notes)
+                replica.public, replica.version = replay(work.task, work.algorithm, public, update), version
+            except (RunError, ValueError) as error:
+                notes.append(f"the log in {folder.path} is of no use ({error}): it is begun again")
+                folder.forget()
+                raise Lacks("records") from None
+        self._replica = replica
+        return replica
+
+    def _check_base(self, work: Work, order: Order) -> None:
+        if work.base != order.base:
+            raise RunError(
+                f"the base model here has SHA-256 {work.base[:12]}…, and the run began from {order.base[:12]}…: "
+                f"give this site the same weights"
+            )
+
+    def _catch_up(self, replica: Replica, order: Order) -> None:
+        """Apply what of the order's records the replica lacks, then write it to this site's log."""
+        first = order.version - len(order.records) + 1  # version of the first record
+        if replica.version > order.version:  # an order that is over; or a server whose folder is an earlier day's
+            raise Lacks("replica")
+        if replica.version == order.version:
+            return
+        snapshot = order.snapshot if order.snapshot and replica.version < first - 1 else None
+        if snapshot is None and replica.version < first - 1:
+            raise Lacks("records")
+        at = first - 1 if snapshot is not None else replica.version
+        update = Update(snapshot, order.records[at - first + 1 :])
+        try:
+            public = replay(replica.work.task, replica.work.algorithm, replica.public, update)
+        except RunError:
+            self._replica = None
+            raise Lacks("replica") from None
+        except BaseException:  # the public state is half-way: it is rebuilt from the log at the next order
+            self._replica = None
+            raise
+        replica.public, replica.version, replica.fingerprint = public, order.version, ""
+        if folder := self._run_folder(order.run):
+            folder.add(update, at)
+
+    def _private(self, order: Order, notes: list[str]) -> Any | None:
+        """The client's private state after the last round in which it was counted."""
+        folder = self._run_folder(order.run)
+        if folder is None:
+            return codec.decode(order.private) if order.private else None
+        encoded = folder.private(order.counted)
+        try:
+            return codec.decode(encoded) if encoded else None
+        except codec.WireError as error:
+            notes.append(f"the private state of round {order.counted} is damaged ({error}): it is begun again")
+            return None
+
+    def _run_folder(self, run: str) -> RunFolder | None:
+        return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
+
+    def _receipt(
+        self, order: Order, outcome: str, content: bytes = b"", reason: str = "", private: bytes = b""
+    ) -> Receipt:
+        replica = self._replica if self._replica and self._replica.run == order.run else None
+        version, fingerprint = (replica.version, replica.hash()) if replica else (-1, "")
+        return Receipt(
+            order.run,
+            order.round,
+            order.ticket,
+            order.client,
+            outcome,
+            version,
+            fingerprint,
+            os.getpid(),
+            content,
+            reason,
+            private,
+        )
+
+    def _tell(self, what: str, order: Order, framed: int, payload: int, note: str) -> None:
+        replica = self._replica
+        down = len(order.snapshot) + sum(map(len, order.records))
+        self._record(
+            {
+                "what": what,
+                "run": order.run[:16],
+                "round": order.round,
+                "client": order.client,
+                "payload_bytes": down if what == "order" else payload,
+                "framed_bytes": framed,
+                "version": replica.version if replica else -1,
+                "data": replica.work.data_fingerprint if replica else "",
+                "note": note,
+            }
+        )
+
+
+def read_order(letter: bytes) -> Order:
+    """A received order. Raises ValueError for bytes that are none."""
+    order = codec.decode(letter)
+    if not isinstance(order, Order):
+        raise ValueError(f"a {type(order).__name__} came where an Order was expected")
+    check_fields(order)
+    if not (re.fullmatch("[0-9a-f]{64}", order.run) and order.round > 0 and 0 <= order.since <= order.version):
+        raise ValueError("an Order came that names no run, round or version")
+    return order
+
+
+def _same_work(one: Order, other: Order) -> bool:
+    """Whether two orders ask for the same work, on whatever way they came."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("run", "client", "round", "version", "fingerprint", "counted")
+    )

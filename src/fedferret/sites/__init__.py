@@ -1,0 +1,1 @@
+"""Running across organisations: certificates, the port, and the commands of the server and of the sites."""

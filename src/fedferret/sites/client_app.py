@@ -1,0 +1,110 @@
+"""The process that plays the ClientApp of a site: it takes tasks from the SuperNode beside it and runs the relay.
+
+    task  ->  its run package is the one this fedferret makes?  no: an error goes back in words
+                                                               yes: flower_relay.app(message)  ->  its reply
+
+It stands where Flower would start a process per message that unpacks the server's package and imports what that
+names. Here a package is hashed and otherwise left alone: which code runs is for the site's own installation to say.
+Only this process knows the secret that the SuperNode gives tasks for. As in `flwr/supernode/runtime/run_clientapp.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from fedferret import __version__
+from fedferret.engines.flower_relay import app
+from fedferret.sites.flower_process import LOOPBACK, quiet_flower
+from fedferret.sites.package import fingerprint, run_package
+from fedferret.sites.runtime import authorised, client_of_task
+
+POLL = 0.2  # seconds between two looks for a task; a look costs the SuperNode about a millisecond
+
+
+def serve(address: str, secret: bytes, package: str, say: Callable[[str], None]) -> None:
+    """Carry out one task after the other, for ever. A SuperNode that is away is waited for."""
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    trouble = ""
+    with closing(authorised(address, secret)) as client:
+        while True:
+            try:
+                task = client.AcquireTask(request)
+                trouble = ""
+                if task.token:
+                    with closing(client_of_task(address, task.token)) as own:
+                        carry_out(own, package, say)
+                    continue
+            except (httpx.HTTPError, RuntimeError) as error:
+                if str(error) != trouble:
+                    trouble = str(error)
+                    say(f"{type(error).__name__}: {error}")
+            time.sleep(POLL)
+
+
+def carry_out(client: RuntimeHttpClient, package: str, say: Callable[[str], None]) -> None:
+    """One task, from its message to its reply."""
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    status, details = SubStatus.COMPLETED, ""
+    try:
+        message, context, _, fab = pull_task_input(client)
+        given = fingerprint(fab.content)
+        if given != package:
+            details = refusal(given, package)
+            reply = Message(Error(ErrorCode.INVALID_FAB, details), reply_to=message)
+        else:
+            try:
+                reply = app(message=message, context=context)
+            except (OSError, ValueError) as error:
+                details = f"the site's trainer gave no reply: {error}"
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
+        if details:
+            status = SubStatus.FAILED
+            say(details)
+        push_message(client, reply, context)
+        push_task_output(client, context, status, details)
+    finally:
+        if heartbeat.is_running:
+            heartbeat.stop()
+
+
+def refusal(given: str, expected: str) -> str:
+    """Why a run package is refused, for the operators of both ends."""
+    return (
+        f"refused: the server's run package has SHA-256 {given[:12]}…, and this site, with fedferret {__version__}, takes "
+        f"{expected[:12]}… alone; install the server's version here"
+    )
+
+
+def main() -> None:
+    """`python -m fedferret.sites.client_app --port PORT --secret FILE [--package SHA256]`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--secret", type=Path, required=True)
+    parser.add_argument("--package", default=fingerprint(run_package()))
+    given = parser.parse_args()
+    with quiet_flower():
+        serve(f"{LOOPBACK}:{given.port}", given.secret.read_bytes(), given.package, _say)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What `fedferret serve` and `fedferret join` do, in terms of what their options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedferret.config import from_tables
+from fedferret.core.errors import UserError
+from fedferret.sites import join as joining
+from fedferret.sites import serve as serving
+from fedferret.sites.credentials import read_server
+
+
+def serve(
+    tables: Mapping[str, Any],
+    out: Path,
+    listen: str,
+    pki: Path,
+    wait: float,
+    insecure: bool,
+    insecure_off_loopback: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Serve the recipe that ``tables`` say. Raises UserError, RunError, KeyboardInterrupt."""
+    if not insecure and not pki.exists():
+        raise UserError(
+            f"--pki {pki}: there are no certificates; make them with `fedferret pki init`, or add --insecure to try it "
+            f"out on loopback"
+        )
+    credentials = None if insecure else read_server(pki)
+    settings = serving.ServeSettings(
+        listen=listen, credentials=credentials, wait=wait, insecure_off_loopback=insecure and insecure_off_loopback
+    )
+    serving.serve(from_tables(tables), out, settings, say)
+    say(f"The run is finished: {out / 'report.html'}")
+
+
+def join(
+    address: str,
+    name: str,
+    data: Path | None,
+    folder: Path | None,
+    credentials: Path | None,
+    package: str,
+    insecure: bool,
+    insecure_off_loopback: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Take part as the site ``name``. Raises UserError, RunError, KeyboardInterrupt."""
+    settings = joining.JoinSettings(
+        address=address,
+        name=name,
+        data=data,
+        folder=folder or Path("sites") / name,
+        credentials=credentials,
+        insecure=insecure,
+        insecure_off_loopback=insecure_off_loopback,
+        package=package,
+    )
+    joining.join(settings, say)

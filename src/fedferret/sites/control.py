@@ -1,0 +1,90 @@
+"""What a server tells its SuperLink over loopback: which keys to let in, and that there is a run.
+
+The interface has no login in Flower's released build; it is never published (see `proxy`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedferret.core.errors import RunError
+from fedferret.sites.package import fingerprint
+
+
+@dataclass(frozen=True)
+class Node:
+    """A SuperNode, as the SuperLink knows it."""
+
+    identifier: int
+    name: str  # "" in insecure mode
+    connected: bool
+    registered: str  # time, ISO 8601
+
+
+class Control:
+    """A client of one SuperLink."""
+
+    def __init__(self, address: str, authority: Path | None) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            address,
+            authority is None,
+            authority.read_bytes() if authority else None,
+            [RuntimeVersionHttpInterceptor("fedferret")],
+        )
+
+    def wait(self, seconds: float, alive: Callable[[], bool]) -> None:
+        """Return once the SuperLink answers. Raises RunError when it ends, or is silent for so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and alive():
+            try:
+                self._client.ListNodes(ListNodesRequest())
+                return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise RunError("the SuperLink does not answer: server/superlink.log in the run's folder may say why")
+
+    def register(self, keys: Mapping[str, bytes]) -> None:
+        """Let in the nodes with these public keys (OpenSSH), each under its site's name."""
+        for name, key in keys.items():
+            public = public_key_to_bytes(load_ssh_public_key(key))  # type: ignore[arg-type]  # P-384, as pki makes them
+            try:
+                self._client.RegisterNode(RegisterNodeRequest(public_key=public, name=name))
+            except httpx.HTTPStatusError as error:
+                known = FlowerError.from_json(error.response.text)
+                if known is None or known.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                    raise RunError(f"the key of {name} was not taken: {error.response.text}") from error
+
+    def start(self, package: bytes) -> int:
+        """Begin a run with that package, after ending those that an earlier server left; its id."""
+        for identifier, run in self._client.ListRuns(ListRunsRequest()).run_dict.items():
+            if not run.finished_at:
+                self._client.StopRun(StopRunRequest(run_id=identifier))
+        fab = Fab(hash_str=fingerprint(package), content=package)
+        return int(self._client.StartRun(StartRunRequest(fab=fab)).run_id)
+
+    def nodes(self) -> list[Node]:
+        """The nodes that were ever registered and are so still."""
+        known = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [Node(node.node_id, node.name, node.status == "online", node.registered_at) for node in known]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()

@@ -1,0 +1,48 @@
+"""The run package: what a Flower server hands to its nodes as the code of a run. Here it holds no code.
+
+It names two modules of the installed fedferret and nothing else, so it depends on fedferret's version alone: server
+and sites each make it, byte for byte the same, and a site refuses any other by its SHA-256. The archive is stored,
+not compressed, since compressors differ between Python builds. Its format is Flower's (`flwr/cli/build.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+
+from fedferret import __version__
+
+_PROJECT = f"""\
+[project]
+name = "fedferret-run"
+version = "{__version__}"
+description = "Names modules of the installed fedferret; holds no code."
+license = {{ text = "Apache-2.0" }}
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedferret"
+
+[tool.flwr.app.components]
+serverapp = "fedferret.sites.server_app:app"
+clientapp = "fedferret.engines.flower_relay:app"
+"""
+
+
+def run_package() -> bytes:
+    """The archive: the project's file and Flower's list of contents (name, SHA-256, bits)."""
+    project = _PROJECT.encode()
+    contents = f"pyproject.toml,{hashlib.sha256(project).hexdigest()},{8 * len(project)}".encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in (("pyproject.toml", project), (".info/CONTENT", contents)):
+            entry = zipfile.ZipInfo(name)  # dated 1980
+            entry.create_system = 3  # the same on every system
+            archive.writestr(entry, data)
+    return buffer.getvalue()
+
+
+def fingerprint(package: bytes) -> str:
+    """The SHA-256 that a package is known by."""
+    return hashlib.sha256(package).hexdigest()

@@ -1,0 +1,115 @@
+"""The toy world played by trainers: sites in this process behind a transport that can misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedferret.core import tree
+from fedferret.core.algorithm import Examples
+from fedferret.engines.client_store import ClientStore
+from fedferret.engines.remote import Remote
+from fedferret.engines.trainer import Trainer, Work
+from fedferret.engines.transport import Delivery
+from fedferret.wire import codec
+from toys import AnyAlgorithm, Simulation, simulate, toy_clients, toy_task
+
+RECIPE = "a recipe that both ends know\n"
+BASE = hashlib.sha256(b"the base").hexdigest()
+
+
+class Direct:
+    """A transport that calls trainers; ``tamper`` may change, drop or add what comes back."""
+
+    def __init__(self, trainers: Mapping[str, Trainer], workers: Sequence[str] = ()) -> None:
+        self.trainers, self.workers = dict(trainers), tuple(workers)
+        self.tamper: Callable[[str, bytes, bytes], list[Any]] = lambda site, letter, receipt: [receipt]
+        self.exchanges: list[dict[str, int]] = []  # bytes of each letter, by addressee
+        self.closed = False
+
+    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+        """In the reverse of the order in which they were given: arrival must not matter."""
+        sent = {}
+        for number, site in enumerate(reversed(list(letters))):
+            letter = letters[site]
+            sent[site] = len(letter)
+            taker = site if site in self.trainers else self.workers[number % len(self.workers)]
+            for content in self.tamper(site, letter, self.trainers[taker].answer(letter)):
+                yield content if isinstance(content, Delivery) else Delivery(site, content)
+        self.exchanges.append(sent)
+
+    def close(self) -> None:
+        """Remember it."""
+        self.closed = True
+
+
+def toy_trainer(
+    algorithm: AnyAlgorithm,
+    rounds: int,
+    data: Mapping[str, Examples],
+    folder: Path | None = None,
+    client: str | None = None,
+    base: str = BASE,
+    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    built: list[str] | None = None,
+) -> Trainer:
+    """A trainer with a toy model of its own; ``built`` counts how often it was made."""
+
+    def build(recipe: str, _: Path | None) -> Work:
+        if built is not None:
+            built.append(recipe)
+        return Work(toy_task(rounds, algorithm), algorithm, 3, data, base, "fingerprint of the data")
+
+    return Trainer(build, folder, client, record)
+
+
+def simulate_sites(
+    algorithm: AnyAlgorithm,
+    rounds: int,
+    transport: Callable[[Mapping[str, Examples]], Direct],
+    *,
+    data: Mapping[str, Examples] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    **options: Any,
+) -> Simulation:
+    """``simulate`` with the engine Remote over a transport."""
+
+    def engine(clients: Mapping[str, Examples], given: Any, store: ClientStore) -> Remote:
+        link = transport(clients)
+        return Remote(
+            link,
+            given,
+            recipe=RECIPE,
+            base=BASE,
+            deadline=60.0,
+            workers=link.workers,
+            store=store,
+            say=say,
+            record=record,
+        )
+
+    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, **options)  # type: ignore[arg-type]
+
+
+def sites(algorithm: AnyAlgorithm, rounds: int, root: Path) -> Callable[[Mapping[str, Examples]], Direct]:
+    """A trainer with a folder of its own for each client."""
+    return lambda data: Direct(
+        {name: toy_trainer(algorithm, rounds, {name: rows}, root / name, name) for name, rows in data.items()}
+    )
+
+
+def workers(algorithm: AnyAlgorithm, rounds: int, count: int = 2) -> Callable[[Mapping[str, Examples]], Direct]:
+    """So many trainers of which any plays any client."""
+    names = [f"worker-{number}" for number in range(1, count + 1)]
+    return lambda data: Direct({name: toy_trainer(algorithm, rounds, data) for name in names}, names)
+
+
+def receipt(content: bytes) -> Any:
+    """What a trainer sent."""
+    return codec.decode(content)
+
+
+__all__ = ["BASE", "RECIPE", "Direct", "receipt", "simulate_sites", "sites", "toy_trainer", "tree", "workers"]

@@ -1,0 +1,52 @@
+"""The example of four hospitals, with the tiny model: everything is real but the size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedferret.core.errors import UserError
+from fedferret.tracking.events import read
+
+pytest.importorskip("flwr")
+pytest.importorskip("chitchat_dataset")
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "four-hospitals" / "run.py"
+
+
+def test_a_ward_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_path: Path) -> None:
+    from fedferret.sites.proxy import find_nginx
+
+    try:
+        find_nginx()
+    except UserError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    out = tmp_path / "four"
+    done = subprocess.run([sys.executable, SCRIPT, "--tiny", "--out", out], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read(out / "run")
+    assert run.status == "finished" and run.done == 5
+    answered = {number: len(each.bytes_up) for number, each in run.rounds.items()}
+    assert answered[1] == 4 and answered[2] == 3 and max(answered[4], answered[5]) == 4  # ward-3 came back
+    assert [failure.client for failure in run.rounds[2].failures] == ["ward-3"]
+    losses = [evaluation.loss for _, evaluation in sorted(run.evaluations.items())]
+    assert losses[-1] < losses[0]
+    assert (out / "run" / "report.html").exists()
+    for ward in ("ward-1", "ward-3"):
+        audit = [json.loads(line) for line in (out / "sites" / ward / "audit.jsonl").read_text().splitlines()]
+        assert {event["round"] for event in audit} >= {1, 5}
+    assert not processes_with(str(out))
+
+
+def processes_with(word: str) -> list[str]:
+    """The command lines of living processes that name ``word``."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if word in line and "ps -eo" not in line]

@@ -1,0 +1,359 @@
+"""The port, knocked at with real sockets and real nginx: a good site passes, and nobody else, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason='certificates need pip install "fedferret[flower]"')
+
+from fedferret.core.errors import RunError, UserError
+from fedferret.sites import nginx
+from fedferret.sites.proxy import Proxy
+from unit import outside
+from unit.outside import Federation, SuperLink, call
+
+pytestmark = pytest.mark.slow
+PULL = "/v1/fleet/pull-messages"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    outside.needs_nginx()
+    return outside.federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture(scope="module")
+def superlink(federation: Federation) -> Iterator[SuperLink]:
+    with outside.superlink(federation.server.superlink) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def port(federation: Federation, superlink: SuperLink, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    number = outside.free_port()
+    folder = tmp_path_factory.mktemp("proxy") / "nginx"
+    with Proxy(folder, federation.server, f"0.0.0.0:{number}", f"127.0.0.1:{superlink.port}"):
+        yield number
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", nginx.FLEET)
+def test_a_site_reaches_the_calls_of_a_node(federation: Federation, superlink: SuperLink, port: int, name: str) -> None:
+    superlink.calls.clear()
+    signed = {"flwr_public_key": "a2V5", "flwr_timestamp": "2026-11-23T12:00:00+00:00", "flwr_signature": "c2ln"}
+    status, answer = call(
+        port, federation.ca, federation.pairs["ward-7"], f"/v1/fleet/{name}", body=b"x" * 99, **signed
+    )
+    assert (status, answer) == (200, f"/v1/fleet/{name} xxxxxxxx".encode())
+    ((line, headers, size),) = superlink.calls
+    assert (line, size) == (f"POST /v1/fleet/{name}", 99)
+    assert {key.lower().replace("-", "_"): value for key, value in headers.items()}.items() >= signed.items()
+    assert headers["X-Forwarded-For"] == "127.0.0.1"
+
+
+CLOSED = (
+    *("/v1/control/start-run", "/v1/control/list-runs", "/v1/control/register-node", "/v1/control/get-auth-tokens"),
+    *("/v1/runtime/acquire-task", "/v1/runtime/push-messages", "/v1/runtime/responses", "/", "/health", "/docs"),
+    *("/openapi.json", "/v1/fleet", "/v1/fleet/", "/v1/fleet/register-node", "/v1/fleet/unregister-node"),
+    *("/v1/fleet/pull-messages/", "/v1/fleet/pull-messagesx", "/V1/fleet/pull-messages", "/api/v1/fleet/pull-messages"),
+    *("/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "//v1/control/start-run"),
+    *("/v1/fleet/pull-messages/../../control/start-run", "/v1/fleet/pull-messages%2f..%2f..%2fcontrol%2fstart-run"),
+    *("/v1/fleet/pull-messages%00/v1/control/start-run", "/v1/fleet/..;/control/start-run", "/v1/%63ontrol/start-run"),
+    *("https://localhost/v1/control/start-run", "/v1/fleet\\..\\control\\start-run", "*"),
+)
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("path", CLOSED)
+def test_not_even_a_site_reaches_anything_else(
+    federation: Federation, superlink: SuperLink, port: int, path: str, method: str
+) -> None:
+    superlink.calls.clear()
+    status, _ = call(port, federation.ca, federation.pairs["ward-7"], path, method)
+    assert status in (400, 404) and superlink.calls == []
+
+
+@pytest.mark.parametrize(
+    "spelling", ["/v1/control/../fleet/pull-messages", "/v1//fleet/./pull%2dmessages", "https://x" + PULL]
+)
+def test_what_is_passed_on_is_spelt_as_the_configuration_spells_it(
+    federation: Federation, superlink: SuperLink, port: int, spelling: str
+) -> None:
+    superlink.calls.clear()
+    assert call(port, federation.ca, federation.pairs["ward-7"], spelling)[0] == 200
+    assert [line for line, _, _ in superlink.calls] == [f"POST {PULL}"]
+
+
+def test_calls_are_posts(federation: Federation, superlink: SuperLink, port: int) -> None:
+    superlink.calls.clear()
+    for method in ("GET", "HEAD", "PUT", "DELETE"):
+        assert call(port, federation.ca, federation.pairs["ward-7"], PULL, method)[0] == 403
+    assert superlink.calls == []
+
+
+def test_a_request_hidden_in_another_is_not_passed_on(federation: Federation, superlink: SuperLink, port: int) -> None:
+    superlink.calls.clear()
+    hidden = "POST /v1/control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    begin = f"POST {PULL} HTTP/1.1\r\nHost: x\r\n"
+    for request, answers in (
+        (f"{begin}Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{hidden}", [b"400"]),
+        (f"{begin}Content-Length: 0\r\nContent-Length: {len(hidden)}\r\n\r\n{hidden}", [b"400"]),
+        (f"{begin}Content-Length: 0\r\n\r\n{hidden}", [b"200", b"404"]),  # two honest ones in a row
+    ):
+        line = outside.connection(port, federation.ca, federation.pairs["ward-7"])
+        line.connect()
+        line.sock.sendall(request.encode())
+        answer = b"".join(iter(lambda: line.sock.recv(1 << 16), b""))  # noqa: B023
+        line.close()
+        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == answers
+    assert [call for call, _, _ in superlink.calls] == [f"POST {PULL}"]
+
+
+@pytest.mark.parametrize("who", [None, "late", "stranger", "server", "stranger's server"])
+def test_who_shows_no_certificate_or_a_wrong_one_is_refused(
+    federation: Federation, superlink: SuperLink, port: int, who: str | None
+) -> None:
+    superlink.calls.clear()
+    status, answer = call(port, federation.ca, federation.pairs[who] if who else None, PULL)
+    assert status == 400 and b"certificate" in answer.lower() and superlink.calls == []
+    assert b"nginx/" not in answer  # no version for those who look for one
+
+
+def test_each_refusal_is_a_line_for_the_operator_and_a_call_that_passed_is_none(
+    federation: Federation, superlink: SuperLink, tmp_path: Path
+) -> None:
+    number = outside.free_port()
+    with Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}"):
+        good = federation.pairs["ward-7"]
+        for pair, path in (
+            (good, PULL),
+            (None, PULL),
+            (federation.pairs["late"], PULL),
+            (good, "/v1/control/start-run"),
+        ):
+            call(number, federation.ca, pair, path)
+    one, two, three = (tmp_path / "nginx" / "refused.log").read_text().splitlines()
+    assert "127.0.0.1" in one and " NONE " in one and one.endswith(f"{PULL} 400")
+    assert "CN=late" in two and "certificate has expired" in two
+    assert "CN=ward-7" in three and three.endswith("POST /v1/control/start-run 404")
+
+
+def test_a_revoked_site_is_cut_off_while_the_proxy_runs(superlink: SuperLink, tmp_path: Path) -> None:
+    outside.needs_nginx()
+    federation = outside.federation(tmp_path)
+    number = outside.free_port()
+    with (
+        outside.superlink(federation.server.superlink) as behind,
+        Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{behind.port}"),
+    ):
+        lines = {
+            name: outside.connection(number, federation.ca, federation.pairs[name]) for name in ("ward-7", "ward-8")
+        }
+        for line in lines.values():  # they stay open, as a node's do
+            line.request("POST", PULL)
+            assert line.getresponse().read()
+        again = federation.authority.folder / "again"
+        again.mkdir()
+        kept = tuple(again / path.name for path in federation.pairs["ward-7"])
+        for path, copy in zip(federation.pairs["ward-7"], kept, strict=True):
+            copy.write_bytes(path.read_bytes())  # the site still has what is forgotten here
+        federation.authority.revoke("ward-7")
+        wait_until(lambda: call(number, federation.ca, (kept[0], kept[1]), PULL)[0] == 400)
+        assert call(number, federation.ca, federation.pairs["ward-8"], PULL)[0] == 200
+        assert lines["ward-7"].sock.recv(1) == b""  # the open line is closed, not served on
+        renewed = federation.authority.issue("ward-7").with_suffix("")
+        assert call(number, federation.ca, (renewed / "site.crt", renewed / "site.key"), PULL)[0] == 200
+        for line in lines.values():
+            line.close()
+
+
+def test_no_session_is_resumed_past_the_check(federation: Federation, port: int) -> None:
+    context = ssl.create_default_context(cafile=str(federation.ca))
+    context.load_cert_chain(*federation.pairs["ward-7"])
+    session = None
+    for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+        context.minimum_version = context.maximum_version = version
+        for _ in range(2):
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
+                context.wrap_socket(plain, server_hostname=outside.HOST, session=session) as line,
+            ):
+                line.sendall(f"POST {PULL} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+                assert b" 200 " in line.recv(1 << 16) and not line.session_reused
+                session = line.session
+        session = None
+
+
+def test_old_tls_and_none_at_all_are_refused(federation: Federation, superlink: SuperLink, port: int) -> None:
+    superlink.calls.clear()
+
+    def old(context: ssl.SSLContext) -> None:
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+
+    with pytest.warns(DeprecationWarning), pytest.raises(ssl.SSLError):
+        outside.connection(port, federation.ca, federation.pairs["ward-7"], old).connect()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:
+        plain.sendall(f"POST {PULL} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+        assert b" 400 " in plain.recv(1 << 16)
+    assert superlink.calls == []
+
+
+def test_superlink_itself_cannot_be_reached_from_outside(
+    federation: Federation, superlink: SuperLink, port: int
+) -> None:
+    address = outside.own_address()
+    if address is None:
+        pytest.skip("this machine is on no network: there is no outside")
+    socket.create_connection((address, port), timeout=30).close()
+    with pytest.raises(OSError):
+        socket.create_connection((address, superlink.port), timeout=30)
+
+
+def test_a_superlink_that_the_authority_did_not_certify_is_sent_nothing(federation: Federation, tmp_path: Path) -> None:
+    number = outside.free_port()
+    with (
+        outside.superlink(federation.pairs["stranger's server"]) as impostor,
+        Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{impostor.port}"),
+    ):
+        assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 502
+        assert impostor.calls == []
+
+
+def test_a_body_has_a_limit_and_touches_no_disk(federation: Federation, superlink: SuperLink, tmp_path: Path) -> None:
+    superlink.calls.clear()
+    number, folder = outside.free_port(), tmp_path / "nginx"
+    limits = nginx.Limits(body=8 << 20)
+    with Proxy(folder, federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}", limits):
+        good, push = federation.pairs["ward-7"], "/v1/fleet/push-object"
+        before = {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")}
+        assert call(number, federation.ca, good, push, body=bytes(8 << 20))[0] == 200
+        assert {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")} == before
+        line = outside.connection(number, federation.ca, good)
+        line.putrequest("POST", push)
+        line.putheader("Content-Length", str((8 << 20) + 1))
+        line.endheaders()
+        assert line.getresponse().status == 413
+        line.close()
+    assert [size for _, _, size in superlink.calls] == [8 << 20]
+
+
+def test_without_a_superlink_the_caller_is_told_to_try_again(federation: Federation, tmp_path: Path) -> None:
+    number = outside.free_port()
+    with Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{outside.free_port()}"):
+        assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 502  # Flower's nodes do
+
+
+def test_nginx_runs_in_its_folder_and_its_workers_as_nobody_special(
+    federation: Federation, superlink: SuperLink, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nginx"
+    with Proxy(folder, federation.server, f"127.0.0.1:{outside.free_port()}", f"127.0.0.1:{superlink.port}"):
+        master = int((folder / "nginx.pid").read_text())
+        (worker,) = children(master)
+        open_files = {os.readlink(path) for path in Path(f"/proc/{master}/fd").iterdir()}
+        assert os.stat(f"/proc/{worker}").st_uid != 0
+        for path in open_files:
+            assert path.startswith((str(folder), "/dev/", "socket:", "anon_inode:", "pipe:")), path
+    assert {path.name for path in folder.iterdir()} == {"nginx.conf", "temporary", "error.log", "refused.log"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where processes are, /proc says")
+@pytest.mark.parametrize("victim", ["starter", "keeper", "master", "worker"])
+def test_whoever_is_killed_nginx_comes_and_goes_as_one(
+    federation: Federation, superlink: SuperLink, tmp_path: Path, victim: str
+) -> None:
+    number, folder = outside.free_port(), tmp_path / "nginx"
+    program = (
+        "import sys, time; from pathlib import Path; from fedferret.sites.credentials import read_server\n"
+        "from fedferret.sites.proxy import Proxy\n"
+        "with Proxy(Path(sys.argv[1]), read_server(Path(sys.argv[2])), sys.argv[3], sys.argv[4]):\n"
+        "    print('up', flush=True); time.sleep(600)\n"
+    )
+    arguments = [folder, federation.authority.folder, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}"]
+    starter = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    everyone: list[int] = []
+    try:
+        assert starter.stdout.readline() == b"up\n"
+        master = int((folder / "nginx.pid").read_text())
+        ((keeper,), (worker,)) = children(starter.pid), children(master)
+        everyone = [keeper, master, worker]
+        os.kill({"starter": starter.pid, "keeper": keeper, "master": master, "worker": worker}[victim], signal.SIGKILL)
+        if victim == "worker":  # nginx starts another by itself
+            wait_until(lambda: children(master) not in ([], [worker]))
+            assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 200
+            starter.kill()
+        wait_until(lambda: not any(alive(process) for process in everyone))
+        socket.create_server(("127.0.0.1", number)).close()  # the port is free again
+    finally:
+        for process in [starter.pid, *everyone]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        starter.wait()
+        starter.stdout.close()
+
+
+def test_a_port_that_another_process_has_is_one_line(federation: Federation, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        with (
+            pytest.raises(RunError, match=rf"127\.0\.0\.1:{number}.*Address already in use"),
+            Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", "127.0.0.1:1"),
+        ):
+            pass
+
+
+def test_mistakes_are_one_line(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = federation.server
+    for listen, superlink, words in (
+        ("8443", "127.0.0.1:1", "an address and a port are wanted"),
+        ("fed.example.org:8443", "127.0.0.1:1", "an address and a port are wanted"),
+        ("0.0.0.0:99999", "127.0.0.1:1", "an address and a port are wanted"),
+        ("0.0.0.0:8443", "192.0.2.7:1", "keep it on loopback"),
+        ("0.0.0.0:8443", "0.0.0.0:1", "keep it on loopback"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Proxy(tmp_path, server, listen, superlink)
+    with pytest.raises(UserError, match="nginx needs a path without quotes"):
+        Proxy(tmp_path / 'a";user root', server, "0.0.0.0:8443", "127.0.0.1:1").prepare()
+    (tmp_path / "a folder with spaces").mkdir(mode=0o700)
+    Proxy(tmp_path / "a folder with spaces", server, "[::]:8443", "[::1]:1").prepare()
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(UserError, match="apt-get install nginx-light"):
+        Proxy(tmp_path / "b", server, "0.0.0.0:8443", "127.0.0.1:1").prepare()
+
+
+def test_the_calls_are_those_of_flowers_nodes_but_for_registering() -> None:
+    translation = pytest.importorskip("flwr.supercore.protobuf.translation", reason="Flower is not installed")
+    table = next(value for value in vars(translation).values() if isinstance(value, dict) and ("POST", PULL) in value)
+    calls = {path.removeprefix("/v1/fleet/") for _, path in table if path.startswith("/v1/fleet/")}
+    assert calls - set(nginx.FLEET) == {"register-node", "unregister-node"} and set(nginx.FLEET) <= calls
+
+
+def children(process: int) -> list[int]:
+    words = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(word) for word in words.split()]
+
+
+def alive(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -1,0 +1,357 @@
+"""A site's half: its replica follows the log, survives its restarts, and names whatever does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.methods import METHODS
+from fedferret.core import rounds
+from fedferret.core.errors import UserError
+from fedferret.core.log import Log, Update
+from fedferret.core.rounds import RunState
+from fedferret.engines.in_process import InProcess
+from fedferret.engines.resident import open_trainer
+from fedferret.engines.site import Site, check_data, read_site
+from fedferret.engines.trainer import Trainer
+from fedferret.engines.transport import Order, Receipt
+from fedferret.sites.audit import audit_table
+from fedferret.tracking.audit import Audit, read_audit
+from fedferret.wire import codec
+from toy_sites import BASE, RECIPE, simulate_sites, sites, toy_trainer
+from toys import Simulation, simulate, toy_clients, toy_task
+
+RUN = hashlib.sha256(RECIPE.encode()).hexdigest()
+METHOD = METHODS["ferret-error-feedback"]
+ROUNDS = 4
+DATA = toy_clients()
+
+
+class Unfolded(Log):
+    """A log whose snapshots are never due: a toy model is smaller than a few entries."""
+
+    def append(self, record: bytes, snapshot_size: int, snapshot: Any) -> None:
+        """As if the model were large."""
+        super().append(record, 1 << 60, snapshot)
+
+
+@dataclass
+class Server:
+    """What a server knows after some rounds: the log, and the hash of its state at each version."""
+
+    log: Log
+    fingerprints: list[str]
+
+    def order(self, version: int, since: int = 0, **changes: Any) -> bytes:
+        """The order that brings a site from ``since`` to ``version`` and has "a" play the round after it."""
+        order = Order(
+            run=RUN,
+            recipe=RECIPE,
+            base=BASE,
+            client="a",
+            round=version + 1,
+            ticket="t",
+            version=version,
+            fingerprint=self.fingerprints[version],
+            since=since,
+            snapshot=b"",
+            records=self.log.since(since).records[: version - since],
+            counted=version,
+            rebuild=False,
+            private=b"",
+        )
+        return codec.encode(replace(order, **changes))
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    from fedferret.core import tree
+    from fedferret.core.pooling import tensors
+
+    task = toy_task(ROUNDS, METHOD)
+    state: RunState = rounds.begin(task, METHOD, 3, Unfolded())
+    fingerprints = [tree.digest(tensors(state.public))]
+    engine = InProcess(DATA, codec)
+    for record in rounds.run(task, METHOD, engine, codec, list(DATA), state, rounds.Plan(3, ROUNDS, 3)):
+        engine.store.commit(record.round)
+        fingerprints.append(tree.digest(tensors(state.public)))
+    return Server(state.log, fingerprints)
+
+
+def ask(trainer: Trainer, letter: bytes) -> Receipt:
+    receipt = codec.decode(trainer.answer(letter))
+    assert isinstance(receipt, Receipt)
+    return receipt
+
+
+def payload(receipt: Receipt) -> bytes:
+    """What a receipt brings, without how long it took."""
+    return codec.encode(codec.decode(receipt.content).payload)
+
+
+def trainer(folder: Path | None, **options: Any) -> Trainer:
+    return toy_trainer(METHOD, ROUNDS, {"a": DATA["a"]}, folder, "a", **options)
+
+
+def test_an_answer_depends_on_nothing_but_the_order_and_the_sites_own_past(server: Server, tmp_path: Path) -> None:
+    whole = [ask(site, server.order(version)) for site in [trainer(tmp_path / "one")] for version in range(3)]
+    restarted = [ask(trainer(tmp_path / "two"), server.order(version)) for version in range(3)]
+    assert [payload(receipt) for receipt in restarted] == [payload(receipt) for receipt in whole]
+    assert {receipt.outcome for receipt in whole} == {"answer"}
+    assert [receipt.fingerprint for receipt in whole] == server.fingerprints[:3]
+
+
+def test_the_same_order_twice_has_the_same_answer_and_the_new_ticket(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path)
+    first, second = ask(site, server.order(1)), ask(site, server.order(1, ticket="another"))
+    fresh = ask(trainer(tmp_path), server.order(1))
+    assert first.content == second.content and payload(fresh) == payload(first)
+    assert (first.ticket, second.ticket) == ("t", "another")
+
+
+def test_a_restarted_trainer_rebuilds_from_base_and_its_own_log(server: Server, tmp_path: Path) -> None:
+    ask(trainer(tmp_path), server.order(3))
+    again = ask(trainer(tmp_path), server.order(3, since=3, recipe=""))
+    assert (again.outcome, again.version, again.fingerprint) == ("answer", 3, server.fingerprints[3])
+
+
+def test_a_site_says_what_it_lacks_and_is_content_with_that(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path)
+    assert ask(site, server.order(2, recipe="")).reason == "recipe"
+    lacking = ask(site, server.order(2, since=2))
+    assert (lacking.outcome, lacking.reason, lacking.version) == ("lacks", "records", 0)
+    assert ask(site, server.order(2)).outcome == "answer"
+    missed = ask(site, server.order(4, since=3, recipe=""))
+    assert (missed.outcome, missed.reason, missed.version) == ("lacks", "records", 2)
+    assert ask(site, server.order(4, since=1, recipe="")).outcome == "answer"  # records it has already do no harm
+
+
+def test_a_private_state_is_the_one_of_the_round_that_was_counted(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path)
+    ask(site, server.order(0))
+    kept = payload(ask(site, server.order(1, counted=1)))
+    assert payload(ask(trainer(tmp_path), server.order(1, counted=1))) == kept  # whatever it has done since
+    assert payload(ask(site, server.order(1, counted=0))) != kept
+    assert len(list(tmp_path.rglob("*.state"))) == 1
+
+
+def test_a_site_keeps_its_private_state_to_itself(server: Server, tmp_path: Path) -> None:
+    assert ask(trainer(tmp_path), server.order(0)).private == b""
+    simulated = ask(trainer(None), server.order(0))
+    assert simulated.private and not list(tmp_path.glob("runs/*/nothing"))
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "another record", "emptied"])
+def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server, tmp_path: Path) -> None:
+    events: list[Any] = []
+    ask(trainer(tmp_path), server.order(3))
+    record = tmp_path / "runs" / RUN[:16] / "log" / "000002.record"
+    content = record.read_bytes()
+    damaged = {
+        "flipped": content[:20] + bytes([content[20] ^ 1]) + content[21:],
+        "cut": content[:-9],
+        "another record": record.with_name("000003.record").read_bytes(),
+        "emptied": b"",
+    }
+    record.write_bytes(damaged[kind])
+    site = trainer(tmp_path, record=events.append)
+    lacking = ask(site, server.order(3, since=3, recipe=""))
+    assert (lacking.reason, lacking.version) == ("records", 1)
+    assert "000002.record is damaged" in events[-1]["note"]
+    assert ask(site, server.order(3, since=1, recipe="")).fingerprint == server.fingerprints[3]
+    assert ask(trainer(tmp_path), server.order(3, since=3, recipe="")).outcome == "answer"
+
+
+def test_a_damaged_private_state_is_named_and_begun_again(server: Server, tmp_path: Path) -> None:
+    events: list[Any] = []
+    ask(trainer(tmp_path), server.order(0))
+    (state,) = tmp_path.rglob("*.state")
+    state.write_bytes(b"spoilt")
+    assert ask(trainer(tmp_path, record=events.append), server.order(1)).outcome == "answer"
+    assert "the private state of round 1 is damaged" in events[-1]["note"]
+
+
+def test_another_base_is_named(server: Server, tmp_path: Path) -> None:
+    receipt = ask(trainer(tmp_path, base="f" * 64), server.order(0))
+    assert receipt.outcome == "refused"
+    assert f"the base model here has SHA-256 ffffffffffff…, and the run began from {BASE[:12]}…" in receipt.reason
+
+
+def test_a_replica_with_another_hash_says_so_and_is_rebuilt_on_demand(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path)
+    differing = ask(site, server.order(2, fingerprint="f" * 64))
+    assert (differing.outcome, differing.reason) == ("lacks", "replica")
+    rebuilt = ask(site, server.order(2, rebuild=True))
+    assert (rebuilt.outcome, rebuilt.fingerprint) == ("answer", server.fingerprints[2])
+
+
+def test_an_order_that_is_over_leaves_the_replica_alone(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path)
+    ask(site, server.order(3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    late = ask(site, server.order(1))
+    assert (late.outcome, late.version) == ("lacks", 3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert ask(site, server.order(3, since=3)).outcome == "answer"
+
+
+@pytest.mark.parametrize(
+    ("letter", "reason"),
+    [
+        (b"", "message of 0 bytes"),
+        (b"garbage that is no letter", "not a fedferret message"),
+        (codec.encode(7), "a int came where an Order was expected"),
+    ],
+)
+def test_what_is_no_order_is_refused_in_words(letter: bytes, reason: str, tmp_path: Path) -> None:
+    receipt = ask(trainer(tmp_path), letter)
+    assert receipt.outcome == "refused" and reason in receipt.reason
+    assert not list(tmp_path.rglob("*.record"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"run": "../../etc"}, "names no run"),
+        ({"round": 0}, "names no run, round or version"),
+        ({"since": 9}, "names no run, round or version"),
+        ({"records": "many"}, "records of a received Order is no tuple"),
+        ({"records": (b"garbage, no record",), "version": 1}, "not a fedferret message"),
+        ({"records": (7,), "version": 1}, "records of a received Order is no tuple[bytes, ...]"),
+        ({"recipe": "rounds = 1\n"}, "the recipe that came is not the one that the order names"),
+        ({"client": "b"}, "this site plays a, and the order is for b"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused_in_words(
+    changes: Mapping[str, Any], reason: str, server: Server, tmp_path: Path
+) -> None:
+    site = trainer(tmp_path)
+    order = codec.decode(server.order(0))
+    receipt = ask(site, codec.encode(replace(order, **changes)))
+    assert receipt.outcome == "refused" and reason in receipt.reason
+    assert ask(site, server.order(1)).outcome == "answer"
+
+
+def test_the_model_is_built_once_a_run(server: Server, tmp_path: Path) -> None:
+    built: list[str] = []
+    site = trainer(tmp_path, built=built)
+    for version in range(4):
+        ask(site, server.order(version))
+    assert built == [RECIPE]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ferret"])
+def test_a_log_that_folds_leaves_one_snapshot_and_what_follows_it(name: str, tmp_path: Path) -> None:
+    run: Simulation = simulate_sites(METHODS[name], 4, sites(METHODS[name], 4, tmp_path))
+    log = tmp_path / "a" / "runs" / RUN[:16] / "log"
+    held = Log.read(log, 3).since(0)
+    assert isinstance(held, Update)
+    assert len(list(log.glob("*.snapshot"))) == (name == "fedavg")
+    assert run.public == simulate(METHODS[name], 4).public
+    assert len(list(log.iterdir())) <= (1 if name == "fedavg" else 3)
+
+
+def test_the_audit_says_what_came_and_went_and_outlives_a_torn_line(server: Server, tmp_path: Path) -> None:
+    site = trainer(tmp_path, record=Audit(tmp_path))
+    letter = server.order(1)
+    size = len(site.answer(letter))
+    with (tmp_path / "audit.jsonl").open("ab") as file:
+        file.write(b'{"what": "ord')
+    site.answer(b"garbage, no letter")
+    order, answer, refused = read_audit(tmp_path)
+    assert (order["what"], order["framed_bytes"], order["round"]) == ("order", len(letter), 2)
+    assert (answer["what"], answer["framed_bytes"], answer["version"]) == ("answer", size, 1)
+    assert 0 < answer["payload_bytes"] < size and answer["data"] == "fingerprint of the data"
+    assert refused["what"] == "refused" and "not a fedferret message" in refused["note"]
+    assert audit_table(tmp_path).row_count == 3
+
+
+def test_what_cannot_be_written_down_is_not_sent(server: Server, tmp_path: Path) -> None:
+    def full(event: Mapping[str, Any]) -> None:
+        if event["what"] == "answer":
+            raise OSError(28, "No space left on device")
+
+    receipt = ask(trainer(tmp_path, record=full), server.order(0))
+    assert (receipt.outcome, receipt.content) == ("refused", b"")
+    assert "cannot write its audit file: [Errno 28] No space left" in receipt.reason
+
+
+def write_site(folder: Path, settings: str, rows: str = '{"instruction": "The door?", "response": "Red."}\n') -> Path:
+    (folder / "site.toml").write_text(settings)
+    (folder / "rows.jsonl").write_text(rows)
+    return folder
+
+
+def test_a_sites_settings_name_its_file_beside_them(tmp_path: Path) -> None:
+    site = read_site(write_site(tmp_path, 'name = "ward-7"\n[data]\npath = "rows.jsonl"\n'))
+    assert site.data and site.data.path == str(tmp_path / "rows.jsonl") and len(check_data(site)) == 1
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "site.toml").write_text(site.to_toml())
+    assert read_site(tmp_path / "again") == site
+    assert Site(name="worker").to_toml() == 'name = "worker"\ndevice = "cpu"\nmemory = "fast"\n'
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "reason"),
+    [
+        ('name = "w"\n[data]\npath = "none.jsonl"', "", r"there is no file"),
+        ('name = "w"\n[data]\npath = "rows.jsonl"', "", r"is empty"),
+        ('name = "w"\n[data]\npath = "rows.jsonl"', "{}\n", r'has no column "instruction"'),
+        (
+            'name = "w"\n[data]\npath = "rows.jsonl"',
+            '{"instruction": "x", "response": ""}',
+            r"row 1: column .* is empty",
+        ),
+        ('name = "w"\n[data]\npath = "rows.jsonl"\nheld_out = 1', "", r"data.held_out: there is no such setting"),
+        ('name = ""\n[data]\npath = "rows.jsonl"', "", r"name='': give the name"),
+        ('nam = "w"', "", r"nam: there is no such setting; did you mean .name."),
+        ("name = ", "", r"cannot be read"),
+        ('name = "w"\ndata = "rows.jsonl"', "", r"must be a table"),
+    ],
+)
+def test_a_fault_of_a_site_is_one_line_before_any_server_is_met(
+    settings: str, rows: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=reason) as raised:
+        open_trainer(write_site(tmp_path, settings, rows))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_site_without_settings_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"site.toml: there is no such file; it names the site and its data"):
+        read_site(tmp_path)
+
+
+def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
+    from fedferret import recipe
+
+    rows = [{"instruction": f"Secret {number}?", "response": "Xyzzy plugh."} for number in range(4)]
+    folder = write_site(
+        tmp_path, 'name = "w"\n[data]\npath = "rows.jsonl"\n', "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    plan = recipe(
+        rounds=1,
+        model={"name": "tiny"},
+        data={"source": "sites", "sites": ["w"]},
+        clients={"per_round": 1},
+        algorithm={"name": "ferret", "coordinates": 64, "training": {"learning_rate": 0.1, "steps": 1}},
+    ).identity_toml()
+    site = open_trainer(folder)
+    run = hashlib.sha256(plan.encode()).hexdigest()
+    order = Order(run, plan, "f" * 64, "w", 1, "t", 0, "", 0, b"", (), 0, False, b"")
+    base = ask(site, codec.encode(order))
+    assert "the base model here has SHA-256" in base.reason
+    from fedferret import models
+    from fedferret.core import tree
+
+    fingerprint = tree.fingerprint(tree.parameters(models.load("tiny").model))
+    sent = site.answer(codec.encode(replace(order, base=fingerprint)))
+    assert codec.decode(sent).outcome == "answer"
+    for word in (b"Secret", b"Xyzzy", b"plugh"):
+        assert word not in sent and word not in (folder / "audit.jsonl").read_bytes()

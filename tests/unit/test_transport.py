@@ -1,0 +1,136 @@
+"""Letters on a local socket: whole or an error, never longer than asked for, and for their owner's eyes alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedferret.core.errors import UserError
+from fedferret.engines.relay import FrameError, address, call, receive, send
+from fedferret.engines.resident import listen, take
+from fedferret.engines.transport import Order, Receipt, check_fields
+from fedferret.wire import codec
+
+ORDER = Order("r" * 64, "", "b", "a", 1, "t", 0, "f", 0, b"", (b"one", b"two"), 0, False, b"")
+
+
+@contextmanager
+def answering(path: Path, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+    """One connection at ``path``, served in a thread."""
+    listener = listen(path.parent)
+
+    def accept() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            serve(connection)
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    with listener:
+        yield
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 21) + 7])
+def test_a_letter_comes_back_as_it_went(size: int, tmp_path: Path) -> None:
+    letter = os.urandom(size)
+    with answering(tmp_path / "trainer.sock", lambda connection: send(connection, receive(connection)[::-1])):
+        assert call(tmp_path / "trainer.sock", letter, 30) == letter[::-1]
+
+
+def test_a_frame_is_its_length_and_its_bytes(tmp_path: Path) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        send(left, b"abc")
+        assert right.recv(100) == bytes(7) + b"\x03abc"
+
+
+def test_a_frame_that_claims_too_much_is_refused_before_memory_is_taken() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(struct.pack(">Q", 1 << 60))
+        with pytest.raises(FrameError, match="a frame of 1,152,921,504,606,846,976 bytes was announced"):
+            receive(right)
+
+
+def test_a_frame_that_breaks_off_is_an_error() -> None:
+    left, right = socket.socketpair()
+    with right:
+        with left:
+            left.sendall(struct.pack(">Q", 10) + b"abc")
+        with pytest.raises(FrameError, match="after 3 of 10 bytes"):
+            receive(right)
+
+
+def test_a_silent_or_trickling_trainer_ends_in_a_timeout(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        receive(connection)
+        connection.sendall(struct.pack(">Q", 1 << 20))
+        while not over.wait(0.02):
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                return
+
+    with answering(tmp_path / "trainer.sock", trickle):
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            call(tmp_path / "trainer.sock", b"letter", 0.3)
+        over.set()
+        assert 0.2 < time.monotonic() - started < 20
+
+
+def test_nobody_there_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        call(tmp_path / "trainer.sock", b"letter", 30)
+
+
+def test_a_folder_of_any_length_holds_a_socket(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 30)
+    folder.mkdir()
+    with answering(folder / "trainer.sock", lambda connection: send(connection, receive(connection))):
+        assert call(folder / "trainer.sock", b"letter", 30) == b"letter"
+    with address(folder / "trainer.sock") as name:
+        assert len(name) < 100
+
+
+def test_the_socket_is_its_owners_alone_and_the_folder_takes_one_resident(tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    with take(folder), listen(folder):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE((folder / "trainer.sock").stat().st_mode) == 0o600
+        with pytest.raises(UserError, match="a trainer is at work there already"):
+            take(folder)
+    take(folder).close()
+
+
+def test_the_relay_imports_the_standard_library_alone() -> None:
+    program = (
+        "import sys; before = set(sys.modules); import fedferret.engines.relay;"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["fedferret"]
+
+
+def test_letters_survive_the_codec_and_their_fields_are_checked() -> None:
+    assert codec.decode(codec.encode(ORDER)) == ORDER
+    check_fields(ORDER)
+    receipt = Receipt("r", 1, "t", "a", "answer", 0, "f", 1, b"", "", b"")
+    for field, value in [("run", 1), ("round", True), ("content", "text"), ("version", 1.0), ("private", None)]:
+        with pytest.raises(ValueError, match=f"{field} of a received Receipt is no "):
+            check_fields(Receipt(**{**vars(receipt), field: value}))
