@@ -24,6 +24,7 @@ from fedferret.engines.workers import Lost, Workers
 OFF = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without a device keeps seeing what its machine has
+    "RAY_worker_niceness": "0",  # 15 more, as Ray would have it, and whatever else the machine does comes first
 }
 # Ray has no setting for it: this is what makes it take 127.0.0.1 for its own address, as it does on other systems, and
 # then bind nothing else; its argument _node_ip_address alone is turned back into the machine's address (2.60)

@@ -86,8 +86,8 @@ def carry_out(client: RuntimeHttpClient, package: str, say: Callable[[str], None
 def refusal(given: str, expected: str) -> str:
     """Why a run package is refused, for the operators of both ends."""
     return (
-        f"refused: the server's run package has SHA-256 {given[:12]}…, and this site, with fedferret {__version__}, takes "
-        f"{expected[:12]}… alone; install the server's version here"
+        f"refused: the server's run package has SHA-256 {given[:12]}…, and this site, with fedferret {__version__}, "
+        f"takes {expected[:12]}… alone; install the server's version here"
     )
 
 
