@@ -41,6 +41,17 @@ def write_recipe(folder: Path, sites: Sequence[str], rounds: int, **changes: Any
     return path
 
 
+def beginning() -> Callable[[], None]:
+    """For a child before it becomes `fedferret`: it hears Ctrl-C, and ends should the tests be killed."""
+    tie = tie_to(os.getpid()) if sys.platform == "linux" else lambda: None
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children would ignore it
+        tie()
+
+    return begin
+
+
 class Federation:
     """Processes of `fedferret`, by a name each, their words in files; all of them end with it."""
 
@@ -60,7 +71,7 @@ class Federation:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=tie_to(os.getpid()) if sys.platform == "linux" else None,  # should the tests be killed
+                preexec_fn=beginning(),
             )
 
     def words(self, name: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fedferret.core.errors import UserError
+from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
 from fedferret.engines.workers import Lost, Workers
 
@@ -29,6 +29,7 @@ OFF = {
 # Ray has no setting for it: this is what makes it take 127.0.0.1 for its own address, as it does on other systems, and
 # then bind nothing else; its argument _node_ip_address alone is turned back into the machine's address (2.60)
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+STARTS = 3  # of Ray, which gives up where a busy machine is slow
 OBJECT_STORE = 256 << 20  # bytes of shared memory: letters in flight, no weights of ours
 
 
@@ -63,21 +64,27 @@ class RayWorkers(Workers):
         self._ray, self._site_toml = ray, site_toml
         self._started = not ray.is_initialized()
         if self._started:
-            if joins:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(1, math.ceil(count * cpus)),
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    object_store_memory=OBJECT_STORE,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            machine: dict[str, Any] = {
+                "address": "local",
+                "num_cpus": max(1, math.ceil(count * cpus)),
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+                "object_store_memory": OBJECT_STORE,
+            }
+            self._start({} if joins else machine)
         self._actor = ray.remote(Resident).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
         self._actors: dict[str, Any] = {}
         self._asked: dict[Any, str] = {}
+
+    def _start(self, machine: dict[str, Any]) -> None:
+        for attempt in range(1, STARTS + 1):
+            try:
+                self._ray.init(log_to_driver=False, logging_level=logging.ERROR, **machine)
+                return
+            except Exception as error:  # a plain one where it is not up after 30 seconds, which Ray has no setting for
+                self._ray.shutdown()
+                if attempt == STARTS:
+                    raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from error
 
     def ask(self, worker: str, letter: bytes, timeout: float) -> Any:
         """See Workers."""
