@@ -13,7 +13,8 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ OFF = {
     "RAY_worker_niceness": "0",  # 15 more, as Ray would have it, and whatever else the machine does comes first
 }
 # Ray has no setting for it: this is what makes it take 127.0.0.1 for its own address, as it does on other systems, and
-# then bind nothing else; its argument _node_ip_address alone is turned back into the machine's address (2.60)
+# then bind nothing else; its argument _node_ip_address alone is turned back into the machine's address (2.60). Ray's
+# processes read it from the environment, this one has the constant that an earlier import of Ray made of it
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 STARTS = 3  # of Ray, which gives up where a busy machine is slow
 OBJECT_STORE = 256 << 20  # bytes of shared memory: letters in flight, no weights of ours
@@ -71,7 +73,8 @@ class RayWorkers(Workers):
                 "_node_ip_address": "127.0.0.1",
                 "object_store_memory": OBJECT_STORE,
             }
-            self._start({} if joins else machine)
+            with nullcontext() if joins else _on_loopback(ray):
+                self._start({} if joins else machine)
         self._actor = ray.remote(Resident).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
         self._actors: dict[str, Any] = {}
         self._asked: dict[Any, str] = {}
@@ -120,3 +123,14 @@ class RayWorkers(Workers):
             self.abandon(worker)
         if self._started:
             self._ray.shutdown()
+
+
+@contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """Ray starts on 127.0.0.1 alone, whoever has imported it before."""
+    constants = ray._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
