@@ -3,6 +3,8 @@
     task  ->  its run package is the one this fedferret makes?  no: an error goes back in words
                                                                yes: flower_relay.app(message)  ->  its reply
 
+A task whose message never comes is left for the next one (``Task``).
+
 It stands where Flower would start a process per message that unpacks the server's package and imports what that
 names. Here a package is hashed and otherwise left alone: which code runs is for the site's own installation to say.
 Only this process knows the secret that the SuperNode gives tasks for. As in `flwr/supernode/runtime/run_clientapp.py`.
@@ -13,14 +15,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -38,16 +43,16 @@ POLL = 0.2  # seconds between two looks for a task; a look costs the SuperNode a
 
 def serve(address: str, secret: bytes, package: str, say: Callable[[str], None]) -> None:
     """Carry out one task after the other, for ever. A SuperNode that is away is waited for."""
-    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     trouble = ""
     with closing(authorised(address, secret)) as client:
+        tasks = Tasks(client)
         while True:
             try:
-                task = client.AcquireTask(request)
+                token = tasks.take()
                 trouble = ""
-                if task.token:
-                    with closing(client_of_task(address, task.token)) as own:
-                        carry_out(own, package, say)
+                if token:
+                    with closing(client_of_task(address, token)) as own:
+                        carry_out(Task(own, tasks), package, say)
                     continue
             except (httpx.HTTPError, RuntimeError) as error:
                 if str(error) != trouble:
@@ -56,8 +61,56 @@ def serve(address: str, secret: bytes, package: str, say: Callable[[str], None])
             time.sleep(POLL)
 
 
-def carry_out(client: RuntimeHttpClient, package: str, say: Callable[[str], None]) -> None:
-    """One task, from its message to its reply."""
+class Tasks:
+    """The SuperNode's tasks; each is given to this process once."""
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client, self._ahead, self._lock = client, "", threading.Lock()
+
+    def take(self) -> str:
+        """The token of the next task; "" while there is none."""
+        with self._lock:
+            token, self._ahead = self._ahead or self._acquire(), ""
+            return token
+
+    def waiting(self) -> bool:
+        """Whether there is a next task already, which ``take`` will then give."""
+        with self._lock:
+            self._ahead = self._ahead or self._acquire()
+            return bool(self._ahead)
+
+    def _acquire(self) -> str:
+        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        return str(self._client.AcquireTask(request).token)
+
+
+class Superseded(RuntimeError):
+    """The SuperNode is at the next message: what this task still waits for will not come."""
+
+
+class Task:
+    """A task's client that waits no longer than there is something to wait for.
+
+    A SuperNode is at one message at a time. Where a run ends while a message of it is on the way, Flower 1.41 drops the
+    message and keeps its task, whose content it would have waited for during two hours.
+    """
+
+    def __init__(self, client: RuntimeHttpClient, tasks: Tasks) -> None:
+        self._client, self._tasks = client, tasks
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        """A part of the message. Raises Superseded where it is not there and the next task is."""
+        response = self._client.PullObject(request)
+        if response.object_found and not response.object_available and self._tasks.waiting():
+            raise Superseded("a letter was dropped on its way, its run had ended; the next one is here")
+        return response
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+def carry_out(client: Any, package: str, say: Callable[[str], None]) -> None:
+    """One task, from its message to its reply; ``client``: a RuntimeHttpClient or a Task around it."""
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     status, details = SubStatus.COMPLETED, ""
