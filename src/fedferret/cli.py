@@ -144,6 +144,9 @@ def compare(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Play failed runs again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they will cost.")] = False,
     table_only: Annotated[bool, typer.Option("--table-only", help="Play nothing; write table and page.")] = False,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another folder of this grid, whose runs count here. May be repeated.")
+    ] = None,
 ) -> None:
     """Play methods × seeds on one task, and compare: loss, bytes, time, memory.
 
@@ -157,9 +160,9 @@ def compare(
 
         folder = out or Path("runs") / grid.stem
         if dry_run:
-            commands.plan(grid, folder, overrides or [], only or [])
+            commands.plan(grid, folder, overrides or [], only or [], also or [])
         else:
-            commands.compare(grid, folder, overrides or [], only or [], jobs, retry_failed, table_only)
+            commands.compare(grid, folder, overrides or [], only or [], jobs, retry_failed, table_only, also or [])
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from fedferret.comparison import grid as grids
+from fedferret.comparison.elsewhere import measured
 from fedferret.comparison.grid import Cell, Grid
 from fedferret.comparison.page import write_page
 from fedferret.comparison.play import play
-from fedferret.comparison.results import Comparison, RowResult, measure, rows_of, target_of
+from fedferret.comparison.results import Comparison, RowResult, RunResult, measure, rows_of, target_of
 from fedferret.comparison.sameness import differing, remarks
 from fedferret.comparison.standing import Standing, standing
 from fedferret.comparison.table import absences, as_rich, notes, write_tables
@@ -36,6 +38,7 @@ def compare(
     jobs: int,
     retry_failed: bool,
     table_only: bool,
+    also: Sequence[Path] = (),
     console: Console | None = None,
 ) -> list[RowResult]:
     """See ``fedferret.comparison.compare``."""
@@ -43,7 +46,7 @@ def compare(
     if jobs < 1:
         raise UserError(f"jobs={jobs}: must be at least 1")
     grid = resolve(path, out, overrides)
-    chosen = grid.chosen(only)
+    chosen, elsewhere = grid.chosen(only), measured(grid, out, also)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
@@ -51,10 +54,10 @@ def compare(
             write_atomically(out / FILE, grid.to_toml())
             try:
                 if not table_only:
-                    left = [cell for cell in grid.cells(out) if cell.row in chosen and is_left(cell, retry_failed)]
-                    play(left, jobs, console)
+                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell not in elsewhere]
+                    play([cell for cell in cells if is_left(cell, retry_failed)], jobs, console)
             finally:
-                comparison = gather(grid, out)
+                comparison = gather(grid, out, elsewhere)
                 write_tables(comparison)
                 write_page(comparison)
     except Timeout:
@@ -67,13 +70,22 @@ def compare(
     return list(comparison.rows)
 
 
-def plan(path: Path, out: Path, overrides: Sequence[str], only: Sequence[str], console: Console | None = None) -> None:
+def plan(
+    path: Path,
+    out: Path,
+    overrides: Sequence[str],
+    only: Sequence[str],
+    also: Sequence[Path] = (),
+    console: Console | None = None,
+) -> None:
     """Show the runs of a grid, how far they are, and what is left will cost. Writes nothing."""
     console = console or Console()
     grid = resolve(path, out, overrides)
-    chosen, seconds = grid.chosen(only), 0.0
+    chosen, elsewhere, seconds = grid.chosen(only), measured(grid, out, also), 0.0
     for row in chosen:
-        cells = [cell for cell in grid.cells(out) if cell.row is row]
+        cells = [cell for cell in grid.cells(out) if cell.row is row and cell not in elsewhere]
+        if not cells:
+            continue
         cost, left = estimate(row.recipe), [cell for cell in cells if is_left(cell, False)]
         seconds += cost.seconds * len(left)
         console.print(Text(_planned(cells, cost)), soft_wrap=True)
@@ -101,20 +113,26 @@ def is_left(cell: Cell, retry_failed: bool) -> bool:
     return not now.over or (retry_failed and now.state != "finished")
 
 
-def gather(grid: Grid, out: Path) -> Comparison:
-    """What the runs in the grid's folder say so far."""
+def gather(grid: Grid, out: Path, elsewhere: Mapping[Cell, RunResult] | None = None) -> Comparison:
+    """What the runs in the grid's folder say so far, and for cells that are not over here those measured elsewhere."""
     cells = grid.cells(out)
     standings = {cell: standing(cell) for cell in cells}
-    finished = [cell for cell in cells if standings[cell].state == "finished"]
-    unlike = differing(finished)
-    same = [cell for cell in finished if cell not in unlike]
+    runs = {cell: measure(cell) for cell in cells if standings[cell].state == "finished"}
+    runs |= {cell: run for cell, run in (elsewhere or {}).items() if not standings[cell].over}
+    unlike = differing({cell: run.task for cell, run in runs.items()})
+    same = {cell: runs[cell] for cell in cells if cell in runs and cell not in unlike}
     others = {cell: now for cell, now in standings.items() if cell not in same}
     others |= {cell: Standing("left out", why) for cell, why in unlike.items()}
-    runs = [measure(cell) for cell in same]
-    target = target_of(grid, runs)
-    rows = rows_of(grid, runs, others.items(), target)
+    target = target_of(grid, list(same.values()))
+    rows = rows_of(grid, list(same.values()), others.items(), target)
     left_out = tuple(f"{cell.name} {why}" for cell, why in unlike.items())
-    return Comparison(grid, out, tuple(rows), target, tuple(remarks(same, standings)), left_out)
+    return Comparison(grid, out, tuple(rows), target, (*remarks(list(same), standings), *_origins(same)), left_out)
+
+
+def _origins(runs: Mapping[Cell, RunResult]) -> list[str]:
+    """A line on every other folder that runs were taken from."""
+    counts = Counter(str(run.elsewhere) for run in runs.values() if run.elsewhere)
+    return [f"{count} of the runs were measured elsewhere: {folder}." for folder, count in counts.items()]
 
 
 def show(comparison: Comparison, console: Console) -> None:

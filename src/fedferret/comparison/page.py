@@ -30,6 +30,7 @@ def write_page(comparison: Comparison) -> Path:
     """Write ``comparison.html`` and the plots' files; returns the page's path."""
     rows, styled = comparison.rows, styles(comparison)
     runs = [run for row in rows for run in row.runs]
+    own = [run for run in runs if run.elsewhere is None]
     template = templates(Path(__file__).parent).get_template("comparison.html.jinja")
     page = template.render(
         title=_title(comparison),
@@ -45,7 +46,7 @@ def write_page(comparison: Comparison) -> Path:
         absences=absences(comparison),
         links=[(row.row.label, _links(comparison, row)) for row in rows if row.runs],
         grid=comparison.grid.to_toml(),
-        environment=environment_of(runs[0].cell.folder) if runs else [],
+        environment=environment_of(own[0].cell.folder) if own else [],
         front=FRONT,
         light={**LIGHT, **{name: light for name, (light, _) in COLOURS.items()}},
         dark={**DARK, **{name: dark for name, (_, dark) in COLOURS.items()}},
@@ -108,4 +109,5 @@ def _links(comparison: Comparison, row: RowResult) -> list[Link]:
     return [
         Link(f"seed {run.cell.seed}", (run.cell.folder / "report.html").relative_to(comparison.out).as_posix())
         for run in row.runs
+        if run.elsewhere is None
     ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedferret.comparison.grid import Cell, Grid, Row
+from fedferret.comparison.sameness import Task, task_of
 from fedferret.comparison.standing import Standing
 from fedferret.tracking.events import Run, headline, read
 from fedferret.tracking.summary import read_summary, summarise
@@ -44,6 +45,8 @@ class RunResult:
     curve: tuple[Point, ...]
     figures: dict[str, float]
     scores: dict[str, float]
+    task: Task
+    elsewhere: Path | None = None  # the folder of another `fedferret compare` that has it; None: this one
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def measure(cell: Cell) -> RunResult:
         "seconds_overhead": summary["seconds_overhead"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
     }
-    return RunResult(cell, tuple(curve), figures, scores)
+    return RunResult(cell, tuple(curve), figures, scores, task_of(run))
 
 
 def target_of(grid: Grid, runs: Sequence[RunResult]) -> float | None:

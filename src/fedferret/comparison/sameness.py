@@ -11,28 +11,45 @@ examples is drawn by (seed, round, client) alone, whatever the method, but how m
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedferret.comparison.grid import Cell
 from fedferret.comparison.standing import Standing
-from fedferret.tracking.events import Run, read
+from fedferret.tracking.events import Run
 
 
-def differing(cells: Sequence[Cell]) -> dict[Cell, str]:
+@dataclass(frozen=True)
+class Task:
+    """What a run played, in fingerprints."""
+
+    base: str  # SHA-256 of the initial weights
+    data: str  # SHA-256 of all examples
+    cohorts: str  # a word for every round, from the names of its clients
+
+
+def task_of(run: Run) -> Task:
+    """The task that a diary tells of."""
+    cohorts = (hashlib.sha256("\0".join(run.rounds[number].clients).encode()) for number in sorted(run.rounds))
+    words = " ".join(cohort.hexdigest()[:12] for cohort in cohorts)
+    return Task(str(run.start.get("base")), str(run.start.get("data_fingerprint")), words)
+
+
+def differing(tasks: Mapping[Cell, Task]) -> dict[Cell, str]:
     """The finished cells that did not play what the others played, each with what is different."""
-    runs = {cell: read(cell.folder) for cell in cells}
-    found = _unlike(cells, lambda cell: runs[cell].start.get("base"), "started from other weights")
-    for seed in sorted({cell.seed for cell in cells}):
-        same_seed = [cell for cell in cells if cell.seed == seed]
-        found |= _unlike(same_seed, lambda cell: runs[cell].start.get("data_fingerprint"), "was played on other data")
-        found |= _unlike_cohorts({cell: runs[cell] for cell in same_seed})
+    found = _unlike(tasks, lambda task: task.base, "started from other weights")
+    for seed in sorted({cell.seed for cell in tasks}):
+        same_seed = {cell: task for cell, task in tasks.items() if cell.seed == seed}
+        found |= _unlike(same_seed, lambda task: task.data, "was played on other data")
+        found |= _unlike_cohorts(same_seed)
     return found
 
 
-def _unlike(cells: Sequence[Cell], value: Callable[[Cell], Hashable], what: str) -> dict[Cell, str]:
-    values = {cell: value(cell) for cell in cells}
+def _unlike(tasks: Mapping[Cell, Task], value: Callable[[Task], Hashable], what: str) -> dict[Cell, str]:
+    values = {cell: value(task) for cell, task in tasks.items()}
     usual = _most_common(values.values())
     return {
         cell: f"{what} ({str(found)[:12]}… here, {str(usual)[:12]}… in the others)"
@@ -41,14 +58,15 @@ def _unlike(cells: Sequence[Cell], value: Callable[[Cell], Hashable], what: str)
     }
 
 
-def _unlike_cohorts(runs: Mapping[Cell, Run]) -> dict[Cell, str]:
+def _unlike_cohorts(tasks: Mapping[Cell, Task]) -> dict[Cell, str]:
     found: dict[Cell, str] = {}
-    for number in range(1, max((run.done for run in runs.values()), default=0) + 1):
-        cohorts = {cell: run.rounds[number].clients for cell, run in runs.items() if number in run.rounds}
-        usual = _most_common(cohorts.values())
-        for cell, cohort in cohorts.items():
+    cohorts = {cell: task.cohorts.split() for cell, task in tasks.items()}
+    for number in range(max(map(len, cohorts.values()), default=0)):
+        here = {cell: words[number] for cell, words in cohorts.items() if number < len(words)}
+        usual = _most_common(here.values())
+        for cell, cohort in here.items():
             if cohort != usual:
-                found.setdefault(cell, f"sampled other clients than the others in round {number}")
+                found.setdefault(cell, f"sampled other clients than the others in round {number + 1}")
     return found
 
 

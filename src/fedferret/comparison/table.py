@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -183,8 +183,10 @@ def _plain_row(comparison: Comparison, row: RowResult) -> dict[str, Any]:
         "runs": [
             {
                 "seed": run.cell.seed,
-                "folder": run.cell.folder.relative_to(comparison.out).as_posix(),
+                "folder": None if run.elsewhere else run.cell.folder.relative_to(comparison.out).as_posix(),
+                "task": asdict(run.task),
                 "figures": {**run.figures, **run.scores},
+                "scores": list(run.scores),
                 "curve": [point._asdict() for point in run.curve],
             }
             for run in row.runs
