@@ -319,7 +319,8 @@ class Experiment:
         return losses
 
     def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
-        if self.recipe.execution.memory == "lean":
+        idle = self.transport is not None and not self.data.held_out  # a server that neither trains nor evaluates
+        if self.recipe.execution.memory == "lean" or idle:
             return_large_blocks()
             folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
             return MappedTree(folder / f".weights-{os.getpid()}", weights)

@@ -322,6 +322,11 @@ def test_three_sites_with_certificates_give_the_same_bits_whatever_is_killed(tmp
         assert made.words("serve").strip().endswith("plays it again.\nThe run is finished: served/report.html")
         for site in sites:
             assert made.signal(site, signal.SIGTERM) == 130
+            audit = list(read_audit(tmp_path / "sites" / site))
+            crossed = sum(event["up_bytes"] + event["down_bytes"] for event in audit if event["what"] == "socket")
+            letter = sum(event["framed_bytes"] for event in audit if event["what"] != "socket")
+            print(f"{site}, by its own audit: letters {letter}, sockets {crossed} bytes")
+            assert letter < crossed
         assert made.running() == []
 
 

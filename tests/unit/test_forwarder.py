@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,12 @@ import pytest
 
 pytest.importorskip("cryptography", reason='certificates need pip install "fedferret[flower]"')
 
+from federation import CountingProxy
 from fedferret.core.errors import UserError
 from fedferret.sites import forwarder
 from fedferret.sites.credentials import SiteCredentials
 from fedferret.sites.proxy import Proxy
+from fedferret.tracking.audit import read_audit
 from unit import outside
 from unit.outside import Federation, call
 
@@ -59,7 +61,7 @@ def forwarding(folder: Path, pair: outside.Pair, address: str) -> Iterator[Runni
     site = folder / "site"
     shutil.copytree(pair[0].parent, site)
     port, log = outside.free_port(), folder / "forwarder.log"
-    command = forwarder.command(SiteCredentials("ward-7", site, ()), address, port)
+    command = forwarder.command(SiteCredentials("ward-7", site, ()), address, port, folder)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     running = Running(port, site, log, process)
@@ -100,6 +102,32 @@ def test_calls_reach_superlink_and_answers_come_back(federation: Federation, tmp
         line.close()
         assert {name for name, _, _ in behind.calls} == {f"POST {PULL}", f"POST {PUSH}"}
         assert here.log.read_text().count("\n") == 1  # nothing to say but that it began
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what crossed a socket")
+def test_the_sites_audit_says_what_crossed_its_sockets(federation: Federation, tmp_path: Path) -> None:
+    outside.needs_nginx()
+    port = outside.free_port()
+    wire = CountingProxy(port)
+    with (
+        closing(wire),
+        outside.superlink(federation.server.superlink) as behind,
+        Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{port}", f"127.0.0.1:{behind.port}"),
+        forwarding(tmp_path, federation.pairs["ward-7"], f"localhost:{wire.port}") as here,
+    ):
+        for size in (10, 100_000, 3_000_000):
+            assert here.call(PUSH, os.urandom(size))[0] == 200
+        kept = outside.connection(here.port, here.site / "loopback.crt", None)  # still open when the line is written
+        kept.request("POST", PULL)
+        kept.getresponse().read()
+        crossed = wire.up, wire.down
+        here.process.terminate()
+        here.process.wait(60)
+    (line,) = read_audit(tmp_path)
+    print(f"at the proxy {crossed}, in the audit {line['up_bytes']}, {line['down_bytes']}")
+    assert line["what"] == "socket" and crossed[0] > 3_100_000
+    for counted, told in zip(crossed, (line["up_bytes"], line["down_bytes"]), strict=True):
+        assert abs(counted - told) <= 64  # TLS's goodbye of the connection that was open
 
 
 def test_while_the_server_is_away_calls_are_answered_503_and_it_is_said_once(
@@ -231,7 +259,7 @@ def test_asked_to_end_it_does_and_frees_the_port(
 def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> None:
     site = tmp_path / "site"
     shutil.copytree(federation.pairs["ward-7"][0].parent, site)
-    command = forwarder.command(SiteCredentials("ward-7", site, ()), "localhost:1", outside.free_port())
+    command = forwarder.command(SiteCredentials("ward-7", site, ()), "localhost:1", outside.free_port(), tmp_path)
     program = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
     starter = subprocess.Popen(
         [sys.executable, "-c", program, *command], stdout=subprocess.PIPE, start_new_session=True
@@ -253,4 +281,4 @@ def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> Non
 def test_an_address_that_is_none_is_one_line(tmp_path: Path) -> None:
     for address in ("", "fed.example.org", ":8443", "fed.example.org:", "fed.example.org:x", "a:70000"):
         with pytest.raises(UserError, match=r"wanted, as in fed\.example\.org:8443"):
-            forwarder.command(SiteCredentials("ward-7", tmp_path, ()), address, 1)
+            forwarder.command(SiteCredentials("ward-7", tmp_path, ()), address, 1, tmp_path)

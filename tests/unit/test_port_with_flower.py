@@ -77,7 +77,7 @@ def site(server: Server, name: str, folder: Path) -> Iterator[tuple[SiteCredenti
     folder.mkdir(mode=0o700)
     shutil.copytree(server.federation.pairs[name][0].parent, folder / "keys")
     known, port = read_site(folder / "keys"), outside.free_port()
-    with running(forwarder.command(known, f"localhost:{server.port}", port), folder, "forwarder"):
+    with running(forwarder.command(known, f"localhost:{server.port}", port, folder), folder, "forwarder"):
         wait_until(lambda: forwarder.BEGUN in (folder / "forwarder.log").read_text())
         yield known, port
 

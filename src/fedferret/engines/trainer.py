@@ -50,6 +50,7 @@ class Work:
     data_fingerprint: str
 
 
+PRIVACY = "none"  # what answers are protected with, for the audit: no clipping with noise, no secure sum
 Build = Callable[[str, Path | None], Work]  # from a recipe as TOML, and a folder to work in
 
 
@@ -251,6 +252,7 @@ class Trainer:
                 "framed_bytes": framed,
                 "version": replica.version if replica else -1,
                 "data": replica.work.data_fingerprint if replica else "",
+                "privacy": PRIVACY,
                 "note": note,
             }
         )

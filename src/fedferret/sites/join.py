@@ -148,7 +148,7 @@ class Site:
         quiet = environment(flower)
         parts, server, authority, key = [], self.settings.address, None, None
         if self.credentials:
-            command = forwarder.command(self.credentials, self.settings.address, self.forwarding)
+            command = forwarder.command(self.credentials, self.settings.address, self.forwarding, self.folder)
             parts.append(Part("forwarder", command, logs / "forwarder.log"))
             server, authority = f"{LOOPBACK}:{self.forwarding}", self.credentials.folder / "loopback.crt"
             key = self.credentials.node_key

@@ -115,15 +115,19 @@ def ago(then: float) -> str:
 
 def _site(folder: Path) -> str:
     known = join.read_state(folder)
-    answers = [event for event in read_audit(folder) if event["what"] == "answer"]
-    came = sum(event["framed_bytes"] for event in read_audit(folder) if event["what"] == "order")
-    went = sum(event["framed_bytes"] for event in read_audit(folder) if event["what"] != "order")
+    audit = list(read_audit(folder))
+    answers = [event for event in audit if event["what"] == "answer"]
+    came = sum(event["framed_bytes"] for event in audit if event["what"] == "order")
+    went = sum(event["framed_bytes"] for event in audit if event["what"] in ("answer", "lacks", "refused"))
+    sockets = [event for event in audit if event["what"] == "socket"]
+    down, up = (sum(event[name] for event in sockets) for name in ("down_bytes", "up_bytes"))
     last = f"round {answers[-1]['round']} at {answers[-1]['time'][:19]}" if answers else "none so far"
     return "\n".join(
         [
             f"Site:     {known['name']}, {_doing(known)}; server {known['address']}",
             f"Answers:  {len(answers)}; the last: {last}",
             f"Letters:  {as_bytes(came)} came, {as_bytes(went)} went; each is a line of {folder}/audit.jsonl",
+            *([f"Sockets:  {as_bytes(down)} came, {as_bytes(up)} went, TLS and polling included"] if sockets else []),
         ]
     )
 
