@@ -67,7 +67,7 @@ def processes(folders: Mapping[str, Path]) -> Processes:
     return Processes(folders, THREADS)
 
 
-def wait_until(happened: Any, seconds: float = 120.0) -> None:
+def wait_until(happened: Any, seconds: float = 900.0) -> None:
     """Until ``happened()`` is true, looked at every hundredth of a second."""
     end = time.monotonic() + seconds
     while not happened():

@@ -178,13 +178,13 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(how: signal.Signals, tmp
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=900)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert re.match(
             r"fedferret: stopped after round \d+; the same command goes on from there", errors.splitlines()[-1]
         )
-    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
     assert "Resuming after round" in again.stdout
     run(tiny_recipe(tmp_path, algorithm=METHODS["ferret"], rounds=12), tmp_path / "whole", silent)
     stopped, unstopped = (json.loads((path / "summary.json").read_text()) for path in (out, tmp_path / "whole"))

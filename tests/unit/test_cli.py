@@ -67,7 +67,7 @@ def test_help_explains_every_command() -> None:
 
 
 def run_process(words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from toys import Rows, ToyData, simulate, toy_clients
 from unit.written_grid import cell_of, grid_tables, write_cell, written_grid
 
 FEDAVG, FERRET = {"name": "fedavg"}, {"name": "ferret", "coordinates": 512}
+PATIENCE = 900.0  # seconds for anything: a machine may have far more to do than this
 EXAMPLE = Path(__file__).parents[2] / "recipes" / "small" / "compare-tiny.toml"
 
 
@@ -512,7 +513,7 @@ def start_grid(path: Path, out: Path) -> subprocess.Popen[str]:
 
 def until(condition: Any, process: subprocess.Popen[str]) -> None:
     """Wait for it while the process lives."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it did not come about"
@@ -520,8 +521,8 @@ def until(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 def soon(condition: Any) -> None:
-    """Wait for it, but not for ever: two minutes are ten times what a busy machine needs."""
-    deadline = time.monotonic() + 120
+    """Wait for it, but not for ever."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
@@ -566,7 +567,7 @@ def test_ctrl_c_leaves_a_grid_that_the_same_command_goes_on_with(tmp_path: Path)
     process = start_grid(path, out)
     until(lambda: (first.folder / "log").exists(), process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("fedferret: stopped with 0 of 2 runs done; the same command goes on")
     assert standing(first).state == "unfinished" and standing(second).state == "waiting"

@@ -73,7 +73,7 @@ def forwarding(folder: Path, pair: outside.Pair, address: str) -> Iterator[Runni
         process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -122,7 +122,7 @@ def test_the_sites_audit_says_what_crossed_its_sockets(federation: Federation, t
         kept.getresponse().read()
         crossed = wire.up, wire.down
         here.process.terminate()
-        here.process.wait(60)
+        here.process.wait(600)
     (line,) = read_audit(tmp_path)
     print(f"at the proxy {crossed}, in the audit {line['up_bytes']}, {line['down_bytes']}")
     assert line["what"] == "socket" and crossed[0] > 3_100_000
@@ -222,7 +222,7 @@ def test_a_server_that_goes_in_the_middle_looks_like_a_lost_connection_and_not_l
         with forwarding(tmp_path, federation.pairs["ward-7"], f"localhost:{listener.getsockname()[1]}") as here:
             trusting = ssl.create_default_context(cafile=str(here.site / "loopback.crt"))
             with (
-                socket.create_connection(("127.0.0.1", here.port), timeout=60) as plain,
+                socket.create_connection(("127.0.0.1", here.port), timeout=600) as plain,
                 trusting.wrap_socket(plain, server_hostname=outside.HOST, suppress_ragged_eofs=False) as line,
             ):
                 line.sendall(f"POST {PULL} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
@@ -250,7 +250,7 @@ def test_asked_to_end_it_does_and_frees_the_port(
         line.request("POST", PULL)  # and leaves it open
         assert line.getresponse().read()
         here.process.send_signal(number)
-        assert here.process.wait(30) == 0
+        assert here.process.wait(600) == 0
         line.close()
         socket.create_server(("127.0.0.1", here.port)).close()
         assert here.log.read_text().count("\n") == 1
@@ -269,7 +269,7 @@ def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> Non
         assert starter.stdout.readline().startswith(forwarder.BEGUN.encode())
         starter.kill()
         starter.wait()
-        ready, _, _ = select.select([starter.stdout], [], [], 60)
+        ready, _, _ = select.select([starter.stdout], [], [], 600)
         assert ready and starter.stdout.read() == b""  # the forwarder held the other end: it is gone
     finally:
         with suppress(ProcessLookupError):

@@ -48,7 +48,7 @@ class Server:
         return {node.name for node in self.control.nodes() if node.connected}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -128,7 +128,7 @@ def test_a_node_that_is_not_registered_is_refused_behind_a_good_certificate(serv
     with server.proxy(), site(server, "ward-8", tmp_path / "site") as (known, port):
         command = supernode(known, f"127.0.0.1:{port}", known.folder / "loopback.crt", tmp_path)
         with running(command, tmp_path, "supernode") as node:
-            assert node.wait(180) != 0
+            assert node.wait(900) != 0
     assert "2004" in (tmp_path / "supernode.log").read_text()
     assert server.connected() == set()
 
@@ -139,7 +139,7 @@ def test_a_registered_node_without_its_certificate_is_refused_before_flower(serv
         server.proxy(),
         running(supernode(known, f"localhost:{server.port}", known.authority, tmp_path), tmp_path, "supernode") as node,
     ):
-        assert node.wait(180) != 0
+        assert node.wait(900) != 0
     assert "400 Bad Request" in (tmp_path / "supernode.log").read_text()
     assert "400" in (server.folder / "nginx" / "refused.log").read_text() and server.connected() == set()
 

@@ -47,7 +47,7 @@ def port(federation: Federation, superlink: SuperLink, tmp_path_factory: pytest.
         yield number
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -85,7 +85,7 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
             workers[event["round"]].add(event["process"])
     assert workers[1] == workers[2] and len(workers[1]) == 2  # resident: the model was loaded once
     assert lost not in workers[3]
-    wait_until(lambda: not any(alive(process) for process in processes), 60)
+    wait_until(lambda: not any(alive(process) for process in processes))
 
 
 @pytest.mark.slow
