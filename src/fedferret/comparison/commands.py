@@ -54,7 +54,7 @@ def compare(
             write_atomically(out / FILE, grid.to_toml())
             try:
                 if not table_only:
-                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell not in elsewhere]
+                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell.name not in elsewhere]
                     play([cell for cell in cells if is_left(cell, retry_failed)], jobs, console)
             finally:
                 comparison = gather(grid, out, elsewhere)
@@ -83,7 +83,7 @@ def plan(
     grid = resolve(path, out, overrides)
     chosen, elsewhere, seconds = grid.chosen(only), measured(grid, out, also), 0.0
     for row in chosen:
-        cells = [cell for cell in grid.cells(out) if cell.row is row and cell not in elsewhere]
+        cells = [cell for cell in grid.cells(out) if cell.row is row and cell.name not in elsewhere]
         if not cells:
             continue
         cost, left = estimate(row.recipe), [cell for cell in cells if is_left(cell, False)]
@@ -113,12 +113,13 @@ def is_left(cell: Cell, retry_failed: bool) -> bool:
     return not now.over or (retry_failed and now.state != "finished")
 
 
-def gather(grid: Grid, out: Path, elsewhere: Mapping[Cell, RunResult] | None = None) -> Comparison:
+def gather(grid: Grid, out: Path, elsewhere: Mapping[str, RunResult] | None = None) -> Comparison:
     """What the runs in the grid's folder say so far, and for cells that are not over here those measured elsewhere."""
     cells = grid.cells(out)
     standings = {cell: standing(cell) for cell in cells}
     runs = {cell: measure(cell) for cell in cells if standings[cell].state == "finished"}
-    runs |= {cell: run for cell, run in (elsewhere or {}).items() if not standings[cell].over}
+    taken = elsewhere or {}
+    runs |= {cell: taken[cell.name] for cell in cells if cell.name in taken and not standings[cell].over}
     unlike = differing({cell: run.task for cell, run in runs.items()})
     same = {cell: runs[cell] for cell in cells if cell in runs and cell not in unlike}
     others = {cell: now for cell, now in standings.items() if cell not in same}

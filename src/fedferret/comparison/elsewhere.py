@@ -24,18 +24,20 @@ from fedferret.core.errors import UserError
 from fedferret.recipe_file import read_tables
 
 
-def measured(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[Cell, RunResult]:
-    """The runs of this grid's cells that those folders hold; of several the first folder's. Raises UserError."""
-    cells = {(cell.row.label, cell.seed): cell for cell in grid.cells(out)}
-    found: dict[Cell, RunResult] = {}
+def measured(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, RunResult]:
+    """The runs of this grid's cells, by the cells' names, that those folders hold; of several the first folder's.
+
+    Raises UserError for a folder that holds no comparison.
+    """
+    found: dict[str, RunResult] = {}
     for folder in folders:
         theirs, comparison = _read(folder)
         recipes = {(cell.row.label, cell.seed): cell.recipe for cell in theirs.cells(folder)}
-        for row in comparison["rows"]:
-            for run in row["runs"]:
-                name = (row["method"], run["seed"])
-                if name in cells and recipes.get(name) == cells[name].recipe and cells[name] not in found:
-                    found[cells[name]] = _result(cells[name], folder, run)
+        held = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
+        for cell in grid.cells(out):
+            place = (cell.row.label, cell.seed)
+            if place in held and cell.name not in found and recipes.get(place) == cell.recipe:
+                found[cell.name] = _result(cell, folder, held[place])
     return found
 
 
