@@ -264,14 +264,14 @@ def status(
 
 
 def _site_commands() -> ModuleType:
+    from importlib.util import find_spec
+
     from fedferret.core.errors import UserError
 
-    try:
-        from fedferret.sites import commands
-    except ModuleNotFoundError as error:
-        if error.name not in ("flwr", "cryptography"):
-            raise
-        raise UserError('running across organisations needs packages: pip install "fedferret[flower]"') from None
+    if not (find_spec("flwr") and find_spec("cryptography")):
+        raise UserError('running across organisations needs packages: pip install "fedferret[flower]"')
+    from fedferret.sites import commands
+
     return commands
 
 

@@ -127,6 +127,16 @@ def test_the_relay_imports_the_standard_library_alone() -> None:
     assert found == ["fedferret"]
 
 
+def test_a_sites_supervisor_has_no_use_for_torch_and_flower() -> None:
+    pytest.importorskip("cryptography")
+    program = (
+        "import sys; from fedferret.cli import _site_commands; _site_commands(); import fedferret.sites.join; "
+        "print([name for name in ('torch', 'transformers', 'flwr') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]", "it waits on a hospital's machine for weeks, in 35 MB instead of 320"
+
+
 def test_letters_survive_the_codec_and_their_fields_are_checked() -> None:
     assert codec.decode(codec.encode(ORDER)) == ORDER
     check_fields(ORDER)

@@ -1,4 +1,7 @@
-"""What `fedferret serve` and `fedferret join` do, in terms of what their options say."""
+"""What `fedferret serve` and `fedferret join` do, in terms of what their options say.
+
+Each imports its own half alone: a site's supervisor, which does little but wait, has no use for PyTorch and Flower.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedferret.config import from_tables
 from fedferret.core.errors import UserError
-from fedferret.sites import join as joining
-from fedferret.sites import serve as serving
-from fedferret.sites.credentials import read_server
 
 
 def serve(
@@ -29,6 +28,10 @@ def serve(
             f"--pki {pki}: there are no certificates; make them with `fedferret pki init`, or add --insecure to try it "
             f"out on loopback"
         )
+    from fedferret.config import from_tables
+    from fedferret.sites import serve as serving
+    from fedferret.sites.credentials import read_server
+
     credentials = None if insecure else read_server(pki)
     settings = serving.ServeSettings(
         listen=listen, credentials=credentials, wait=wait, insecure_off_loopback=insecure and insecure_off_loopback
@@ -49,6 +52,8 @@ def join(
     say: Callable[[str], None],
 ) -> None:
     """Take part as the site ``name``. Raises UserError, RunError, KeyboardInterrupt."""
+    from fedferret.sites import join as joining
+
     settings = joining.JoinSettings(
         address=address,
         name=name,
