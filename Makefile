@@ -9,7 +9,7 @@ CODE   := src tests examples benchmarks docs
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # Slow tests wait for processes, time-outs and sockets more than they compute: several at a time share the cores, with a
 # thread each, for threads of more processes than there are cores wait for each other.
-TOGETHER ?= 4
+TOGETHER ?= 3
 
 .PHONY: help demo test test-fast test-slow check bench venv lock clean
 
@@ -59,7 +59,7 @@ test-fast: $(VENV)/installed-dev
 	@$(PYTEST) -q -m "not slow"
 
 test-slow: $(VENV)/installed-dev
-	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER) --durations=15
+	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER)
 
 check: $(VENV)/installed-dev
 	@$(BIN)/ruff format --check $(CODE)
