@@ -92,7 +92,11 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
 def test_a_round_may_have_500_clients(ray: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "data": {"path": str(many_rows(tmp_path)), "held_out_fraction": 0.01},
-        "algorithm": {**FERRET, "coordinates": 64, "training": {"learning_rate": 0.1, "steps": 1, "batch_size": 1}},
+        "algorithm": {
+            "name": "ferret",
+            "coordinates": 64,
+            "training": {"learning_rate": 0.1, "steps": 1, "batch_size": 1},
+        },
     }
     small = play(tiny_recipe(tmp_path, rounds=12, clients={"per_round": 2}, **changes), tmp_path / "small")
     large = play(tiny_recipe(tmp_path, rounds=2, clients={"per_round": 500}, **changes), tmp_path / "large")
