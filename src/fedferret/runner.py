@@ -6,6 +6,7 @@ run after what is safely on disk; the same command goes on from there.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import time
@@ -36,6 +37,7 @@ from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import read_summary, write_summary
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
 SERVED = "server"  # what `fedferret serve` keeps in a run's folder, from before the run begins
 
 
@@ -61,6 +63,7 @@ def run(
         say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return read_summary(out)
     with ExitStack() as stack:
+        stack.enter_context(_full_disk_in_a_line(out))
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
         experiment = Experiment.load(recipe, out, say, transport)
@@ -70,6 +73,20 @@ def run(
             folder.explain(out)
             stack.enter_context(_alone(out))
         return Run(experiment, out, say, record).play()
+
+
+@contextmanager
+def _full_disk_in_a_line(out: Path) -> Iterator[None]:
+    """A disk without room, met in whatever is written, is no traceback. Raises RunError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunError(
+            f"{error.strerror} ({error.filename or out}): the rounds that were finished are safe; make room, and the "
+            f"same command goes on after them"
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -195,3 +196,20 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(how: signal.Signals, tmp
 def rounds_begun(out: Path) -> int:
     """How many rounds the log has."""
     return len(list((out / "log").glob("*.record")))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, rounds=6)
+    run(recipe, tmp_path / "whole", lambda line: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))  # no file may be longer: soon the diary is
+    try:
+        with pytest.raises(RunError, match=r"File too large \(.*\): the rounds that were finished are safe"):
+            run(recipe, tmp_path / "full", lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run(recipe, tmp_path / "full", lambda line: None)
+    logs = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "log").iterdir()} for name in ("whole", "full")
+    ]
+    assert logs[0] == logs[1]
