@@ -57,6 +57,21 @@ def test_a_frame_is_its_length_and_its_bytes(tmp_path: Path) -> None:
         assert right.recv(100) == bytes(7) + b"\x03abc"
 
 
+def test_an_empty_frame_is_over_with_its_header() -> None:
+    left, right = socket.socketpair()
+
+    class Impatient:
+        """Its reader answers and goes as soon as a frame is whole."""
+
+        def sendall(self, content: bytes) -> None:
+            left.sendall(content)
+            assert receive(right) == b""
+            right.close()
+
+    with left, right:
+        send(Impatient(), b"")  # type: ignore[arg-type]
+
+
 def test_a_frame_that_claims_too_much_is_refused_before_memory_is_taken() -> None:
     left, right = socket.socketpair()
     with left, right:

@@ -56,7 +56,8 @@ def address(path: Path | str) -> Iterator[str]:
 def send(connection: socket.socket, content: bytes) -> None:
     """Write one frame."""
     connection.sendall(_HEADER.pack(len(content)))
-    connection.sendall(content)
+    if content:  # an empty frame is its header: whoever read that may have gone already
+        connection.sendall(content)
 
 
 def receive(connection: socket.socket, *, end: float | None = None, largest: int = LARGEST) -> bytes:
