@@ -63,7 +63,7 @@ def run(
         say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return read_summary(out)
     with ExitStack() as stack:
-        stack.enter_context(_full_disk_in_a_line(out))
+        stack.enter_context(_lost_files_in_a_line(out))
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
         experiment = Experiment.load(recipe, out, say, transport)
@@ -76,16 +76,15 @@ def run(
 
 
 @contextmanager
-def _full_disk_in_a_line(out: Path) -> Iterator[None]:
-    """A disk without room, met in whatever is written, is no traceback. Raises RunError."""
+def _lost_files_in_a_line(out: Path) -> Iterator[None]:
+    """A disk without room, or one that failed, met in whatever is written, is no traceback. Raises RunError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
-            raise
+        remedy = "make room" if error.errno in FULL else "mend that"
         raise RunError(
-            f"{error.strerror} ({error.filename or out}): the rounds that were finished are safe; make room, and the "
-            f"same command goes on after them"
+            f"{error.strerror or error} ({error.filename or out}): the rounds that were finished are safe; {remedy}, "
+            f"and the same command goes on after them"
         ) from error
 
 
@@ -187,10 +186,6 @@ class Run:
         except KeyboardInterrupt:
             self._tell("interrupted", round=state.round)
             raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
-        except OSError as error:
-            raise RunError(
-                f"{error.strerror or error} ({error.filename or self.out}): round {state.round} is safe"
-            ) from error
         finally:
             write_summary(self.out)
             write_report(self.out)

@@ -16,18 +16,13 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResp
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PullTaskInputResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedferret.engines.flower import enclosed, opened
 from fedferret.sites import client_app
 from fedferret.sites.client_app import Superseded, Task, Tasks, carry_out
 from fedferret.sites.package import fingerprint, run_package
 
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class SuperNode:

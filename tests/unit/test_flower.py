@@ -20,7 +20,6 @@ pytest.importorskip("flwr")
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
 from federation import CountingProxy, Federation, federation, free_port, letters, records, wait, write_recipe
@@ -35,12 +34,7 @@ from fedferret.tracking import events
 from fedferret.tracking.audit import read_audit
 from unit.outside import needs_nginx
 
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task's numbers, which Flower's messages are written in the name of."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class Grid:
