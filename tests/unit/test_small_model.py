@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,9 @@ CHAT = [
     {"role": "user", "content": "1 and 12?"},
     {"role": "assistant", "content": "Thirteen, déjà vu \N{PARTY POPPER}"},
 ]
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +67,17 @@ def test_what_a_recipe_learns_is_what_its_training_labels(small: LanguageModel, 
     assert responses < evaluated.labels.numel() - 1  # what is held out is scored on its responses, always
     assert int((trained.labels != IGNORED).sum()) == (responses if learn == "responses" else trained.labels.numel() - 1)
     assert torch.equal(trained.input_ids, evaluated.input_ids)
+
+
+def test_the_one_that_is_kept_has_learnt_to_chat_and_is_fp32_as_it_came(small: LanguageModel) -> None:
+    kept = models.load(str(ROOT / "recipes" / "small" / "chat-3m"))
+    assert {weight.dtype for weight in kept.model.parameters()} == {torch.float32}
+    assert kept.tokenizer.get_vocab() == small.tokenizer.get_vocab()
+    assert kept.tokenizer.chat_template == small.tokenizer.chat_template
+    greeting = (
+        "<|im_start|>user\nhi, how are you?<|im_end|>\n<|im_start|>assistant\ni am good, how are you?<|im_end|>\n"
+    )
+    ids = torch.tensor([kept.tokenizer(greeting)["input_ids"]])
+    with torch.inference_mode():
+        learnt, random = (float(each.model(input_ids=ids, labels=ids).loss) for each in (kept, small))
+    assert learnt < 4 < 8 < random
