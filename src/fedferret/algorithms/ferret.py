@@ -146,7 +146,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "training": _PAPER_TRAINING,
         },
     }
-    coordinates: int = 4096  # K, over all blocks: below a kilobyte up, enough for tens of rounds (docs/results.md)
+    coordinates: int = 4096  # K, over all blocks: below a kilobyte up; long runs want more (docs/results.md)
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
     allocation: Allocation = "norm-sqrt-dim"  # minimises the error energy; the paper's experiments use "norm"
     keys: Literal["shared", "per-client", "fixed-pool"] = "shared"
