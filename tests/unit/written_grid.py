@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedferret.comparison.commands import gather
 from fedferret.comparison.grid import Cell, Grid, resolve
+from fedferret.comparison.results import Comparison, RowResult
 from fedferret.comparison.standing import note
 from fedferret.comparison.worker import Outcome
 from fedferret.core.files import write_atomically
@@ -17,6 +19,7 @@ from fedferret.tracking.summary import write_summary
 from tiny_runs import tiny_tables
 from unit.written_run import evaluate, record, start
 
+FEDAVG, FERRET = {"name": "fedavg"}, {"name": "ferret", "coordinates": 512}
 TRAINING = {"learning_rate": 0.1, "steps": 2}
 
 
@@ -62,3 +65,35 @@ def write_cell(
 def cell_of(grid: Grid, out: Path, label: str, seed: int) -> Cell:
     """The run of that row and seed."""
     return next(cell for cell in grid.cells(out) if cell.row.label == label and cell.seed == seed)
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def save(grid: Grid, folder: Path) -> Path:
+    """The grid as a file."""
+    path = folder / "grid.toml"
+    path.write_text(grid.to_toml())
+    return path
+
+
+LOSSES = {
+    ("A", 1): {0: 5.0, 1: 4.0, 2: 3.0},
+    ("A", 2): {0: 5.2, 1: 4.4, 2: 3.2},
+    ("B", 1): {0: 5.0, 1: 4.5, 2: 4.0},
+    ("B", 2): {0: 5.2, 1: 4.5, 2: 3.7},
+}
+EACH = {"A": 1000, "B": 10}
+
+
+def written(tmp_path: Path, **changes: Any) -> Comparison:
+    """Two methods and two seeds with the losses above; method A moves a hundred times as much."""
+    grid = written_grid(tmp_path, ["A", "B"], **changes)
+    for (label, seed), losses in LOSSES.items():
+        write_cell(cell_of(grid, tmp_path, label, seed), losses, EACH[label])
+    return gather(grid, tmp_path)
+
+
+def rows_by_label(comparison: Comparison) -> dict[str, RowResult]:
+    return {row.row.label: row for row in comparison.rows}
