@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from docs import update_results
+from docs.behind import behind
 
 from fedferret.comparison.commands import gather
 from fedferret.comparison.page import write_page
-from fedferret.comparison.table import write_tables
+from fedferret.comparison.table import as_json, write_tables
 from fedferret.core.files import write_atomically
-from unit.written_grid import cell_of, write_cell, written_grid
+from unit.written_grid import cell_of, write_cell, written, written_grid
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -41,3 +43,14 @@ def test_a_comparison_becomes_a_table_of_the_results(tmp_path: Path) -> None:
     assert lines[4].startswith("| **A** | 1 | 4.000 | 1.00 KB | 1.00 KB | 4.00 KB |")
     assert len(lines) == 7  # B has not been played
     assert "#fff" in (tmp_path / "results" / "two" / "loss-by-bytes.svg").read_text()
+
+
+def test_a_row_is_told_how_far_it_is_behind_and_when_it_was_level(tmp_path: Path) -> None:
+    comparison = json.loads(as_json(written(tmp_path)))
+    first, second = behind(comparison, "B")
+    assert first == (
+        "A, seed 1: 0: 0.000 1: -0.500 2: -1.000; 200.0% of the drop; "
+        "level after 1 rounds and 5 s, where it took 2 rounds and 10 s"
+    )
+    assert second.startswith("A, seed 2: ") and "133.3% of the drop; level after 2 rounds" in second
+    assert all(line.endswith("; never level") for line in behind(comparison, "A"))
