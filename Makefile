@@ -10,6 +10,8 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # Slow tests wait for processes, time-outs and sockets more than they compute: several at a time share the cores, with a
 # thread each, for threads of more processes than there are cores wait for each other.
 TOGETHER ?= 3
+# Fast tests compute, in small pieces that a second thread hardly helps: two processes of one thread take half the time.
+FAST   := OMP_NUM_THREADS=1 $(PYTEST) -q -m "not slow" -n 2
 
 .PHONY: help demo test test-fast test-slow check bench venv lock clean
 
@@ -56,7 +58,7 @@ demo: $(VENV)/installed-demo
 test: test-fast test-slow
 
 test-fast: $(VENV)/installed-dev
-	@$(PYTEST) -q -m "not slow"
+	@$(FAST)
 
 test-slow: $(VENV)/installed-dev
 	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER)
@@ -65,7 +67,7 @@ check: $(VENV)/installed-dev
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/mypy
-	@$(PYTEST) -q -m "not slow"
+	@$(FAST)
 
 bench: $(VENV)/installed-dev
 	@$(BIN)/fedferret bench all
