@@ -58,10 +58,6 @@ def log_of(out: Path, rounds: int) -> Update:
     return Log.read(out / "log", rounds).since(0)
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
 def processes(folders: Mapping[str, Path]) -> Processes:
     """A resident process for each site, started when it is first asked."""
     return Processes(folders, THREADS)

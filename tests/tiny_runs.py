@@ -79,3 +79,7 @@ def tiny_experiment(algorithm: AnyAlgorithm, rounds: int) -> Experiment:
     with TemporaryDirectory() as name:
         settings = tiny_recipe(Path(name), rounds=rounds)
         return Experiment.load(replace(settings, algorithm=algorithm), log=lambda line: None)
+
+
+def silent(line: str) -> None:
+    """What a run says, said to nobody."""

@@ -22,14 +22,10 @@ from fedferret.experiment import Experiment
 from fedferret.runner import Interrupted, run
 from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
-from tiny_runs import tiny_recipe, tiny_tables
+from tiny_runs import silent, tiny_recipe, tiny_tables
 
 FERRET = {"name": "ferret", "coordinates": 1024, "error_feedback": True, "server_momentum": 0.5, "scale": "shrunk"}
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 @pytest.fixture(scope="module", params=METHODS)

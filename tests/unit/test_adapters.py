@@ -34,7 +34,7 @@ from fedferret.models import adapters
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from fedferret.wire import codec
-from tiny_runs import tiny_experiment, tiny_recipe
+from tiny_runs import silent, tiny_experiment, tiny_recipe
 from toys import AnyAlgorithm
 
 KEY = Key.of(5, "prepare")
@@ -58,10 +58,6 @@ def batch() -> Batch:
     examples = [Tokens(tuple(range(3, 12)), 5, False), Tokens(tuple(range(40, 46)), 4, False)]
     (rows,) = TokenisedData(examples).batches(2, None)
     return rows
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 # --- what is tuned

@@ -23,14 +23,13 @@ from fedferret.comparison.worker import Outcome, Worker
 from fedferret.config import Recipe
 from fedferret.runner import run
 from fedferret.tracking.summary import read_summary
-from tiny_runs import tiny_recipe
+from tiny_runs import silent, tiny_recipe
 from unit.written_grid import (
     FEDAVG,
     FERRET,
     cell_of,
     grid_tables,
     save,
-    silent,
     write_cell,
     written_grid,
 )

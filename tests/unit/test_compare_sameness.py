@@ -26,7 +26,7 @@ from fedferret.local.first_order import endless
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from fedferret.tracking.summary import read_summary
-from tiny_runs import write_rows
+from tiny_runs import silent, write_rows
 from toys import Rows, ToyData, simulate, toy_clients
 from unit.written_grid import (
     EACH,
@@ -37,7 +37,6 @@ from unit.written_grid import (
     grid_tables,
     rows_by_label,
     save,
-    silent,
     write_cell,
     written,
     written_grid,

@@ -15,11 +15,7 @@ from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder, read_delta
 from fedferret.runner import run
 from fedferret.wire import codec
-from tiny_runs import tiny_recipe
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
+from tiny_runs import silent, tiny_recipe
 
 
 @pytest.fixture(scope="module", params=["ferret", "fedavg"])

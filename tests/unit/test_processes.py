@@ -30,12 +30,11 @@ from site_folders import (
     log_of,
     processes,
     residents_in,
-    silent,
     sites_recipe,
     wait_until,
     write_sites,
 )
-from tiny_runs import tiny_recipe, tiny_tables
+from tiny_runs import silent, tiny_recipe, tiny_tables
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +205,8 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from fedferret.runner import run
-from site_folders import processes, silent, sites_recipe, write_sites
+from site_folders import processes, sites_recipe, write_sites
+from tiny_runs import silent
 root = Path({root!r})
 recipe = sites_recipe(Path({whole!r}), write_sites(Path({whole!r}) / "sites"))
 run(recipe, root / "run", silent, transport=processes(write_sites(root / "sites")))

@@ -18,8 +18,8 @@ from fedferret.core.errors import UserError
 from fedferret.core.rounds import RoundRecord
 from fedferret.experiment import Experiment
 from fedferret.runner import run
-from site_folders import FERRET, alive, log_of, silent, wait_until
-from tiny_runs import tiny_recipe
+from site_folders import FERRET, alive, log_of, wait_until
+from tiny_runs import silent, tiny_recipe
 
 ROUNDS = 3
 

@@ -67,10 +67,6 @@ def cell_of(grid: Grid, out: Path, label: str, seed: int) -> Cell:
     return next(cell for cell in grid.cells(out) if cell.row.label == label and cell.seed == seed)
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
 def save(grid: Grid, folder: Path) -> Path:
     """The grid as a file."""
     path = folder / "grid.toml"
