@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +13,17 @@ import pytest
 pytest.importorskip("flwr")
 
 from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.common.serde import context_to_proto, run_to_proto
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PullTaskInputResponse
+from flwr.supercore.constant import TaskType
+from flwr.supercore.corestate import in_memory_corestate as corestate
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
+from flwr.supercore.servicer.runtime import runtime_handlers as core_handlers
+from flwr.supernode.servicer.runtime import runtime_handlers as handlers
 
 from fedferret.engines.flower import enclosed, opened
 from fedferret.sites import client_app
@@ -93,3 +101,94 @@ def test_a_message_that_came_is_answered_even_when_the_next_one_is_there(monkeyp
     carry_out(Task(node, tasks), fingerprint(run_package()), print)  # type: ignore[arg-type]
     assert heard == [b"a letter"] and tasks.take() == "next"
     assert "PushMessages" in [name for name, _ in node.pushed]
+
+
+class RealNode:
+    """Flower's own account of a SuperNode's messages and tasks, for one relay; ``arrive`` is its main loop's part."""
+
+    def __init__(self) -> None:
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.supernode.nodestate import NodeStateFactory
+
+        self.state: Any = NodeStateFactory(ObjectStoreFactory()).state()
+        self.state.set_node_id(7)
+        self.token = ""
+        self.searched = lambda: None  # what happens while the relay looks for its message
+
+    def make_task(self, run: int) -> None:
+        """A letter of this run has been announced."""
+        fab = Fab(hash_str=fingerprint(run_package()), content=run_package())
+        known = replace(Run.create_empty(run), fab_hash=fab.hash_str, series_id=run)
+        self.state.set_run_series_context(run, Context(run, 7, {}, RecordDict(), {}))
+        self.state.store_run(known)
+        self.state.store_fab(SimpleNamespace(hash_str=fab.hash_str, content=fab.content, verifications={}))
+        self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=run, fab_hash=fab.hash_str)
+
+    def arrive(self, run: int, *, whole: bool) -> Message:
+        """The letter comes; unless ``whole``, its run ends before its content has come."""
+        message = Message(enclosed(b"a letter of run %d" % run), 7, "train")
+        message.metadata.__dict__["_run_id"] = run
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.state.object_store.preregister(run, get_object_tree(message))
+        self.state.store_message(message)
+        for name, part in get_all_nested_objects(message).items() if whole else ():
+            self.state.object_store.put(name, part.deflate())
+        return message
+
+    def answered(self) -> list[str]:
+        """The messages that there are answers to since the last look, as the SuperNode's main loop looks for them."""
+        return [reply.metadata.reply_to_message_id for reply in self.state.get_messages_legacy(is_reply=True)]
+
+    def AcquireTask(self, request: Any) -> Any:
+        return core_handlers.acquire_task(request, self.state)
+
+    def SendTaskHeartbeat(self, request: Any) -> Any:
+        return SimpleNamespace(success=True)
+
+    def PullMessages(self, request: Any) -> Any:
+        response = self._of_task(handlers.pull_messages, request)
+        self.searched()
+        return response
+
+    def __getattr__(self, name: str) -> Any:
+        word = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+        return partial(self._of_task, getattr(handlers, word))
+
+    def _of_task(self, handler: Any, request: Any) -> Any:
+        return handler(request, self.state, self.state.get_task_by_token(self.token))
+
+    def relay(self, tasks: Tasks) -> None:
+        """The relay takes a task and carries it out."""
+        self.token = tasks.take()
+        carry_out(Task(self, tasks), fingerprint(run_package()), print)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> RealNode:
+    monkeypatch.setattr(client_app, "app", lambda message, context: Message(enclosed(b"an answer"), reply_to=message))
+    return RealNode()
+
+
+def test_a_task_that_is_there_before_its_message_is_answered(real: RealNode) -> None:
+    sent: list[Message] = []
+    real.make_task(1)
+    real.searched = lambda: None if sent else sent.append(real.arrive(1, whole=True))
+    real.relay(Tasks(real))  # type: ignore[arg-type]
+    assert real.answered() == [sent[0].metadata.message_id]
+
+
+def test_a_message_that_was_dropped_is_never_answered_in_the_place_of_another(
+    real: RealNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks(real)  # type: ignore[arg-type]
+    real.make_task(1)
+    real.arrive(1, whole=False)
+    real.make_task(2)
+    second = real.arrive(2, whole=True)
+    with pytest.raises(Superseded):
+        real.relay(tasks)
+    real.relay(tasks)
+    assert real.answered() == [second.metadata.message_id]
+    later = corestate.now() + timedelta(seconds=2 * HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
+    monkeypatch.setattr(corestate, "now", lambda: later)
+    assert real.answered() == [], "Flower gives up a task that fell silent, and answers for it"

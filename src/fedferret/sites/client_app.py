@@ -3,7 +3,7 @@
     task  ->  its run package is the one this fedferret makes?  no: an error goes back in words
                                                                yes: flower_relay.app(message)  ->  its reply
 
-A task whose message never comes is left for the next one (``Task``).
+A task whose message never comes is left for the next one, and the SuperNode is told so (``Task``).
 
 It stands where Flower would start a process per message that unpacks the server's package and imports what that
 names. Here a package is hashed and otherwise left alone: which code runs is for the site's own installation to say.
@@ -26,7 +26,7 @@ import httpx
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -91,19 +91,31 @@ class Superseded(RuntimeError):
 class Task:
     """A task's client that waits no longer than there is something to wait for.
 
-    A SuperNode is at one message at a time. Where a run ends while a message of it is on the way, Flower 1.41 drops the
+    A SuperNode is at one message at a time. It makes a message's task a moment before it has the message itself, so
+    that one who is quick finds none. Where a run ends while a message of it is on the way, Flower 1.41 drops the
     message and keeps its task, whose content it would have waited for during two hours.
     """
 
     def __init__(self, client: RuntimeHttpClient, tasks: Tasks) -> None:
         self._client, self._tasks = client, tasks
 
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        """The message, once it is there. Raises Superseded where it is not there and the next task is."""
+        while not (response := self._client.PullMessages(request)).messages_list:
+            self._check_next()
+            time.sleep(POLL)
+        return response
+
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
         """A part of the message. Raises Superseded where it is not there and the next task is."""
         response = self._client.PullObject(request)
-        if response.object_found and not response.object_available and self._tasks.waiting():
-            raise Superseded("a letter was dropped on its way, its run had ended; the next one is here")
+        if response.object_found and not response.object_available:
+            self._check_next()
         return response
+
+    def _check_next(self) -> None:
+        if self._tasks.waiting():
+            raise Superseded("a letter was dropped on its way, its run had ended; the next one is here")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -131,6 +143,11 @@ def carry_out(client: Any, package: str, say: Callable[[str], None]) -> None:
             say(details)
         push_message(client, reply, context)
         push_task_output(client, context, status, details)
+    except Superseded as error:
+        # a task that just fell silent would be answered by Flower itself a minute later, with an error that the
+        # SuperNode takes for the answer to its present message, and with that one's for the next: each a message late
+        push_task_output(client, None, SubStatus.FAILED, str(error))
+        raise
     finally:
         if heartbeat.is_running:
             heartbeat.stop()
