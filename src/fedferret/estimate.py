@@ -1,6 +1,7 @@
 """What a recipe will cost, before it runs: bytes from the method's formula, memory and time roughly.
 
 bytes     the method's ``wire_cost``; FedAvg's is 4 d up and 4 d down
+disk      what the method keeps of each client, a file for each that ever took part
 memory    fp32 weights (of those that are tuned two copies, one with memory = "lean"), gradients and the optimiser's
           state of those that are tuned, activations; zeroth-order training has the weights alone
 time      6 d floating-point operations a token for forward and backward (4 d where weights are frozen), 4 d for a
@@ -30,15 +31,19 @@ class Estimate:
     bytes_up: float  # per client and round
     bytes_down: float  # per client and round, for one that was there the round before
     bytes_fedavg: int  # one way
+    bytes_kept: float  # on each client that took part, between its rounds
+    clients: int  # that take part at most
     memory: float
     seconds: float
 
     def __str__(self) -> str:
+        kept = f"{as_bytes(self.bytes_kept)}; of {self.clients} clients {as_bytes(self.bytes_kept * self.clients)}"
         return "\n".join(
             [
                 f"# weights tuned      {as_count(self.tuned)} of {as_count(self.parameters)}",
                 f"# up, a client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, a client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                *([f"# disk, a client's state    {kept} at most"] if self.bytes_kept else []),
                 f"# memory, roughly    {as_bytes(self.memory)}",
                 f"# time, roughly      {as_duration(self.seconds)} on this machine, evaluation included",
             ]
@@ -80,6 +85,8 @@ def estimate(recipe: Recipe) -> Estimate:
         cost.up,
         cost.down,
         4 * parameters,
+        cost.kept,
+        recipe.rounds * recipe.clients.per_round,
         4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
         operations / (_EFFICIENCY * _matrix_rate()),
     )

@@ -31,7 +31,7 @@ from fedferret.core.rounds import RoundRecord, RunState
 from fedferret.data.batches import FederatedTokens
 from fedferret.data.examples import FederatedData
 from fedferret.data.sites import Sites
-from fedferret.data.templates import template
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
@@ -53,7 +53,8 @@ ENGINES = {"in-process": InProcess, "debug": Debug}
 def check(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Everything that can be known to be wrong before weights are read. Returns the trainable tensors' shapes."""
     models.check(recipe.model.name, device=recipe.execution.device)
-    template(recipe.text.template)
+    if template(recipe.text.template) == Chat() and not models.chats(recipe.model.name):
+        raise UserError(f'text.template="{recipe.text.template}": {NO_CHAT_TEMPLATE}')
     model = rounds.prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
     if recipe.text.packed and learns_prompt(model):
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -36,6 +37,7 @@ from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import read_summary, write_summary
+from fedferret.tracking.units import as_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
 SERVED = "server"  # what `fedferret serve` keeps in a run's folder, from before the run begins
@@ -72,7 +74,24 @@ def run(
             write_environment(out)
             folder.explain(out)
             stack.enter_context(_alone(out))
+        say_room(experiment, out, say)
         return Run(experiment, out, say, record).play()
+
+
+def say_room(experiment: Experiment, out: Path, say: Callable[[str], None]) -> None:
+    """A line where what the clients will keep may not fit on the disk: found out late, it costs rounds."""
+    recipe, data = experiment.recipe, experiment.data
+    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(experiment.model).items()}
+    kept = recipe.algorithm.wire_cost(shapes, recipe.clients.per_round).kept
+    taking_part = min(len(data.clients), recipe.rounds * recipe.clients.per_round)
+    there = sum(path.stat().st_size for path in out.glob("state/clients/*"))
+    free = shutil.disk_usage(out).free + there
+    if experiment.transport is None and kept * taking_part > free:
+        say(
+            f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
+            f"{as_bytes(kept * taking_part)} in all, and {out} has room for {as_bytes(free)}: where the disk is full "
+            f"the run stops, and goes on once there is more"
+        )
 
 
 @contextmanager

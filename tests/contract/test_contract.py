@@ -158,6 +158,14 @@ def test_the_ledger_is_the_formula_and_bounded_framing(name: str) -> None:
                 assert down <= cost.down + framing * answers + FINGERPRINT
 
 
+def test_what_a_client_keeps_is_the_formula_and_bounded_framing(name: str) -> None:
+    shapes = shapes_of(METHODS[name])
+    kept = METHODS[name].wire_cost(shapes, len(toy_clients())).kept
+    framing = FRAMING_PER_MESSAGE + sum(FRAMING_PER_TENSOR + len(name) for name in shapes)
+    for client in toy_clients():
+        assert kept <= codec.size(reference(name).engine.store.get(client)) <= kept + framing
+
+
 def test_the_loss_falls(name: str) -> None:
     task = toy_task(1, METHODS[name])
     untuned = held_out_loss(task, task.model)

@@ -177,7 +177,7 @@ class Hermits(Algorithm[Census, None, Hermit, CensusEntry, Head]):
     name: ClassVar[str] = "hermits"
 
     def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
-        return WireCost(8, 8)
+        return WireCost(8, 8, 4 * num_weights(shapes))
 
     def begin(self, task: Task, key: Key) -> tuple[Census, None]:
         return Census(0.0), None

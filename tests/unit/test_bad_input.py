@@ -74,6 +74,10 @@ def bert(folder: Path) -> str:
         ({"clients": {"per_round": 5}}, r"clients.per_round=5: the data has 4 clients, set per_round to at most that"),
         ({"data": {"held_out_fraction": 0.0}}, r"no held-out example is left to evaluate on"),
         ({"text": {"template": "nowhere.txt"}}, r"nowhere\.txt"),
+        (
+            {"model": {"name": "packaged:gemma3-270m"}},
+            r'text.template="chat": this model has no chat template: set template = "alpaca"',
+        ),
         ({"execution": {"device": "abacus"}}, r"abacus"),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -58,6 +59,20 @@ def test_list_names_every_method_model_and_source() -> None:
 def test_show_gives_the_resolved_recipe_and_its_cost(recipe: Path) -> None:
     said = fedferret("show", recipe)
     assert "coordinates = 1024" in said and "up, a client and round" in said
+
+
+def test_what_clients_keep_is_told_before_it_fills_the_disk(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [recipe, "--set", 'algorithm={name="fedavg-top-k"}', "--set", "rounds=1"]
+    assert "# disk, a client's state    362 KB; of 2 clients 725 KB at most" in fedferret("show", *words)
+    assert "disk" not in fedferret("show", recipe)
+    warning = "fedavg-top-k keeps 362 KB of every client that took part, up to 725 KB in all"
+    assert warning not in fedferret("run", *words, "--out", tmp_path / "roomy")
+    monkeypatch.setattr("fedferret.runner.shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
+    assert f"{warning}, and {tmp_path / 'small'} has room for 700 KB" in fedferret(
+        "run", *words, "--out", tmp_path / "small"
+    )
 
 
 def test_help_explains_every_command() -> None:

@@ -84,13 +84,14 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         return max(1, round(self.fraction * num_weights))
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """k values and positions up; down as many as the union has, at most N k: a bound."""
+        """k values and positions up; down as many as the union has, at most N k: a bound. A residual of d is kept."""
         total = sum(math.prod(shape) for shape in shapes.values())
         kept = self.kept(total)
         union = min(cohort * kept, total)
         # all but one of the positions cost more than all of them
         down = num_bytes(min(union, total - 1), total) if kept < total else 0
-        return WireCost(kept * self.bits / 8 + num_bytes(kept, total), union * self.bits / 8 + down)
+        up = kept * self.bits / 8 + num_bytes(kept, total)
+        return WireCost(up, union * self.bits / 8 + down, 4 * total if self.error_feedback else 0)
 
     def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""

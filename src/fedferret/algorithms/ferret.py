@@ -189,7 +189,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             )
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's.
+        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's. Error feedback keeps d.
 
         With the budget "largest-block" the figures are bounds: K depends on the blocks' norms.
         """
@@ -198,7 +198,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         if self.budget == "largest-block":
             coordinates = sum(min(block.size, self.coordinates) for block in blocks)
         up = coordinates * self.bits / 8 + len(blocks)
-        return WireCost(up, coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up)
+        down = coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up
+        return WireCost(up, down, 4 * sum(block.size for block in blocks) if self.error_feedback else 0)
 
     def begin(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to change alike."""

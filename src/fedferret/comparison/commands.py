@@ -147,8 +147,9 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def _planned(cells: Sequence[Cell], cost: Estimate) -> str:
     states = ", ".join(f"seed {cell.seed} {standing(cell).state}" for cell in cells)
+    kept = f"{as_bytes(cost.bytes_kept)} of disk for each client that takes part, " if cost.bytes_kept else ""
     return (
         f"{cells[0].row.label}: {cells[0].recipe.rounds} rounds, {as_bytes(cost.bytes_up)} up and "
-        f"{as_bytes(cost.bytes_down)} down a client and round, {as_bytes(cost.memory)} of memory, "
+        f"{as_bytes(cost.bytes_down)} down a client and round, {as_bytes(cost.memory)} of memory, {kept}"
         f"{as_duration(cost.seconds)} a run; {states}"
     )

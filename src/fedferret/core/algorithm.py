@@ -83,10 +83,11 @@ class Reply(Generic[Client, Up]):
 
 @dataclass(frozen=True)
 class WireCost:
-    """Bytes per client and round that a method's formula gives, framing left out."""
+    """Bytes per client and round that a method's formula gives, framing left out; and what it keeps on each client."""
 
     up: float
     down: float
+    kept: float = 0.0  # a client's private state, from one of its rounds to its next
 
 
 class Examples(Protocol):

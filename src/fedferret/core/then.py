@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -79,7 +79,7 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
         """The dearer stage's."""
         stages = [stage.wire_cost(shapes, cohort) for stage in (self.first, self.second)]
-        return WireCost(max(stage.up for stage in stages), max(stage.down for stage in stages))
+        return WireCost(*(max(getattr(stage, cost.name) for stage in stages) for cost in fields(WireCost)))
 
     def accept(self, task: Task, public: ThenPublic, payload: Any) -> None:
         """The current stage's rule."""

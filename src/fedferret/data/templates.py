@@ -79,6 +79,9 @@ class Template(ABC):
         return (begin + whole[max(len(whole) - room, 0) :])[-max_tokens:]
 
 
+NO_CHAT_TEMPLATE = 'this model has no chat template: set template = "alpaca" or give a template file'
+
+
 @dataclass(frozen=True)
 class Chat(Template):
     """A chat template: the tokenizer's own, or ``jinja``."""
@@ -102,7 +105,7 @@ class Chat(Template):
 
     def _render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
         if self.jinja is None and not tokenizer.chat_template:
-            raise UserError('this model has no chat template: set template = "alpaca" or give a template file')
+            raise UserError(NO_CHAT_TEMPLATE)
         import jinja2
 
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fedferret.models.catalogue import catalogue
 
 if TYPE_CHECKING:
-    from fedferret.models.loading import LanguageModel, check, load, parameter_shapes, save_folder, skeleton
+    from fedferret.models.loading import LanguageModel, chats, check, load, parameter_shapes, save_folder, skeleton
 
-__all__ = ["LanguageModel", "catalogue", "check", "load", "parameter_shapes", "save_folder", "skeleton"]
+__all__ = ["LanguageModel", "catalogue", "chats", "check", "load", "parameter_shapes", "save_folder", "skeleton"]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,19 @@ def check_source(name: str) -> None:
     _require_causal(name, config)
 
 
+def chats_in(folder: Path) -> bool:
+    """Whether a folder in Hugging Face's format holds a chat template, in any of the places that transformers looks."""
+    if any(
+        (folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    ):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # reading the tokenizer will say what is wrong
+        return True
+    return bool(isinstance(settings, dict) and settings.get("chat_template"))
+
+
 def read_config(name: str) -> PretrainedConfig:
     """The configuration of the model in folder ``name`` or on the hub; :class:`UserError` unless it is causal."""
     from transformers import AutoConfig
