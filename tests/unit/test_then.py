@@ -74,4 +74,11 @@ def test_stages_that_cannot_be_are_refused() -> None:
         then(FEDAVG, FERRET, after=4).check(SHAPES, 4)
     with pytest.raises(UserError, match="coordinates=98: this model has"):
         then(FEDAVG, replace(FERRET, coordinates=98), after=2).check(SHAPES, 4)
-    assert METHODS["fedavg-then-ferret"].wire_cost(SHAPES, 3) == FEDAVG.wire_cost(SHAPES, 3)
+
+
+def test_stages_cost_what_their_dearer_one_does_of_the_wire_and_of_the_disk() -> None:
+    cost, alone = METHODS["fedavg-then-ferret"].wire_cost(SHAPES, 3), FEDAVG.wire_cost(SHAPES, 3)
+    assert (cost.up, cost.down) == (alone.up, alone.down)
+    second = replace(FERRET, error_feedback=True)
+    assert then(FEDAVG, second, after=1).wire_cost(SHAPES, 3).kept == second.wire_cost(SHAPES, 3).kept > 0
+    assert then(FEDAVG, FERRET, after=1).wire_cost(SHAPES, 3).kept == 0
