@@ -264,10 +264,9 @@ def test_without_a_superlink_the_caller_is_told_to_try_again(federation: Federat
 def test_nginx_runs_in_its_folder_and_its_workers_as_nobody_special(
     federation: Federation, superlink: SuperLink, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "nginx"
-    with Proxy(folder, federation.server, f"127.0.0.1:{outside.free_port()}", f"127.0.0.1:{superlink.port}"):
-        master = int((folder / "nginx.pid").read_text())
-        (worker,) = children(master)
+    number, folder = outside.free_port(), tmp_path / "nginx"
+    with Proxy(folder, federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}"):
+        master, worker = master_and_worker(folder, federation, number)
         open_files = {os.readlink(path) for path in Path(f"/proc/{master}/fd").iterdir()}
         assert os.stat(f"/proc/{worker}").st_uid != 0
         for path in open_files:
@@ -293,8 +292,8 @@ def test_whoever_is_killed_nginx_comes_and_goes_as_one(
     everyone: list[int] = []
     try:
         assert starter.stdout.readline() == b"up\n"
-        master = int((folder / "nginx.pid").read_text())
-        ((keeper,), (worker,)) = children(starter.pid), children(master)
+        (keeper,) = children(starter.pid)
+        master, worker = master_and_worker(folder, federation, number)
         everyone = [keeper, master, worker]
         os.kill({"starter": starter.pid, "keeper": keeper, "master": master, "worker": worker}[victim], signal.SIGKILL)
         if victim == "worker":  # nginx starts another by itself
@@ -346,6 +345,17 @@ def test_the_calls_are_those_of_flowers_nodes_but_for_registering() -> None:
     table = next(value for value in vars(translation).values() if isinstance(value, dict) and ("POST", PULL) in value)
     calls = {path.removeprefix("/v1/fleet/") for _, path in table if path.startswith("/v1/fleet/")}
     assert calls - set(nginx.FLEET) == {"register-node", "unregister-node"} and set(nginx.FLEET) <= calls
+
+
+def master_and_worker(folder: Path, federation: Federation, port: int) -> tuple[int, int]:
+    """nginx's two processes, once the worker has answered a call.
+
+    The port is the master's: it takes connections before there is a worker, and before that worker is nobody special.
+    """
+    assert call(port, federation.ca, federation.pairs["ward-7"], PULL)[0] == 200
+    master = int((folder / "nginx.pid").read_text())
+    (worker,) = children(master)
+    return master, worker
 
 
 def children(process: int) -> list[int]:
