@@ -102,7 +102,7 @@ def _lost_files_in_a_line(out: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "make room" if error.errno in FULL else "mend that"
         raise RunError(
-            f"{error.strerror or error} ({error.filename or out}): the rounds that were finished are safe; {remedy}, "
+            f"{error.strerror or error} ({error.filename or out}): every finished round is safe; {remedy}, "
             f"and the same command goes on after them"
         ) from error
 

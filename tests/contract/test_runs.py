@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))  # no file may be longer: soon the diary is
     try:
-        with pytest.raises(RunError, match=r"File too large \(.*\): the rounds that were finished are safe"):
+        with pytest.raises(RunError, match=r"File too large \(.*\): every finished round is safe"):
             run(recipe, tmp_path / "full", lambda line: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
