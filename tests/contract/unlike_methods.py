@@ -73,12 +73,12 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
         self, task: Task, public: DriftPublic, server: DriftServer, pooled: Pooled[DriftReply], key: Key
     ) -> tuple[DriftServer, DriftEntry]:
         change = pooled.only.change
-        velocity = {name: 0.5 * value + change[name] for name, value in server.velocity.items()}
+        velocity = {name: 0.5 * value + change[name].to(value.device) for name, value in server.velocity.items()}
         return DriftServer(velocity), DriftEntry(tree.clone(velocity))
 
     def apply(self, task: Task, public: DriftPublic, entry: DriftEntry) -> None:
         for name, weight in public.weights.items():
-            weight.sub_(entry.step[name])
+            weight.sub_(entry.step[name].to(weight.device))
 
     @contextmanager
     def model(self, task: Task, public: DriftPublic, client: None = None) -> Iterator[nn.Module]:

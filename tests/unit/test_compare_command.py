@@ -199,6 +199,10 @@ def test_a_worker_tells_how_a_run_ended_even_a_killed_one(forks: bool, tmp_path:
         worker.start(quick.to_toml(), tmp_path / "rows.jsonl", tmp_path / "again.txt")  # which is no folder
         refused = worker.finish()
         assert refused.outcome == "failed" and "is no run folder: choose another one" in refused.reason
+        # the run looks for its device, not the worker: a GPU's driver, once asked, does not outlive a fork
+        elsewhere = tiny_recipe(tmp_path, execution={"device": "cuda:99"})
+        worker.start(elsewhere.to_toml(), tmp_path / "elsewhere", tmp_path / "elsewhere.txt")
+        assert 'device "cuda:99" is not on this machine' in worker.finish().reason
         worker.start(long.to_toml(), tmp_path / "long", tmp_path / "long.txt")
         soon(lambda: (tmp_path / "long" / "log").exists())
         os.kill(player(tmp_path / "long"), signal.SIGKILL)

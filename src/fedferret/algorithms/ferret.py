@@ -324,7 +324,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     def _clipped(self, projector: Projector, coordinates_K: Tensor, counts: tuple[int, ...]) -> Tensor:
         if self.coordinate_clip is None:
             return coordinates_K
-        return coordinates_K.clamp(*projector.clip_bounds(self.coordinate_clip, counts))
+        lowest, highest = projector.clip_bounds(self.coordinate_clip, counts)
+        return coordinates_K.clamp(lowest.to(coordinates_K.device), highest.to(coordinates_K.device))
 
 
 def blocks_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Block, ...]:

@@ -28,17 +28,19 @@ from fedferret.bases.basis import Basis, add_rounded_, fold_rows_
 from fedferret.bases.hashing import MAX_UNIFORM_POSITION, column_states, position_states, uniforms
 from fedferret.core.keys import Key
 
+_CHUNK = 1 << 17  # elements of V that the plain path holds at a time: they fit a processor's cache
+_CHUNK_ELSEWHERE = 1 << 24  # many enough that starting kernels takes no time
 _COLUMNS = 64  # part of the definition: V c is summed over groups of this many columns, each group as a fixed tree
 
 
 @dataclass(frozen=True)
 class TruncatedNormal(Basis):
-    """Dense columns. ``chunk_elements``: elements of V that the plain path holds at a time."""
+    """Dense columns. ``chunk_elements``: how much of V the plain path holds at a time, if not what suits the device."""
 
     name: ClassVar[str] = "truncated-normal"
     max_size: ClassVar[int] = MAX_UNIFORM_POSITION
 
-    chunk_elements: int = 1 << 17
+    chunk_elements: int | None = None
 
     def unbiased_scale(self, size: int, num_coordinates: int) -> float:
         """1/(K rho): the columns are independent and each gives rho Δ in expectation."""
@@ -55,7 +57,7 @@ class TruncatedNormal(Basis):
                 scale
             )
             return
-        for start, stop in self._chunks(delta_N.numel(), out_K.numel()):
+        for start, stop in self._chunks(delta_N, out_K.numel()):
             piece_N = delta_N[start:stop].float()
             positions_N = position_states(key, offset + start, offset + stop, delta_N.device)
             for first in range(0, out_K.numel(), _COLUMNS):
@@ -67,7 +69,7 @@ class TruncatedNormal(Basis):
         if compiled := native.kernels(target_N.device):
             compiled.dense_expand_(target_N, coordinates_K, key, offset, _quantile_coefficients(size))
             return
-        for start, stop in self._chunks(target_N.numel(), coordinates_K.numel()):
+        for start, stop in self._chunks(target_N, coordinates_K.numel()):
             positions_N = position_states(key, offset + start, offset + stop, target_N.device)
             increment_N = torch.zeros(stop - start, dtype=torch.float32, device=target_N.device)
             for first in range(0, coordinates_K.numel(), _COLUMNS):
@@ -76,8 +78,9 @@ class TruncatedNormal(Basis):
                 increment_N += fold_rows_(elements(columns_B, positions_N, size).mul_(group_B[:, None]))
             add_rounded_(target_N[start:stop], increment_N)
 
-    def _chunks(self, count: int, num_coordinates: int) -> Iterator[tuple[int, int]]:
-        step = max(1, self.chunk_elements // min(num_coordinates, _COLUMNS))
+    def _chunks(self, piece_N: Tensor, num_coordinates: int) -> Iterator[tuple[int, int]]:
+        chunk = self.chunk_elements or (_CHUNK if piece_N.device.type == "cpu" else _CHUNK_ELSEWHERE)
+        count, step = piece_N.numel(), max(1, chunk // min(num_coordinates, _COLUMNS))
         return ((start, min(count, start + step)) for start in range(0, count, step))
 
 

@@ -201,8 +201,12 @@ def _read(pipe: int, ended: Callable[[], NoReturn]) -> bytes:
 
 
 def _import_for(job: Mapping[str, Any]) -> None:
-    """Import what the run will need, its model's code too: children have it for nothing."""
+    """Import what the run will need, its model's code too: children have it for nothing.
+
+    The device is left to the child: to ask for one starts the GPU's driver, which does not outlive a fork.
+    """
     import tomllib
+    from dataclasses import replace
 
     import torch
 
@@ -214,7 +218,8 @@ def _import_for(job: Mapping[str, Any]) -> None:
     torch.set_num_threads(
         1
     )  # a fork inherits no threads, only OpenMP's belief that it has some: it would wait for ever
-    check(from_tables(tomllib.loads(job["recipe"])))
+    recipe = from_tables(tomllib.loads(job["recipe"]))
+    check(replace(recipe, execution=replace(recipe.execution, device="cpu")))
 
 
 def _ended(code: int) -> str:
