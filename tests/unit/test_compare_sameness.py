@@ -194,6 +194,15 @@ def test_a_run_measured_elsewhere_with_other_settings_is_not_taken(tmp_path: Pat
     assert not rows["A"].runs and [run.cell.seed for run in rows["B"].runs] == [1, 2]
 
 
+def test_a_run_measured_elsewhere_on_another_device_is_taken(tmp_path: Path) -> None:
+    _, here, there = two_places(tmp_path)
+    tables = tomllib.loads((there / "grid.toml").read_text())
+    tables["execution"] = {"device": "cuda"}
+    (there / "grid.toml").write_text(tomli_w.dumps(tables))
+    rows = {row.row.label: row for row in compare(here / "grid.toml", here, also=[there], table_only=True)}
+    assert [run.cell.seed for run in rows["A"].runs] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -74,26 +74,29 @@ class Projector:
     ) -> tuple[Tensor, list[float]]:
         """Coordinates (K,) fp32 and block norms (L,) of a change streamed as (name, tensor) in the model's order."""
         coordinates: list[Tensor] = []
-        norms: list[float] = []
+        tensor_norms: list[Tensor] = []
         tensors = iter(change)
         keys = _block_keys(key, len(self.blocks))
         for block, count, block_key in zip(self.blocks, counts, keys, strict=True):
-            offset, energy = 0, 0.0
+            offset = 0
             out: Tensor | None = None
             for _ in block.names:
                 _, delta = next(tensors)
                 out = self.basis.project(delta, count, block_key, size=block.size, offset=offset, out=out)
-                energy += float(torch.linalg.vector_norm(delta)) ** 2
+                tensor_norms.append(torch.linalg.vector_norm(delta))
                 offset += delta.numel()
             assert out is not None
             coordinates.append(out)
-            norms.append(math.sqrt(energy))
-        return torch.cat(coordinates), norms
+        return torch.cat(coordinates), self._block_norms(tensor_norms)
 
     def norms(self, change: Iterable[tuple[str, Tensor]]) -> list[float]:
         """Block norms (L,) alone."""
-        energy = {name: float(torch.linalg.vector_norm(delta)) ** 2 for name, delta in change}
-        return [math.sqrt(sum(energy[name] for name in block.names)) for block in self.blocks]
+        return self._block_norms([torch.linalg.vector_norm(delta) for _, delta in change])
+
+    def _block_norms(self, tensor_norms: Sequence[Tensor]) -> list[float]:
+        """From those of all tensors in the model's order, fetched at once: one wait for a GPU, not one a tensor."""
+        energies = iter([norm**2 for norm in torch.stack(list(tensor_norms)).tolist()])
+        return [math.sqrt(sum(next(energies) for _ in block.names)) for block in self.blocks]
 
     def rebuild_(
         self,
@@ -104,7 +107,8 @@ class Projector:
         factor: float = 1.0,
     ) -> None:
         """Add ``factor`` times the reconstructed change to ``targets``, in place."""
-        parts = torch.split(coordinates_K, list(counts))
+        # to the weights' device at once: one wait for a GPU, not one a tensor
+        parts = torch.split(coordinates_K.to(next(iter(targets.values())).device), list(counts))
         keys = _block_keys(key, len(self.blocks))
         for block, part_K, block_key in zip(self.blocks, parts, keys, strict=True):
             offset = 0

@@ -1,7 +1,7 @@
 """Runs of a grid that were measured in another folder, perhaps on another machine: read from what compare wrote there.
 
     taken      a run of a row and seed that this folder has not finished, whose recipe is this grid's, by that
-               folder's grid.toml
+               folder's grid.toml; how it was carried out (engine, device, memory) may differ
     not taken  one with other settings; one of a row that this grid has not
     checked    like any run: same weights, data and clients as the others of its seed (``sameness``)
 
@@ -32,11 +32,11 @@ def measured(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, RunRes
     found: dict[str, RunResult] = {}
     for folder in folders:
         theirs, comparison = _read(folder)
-        recipes = {(cell.row.label, cell.seed): cell.recipe for cell in theirs.cells(folder)}
+        recipes = {(cell.row.label, cell.seed): cell.recipe.identity() for cell in theirs.cells(folder)}
         held = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
         for cell in grid.cells(out):
             place = (cell.row.label, cell.seed)
-            if place in held and cell.name not in found and recipes.get(place) == cell.recipe:
+            if place in held and cell.name not in found and recipes.get(place) == cell.recipe.identity():
                 found[cell.name] = _result(cell, folder, held[place])
     return found
 
