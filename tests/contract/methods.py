@@ -55,6 +55,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     "ferret-4-bits": replace(_ferret, bits=4, allocation="norm", schedule="linear"),
     "ferret-2-bits": replace(_ferret, bits=2, entry_bits=4, allocation="uniform", schedule="cosine"),
     "ferret-1-bit": replace(_ferret, bits=1),
+    "ferret-half-a-bit": replace(_ferret, bits=1, largest_of=8, allocation="norm-squared"),
+    "ferret-a-sixteenth": replace(_ferret, bits=1, largest_of=128, allocation="norm-squared", keys="per-client"),
     "ferret-shrunk": replace(_ferret, scale="shrunk", server_learning_rate=1.0),
     "ferret-momentum": replace(_ferret, server_momentum=0.5, server_learning_rate=0.3),
     "ferret-error-feedback": replace(_ferret, error_feedback=True, scale="shrunk"),

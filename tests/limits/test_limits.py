@@ -31,7 +31,7 @@ def assert_equal_to_rounding(left: dict[str, Tensor], right: dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("keys", ["shared", "per-client"])
-@pytest.mark.parametrize("allocation", ["norm", "norm-sqrt-dim", "uniform"])
+@pytest.mark.parametrize("allocation", ["norm", "norm-sqrt-dim", "norm-squared", "uniform"])
 def test_ferret_with_as_many_coordinates_as_weights_is_fedavg(keys: Any, allocation: Any) -> None:
     ferret = replace(EVERYTHING, keys=keys, allocation=allocation)
     assert_equal_to_rounding(weights(simulate(ferret, 4)), weights(simulate(FEDAVG, 4)))

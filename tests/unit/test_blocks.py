@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedferret.bases.blocks import Block, allocate, decode_norms, encode_norms, pack
 from fedferret.core.errors import UserError
 
-RULES = ("norm", "norm-sqrt-dim", "uniform")
+RULES = ("norm", "norm-sqrt-dim", "norm-squared", "uniform")
 
 
 def llama(layers: int, width: int, intermediate: int, vocabulary: int = 32_000) -> dict[str, int]:
@@ -63,6 +63,7 @@ def test_shares_are_exact_bounded_and_proportional(problem: tuple[list[int], lis
     weight = {
         "norm": norms,
         "norm-sqrt-dim": [norm * math.sqrt(size) for norm, size in zip(norms, sizes, strict=True)],
+        "norm-squared": [norm**2 for norm in norms],
         "uniform": [1.0] * len(sizes),
     }[rule]
     # blocks that no bound holds get coordinates in proportion, to the one that rounding moves
@@ -78,10 +79,11 @@ def test_equal_blocks_with_equal_norms_tie_towards_the_first(rule: str) -> None:
     assert allocate(rule, [9] * 4, [2.0] * 4, 10) == (3, 3, 2, 2)
 
 
-def test_shares_of_the_three_rules() -> None:
+def test_shares_of_the_rules() -> None:
     sizes, norms = [100, 400, 100], [1.0, 1.0, 2.0]
     assert allocate("norm", sizes, norms, 80) == (20, 20, 40)
     assert allocate("norm-sqrt-dim", sizes, norms, 100) == (20, 40, 40)
+    assert allocate("norm-squared", sizes, norms, 60) == (10, 10, 40)
     assert allocate("uniform", sizes, norms, 90) == (30, 30, 30)
 
 
@@ -102,6 +104,13 @@ def test_the_allocation_of_the_second_rule_has_the_least_error_energy() -> None:
         return sum(n**2 * (d / k - 1) for n, d, k in zip(norms, sizes, counts, strict=True))
 
     assert energy("norm-sqrt-dim") < energy("norm") and energy("norm-sqrt-dim") < energy("uniform")
+
+
+def test_the_third_rule_has_the_same_error_energy_in_every_weight() -> None:
+    sizes, norms, total = [2048, 100_000, 3_000_000], [0.5, 1.0, 2.0], 5000
+    counts = allocate("norm-squared", sizes, norms, total)
+    a_weight = [n**2 * (d / k) / d for n, d, k in zip(norms, sizes, counts, strict=True)]
+    assert max(a_weight) / min(a_weight) < 1.01
 
 
 def test_blocks_without_a_norm_get_one_until_the_others_are_full() -> None:

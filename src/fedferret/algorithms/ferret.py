@@ -32,6 +32,7 @@ from fedferret.algorithms.schedule import Schedule, scheduled
 from fedferret.bases.basis import basis
 from fedferret.bases.blocks import Block, decode_norms, encode_norms, pack
 from fedferret.bases.fixed_pool import FixedPool
+from fedferret.bases.picks import Picked, pick_largest, picked_bytes
 from fedferret.bases.projector import Allocation, Budget, Projector, Scale
 from fedferret.bases.quantise import Packed, pack_vector
 from fedferret.core import tree
@@ -87,7 +88,7 @@ class SharedReply(Payload):
     """Coordinates on the round's shared directions."""
 
     pooling: ClassVar[Pooling] = Pooling.MEAN
-    coordinates: Packed
+    coordinates: Packed | Picked
     norms: Tensor  # (L,) uint8
 
     def opened(self) -> Opened:  # type: ignore[override]
@@ -100,7 +101,7 @@ class KeyedReply(Payload):
     """Coordinates on the client's own directions."""
 
     pooling: ClassVar[Pooling] = Pooling.EACH
-    coordinates: Packed
+    coordinates: Packed | Picked
     norms: Tensor  # (L,) uint8; this client's allocation follows from them
     key: int
 
@@ -153,6 +154,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     scale: Scale = "unbiased"
     budget: Budget = "total"
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
+    largest_of: Literal[1, 8, 128] = 1  # less than a bit: of every so many coordinates only the largest travels up
     entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
     coordinate_clip: float | None = None  # bound on the norm of one coordinate's share of an update
     server_learning_rate: float = 1.0
@@ -167,6 +169,11 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             raise UserError(f"server_momentum={self.server_momentum}: must lie in [0, 1)")
         if not self.server_learning_rate > 0:
             raise UserError(f"server_learning_rate={self.server_learning_rate}: must be greater than 0")
+        if self.largest_of > 1 and self.bits != 1:
+            raise UserError(
+                f"largest_of={self.largest_of}, bits={self.bits}: what is picked travels as its place and its sign; "
+                f"set bits=1"
+            )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
         """At least one coordinate per block and at most one per weight."""
@@ -197,7 +204,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         coordinates = self.coordinates
         if self.budget == "largest-block":
             coordinates = sum(min(block.size, self.coordinates) for block in blocks)
-        up = coordinates * self.bits / 8 + len(blocks)
+        codes = coordinates * self.bits / 8 if self.largest_of == 1 else picked_bytes(coordinates, self.largest_of)
+        up = codes + len(blocks)
         down = coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up
         return WireCost(up, down, 4 * sum(block.size for block in blocks) if self.error_feedback else 0)
 
@@ -228,7 +236,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             counts = projector.counts(decode_norms(norms))
             coordinates, own_norms = projector.measure(self._change(public, client, model), counts, basis_key)
             self._finite(own_norms, public, model)
-            packed = pack_vector(self._clipped(projector, coordinates, counts), self.bits, key.fold("rounding"))
+            packed = self._packed(self._clipped(projector, coordinates, counts), key.fold("rounding"))
             private = None
             if client is not None:
                 residual = {name: delta.clone() for name, delta in self._change(public, client, model)}
@@ -320,6 +328,11 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             for _ in change(public.weights, model):
                 pass
         return norms_L
+
+    def _packed(self, coordinates_K: Tensor, key: Key) -> Packed | Picked:
+        if self.largest_of == 1:
+            return pack_vector(coordinates_K, self.bits, key)
+        return pick_largest(coordinates_K, self.largest_of, key)
 
     def _clipped(self, projector: Projector, coordinates_K: Tensor, counts: tuple[int, ...]) -> Tensor:
         if self.coordinate_clip is None:

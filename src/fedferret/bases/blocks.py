@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedferret.core.errors import UserError, nearest
 
-_RULES = ("norm", "norm-sqrt-dim", "uniform")
+_RULES = ("norm", "norm-sqrt-dim", "norm-squared", "uniform")
 
 _STEPS_PER_OCTAVE = 4
 _CODE_OF_ONE = 161  # so that code 1 is 2^-40 and code 255 is 2^23.5
@@ -62,8 +62,9 @@ def allocate(rule: str, sizes: Sequence[int], norms: Sequence[float], total: int
     """How many of ``total`` coordinates each block gets: K_l between 1 and its size, the sum exactly ``total``.
 
     ``rule`` says what K_l is proportional to: "norm" (the paper's experiments) ‖Δ_l‖, "norm-sqrt-dim" (the least error
-    energy in all) ‖Δ_l‖√d_l, "uniform" 1. Blocks of norm zero get one coordinate each; where the others cannot hold
-    the rest (all norms are zero, say), it is shared among the zero blocks as if their norms were 1.
+    energy in all) ‖Δ_l‖√d_l, "norm-squared" (error energy that is alike in every weight) ‖Δ_l‖², "uniform" 1. Blocks
+    of norm zero get one coordinate each; where the others cannot hold the rest (all norms are zero, say), it is shared
+    among the zero blocks as if their norms were 1.
     ``UserError`` for an unknown rule, a total outside L to d, or a norm that is negative, infinite or not a number.
     """
     if rule not in _RULES:
@@ -110,7 +111,8 @@ def _weight(rule: str, size: int, norm: float) -> Fraction:
     if rule == "uniform":
         return Fraction(1)
     # sqrt and one product, which IEEE 754 rounds the same everywhere; exact from here on
-    return Fraction(norm * math.sqrt(size) if rule == "norm-sqrt-dim" else norm)
+    factor = {"norm": 1.0, "norm-sqrt-dim": math.sqrt(size), "norm-squared": norm}[rule]
+    return Fraction(norm * factor)
 
 
 def _fill(sizes: Sequence[int], weights: Sequence[Fraction], total: int) -> list[Fraction]:

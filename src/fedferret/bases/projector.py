@@ -22,7 +22,7 @@ from fedferret.bases.basis import Basis
 from fedferret.bases.blocks import Block, allocate, pack
 from fedferret.core.keys import Key
 
-Allocation: TypeAlias = Literal["norm", "norm-sqrt-dim", "uniform"]
+Allocation: TypeAlias = Literal["norm", "norm-sqrt-dim", "norm-squared", "uniform"]
 Scale: TypeAlias = Literal["unbiased", "shrunk", "published-code"]
 Budget: TypeAlias = Literal["total", "largest-block"]
 

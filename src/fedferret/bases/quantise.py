@@ -58,7 +58,7 @@ class Packed:
 
     def unpack(self) -> Tensor:
         """The numbers, fp32 (length,), bit-equal on every node. ``UserError`` if the fields contradict each other."""
-        if self.bits not in BITS or self.length < 0 or self.codes.numel() != _num_bytes(self.length, self.bits):
+        if self.bits not in BITS or self.length < 0 or self.codes.numel() != num_bytes(self.length, self.bits):
             raise UserError(
                 f"a packed vector of {self.codes.numel():,} bytes is not one of {self.length:,} numbers in "
                 f"{self.bits} bits: the sender's version or the transport is at fault"
@@ -68,7 +68,7 @@ class Packed:
         scale = torch.tensor(self.scale, dtype=torch.float32)
         if self.bits == 16:
             return self.codes.clone().view(torch.float16).float() * scale
-        codes = _split_bytes(self.codes, self.bits, self.length)
+        codes = split_bytes(self.codes, self.bits, self.length)
         if self.bits == 8:
             return (codes.float() - 128) * scale
         return rotate_back(_levels(self.bits, codes.device)[codes] * scale, Key(self.seed))
@@ -81,14 +81,20 @@ def pack_vector(values_K: Tensor, bits: int, key: Key) -> Packed:
     """
     if bits not in BITS:
         raise UserError(f"coordinates cannot have {bits} bits: allowed are {', '.join(map(str, BITS))}")
-    values = values_K.detach().float().contiguous()
-    if not bool(torch.isfinite(values).all()):
-        raise UserError("coordinates hold NaN or infinity: the update that gave them diverged, lower the learning rate")
+    values = finite_fp32(values_K)
     if bits == 32:
         return Packed(values.view(torch.uint8).clone(), 1.0, bits, values.numel(), 0)
     if bits >= 8:
         return _pack_against_largest(values, bits, key)
     return _pack_rotated(values, bits, seed=key.words[0])
+
+
+def finite_fp32(values_K: Tensor) -> Tensor:
+    """The values in fp32, contiguous. ``UserError`` where one is NaN, infinite or too large for fp32."""
+    values = values_K.detach().float().contiguous()
+    if not bool(torch.isfinite(values).all()):
+        raise UserError("coordinates hold NaN or infinity: the update that gave them diverged, lower the learning rate")
+    return values
 
 
 def _pack_against_largest(values: Tensor, bits: int, key: Key) -> Packed:
@@ -110,13 +116,13 @@ def _pack_rotated(values: Tensor, bits: int, seed: int) -> Packed:
     rotated = rotate(values, Key(seed)).double()
     energy = float(rotated.square().sum())
     if energy == 0:
-        codes = torch.zeros(_num_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+        codes = torch.zeros(num_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
         return Packed(codes, 0.0, bits, values.numel(), seed)
     levels = _levels(bits, values.device).double()
     boundaries = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(rotated * math.sqrt(values.numel() / energy), boundaries)
     scale = energy / float((rotated * levels[codes]).sum())
-    return Packed(_join_bytes(codes, bits), _fp32(scale), bits, values.numel(), seed)
+    return Packed(join_bytes(codes, bits), rounded_to_fp32(scale), bits, values.numel(), seed)
 
 
 def _levels(bits: int, device: torch.device) -> Tensor:
@@ -124,13 +130,15 @@ def _levels(bits: int, device: torch.device) -> Tensor:
     return torch.tensor([*(-level for level in reversed(positive)), *positive], dtype=torch.float32, device=device)
 
 
-def _num_bytes(length: int, bits: int) -> int:
+def num_bytes(length: int, bits: int) -> int:
+    """Bytes of ``length`` codes of 1, 2, 4 or 8 bits, or numbers of 16 or 32."""
     return -(-length * bits // 8)
 
 
-def _join_bytes(codes_K: Tensor, bits: int) -> Tensor:
+def join_bytes(codes_K: Tensor, bits: int) -> Tensor:
+    """Codes of 1, 2, 4 or 8 bits as uint8 (num_bytes,), low bits of a byte first."""
     per_byte = 8 // bits
-    padded = torch.zeros(_num_bytes(codes_K.numel(), bits) * per_byte, dtype=torch.uint8, device=codes_K.device)
+    padded = torch.zeros(num_bytes(codes_K.numel(), bits) * per_byte, dtype=torch.uint8, device=codes_K.device)
     padded[: codes_K.numel()] = codes_K.to(torch.uint8)
     joined = torch.zeros(len(padded) // per_byte, dtype=torch.uint8, device=codes_K.device)
     for place in range(per_byte):
@@ -138,11 +146,13 @@ def _join_bytes(codes_K: Tensor, bits: int) -> Tensor:
     return joined
 
 
-def _split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
+def split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
+    """The inverse of ``join_bytes``: int64 (length,)."""
     shifts = torch.arange(0, 8, bits, device=joined.device)
     codes: Tensor = (joined.long()[:, None] >> shifts) & (2**bits - 1)
     return codes.view(-1)[:length]
 
 
-def _fp32(value: float) -> float:
+def rounded_to_fp32(value: float) -> float:
+    """The nearest fp32 number."""
     return float(torch.tensor(value, dtype=torch.float32))
