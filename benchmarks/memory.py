@@ -24,13 +24,14 @@ BATCH, TOKENS = 4, 128
 
 def experiment(memory: str, method: str) -> Experiment:
     """Two clients whose batches are all of the same shape."""
+    preset = {"preset": "one-bit"} if method == "ferret" else {}
     settings = recipe(
         rounds=1,
         model={"name": MODEL},
         data={"source": "chitchat"},
         text={"max_tokens": TOKENS, "template": "alpaca"},
         clients={"per_round": 2},
-        algorithm={"name": method, "training": {"steps": 2, "batch_size": BATCH}},
+        algorithm={"name": method, **preset, "training": {"steps": 2, "batch_size": BATCH}},
         execution={"memory": memory},
     )
     turns = (Turn("user", "count " * 200), Turn("assistant", " ".join(map(str, range(40)))))

@@ -10,7 +10,9 @@ of the true walk Σ Δ_s, and the norm that the formula predicts, √Σ_s Σ_l (
 
     python -m benchmarks.noise recipes/small/reasoning.toml --set algorithm.coordinates=512
 
-prints a JSON object. The recipe's method must be Ferret with shared keys. Nothing is written.
+prints a JSON object. The recipe's method must be Ferret with shared keys. Nothing is written. With ``--by-kind``, it
+also says of the noise at the end in which tensors it is and what it costs there: how much the loss rises on the true
+path with one kind's noise alone, and without that kind's where all the others stay. A kind: tensors of one name.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +72,8 @@ class Watched(Ferret):
             yield name, delta
 
 
-def watch(recipe: Recipe) -> dict[str, Any]:
-    """Play the recipe; loss and norms at every evaluation."""
+def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
+    """Play the recipe; loss and norms at every evaluation, and what each kind of tensor's noise costs at the end."""
     if not isinstance(recipe.algorithm, Ferret) or recipe.algorithm.keys != "shared":
         raise UserError("this recipe's method is not Ferret with shared keys")
     experiment = Experiment.load(recipe, log=lambda text: print(text, file=sys.stderr))
@@ -89,7 +92,8 @@ def watch(recipe: Recipe) -> dict[str, Any]:
         if record.round % recipe.evaluation.every == 0 or record.round == recipe.rounds:
             points.append(_point(experiment, state, engine, walk, start, main))
             print(points[-1], file=sys.stderr, flush=True)
-    return {"method": recipe.tables()["algorithm"], "model": recipe.model.name, "seed": recipe.seed, "points": points}
+    result = {"method": recipe.tables()["algorithm"], "model": recipe.model.name, "seed": recipe.seed, "points": points}
+    return {**result, **(_kinds(experiment, state, engine, walk, start, main) if by_kind else {})}
 
 
 def _counts(algorithm: Any, public: FerretPublic) -> tuple[int, ...]:
@@ -130,13 +134,61 @@ def _point(
     }
 
 
+def _kinds(
+    experiment: Experiment, state: RunState, engine: Any, walk: Walk, start: tree.Tree, main: str
+) -> dict[str, Any]:
+    """What the noise of each kind of tensor costs: alone, and as the one that is missing."""
+    weights = state.public.weights
+    noise = {
+        name: start[name] - walk.true[name] - weight for name, weight in weights.items()
+    }  # what to add to be rid of it
+
+    def loss() -> float:
+        found: float = experiment.score(state, engine).results[main]["loss"]
+        return found
+
+    def shift(names: Iterable[str], sign: float) -> None:
+        for name in names:
+            weights[name].add_(noise[name], alpha=sign)
+
+    kinds: dict[str, list[str]] = {}
+    for name in weights:
+        kinds.setdefault(kind_of(name), []).append(name)
+    noisy = loss()
+    without = {}
+    for kind, names in kinds.items():
+        shift(names, 1)
+        without[kind] = loss() - noisy
+        shift(names, -1)
+    shift(weights, 1)
+    true = loss()
+    rows = []
+    for kind, names in kinds.items():
+        shift(names, -1)
+        norm = math.sqrt(sum(float(noise[name].double().pow(2).sum()) for name in names))
+        size = sum(noise[name].numel() for name in names)
+        alone = loss() - true
+        rows.append({"kind": kind, "weights": size, "noise": norm, "alone": alone, "without": without[kind]})
+        print(rows[-1], file=sys.stderr, flush=True)
+        shift(names, 1)
+    return {"loss_of_the_true_path": true, "kinds": rows}
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name without its place: ``model.layers.3.mlp.up_proj.weight`` is of the kind ``mlp.up_proj``."""
+    return re.sub(r"^.*\.\d+\.|^model\.|\.weight$", "", name)
+
+
 def main() -> None:
     """From the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE")
+    parser.add_argument(
+        "--by-kind", action="store_true", help="also say in which tensors the noise is, and what it costs"
+    )
     arguments = parser.parse_args()
-    result = watch(from_tables(read_tables(arguments.recipe, arguments.overrides)))
+    result = watch(from_tables(read_tables(arguments.recipe, arguments.overrides)), arguments.by_kind)
     print(json.dumps({**result, "machine": environment()}, indent=1))
 
 

@@ -22,7 +22,7 @@ MANY, FEW = 2000, 100
 LIMIT = 0.005  # seconds of overhead per client
 
 
-def play(clients: int, method: str = "ferret", rounds: int = 1) -> list[RoundRecord]:
+def play(clients: int, rounds: int = 1) -> list[RoundRecord]:
     """Rounds in which every one of ``clients`` clients takes a training step."""
     settings = recipe(
         rounds=rounds,
@@ -30,7 +30,7 @@ def play(clients: int, method: str = "ferret", rounds: int = 1) -> list[RoundRec
         data={"source": "chitchat"},
         text={"max_tokens": 32},
         clients={"per_round": clients},
-        algorithm={"name": method, "training": {"steps": 1}},
+        algorithm={"name": "ferret", "preset": "one-bit", "training": {"steps": 1}},
     )
     turns = (Turn("user", "Two and two?"), Turn("assistant", "Four."))
     holdings = {f"client-{number:05d}": (Example(turns),) * 4 for number in range(clients)}
@@ -54,7 +54,7 @@ def peak(clients: int) -> float:
 
 def figures() -> Iterator[Figure]:
     """Time per client against 5 ms; memory of many against memory of few."""
-    note = f"{MANY:,} clients of four examples, one step each, Ferret with 4,096 coordinates"
+    note = f"{MANY:,} clients of four examples, one step each, Ferret with 4,096 one-bit coordinates, shared keys"
     yield Figure("overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 3, 0), "at most", 1.0, note)
     memory = alternate(lambda: peak(MANY), lambda: peak(FEW), 2, 0)
     claim = f"peak memory with {MANY:,} clients against {FEW}"

@@ -33,7 +33,7 @@ def tune(model: str, out: Path) -> Mapping[str, Any]:
         data={"source": "chitchat", "num_clients": 8, "max_messages": 40, "max_held_out": 32},
         text={"max_tokens": 128},
         clients={"per_round": 2},
-        algorithm={"name": "ferret", "coordinates": 4096, "training": {"learning_rate": 0.01, "steps": 5}},
+        algorithm={"name": "ferret", "training": {"learning_rate": 0.01, "steps": 5}},
         evaluation={"local_only_clients": 0},
     )
     return fedferret.run(recipe, out)

@@ -16,7 +16,14 @@ from fedferret.core.log import Log, Update
 from fedferret.engines.processes import Processes
 from tiny_runs import NAMES, rows, tiny_recipe
 
-FERRET = {"name": "ferret", "coordinates": 1024, "error_feedback": True, "server_momentum": 0.5, "scale": "shrunk"}
+FERRET = {
+    "name": "ferret",
+    "preset": "one-bit",
+    "coordinates": 1024,
+    "error_feedback": True,
+    "server_momentum": 0.5,
+    "scale": "shrunk",
+}
 THREADS = {"OMP_NUM_THREADS": "1"}  # a tiny model gains nothing by more, and the tests share their machine
 
 

@@ -25,7 +25,8 @@ from toys import TRAINING, AnyAlgorithm, Simulation, simulate
 
 ROUNDS = 4
 
-_ferret = Ferret(coordinates=60, bits=8, server_learning_rate=0.5, training=TRAINING)
+_shared = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"}
+_ferret = Ferret(coordinates=60, bits=8, server_learning_rate=0.5, training=TRAINING, **_shared)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=20, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
 _one_by_one = {"coordinates": 24, "training": TRAINING}  # a column at a time is slow: few of them
@@ -55,8 +56,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     "ferret-4-bits": replace(_ferret, bits=4, allocation="norm", schedule="linear"),
     "ferret-2-bits": replace(_ferret, bits=2, entry_bits=4, allocation="uniform", schedule="cosine"),
     "ferret-1-bit": replace(_ferret, bits=1),
-    "ferret-half-a-bit": replace(_ferret, bits=1, largest_of=8, allocation="norm-squared"),
-    "ferret-a-sixteenth": replace(_ferret, bits=1, largest_of=128, allocation="norm-squared", keys="per-client"),
+    "ferret-half-a-bit": replace(_ferret, coordinates=5, bits=1, largest_of=8, allocation="norm-squared"),
+    "ferret-a-sixteenth": Ferret(coordinates=40, server_learning_rate=0.2, training=TRAINING),
     "ferret-shrunk": replace(_ferret, scale="shrunk", server_learning_rate=1.0),
     "ferret-momentum": replace(_ferret, server_momentum=0.5, server_learning_rate=0.3),
     "ferret-error-feedback": replace(_ferret, error_feedback=True, scale="shrunk"),
@@ -66,7 +67,13 @@ METHODS: dict[str, AnyAlgorithm] = {
     ),
     "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
     "ferret-fixed-pool": Ferret(
-        keys="fixed-pool", basis="truncated-normal", bits=8, scale="shrunk", server_learning_rate=1.0, **_one_by_one
+        keys="fixed-pool",
+        basis="truncated-normal",
+        bits=8,
+        largest_of=1,
+        scale="shrunk",
+        server_learning_rate=1.0,
+        **_one_by_one,
     ),
     "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
     "ferret-paper-code": _preset("paper-code", coordinates=12, server_learning_rate=0.5),

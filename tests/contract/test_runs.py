@@ -24,7 +24,14 @@ from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe, tiny_tables
 
-FERRET = {"name": "ferret", "coordinates": 1024, "error_feedback": True, "server_momentum": 0.5, "scale": "shrunk"}
+FERRET = {
+    "name": "ferret",
+    "preset": "one-bit",
+    "coordinates": 1024,
+    "error_feedback": True,
+    "server_momentum": 0.5,
+    "scale": "shrunk",
+}
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
 
 

@@ -19,7 +19,8 @@ from fedferret.local.first_order import FirstOrder
 from toys import TRAINING, ToyData, bits, simulate, toy_clients, toy_task, weights
 
 D = 97  # the toy model's weights
-EVERYTHING = Ferret(coordinates=D, bits=32, entry_bits=32, training=TRAINING)
+SHARED = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"}
+EVERYTHING = Ferret(coordinates=D, bits=32, entry_bits=32, training=TRAINING, **SHARED)
 FEDAVG = FedAvg(training=TRAINING)
 
 
@@ -52,7 +53,7 @@ def test_ferret_shrunk_with_as_many_coordinates_as_weights_is_not_shrunk() -> No
 
 def test_ferret_shrunk_is_ferret_times_each_blocks_factor() -> None:
     """1 / (1 + error energy), K_l / d_l for equal buckets; in the toy model every tensor is a block."""
-    narrow = Ferret(coordinates=25, bits=32, entry_bits=32, allocation="uniform", training=TRAINING)
+    narrow = replace(EVERYTHING, coordinates=25, allocation="uniform")
     start = toy_task(1).model.state_dict()
     unbiased, shrunk = weights(simulate(narrow, 1)), weights(simulate(replace(narrow, scale="shrunk"), 1))
     for name, count in zip(start, (8, 8, 8, 1), strict=True):
@@ -122,7 +123,7 @@ def test_fedavg_of_one_full_batch_step_is_a_step_on_all_data() -> None:
 def test_ferret_is_unbiased() -> None:
     """The mean step over 100 seeds of the directions is FedAvg's, within what its own spread allows."""
     still = FirstOrder(learning_rate=0.1, steps=1, batch_size=1000)
-    ferret = Ferret(coordinates=30, bits=32, entry_bits=32, training=still)
+    ferret = replace(EVERYTHING, coordinates=30, training=still)
     target = weights(simulate(FedAvg(training=still), 1))
     data = toy_clients()
     total = {name: torch.zeros_like(weight) for name, weight in target.items()}
@@ -160,7 +161,7 @@ def test_ferret_with_as_many_coordinates_as_weights_is_fedavg_on_a_language_mode
     from tiny_runs import tiny_experiment
 
     training = FirstOrder(learning_rate=0.1, steps=2)
-    everything = Ferret(coordinates=90_624, bits=32, entry_bits=32, training=training)
+    everything = replace(EVERYTHING, coordinates=90_624, training=training)
     tuned = []
     for algorithm in (everything, FedAvg(training=training)):
         experiment = tiny_experiment(algorithm, rounds=2)

@@ -54,9 +54,14 @@ def bert(folder: Path) -> str:
             {"algorithm": {"name": "ferret", "coordinates": 100_000}},
             r"coordinates=100,000: this model has .* 90,624 weights",
         ),
-        ({"algorithm": {"name": "ferret", "coordinates": 3}}, r"coordinates=3: this model has"),
+        ({"algorithm": {"name": "ferret", "preset": "one-bit", "coordinates": 3}}, r"coordinates=3: .* choose 1\d to"),
+        ({"algorithm": {"name": "ferret", "bits": 8}}, r"largest_of=128, bits=8: .* set largest_of=1 for bits=8"),
         (
-            {"algorithm": {"name": "ferret", "coordinates": 512, "error_feedback": True}},
+            {"algorithm": {"name": "ferret", "error_feedback": True}},
+            r"error_feedback=true, largest_of=128: .* set larg",
+        ),
+        (
+            {"algorithm": {"name": "ferret", "preset": "one-bit", "error_feedback": True}},
             r'error_feedback=true, scale="unbiased": .* set scale="shrunk"',
         ),
         (

@@ -49,7 +49,7 @@ def test_the_delta_rebuilds_the_weights_to_the_bit(finished: tuple[Path, str], t
     assert apply_delta("tiny", tmp_path / "tuned.delta", tmp_path / "model", silent) == fingerprint
     assert tree.fingerprint(loaded(tmp_path / "model")) == fingerprint
     if delta.method == "ferret":
-        assert (tmp_path / "tuned.delta").stat().st_size < 3000
+        assert (tmp_path / "tuned.delta").stat().st_size < 4000
 
 
 def test_a_folder_of_the_base_serves_as_the_base(finished: tuple[Path, str], tmp_path: Path) -> None:

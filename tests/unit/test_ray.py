@@ -94,6 +94,7 @@ def test_a_round_may_have_500_clients(ray: Any, tmp_path: Path) -> None:
         "data": {"path": str(many_rows(tmp_path)), "held_out_fraction": 0.01},
         "algorithm": {
             "name": "ferret",
+            "preset": "one-bit",  # shared directions: replies add up, and one entry comes down for all 500
             "coordinates": 64,
             "training": {"learning_rate": 0.1, "steps": 1, "batch_size": 1},
         },

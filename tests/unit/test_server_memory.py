@@ -42,7 +42,7 @@ class Sites:
 
 data = {"source": "sites", "sites": ["ward-1", "ward-2"]}
 recipe = from_tables({"seed": 1, "rounds": 3, "model": {"name": sys.argv[1]}, "data": data, "clients": {"per_round": 2},
-                      "algorithm": {"name": "ferret", "coordinates": 1024}})
+                      "algorithm": {"name": "ferret", "preset": "one-bit", "coordinates": 1024}})
 experiment = Experiment.load(recipe, Path(sys.argv[2]), lambda line: None, Sites())
 state = experiment.begin()
 most = 0

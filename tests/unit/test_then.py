@@ -17,7 +17,7 @@ from fedferret.wire import codec
 from toys import SHAPES, TRAINING, simulate, toy_clients, weights
 
 FEDAVG = FedAvg(training=TRAINING)
-FERRET = Ferret(coordinates=60, bits=8, training=TRAINING)
+FERRET = Ferret(coordinates=60, bits=8, largest_of=1, keys="shared", training=TRAINING)
 
 
 def test_a_method_then_itself_is_itself_where_it_remembers_nothing() -> None:

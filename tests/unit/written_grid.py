@@ -19,7 +19,7 @@ from fedferret.tracking.summary import write_summary
 from tiny_runs import tiny_tables
 from unit.written_run import evaluate, record, start
 
-FEDAVG, FERRET = {"name": "fedavg"}, {"name": "ferret", "coordinates": 512}
+FEDAVG, FERRET = {"name": "fedavg"}, {"name": "ferret", "preset": "one-bit", "coordinates": 512}
 TRAINING = {"learning_rate": 0.1, "steps": 2}
 
 

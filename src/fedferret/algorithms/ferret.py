@@ -3,17 +3,19 @@
 Shu, Hu, Ng, Low, Yu. "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", ICML 2025
 (PMLR 267), arXiv 2409.06277, Algorithm 1.
 
-    client j:  w_j <- T local steps from w     Δ_j = w - w_j     c_j = s Vᵀ Δ_j, block by block, K numbers in all
-               send c_j in ``bits`` bits each, and the L block norms in 8
-    server:    shared keys: c = Σ n_j c_j / Σ n_j, sent in ``entry_bits`` bits each; per-client keys: all c_j
-    everybody: Δ̃ = V c (per client: Σ n_j V_j c_j / Σ n_j)     m <- β m + Δ̃     w <- w - η m
+    client j:  w_j <- T local steps from w     Δ_j = w - w_j     c_j = s V_jᵀ Δ_j, block by block, K numbers in all
+               send the L block norms in 8 bits, and of every ``largest_of`` numbers the largest's place and sign
+    server:    send all replies on; with shared keys c = Σ n_j c_j / Σ n_j, in ``entry_bits`` bits each
+    everybody: Δ̃ = Σ n_j V_j c_j / Σ n_j (shared keys: V c)     m <- β m + Δ̃     w <- w - η m
 
-Wire: K·bits/8 + L bytes up per client and round; down K·entry_bits/8 + L (shared) or N (K·bits/8 + L) (per-client);
-and under 140 bytes of framing. V is drawn anew every round from public facts, so no key travels with shared keys.
+K = ``coordinates`` · ``largest_of``, at most d. Wire: K/128 + L bytes up per client and round, K/16 + L for the largest
+of 8, K·bits/8 + L where all are sent (``largest_of`` 1); down N times that, or K·entry_bits/8 + L with shared keys; and
+under 140 bytes of framing. V is drawn anew every round: with shared keys from public facts, else from a client's key.
 
-Deviations from the paper, each a field: shared keys (linear: payloads add up), fewer bits, the server's learning rate,
-schedule and momentum, weights by examples. The preset ``paper`` turns all of them off; ``paper-code`` makes the
-published code's choices instead. The shrunk scale is 1/(1 + error energy): K/(K+d) of dense columns, K/d of buckets.
+Deviations from the paper, each a field: the largest of several, fewer bits, the allocation, sign buckets, shared keys
+(linear: payloads add up), the server's learning rate, schedule and momentum, weights by examples. The preset ``paper``
+turns all of them off; ``paper-code`` makes the published code's choices instead; ``one-bit`` sends every coordinate, on
+shared keys. The shrunk scale is 1/(1 + error energy): K/(K+d) of dense columns, K/d of buckets.
 """
 
 from __future__ import annotations
@@ -130,6 +132,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "allocation": "norm",
             "keys": "per-client",
             "bits": 32,
+            "largest_of": 1,
             "weighting": "equal",
             "training": _PAPER_TRAINING,
         },
@@ -141,20 +144,23 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "keys": "fixed-pool",
             "scale": "published-code",
             "bits": 32,
+            "largest_of": 1,
             "coordinate_clip": 10.0,
             "server_learning_rate": 10.0,  # 3.33 of ours: the published scale is a third of the unbiased one
             "weighting": "equal",
             "training": _PAPER_TRAINING,
         },
+        # what is added up before it is looked at: for large cohorts, whose replies would all come down otherwise
+        "one-bit": {"coordinates": 4096, "largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"},
     }
-    coordinates: int = 4096  # K, over all blocks: below a kilobyte up; long runs want more (docs/results.md)
+    coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms 997 bytes (docs/results.md)
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
-    allocation: Allocation = "norm-sqrt-dim"  # minimises the error energy; the paper's experiments use "norm"
-    keys: Literal["shared", "per-client", "fixed-pool"] = "shared"
+    allocation: Allocation = "norm-squared"  # the same error in every weight: where gradients are long, so is curvature
+    keys: Literal["shared", "per-client", "fixed-pool"] = "per-client"  # allots by its own norms, from round 1 on
     scale: Scale = "unbiased"
     budget: Budget = "total"
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
-    largest_of: Literal[1, 8, 128] = 1  # less than a bit: of every so many coordinates only the largest travels up
+    largest_of: Literal[1, 8, 128] = 128  # measured for one that travels, as place and sign: less than a bit each
     entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
     coordinate_clip: float | None = None  # bound on the norm of one coordinate's share of an update
     server_learning_rate: float = 1.0
@@ -172,38 +178,44 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         if self.largest_of > 1 and self.bits != 1:
             raise UserError(
                 f"largest_of={self.largest_of}, bits={self.bits}: what is picked travels as its place and its sign; "
-                f"set bits=1"
+                f"set largest_of=1 for bits={self.bits}, or bits=1"
+            )
+        if self.largest_of > 1 and self.error_feedback:
+            raise UserError(
+                f"error_feedback=true, largest_of={self.largest_of}: what a client keeps back would grow without "
+                f"bound, as the largest alone overshoot; set largest_of=1"
             )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
         """At least one coordinate per block and at most one per weight."""
         sizes = [block.size for block in blocks_of(shapes)]
         total, blocks, largest = sum(sizes), len(sizes), max(sizes)
+        measured = self._measured(total)
         if self.error_feedback and self.scale == "unbiased" and 2 * self.coordinates < total:
             raise UserError(
                 'error_feedback=true, scale="unbiased": what a client keeps back would grow without bound, as an '
                 'unbiased reconstruction overshoots d/K times; set scale="shrunk"'
             )
-        if self.budget == "largest-block" and not 2 <= self.coordinates <= largest:
+        if self.budget == "largest-block" and not 2 <= measured <= largest:
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model's largest block has {largest:,} weights, "
                 f"choose 2 to {largest:,}"
             )
-        if self.budget == "total" and not blocks <= self.coordinates <= total:
+        if self.budget == "total" and not (blocks <= measured and self.coordinates <= total):
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
-                f"choose {blocks} to {total:,}"
+                f"choose {-(-blocks // self.largest_of)} to {total:,}"
             )
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """K bits/8 + L up; K entry_bits/8 + L down with shared keys, else every client's. Error feedback keeps d.
+        """Codes + L up (module); K entry_bits/8 + L down with shared keys, else every client's. Error feedback keeps d.
 
         With the budget "largest-block" the figures are bounds: K depends on the blocks' norms.
         """
         blocks = blocks_of(shapes)
-        coordinates = self.coordinates
+        coordinates = self._measured(sum(block.size for block in blocks))
         if self.budget == "largest-block":
-            coordinates = sum(min(block.size, self.coordinates) for block in blocks)
+            coordinates = sum(min(block.size, coordinates) for block in blocks)
         codes = coordinates * self.bits / 8 if self.largest_of == 1 else picked_bytes(coordinates, self.largest_of)
         up = codes + len(blocks)
         down = coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up
@@ -306,11 +318,11 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
 
     def projector(self, public: FerretPublic) -> Projector:
         """How changes of these weights become coordinates."""
-        kind = basis(self.basis)
-        if self.keys == "fixed-pool":
-            kind = FixedPool(kind, self.coordinates, Key(public.seed))
         sizes = sizes_of(public.weights)
-        return Projector(sizes, kind, self.coordinates, self.allocation, self.budget, self.scale)
+        kind, measured = basis(self.basis), self._measured(sum(sizes.values()))
+        if self.keys == "fixed-pool":
+            kind = FixedPool(kind, measured, Key(public.seed))
+        return Projector(sizes, kind, measured, self.allocation, self.budget, self.scale)
 
     def _shared_key(self, public: FerretPublic) -> Key:
         return Key(public.seed).fold(public.round)
@@ -328,6 +340,10 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             for _ in change(public.weights, model):
                 pass
         return norms_L
+
+    def _measured(self, weights: int) -> int:
+        """K: of a model of so many weights no more are measured than it has."""
+        return self.coordinates if self.largest_of == 1 else min(self.coordinates * self.largest_of, weights)
 
     def _packed(self, coordinates_K: Tensor, key: Key) -> Packed | Picked:
         if self.largest_of == 1:
