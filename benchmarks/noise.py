@@ -35,6 +35,7 @@ from fedferret.config import Recipe, from_tables
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.rounds import RunState
+from fedferret.evaluation.loss import evaluate
 from fedferret.experiment import Experiment
 from fedferret.recipe_file import read_tables
 from fedferret.tracking.environment import environment
@@ -93,7 +94,7 @@ def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
             points.append(_point(experiment, state, engine, walk, start, main))
             print(points[-1], file=sys.stderr, flush=True)
     result = {"method": recipe.tables()["algorithm"], "model": recipe.model.name, "seed": recipe.seed, "points": points}
-    return {**result, **(_kinds(experiment, state, engine, walk, start, main) if by_kind else {})}
+    return {**result, **(_kinds(experiment, state, walk, start, main) if by_kind else {})}
 
 
 def _counts(algorithm: Any, public: FerretPublic) -> tuple[int, ...]:
@@ -134,9 +135,7 @@ def _point(
     }
 
 
-def _kinds(
-    experiment: Experiment, state: RunState, engine: Any, walk: Walk, start: tree.Tree, main: str
-) -> dict[str, Any]:
+def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree, main: str) -> dict[str, Any]:
     """What the noise of each kind of tensor costs: alone, and as the one that is missing."""
     weights = state.public.weights
     noise = {
@@ -144,8 +143,9 @@ def _kinds(
     }  # what to add to be rid of it
 
     def loss() -> float:
-        found: float = experiment.score(state, engine).results[main]["loss"]
-        return found
+        rows, size = experiment.tokens.held_out(main), experiment.recipe.evaluation.batch_size
+        with experiment.recipe.algorithm.model(experiment.task, state.public) as model:
+            return evaluate(model, experiment.loss, rows, size).loss
 
     def shift(names: Iterable[str], sign: float) -> None:
         for name in names:

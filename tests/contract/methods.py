@@ -25,7 +25,7 @@ from toys import TRAINING, AnyAlgorithm, Simulation, simulate
 
 ROUNDS = 4
 
-_shared = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"}
+_shared = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared", "weighting": "examples"}
 _ferret = Ferret(coordinates=60, bits=8, server_learning_rate=0.5, training=TRAINING, **_shared)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=20, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)

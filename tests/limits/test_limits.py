@@ -19,7 +19,7 @@ from fedferret.local.first_order import FirstOrder
 from toys import TRAINING, ToyData, bits, simulate, toy_clients, toy_task, weights
 
 D = 97  # the toy model's weights
-SHARED = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"}
+SHARED = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared", "weighting": "examples"}
 EVERYTHING = Ferret(coordinates=D, bits=32, entry_bits=32, training=TRAINING, **SHARED)
 FEDAVG = FedAvg(training=TRAINING)
 

@@ -13,7 +13,7 @@ of 8, K·bits/8 + L where all are sent (``largest_of`` 1); down N times that, or
 under 140 bytes of framing. V is drawn anew every round: with shared keys from public facts, else from a client's key.
 
 Deviations from the paper, each a field: the largest of several, fewer bits, the allocation, sign buckets, shared keys
-(linear: payloads add up), the server's learning rate, schedule and momentum, weights by examples. The preset ``paper``
+(linear: payloads add up), weights by examples, the server's learning rate, schedule and momentum. The preset ``paper``
 turns all of them off; ``paper-code`` makes the published code's choices instead; ``one-bit`` sends every coordinate, on
 shared keys. The shrunk scale is 1/(1 + error energy): K/(K+d) of dense columns, K/d of buckets.
 """
@@ -151,7 +151,13 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "training": _PAPER_TRAINING,
         },
         # what is added up before it is looked at: for large cohorts, whose replies would all come down otherwise
-        "one-bit": {"coordinates": 4096, "largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared"},
+        "one-bit": {
+            "coordinates": 4096,
+            "largest_of": 1,
+            "allocation": "norm-sqrt-dim",
+            "keys": "shared",
+            "weighting": "examples",
+        },
     }
     coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms 997 bytes (docs/results.md)
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
@@ -167,7 +173,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     schedule: Schedule = "constant"
     server_momentum: float = 0.0
     error_feedback: bool = False  # each client keeps what its coordinates could not say, and adds it next time
-    weighting: Weighting = "examples"
+    weighting: Weighting = "equal"  # the paper's: all take as many steps, and a mean of equals has the least noise
     training: FirstOrder = field(default_factory=FirstOrder)
 
     def __post_init__(self) -> None:
