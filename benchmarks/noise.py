@@ -11,8 +11,8 @@ of the true walk Σ Δ_s, and the norm that the formula predicts, √Σ_s Σ_l (
     python -m benchmarks.noise recipes/small/reasoning.toml --set algorithm.coordinates=512
 
 prints a JSON object. The recipe's method must be Ferret with shared keys. Nothing is written. With ``--by-kind``, it
-also says of the noise at the end in which tensors it is and what it costs there: how much the loss rises on the true
-path with one kind's noise alone, and without that kind's where all the others stay. A kind: tensors of one name.
+also says of the noise at the end in which tensors it is, and what it costs there: how much the loss rises with one
+kind's noise alone, put on the true path with either sign. A kind: the tensors of one name in all layers.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _point(
 
 
 def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree, main: str) -> dict[str, Any]:
-    """What the noise of each kind of tensor costs: alone, and as the one that is missing."""
+    """What the noise of each kind of tensor costs, on the true path and without the others."""
     weights = state.public.weights
     noise = {
         name: start[name] - walk.true[name] - weight for name, weight in weights.items()
@@ -154,23 +154,20 @@ def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree
     kinds: dict[str, list[str]] = {}
     for name in weights:
         kinds.setdefault(kind_of(name), []).append(name)
-    noisy = loss()
-    without = {}
-    for kind, names in kinds.items():
-        shift(names, 1)
-        without[kind] = loss() - noisy
-        shift(names, -1)
     shift(weights, 1)
     true = loss()
     rows = []
     for kind, names in kinds.items():
         shift(names, -1)
+        there = loss()
+        shift(names, 2)
+        back = loss()
+        shift(names, -1)
         norm = math.sqrt(sum(float(noise[name].double().pow(2).sum()) for name in names))
         size = sum(noise[name].numel() for name in names)
-        alone = loss() - true
-        rows.append({"kind": kind, "weights": size, "noise": norm, "alone": alone, "without": without[kind]})
+        # the mean of both signs: what a slope gains by chance on one side it loses on the other
+        rows.append({"kind": kind, "weights": size, "noise": norm, "rise": (there + back) / 2 - true})
         print(rows[-1], file=sys.stderr, flush=True)
-        shift(names, 1)
     return {"loss_of_the_true_path": true, "kinds": rows}
 
 
