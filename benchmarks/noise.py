@@ -117,12 +117,18 @@ def _close(algorithm: Any, walk: Walk, counts: tuple[int, ...], public: FerretPu
     walk.weight = 0.0
 
 
+def _noise(state: RunState, walk: Walk, start: tree.Tree) -> Iterator[tuple[str, Tensor]]:
+    """What to add to the weights to be where the true changes lead, a tensor at a time."""
+    for name, weight in state.public.weights.items():
+        yield name, start[name] - weight - walk.true[name]
+
+
 def _point(
     experiment: Experiment, state: RunState, engine: Any, walk: Walk, start: tree.Tree, main: str
 ) -> dict[str, float]:
     noise, moved = 0.0, 0.0
-    for name, weight in state.public.weights.items():
-        noise += float((start[name] - weight - walk.true[name]).double().pow(2).sum())
+    for name, difference in _noise(state, walk, start):
+        noise += float(difference.double().pow(2).sum())
         moved += float(walk.true[name].double().pow(2).sum())
     loss = experiment.score(state, engine).results[main]["loss"]
     return {
@@ -138,9 +144,7 @@ def _point(
 def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree, main: str) -> dict[str, Any]:
     """What the noise of each kind of tensor costs, on the true path and without the others."""
     weights = state.public.weights
-    noise = {
-        name: start[name] - walk.true[name] - weight for name, weight in weights.items()
-    }  # what to add to be rid of it
+    noise = dict(_noise(state, walk, start))
 
     def loss() -> float:
         rows, size = experiment.tokens.held_out(main), experiment.recipe.evaluation.batch_size

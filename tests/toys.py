@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.algorithms.ferret import Ferret
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import Algorithm, Examples, Task
 from fedferret.core.keys import Key
@@ -32,6 +33,7 @@ from fedferret.wire import codec
 AnyAlgorithm = Algorithm[Any, Any, Any, Any, Any]
 
 TRAINING = FirstOrder(learning_rate=0.1, steps=2, batch_size=4)
+ONE_BIT = Ferret(**Ferret.presets["one-bit"], training=TRAINING)  # shared directions, and every coordinate travels
 INPUTS = 4
 WORDS = 8
 

@@ -21,12 +21,11 @@ from fedferret.config import build_algorithm
 from fedferret.core.then import then
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
-from toys import TRAINING, AnyAlgorithm, Simulation, simulate
+from toys import ONE_BIT, TRAINING, AnyAlgorithm, Simulation, simulate
 
 ROUNDS = 4
 
-_shared = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared", "weighting": "examples"}
-_ferret = Ferret(coordinates=60, bits=8, server_learning_rate=0.5, training=TRAINING, **_shared)
+_ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=20, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
 _one_by_one = {"coordinates": 24, "training": TRAINING}  # a column at a time is slow: few of them

@@ -22,16 +22,9 @@ from fedferret.experiment import Experiment
 from fedferret.runner import Interrupted, run
 from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
+from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
 
-FERRET = {
-    "name": "ferret",
-    "preset": "one-bit",
-    "coordinates": 1024,
-    "error_feedback": True,
-    "server_momentum": 0.5,
-    "scale": "shrunk",
-}
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
 
 

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedprox import FedProx
-from fedferret.algorithms.ferret import Ferret
 from fedferret.bases.sign_buckets import SignBuckets
 from fedferret.core.keys import Key
 from fedferret.core.pooling import Pool
 from fedferret.local.first_order import FirstOrder
-from toys import TRAINING, ToyData, bits, simulate, toy_clients, toy_task, weights
+from toys import ONE_BIT, TRAINING, ToyData, bits, simulate, toy_clients, toy_task, weights
 
 D = 97  # the toy model's weights
-SHARED = {"largest_of": 1, "allocation": "norm-sqrt-dim", "keys": "shared", "weighting": "examples"}
-EVERYTHING = Ferret(coordinates=D, bits=32, entry_bits=32, training=TRAINING, **SHARED)
+EVERYTHING = replace(ONE_BIT, coordinates=D, bits=32, entry_bits=32)
 FEDAVG = FedAvg(training=TRAINING)
 
 

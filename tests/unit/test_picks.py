@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedferret.bases.picks import GROUPS, Picked, pick_largest
-from fedferret.bases.quantise import pack_vector
+from fedferret.bases.quantise import Packed, pack_vector
 from fedferret.bases.rotation import rotate
+from fedferret.bases.sign_buckets import SignBuckets
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from unit.test_quantise import LENGTHS, heavy_tailed, relative_error
@@ -63,15 +66,22 @@ def test_the_error_is_the_theorys(group: int, length: int) -> None:
 
 @pytest.mark.parametrize(("group", "share"), [(8, 0.801), (128, 0.637)])
 def test_the_same_bytes_say_more_than_one_bit_each(group: int, share: float) -> None:
-    """Of a vector much longer than what is sent, projected on as many directions as the bytes hold."""
-    expected = {}
-    for per_byte, error in ((8, math.pi / 2 - 1), ({8: 16, 128: 128}[group], EXPECTED_ERROR[group])):
-        expected[per_byte] = (1 + error) / per_byte  # d/K times what rounding makes of it, over d
-    one_bit, picked = expected.values()
-    assert picked / one_bit == pytest.approx(share, abs=1e-3)
-    coordinates = heavy_tailed(16_384)
-    codes = pick_largest(coordinates, group, KEY).codes.numel()
-    assert codes == 16_384 // {8: 16, 128: 128}[group] == pack_vector(coordinates[: 8 * codes], 1, KEY).codes.numel()
+    """A change much longer than what is sent, through as many directions as 64 bytes hold: its whole error energy."""
+
+    def error(count: int, pack: Callable[[Tensor, Key], Packed | Picked]) -> float:
+        total = 0.0
+        for number in range(40):
+            key, change = KEY.fold("bytes", number), torch.ones(1 << 17)
+            packed = pack(SignBuckets().project(change, count, key), key)
+            assert packed.codes.numel() == 64
+            rebuilt = torch.zeros_like(change)
+            SignBuckets().expand_(rebuilt, packed.unpack(), key, 1.0)
+            total += relative_error(rebuilt, change)
+        return total
+
+    one_bit = error(64 * 8, lambda values, key: pack_vector(values, 1, key))
+    picked = error(64 * {8: 16, 128: 128}[group], lambda values, key: pick_largest(values, group, key))
+    assert picked / one_bit == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("group", GROUPS)

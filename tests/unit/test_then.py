@@ -14,10 +14,10 @@ from fedferret.algorithms.ferret import Ferret
 from fedferret.core.errors import UserError
 from fedferret.core.then import then
 from fedferret.wire import codec
-from toys import SHAPES, TRAINING, simulate, toy_clients, weights
+from toys import ONE_BIT, SHAPES, TRAINING, simulate, toy_clients, weights
 
 FEDAVG = FedAvg(training=TRAINING)
-FERRET = Ferret(coordinates=60, bits=8, largest_of=1, keys="shared", training=TRAINING)
+FERRET = replace(ONE_BIT, coordinates=60, bits=8)
 
 
 def test_a_method_then_itself_is_itself_where_it_remembers_nothing() -> None:
