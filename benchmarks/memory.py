@@ -48,7 +48,7 @@ def child(kind: str) -> None:
     else:
         memory, method = kind.split("-")
         run = experiment(memory, method)
-        state = run.begin()
+        state = run.initial_state()
         for record in run.play(state, run.engine(state)):
             assert not record.failures, record.failures
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

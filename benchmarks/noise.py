@@ -57,11 +57,11 @@ class Watched(Ferret):
 
     walk: Walk = field(compare=False, repr=False)
 
-    def local(self, task: Any, public: Any, client: Any, data: Any, key: Any) -> Any:
+    def client_update(self, task: Any, public: Any, client: Any, data: Any, key: Any) -> Any:
         """As Ferret's; then the change counts with the reply's weight."""
         seen: tree.Tree = {}
         object.__setattr__(self, "_seen", seen)
-        reply = super().local(task, public, client, data, key)
+        reply = super().client_update(task, public, client, data, key)
         for name, delta in seen.items():
             self.walk.now[name].add_(delta, alpha=reply.weight)
         self.walk.weight += reply.weight
@@ -82,7 +82,7 @@ def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
     walk = Walk(tree.zeros_like(start), tree.zeros_like(start))
     settings = {item.name: getattr(recipe.algorithm, item.name) for item in fields(recipe.algorithm)}
     experiment.recipe = replace(recipe, algorithm=Watched(**settings, walk=walk))
-    state = experiment.begin()
+    state = experiment.initial_state()
     engine = experiment.engine(state)
     main = next(iter(experiment.data.held_out))
     points = [_point(experiment, state, engine, walk, start, main)]

@@ -99,8 +99,8 @@ def against_training() -> Figure:
     counts = projector.counts(projector.norms(change.items()))
 
     def project_and_expand() -> None:
-        coordinates, _ = projector.measure(change.items(), counts, KEY)
-        projector.rebuild_(before, coordinates, counts, KEY, -1.0)
+        coordinates, _ = projector.project(change.items(), counts, KEY)
+        projector.reconstruct_(before, coordinates, counts, KEY, -1.0)
 
     ratio = alternate(
         seconds(project_and_expand), seconds(lambda: training.train(task, data, KEY)), repetitions=5, warm_up=0

@@ -31,7 +31,7 @@ def figures() -> Iterator[Figure]:
 
     def round_of(method: dict[str, str]) -> float:
         run = Experiment(settings(method), model, data)
-        state = run.begin()
+        state = run.initial_state()
         (record,) = run.play(state, run.engine(state))
         assert not record.failures, record.failures
         return record.seconds

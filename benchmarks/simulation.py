@@ -36,7 +36,7 @@ def play(clients: int, rounds: int = 1) -> list[RoundRecord]:
     holdings = {f"client-{number:05d}": (Example(turns),) * 4 for number in range(clients)}
     data = FederatedData(holdings, {"held out": (Example(turns),)}, "synthetic")
     experiment = Experiment(settings, load("tiny"), data)
-    state = experiment.begin()
+    state = experiment.initial_state()
     return list(experiment.play(state, experiment.engine(state)))
 
 

@@ -20,11 +20,11 @@ PLOTS = {"loss-by-round": "Loss on held-out text against rounds", "loss-by-bytes
 
 def section(summary: dict[str, Any], parameters: int, delta_bytes: int | None) -> str:
     """The Markdown between the markers, from what ``summary.json`` and the run's first event hold."""
-    losses, yardsticks = summary["eval_loss"], summary["yardsticks"]
+    losses, baselines = summary["eval_loss"], summary["baselines"]
     fedavg = 4 * parameters
     losses_by_model = [
         ("before tuning", losses[0]),
-        *([("one client's own training alone", yardsticks["local-only"])] if "local-only" in yardsticks else []),
+        *([("one client's own training alone", baselines["local-only"])] if "local-only" in baselines else []),
         (f"{summary['method']}, {summary['rounds']} rounds", losses[-1]),
     ]
     delta = [] if delta_bytes is None else [("the tuned model, without its base", delta_bytes, fedavg)]

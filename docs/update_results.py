@@ -39,7 +39,7 @@ def table(comparison: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
     for row in played:
         mean = row["mean"]
-        name = f"**{row['method']}**" if row["in_front"] else row["method"]
+        name = f"**{row['method']}**" if row["pareto_optimal"] else row["method"]
         cells = [name, str(len(row["runs"])), _loss(row, "loss"), *([_loss(row, "loss_in_budget")] if budget else [])]
         cells += [as_bytes(mean[column]) for column in ("bytes_up", "bytes_down", "bytes", "peak_memory_bytes")]
         lines.append("| " + " | ".join(cells) + " |")

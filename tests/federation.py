@@ -32,7 +32,7 @@ def write_recipe(folder: Path, sites: Sequence[str], rounds: int, **changes: Any
     for site, owned in zip(sites, people.values(), strict=False):
         files[site] = str(_write_rows(folder / f"{site}.jsonl", owned))
     held_out = _write_rows(folder / "held-out.jsonl", people["Dov"][:4])
-    clients = {"per_round": len(sites), "min_answers": len(sites)}
+    clients = {"per_round": len(sites), "min_clients": len(sites)}
     execution = {"deadline": 600.0}
     tables = tiny_tables(folder, **{"rounds": rounds, "clients": clients, "execution": execution, **changes})
     tables["data"] = {"source": "sites", "sites": list(sites), "files": files, "held_out_path": str(held_out)}
@@ -192,7 +192,7 @@ def records(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run / "log").iterdir())}
 
 
-def letters(run: Path) -> list[dict[str, Any]]:
+def messages(run: Path) -> list[dict[str, Any]]:
     """The server's lines on orders and receipts."""
     return [json.loads(line) for line in (run / "server" / "letters.jsonl").read_text().splitlines()]
 

@@ -12,7 +12,7 @@ from fedferret.core.algorithm import Examples
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.remote import Remote
 from fedferret.engines.trainer import Trainer, Work
-from fedferret.engines.transport import Delivery
+from fedferret.engines.transport import Received
 from fedferret.wire import codec
 from toys import AnyAlgorithm, Simulation, simulate, toy_clients, toy_task
 
@@ -25,19 +25,19 @@ class Direct:
 
     def __init__(self, trainers: Mapping[str, Trainer], workers: Sequence[str] = ()) -> None:
         self.trainers, self.workers = dict(trainers), tuple(workers)
-        self.tamper: Callable[[str, bytes, bytes], list[Any]] = lambda site, letter, receipt: [receipt]
+        self.tamper: Callable[[str, bytes, bytes], list[Any]] = lambda site, message, response: [response]
         self.exchanges: list[dict[str, int]] = []  # bytes of each letter, by addressee
         self.closed = False
 
-    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+    def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         """In the reverse of the order in which they were given: arrival must not matter."""
         sent = {}
-        for number, site in enumerate(reversed(list(letters))):
-            letter = letters[site]
-            sent[site] = len(letter)
+        for number, site in enumerate(reversed(list(messages))):
+            message = messages[site]
+            sent[site] = len(message)
             taker = site if site in self.trainers else self.workers[number % len(self.workers)]
-            for content in self.tamper(site, letter, self.trainers[taker].answer(letter)):
-                yield content if isinstance(content, Delivery) else Delivery(site, content)
+            for content in self.tamper(site, message, self.trainers[taker].handle(message)):
+                yield content if isinstance(content, Received) else Received(site, content)
         self.exchanges.append(sent)
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ def simulate_sites(
     transport: Callable[[Mapping[str, Examples]], Direct],
     *,
     data: Mapping[str, Examples] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     record: Callable[[Mapping[str, Any]], None] = lambda event: None,
     **options: Any,
 ) -> Simulation:
@@ -87,7 +87,7 @@ def simulate_sites(
             deadline=60.0,
             workers=link.workers,
             store=store,
-            say=say,
+            log=log,
             record=record,
         )
 
@@ -107,9 +107,9 @@ def workers(algorithm: AnyAlgorithm, rounds: int, count: int = 2) -> Callable[[M
     return lambda data: Direct({name: toy_trainer(algorithm, rounds, data) for name in names}, names)
 
 
-def receipt(content: bytes) -> Any:
+def response(content: bytes) -> Any:
     """What a trainer sent."""
     return codec.decode(content)
 
 
-__all__ = ["BASE", "RECIPE", "Direct", "receipt", "simulate_sites", "sites", "toy_trainer", "tree", "workers"]
+__all__ = ["BASE", "RECIPE", "Direct", "response", "simulate_sites", "sites", "toy_trainer", "tree", "workers"]

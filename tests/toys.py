@@ -21,7 +21,7 @@ from fedferret.core import rounds, tree
 from fedferret.core.algorithm import Algorithm, Examples, Task
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
-from fedferret.core.rounds import Answer, Failure, Job, Plan, RoundRecord, RunState
+from fedferret.core.rounds import ClientUpdate, Failure, Job, Plan, RoundRecord, RunState
 from fedferret.data.batches import IGNORED, Batch
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.in_process import InProcess
@@ -162,7 +162,7 @@ class Backwards:
     def __init__(self, engine: InProcess) -> None:
         self.engine, self.store = engine, engine.store
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[Answer | Failure]:
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[ClientUpdate | Failure]:
         """All of them, the last first."""
         return list(self.engine.map(job, cohort))[::-1]
 
@@ -243,7 +243,7 @@ def simulate(
     if folder and checkpoint.saved_round(folder) is not None:
         state = checkpoint.resume(folder, task, algorithm, seed)
     else:
-        state = rounds.begin(task, algorithm, seed, Log(folder / "log" if folder else None))
+        state = rounds.initial_state(task, algorithm, seed, Log(folder / "log" if folder else None))
     store = FolderClientStore(folder / "clients", codec, state.round) if folder else ClientStore()
     playing = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, playing, state, [], data, seed)

@@ -79,7 +79,7 @@ class Federation:
                 sys.exit(f"{LONGEST:.0f} seconds were not enough for {what}; {self.out} has everybody's log")
             time.sleep(0.5)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line with the time since the start."""
         print(f"{time.monotonic() - self.began:5.0f} s  {text}", flush=True)
 
@@ -121,7 +121,7 @@ def federation(out: Path, tiny: bool) -> Iterator[Federation]:
     if tiny:
         settings += ["--set", "model.name=tiny", "--set", "algorithm.coordinates=1024"]
     all_of_it = Federation(out, free_port(), settings)
-    all_of_it.say(f"Certificates of the server and four wards go to {out / 'pki'}.")
+    all_of_it.log(f"Certificates of the server and four wards go to {out / 'pki'}.")
     fedferret("pki", "init", "--host", "127.0.0.1", "--pki", str(out / "pki"))
     for ward in WARDS:
         fedferret("pki", "issue", ward, "--pki", str(out / "pki"))
@@ -135,19 +135,19 @@ def play(all_of_it: Federation) -> None:
     """The run with its two accidents."""
     for name in ("server", *WARDS):
         all_of_it.start(name)
-    all_of_it.say(f"The server and {len(WARDS)} wards are starting; their logs are in {all_of_it.out}.")
+    all_of_it.log(f"The server and {len(WARDS)} wards are starting; their logs are in {all_of_it.out}.")
     all_of_it.wait("round 1", lambda: rounds_done(all_of_it.run) >= 1)
     all_of_it.kill("ward-3")
-    all_of_it.say("Round 1 is done. ward-3 was killed; the others go on.")
+    all_of_it.log("Round 1 is done. ward-3 was killed; the others go on.")
     all_of_it.wait("round 2", lambda: rounds_done(all_of_it.run) >= 2)
     all_of_it.start("ward-3")
-    all_of_it.say("Round 2 is done without ward-3, which starts again: it will be sent what it missed.")
+    all_of_it.log("Round 2 is done without ward-3, which starts again: it will be sent what it missed.")
     all_of_it.wait("round 3", lambda: rounds_done(all_of_it.run) >= 3)
     all_of_it.kill("server")
-    all_of_it.say("Round 3 is done. The server was killed, and starts again; it goes on from its log.")
+    all_of_it.log("Round 3 is done. The server was killed, and starts again; it goes on from its log.")
     all_of_it.start("server")
     all_of_it.wait("the end", lambda: all_of_it.processes["server"].poll() == 0)
-    all_of_it.say("The run is finished.")
+    all_of_it.log("The run is finished.")
     print(fedferret("status", str(all_of_it.run)))
     print(fedferret("nodes", str(all_of_it.run)))
     run = read(all_of_it.run)

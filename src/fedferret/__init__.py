@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedferret.core.errors import RunError, UserError
     from fedferret.experiment import Experiment
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Experiment", "RunError", "UserError", "__version__", "load_recipe", "recipe", "run"]
 
 _HOMES = {

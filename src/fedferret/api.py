@@ -33,11 +33,11 @@ def recipe(**tables: Any) -> Recipe:
     return config.from_tables(tables)
 
 
-def run(recipe: Recipe, out: str | Path, say: Callable[[str], None] = print) -> Mapping[str, Any]:
+def run(recipe: Recipe, out: str | Path, log: Callable[[str], None] = print) -> Mapping[str, Any]:
     """Play ``recipe`` in the folder ``out`` (resumed if it holds an unfinished run of it) and return its summary.
 
     The summary is what ``summary.json`` holds: ``eval_loss`` (nats per token, round 0 first), ``bytes_up`` and
     ``bytes_down`` (totals), ``seconds``, ... Raises UserError for a wrong recipe before any work, RunError when too
     few clients answer.
     """
-    return runner.run(recipe, Path(out), say)
+    return runner.run(recipe, Path(out), log)

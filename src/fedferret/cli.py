@@ -53,8 +53,8 @@ def run(
 
         resolved = from_tables(tables)
         folder = out or Path("runs") / recipe.stem
-        summary = play(resolved, folder, _say)
-        _say(_closing_words(folder, summary))
+        summary = play(resolved, folder, _log)
+        _log(_closing_words(folder, summary))
 
 
 @app.command("list")
@@ -86,8 +86,8 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
         from fedferret.estimate import estimate
 
         resolved = from_tables(tables)
-        _say(resolved.to_toml())
-        _say(str(estimate(resolved)))
+        _log(resolved.to_toml())
+        _log(str(estimate(resolved)))
 
 
 @app.command()
@@ -96,7 +96,7 @@ def report(folder: RunFolder) -> None:
     with _one_line_errors():
         from fedferret.tracking.report import write_report
 
-        _say(f"Report: {write_report(folder)}")
+        _log(f"Report: {write_report(folder)}")
 
 
 @app.command()
@@ -113,11 +113,11 @@ def export(
         if to is None and delta is None:
             raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
         if delta is not None:
-            exporting.export_delta(folder, delta, _say)
-            _say(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
+            exporting.export_delta(folder, delta, _log)
+            _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _say)
-            _say(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
+            fingerprint = exporting.export_folder(folder, to, _log)
+            _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 
 @app.command()
@@ -130,8 +130,8 @@ def apply(
     with _one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _say)
-        _say(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as the delta file says)")
+        fingerprint = apply_delta(base, delta, to, _log)
+        _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as the delta file says)")
 
 
 @app.command()
@@ -217,7 +217,7 @@ def serve(
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         commands = _site_commands()
         commands.serve(
-            tables, out or Path("runs") / recipe.stem, listen, folder, wait, insecure, insecure_off_loopback, _say
+            tables, out or Path("runs") / recipe.stem, listen, folder, wait, insecure, insecure_off_loopback, _log
         )
 
 
@@ -238,7 +238,7 @@ def join(
 ) -> None:
     """Take part in a server's run with this machine's data, until Ctrl-C."""
     with _one_line_errors():
-        _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _say)
+        _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
 
 
 @app.command()
@@ -260,7 +260,7 @@ def status(
     with _one_line_errors():
         from fedferret.sites.status import status as words
 
-        _say(words(folder))
+        _log(words(folder))
 
 
 def _site_commands() -> ModuleType:
@@ -300,14 +300,14 @@ def pki_init(
 ) -> None:
     """Make the authority and the server's certificates."""
     with _one_line_errors():
-        _pki_commands().init(folder, host or [], title, _say)
+        _pki_commands().init(folder, host or [], title, _log)
 
 
 @pki.command("issue")
 def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Make a site's certificate and node key, in one archive to send."""
     with _one_line_errors():
-        _pki_commands().issue(folder, name, _say)
+        _pki_commands().issue(folder, name, _log)
 
 
 @pki.command("renew")
@@ -318,21 +318,21 @@ def pki_renew(
 ) -> None:
     """Make a certificate anew before it expires; a site's node key stays."""
     with _one_line_errors():
-        _pki_commands().renew(folder, name, host or [], _say)
+        _pki_commands().renew(folder, name, host or [], _log)
 
 
 @pki.command("revoke")
 def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Shut a site out for good: all its certificates are refused, its keys forgotten."""
     with _one_line_errors():
-        _pki_commands().revoke(folder, name, _say)
+        _pki_commands().revoke(folder, name, _log)
 
 
 @pki.command("show")
 def pki_show(folder: PkiFolder = Path("pki")) -> None:
     """List the certificates: whose, how many days are left, which are revoked."""
     with _one_line_errors():
-        _pki_commands().show(folder, _say)
+        _pki_commands().show(folder, _log)
 
 
 def _pki_commands() -> ModuleType:
@@ -352,7 +352,7 @@ def main() -> None:
     app()
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     typer.echo(text)
 
 

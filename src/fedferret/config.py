@@ -21,6 +21,7 @@ from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Source
 from fedferret.data.registry import source
 from fedferret.recipe_file import read_tables
+from fedferret.renamed_keys import with_new_names
 from fedferret.settings import build, table_of
 
 _ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}  # of training: two ways to count its work
@@ -46,7 +47,7 @@ class TextSettings:
     template: str = "chat"  # "chat": the model's own; "alpaca": the paper's; else a template file
     max_tokens: int = 256  # longer prompts lose their beginning
     packed: bool = False  # training batches end to end in one row, attention kept apart: no padding at all
-    learn: Literal["responses", "everything"] = "responses"  # everything: prompts too, to pre-train a model
+    train_on: Literal["completions", "all"] = "completions"  # all: prompts too, to pre-train a model
 
     def __post_init__(self) -> None:
         if self.max_tokens < 8:
@@ -58,16 +59,16 @@ class ClientSettings:
     """Who takes part in a round."""
 
     per_round: int = 4  # clients sampled each round
-    min_answers: int = 1  # the run stops when fewer answer
+    min_clients: int = 1  # the run stops when fewer answer
     min_fraction: float = 0.0  # and when a smaller share does; 0: min_answers alone decides
     max_examples: int = 10_000_000  # who claims more is refused: far above any site's, far below outweighing them all
 
     def __post_init__(self) -> None:
-        _positive("clients", per_round=self.per_round, min_answers=self.min_answers, max_examples=self.max_examples)
+        _positive("clients", per_round=self.per_round, min_clients=self.min_clients, max_examples=self.max_examples)
         if not 0 <= self.min_fraction <= 1:
             raise UserError(f"min_fraction={self.min_fraction}: give a share of the sampled clients, from 0 to 1")
-        if self.min_answers > self.per_round:
-            raise UserError(f"min_answers={self.min_answers}: more than per_round={self.per_round} can never answer")
+        if self.min_clients > self.per_round:
+            raise UserError(f"min_clients={self.min_clients}: more than per_round={self.per_round} can never answer")
 
 
 Metric: TypeAlias = Literal["loss", "rouge-l", "rouge-l-google", "exact-match", "task-score", "choice"]
@@ -168,6 +169,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_tables(tables: Mapping[str, Any]) -> Recipe:
     """The recipe that these TOML tables say. Raises UserError."""
+    tables = with_new_names(tables)
     for name, value in tables.items():
         if name not in ("seed", "rounds", *_SECTIONS):
             raise UserError(f"{name}: there is no such setting; {nearest(name, ('seed', 'rounds', *_SECTIONS))}")

@@ -85,7 +85,7 @@ def estimate(recipe: Recipe) -> Estimate:
         cost.up,
         cost.down,
         4 * parameters,
-        cost.kept,
+        cost.client_state_bytes,
         recipe.rounds * recipe.clients.per_round,
         4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
         operations / (_EFFICIENCY * _matrix_rate()),

@@ -53,7 +53,7 @@ ENGINES = {"in-process": InProcess, "debug": Debug}
 def check(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Everything that can be known to be wrong before weights are read. Returns the trainable tensors' shapes."""
     models.check(recipe.model.name, device=recipe.execution.device)
-    if template(recipe.text.template) == Chat() and not models.chats(recipe.model.name):
+    if template(recipe.text.template) == Chat() and not models.has_chat_template(recipe.model.name):
         raise UserError(f'text.template="{recipe.text.template}": {NO_CHAT_TEMPLATE}')
     model = rounds.prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
     if recipe.text.packed and learns_prompt(model):
@@ -149,7 +149,7 @@ class Experiment:
         """The data as tokens, client by client, made when first asked for."""
         text = self.recipe.text
         tokenizer = self.language_model.tokenizer
-        learn_prompts = text.learn == "everything"
+        learn_prompts = text.train_on == "all"
         return FederatedTokens(
             self.data, template(text.template), tokenizer, text.max_tokens, text.packed, learn_prompts
         )
@@ -189,12 +189,12 @@ class Experiment:
             self.recipe.seed,
             self.recipe.rounds,
             clients.per_round,
-            clients.min_answers,
+            clients.min_clients,
             clients.min_fraction,
             clients.max_examples,
         )
 
-    def begin(self) -> RunState:
+    def initial_state(self) -> RunState:
         """The state before round 1, or after the last finished round of the run in ``folder``.
 
         Raises RunError where that run began from another base, or this machine rebuilds other weights.
@@ -203,24 +203,24 @@ class Experiment:
             check_base(self.folder, self.base_fingerprint)
             return checkpoint.resume(self.folder, self.task, self.recipe.algorithm, self.recipe.seed)
         log = Log(self.folder / "log" if self.folder else None)
-        return rounds.begin(self.task, self.recipe.algorithm, self.recipe.seed, log)
+        return rounds.initial_state(self.task, self.recipe.algorithm, self.recipe.seed, log)
 
     def engine(
         self,
         state: RunState,
-        starting: Callable[[str], None] = lambda client: None,
-        say: Callable[[str], None] = lambda line: None,
+        on_client_start: Callable[[str], None] = lambda client: None,
+        log: Callable[[str], None] = lambda line: None,
         record: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> InProcess | Remote:
         """The engine of the recipe, with the clients' private states as they were after ``state.round``. Close it.
 
-        ``say`` hears what an operator should know, ``record`` of every letter, where there are letters.
+        ``log`` hears what an operator should know, ``record`` of every letter, where there are letters.
         """
         folder = self.folder and self.folder / "state" / "clients"
         store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
         execution = self.recipe.execution
         if self.transport is None and execution.engine in ENGINES:
-            return ENGINES[execution.engine](self.tokens, codec, store, starting)
+            return ENGINES[execution.engine](self.tokens, codec, store, on_client_start)
         workers = None if self.transport else simulation(execution, self.folder)
         return Remote(
             self.transport or workers,  # type: ignore[arg-type]  # one of them is there
@@ -230,8 +230,8 @@ class Experiment:
             deadline=execution.deadline,
             workers=workers.workers if workers else (),
             store=store,
-            starting=starting,
-            say=say,
+            on_client_start=on_client_start,
+            log=log,
             record=record,
         )
 
@@ -239,19 +239,19 @@ class Experiment:
         self,
         state: RunState,
         engine: InProcess | Remote,
-        notify: Callable[[rounds.Answer | rounds.Failure], None] = lambda outcome: None,
-        journal: Callable[[RoundRecord], None] = lambda record: None,
+        on_reply: Callable[[rounds.ClientUpdate | rounds.Failure], None] = lambda outcome: None,
+        on_round: Callable[[RoundRecord], None] = lambda record: None,
     ) -> Iterator[RoundRecord]:
         """The rounds after ``state.round``; each is committed before it is yielded.
 
-        ``journal`` hears of a round just before: what it writes of a round that a crash undoes, it will write again.
+        ``on_round`` hears of a round just before: what it writes of a round that a crash undoes, it will write again.
         """
         records = rounds.run(
-            self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), notify
+            self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), on_reply
         )
         for record in records:
             engine.store.withdraw(failure.client for failure in record.failures)
-            journal(record)
+            on_round(record)
             if self.folder:
                 checkpoint.save(self.folder, state)
             engine.store.commit(record.round)  # after the checkpoint: it removes the states from before this round
@@ -261,7 +261,7 @@ class Experiment:
         self,
         state: RunState,
         engine: InProcess | Remote,
-        tick: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
         extra: bool = False,
     ) -> Scores:
         """What ``[evaluation]`` asks for on every held-out set, in fp32, beside the losses only if ``extra``: of the
@@ -273,7 +273,7 @@ class Experiment:
             return Scores({}, {})
         with algorithm.model(self.task, state.public) as model:
             if model is not None:
-                return self.evaluator.score(model, extra, tick)
+                return self.evaluator.score(model, extra, on_progress)
         if self.transport is not None:
             return Scores({}, {})
         personal: list[Results] = []
@@ -284,7 +284,7 @@ class Experiment:
             with algorithm.model(self.task, state.public, engine.store.get(client)) as model:
                 assert model is not None, f"{algorithm.name} gives client {client} no model to run"
                 if number < 8:
-                    personal.append(self.evaluator.score(model, extra, tick).results)
+                    personal.append(self.evaluator.score(model, extra, on_progress).results)
                 own = self.evaluator.own_loss(model, client) if self.recipe.evaluation.per_client else None
                 if own is not None:
                     losses[client] = own
@@ -296,7 +296,9 @@ class Experiment:
             results[next(iter(results))] |= fairness(losses)
         return Scores(results, losses)
 
-    def local_only(self, base: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def local_only(
+        self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """The yardstick: some clients train alone from the base for as many rounds as they would be asked for.
 
         Returns each one's loss on the main held-out set. ``base`` is a copy of what the weights were before tuning.
@@ -313,7 +315,7 @@ class Experiment:
             for number in range(1, recipe.rounds + 1):
                 assert training is not None
                 training.train(self.task, self.tokens[client], Key.of(recipe.seed, "local-only", number, client))
-                tick()
+                on_progress()
             score = evaluate(model, self.loss, self.tokens.held_out(main), recipe.evaluation.batch_size)
             losses[client] = score.loss
         tree.copy_(tree.parameters(model), base)

@@ -51,25 +51,25 @@ class DeltaFile:
     fingerprint: str  # of the weights that the method tunes
 
 
-def export_folder(run: Path, folder: Path, say: Callable[[str], None] = print) -> str:
+def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
     Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
     """
     refuse_filled(folder)
-    recipe, log = _read_run(run)
-    base = models.load(recipe.model.name, log=say)
+    recipe, entries = _read_run(run)
+    base = models.load(recipe.model.name, log=log)
     check_base(run, tree.fingerprint(tree.parameters(base.model)))
-    return _write_folder(base, _delta(recipe, log.since(0)), folder, say)
+    return _write_folder(base, _delta(recipe, entries.since(0)), folder, log)
 
 
-def export_delta(run: Path, path: Path, say: Callable[[str], None] = print) -> DeltaFile:
+def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> DeltaFile:
     """Write the log of ``run`` as a delta file at ``path``. Raises as ``export_folder`` does."""
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
-    recipe, log = _read_run(run)
-    base = models.load(recipe.model.name, log=say)
-    delta = replace(_delta(recipe, log.since(0)), base_fingerprint=tree.fingerprint(tree.parameters(base.model)))
+    recipe, entries = _read_run(run)
+    base = models.load(recipe.model.name, log=log)
+    delta = replace(_delta(recipe, entries.since(0)), base_fingerprint=tree.fingerprint(tree.parameters(base.model)))
     check_base(run, delta.base_fingerprint)
     with _tuned(base, delta) as model:
         delta = replace(delta, fingerprint=tree.fingerprint(tree.parameters(model)))
@@ -77,7 +77,7 @@ def export_delta(run: Path, path: Path, say: Callable[[str], None] = print) -> D
     return delta
 
 
-def apply_delta(base_name: str, path: Path, folder: Path, say: Callable[[str], None] = print) -> str:
+def apply_delta(base_name: str, path: Path, folder: Path, log: Callable[[str], None] = print) -> str:
     """Rebuild a tuned model from its base and a delta file, as a folder. Returns the SHA-256 of the tuned weights.
 
     Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
@@ -86,14 +86,14 @@ def apply_delta(base_name: str, path: Path, folder: Path, say: Callable[[str], N
     refuse_filled(folder)
     delta = read_delta(path)
     models.check(base_name)
-    base = models.load(base_name, log=say)
+    base = models.load(base_name, log=log)
     found = tree.fingerprint(tree.parameters(base.model))
     if found != delta.base_fingerprint:
         raise UserError(
             f"{path} belongs to the base {delta.base_name} (SHA-256 {delta.base_fingerprint[:12]}…); "
             f"{base_name} is another (SHA-256 {found[:12]}…)"
         )
-    return _write_folder(base, delta, folder, say)
+    return _write_folder(base, delta, folder, log)
 
 
 def read_delta(path: Path) -> DeltaFile:
@@ -142,7 +142,7 @@ def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[nn.Module]:
     algorithm = build_algorithm(delta.method, json.loads(delta.settings))
     prepared = rounds.prepare(algorithm, base.model, delta.seed)
     task = Task(prepared, ResponseLoss(prepared), delta.rounds)
-    public, _ = algorithm.begin(task, Key.of(delta.seed, "begin"))
+    public, _ = algorithm.init(task, Key.of(delta.seed, "begin"))
     public = checkpoint.replay(task, algorithm, public, Update(delta.snapshot, delta.records))
     with algorithm.model(task, public) as model:
         if model is None:
@@ -150,7 +150,7 @@ def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[nn.Module]:
         yield model
 
 
-def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, say: Callable[[str], None]) -> str:
+def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, log: Callable[[str], None]) -> str:
     with _tuned(base, delta) as model:
         fingerprint = tree.fingerprint(tree.parameters(model))
         if delta.fingerprint and fingerprint != delta.fingerprint:
@@ -160,7 +160,7 @@ def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, say: Call
             )
         if learns_prompt(model):
             adapters.save_prompt(model, base.name, folder)
-            say(f"{folder} holds a learned prompt, not a whole model: peft's PeftModel.from_pretrained(base, folder)")
+            log(f"{folder} holds a learned prompt, not a whole model: peft's PeftModel.from_pretrained(base, folder)")
         else:
             plain: Any = adapters.merged(model)
             models.save_folder(replace(base, model=plain), folder)

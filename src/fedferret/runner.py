@@ -25,7 +25,7 @@ from fedferret.core import rounds, tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
 from fedferret.core.mapped import MappedTree
-from fedferret.core.rounds import Answer, Failure, RunState
+from fedferret.core.rounds import ClientUpdate, Failure, RunState
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
@@ -50,7 +50,7 @@ class Interrupted(KeyboardInterrupt):
 def run(
     recipe: Recipe,
     out: Path,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     *,
     transport: Transport | None = None,
     record: Callable[[Mapping[str, Any]], None] = lambda event: None,
@@ -62,32 +62,32 @@ def run(
     """
     resumes = belongs(recipe, out)
     if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
-        say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
+        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return read_summary(out)
     with ExitStack() as stack:
         stack.enter_context(_lost_files_in_a_line(out))
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
-        experiment = Experiment.load(recipe, out, say, transport)
+        experiment = Experiment.load(recipe, out, log, transport)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
             folder.explain(out)
             stack.enter_context(_alone(out))
-        say_room(experiment, out, say)
-        return Run(experiment, out, say, record).play()
+        say_room(experiment, out, log)
+        return Run(experiment, out, log, record).play()
 
 
-def say_room(experiment: Experiment, out: Path, say: Callable[[str], None]) -> None:
+def say_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
     """A line where what the clients will keep may not fit on the disk: found out late, it costs rounds."""
     recipe, data = experiment.recipe, experiment.data
     shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(experiment.model).items()}
-    kept = recipe.algorithm.wire_cost(shapes, recipe.clients.per_round).kept
+    kept = recipe.algorithm.wire_cost(shapes, recipe.clients.per_round).client_state_bytes
     taking_part = min(len(data.clients), recipe.rounds * recipe.clients.per_round)
     there = sum(path.stat().st_size for path in out.glob("state/clients/*"))
     free = shutil.disk_usage(out).free + there
     if experiment.transport is None and kept * taking_part > free:
-        say(
+        log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
             f"{as_bytes(kept * taking_part)} in all, and {out} has room for {as_bytes(free)}: where the disk is full "
             f"the run stops, and goes on once there is more"
@@ -149,10 +149,10 @@ class Run:
         self,
         experiment: Experiment,
         out: Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         record: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> None:
-        self.experiment, self.out, self.say, self.record = experiment, out, say, record
+        self.experiment, self.out, self.log, self.record = experiment, out, log, record
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
         self.tensorboard: Any = None
@@ -162,7 +162,7 @@ class Run:
     def play(self) -> dict[str, Any]:
         """Play what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
-        state = experiment.begin()
+        state = experiment.initial_state()
         self._announce(state)
         known = events.read(self.out)
         sent = known.ledger()
@@ -171,8 +171,10 @@ class Run:
 
             self.tensorboard = TensorBoard(self.out, state.round, (sent.up, sent.down))
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
-            starting = partial(self._client, progress)
-            engine = stack.enter_context(closing(experiment.engine(state, starting, progress.message, self.record)))
+            on_client_start = partial(self._client, progress)
+            engine = stack.enter_context(
+                closing(experiment.engine(state, on_client_start, progress.message, self.record))
+            )
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
             moved = sent.up + sent.down
@@ -180,7 +182,7 @@ class Run:
                 state,
                 engine,
                 lambda outcome: self._heard(progress, outcome),
-                lambda record: self._tell("round", **events.round_fields(record)),
+                lambda record: self._log_event("round", **events.round_fields(record)),
             )
             progress.round(state.round + 1, recipe.clients.per_round)
             with observing_steps(lambda step, total: progress.step(step, total, self.loss)):
@@ -193,9 +195,9 @@ class Run:
                     self.index = 0
                     if record.round < recipe.rounds:
                         progress.round(record.round + 1, recipe.clients.per_round)
-            if self._has_yardstick() and "local-only" not in known.yardsticks:
-                self._yardstick(progress)
-            self._tell("end", rounds=state.round)
+            if self._has_baseline() and "local-only" not in known.baselines:
+                self._run_baseline(progress)
+            self._log_event("end", rounds=state.round)
         return write_summary(self.out)
 
     @contextmanager
@@ -203,7 +205,7 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            self._tell("interrupted", round=state.round)
+            self._log_event("interrupted", round=state.round)
             raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
         finally:
             write_summary(self.out)
@@ -214,10 +216,10 @@ class Run:
     def _announce(self, state: RunState) -> None:
         experiment, recipe = self.experiment, self.recipe
         if state.round or (self.out / events.FILE).exists():
-            self.say(f"Resuming after round {state.round} of {recipe.rounds}.")
-            self._tell("resume", round=state.round)
+            self.log(f"Resuming after round {state.round} of {recipe.rounds}.")
+            self._log_event("resume", round=state.round)
             return
-        self._tell(
+        self._log_event(
             "start",
             method=recipe.algorithm.name,
             model=recipe.model.name,
@@ -248,8 +250,8 @@ class Run:
         progress.client(client, self.index)
         self.index += 1
 
-    def _heard(self, progress: Progress, outcome: Answer | Failure) -> None:
-        if isinstance(outcome, Answer):
+    def _heard(self, progress: Progress, outcome: ClientUpdate | Failure) -> None:
+        if isinstance(outcome, ClientUpdate):
             self.loss = outcome.metrics.get("loss", math.nan)
 
     def _evaluate(self, state: RunState, engine: InProcess | Remote, progress: Progress) -> None:
@@ -257,11 +259,11 @@ class Run:
             return
         started = time.perf_counter()
         extra = self._extra_due(state.round)
-        with self._aside(progress, "evaluation", self.experiment.evaluator.num_ticks(extra)) as tick:
-            scores = self.experiment.score(state, engine, tick, extra)
+        with self._aside(progress, "evaluation", self.experiment.evaluator.num_progress_calls(extra)) as on_progress:
+            scores = self.experiment.score(state, engine, on_progress, extra)
         if not scores.results:
             return
-        self._tell(
+        self._log_event(
             "evaluation",
             round=state.round,
             results=scores.results,
@@ -280,27 +282,27 @@ class Run:
         yield lambda: progress.aside(label, next(done), total)
         progress.end_aside()
 
-    def _has_yardstick(self) -> bool:
+    def _has_baseline(self) -> bool:
         """Whether clients can train alone here, and be scored."""
         experiment = self.experiment
         here = experiment.transport is None and bool(experiment.data.held_out)
         return here and self.recipe.evaluation.local_only_clients > 0
 
-    def _yardstick(self, progress: Progress) -> None:
+    def _run_baseline(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients
         progress.message(f"Yardstick: up to {count} clients train alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
         untuned = rounds.prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
         base = MappedTree(self.out / "state" / ".base", tree.parameters(untuned))
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
-        with self._aside(progress, "local-only training, in rounds", total) as tick:
-            losses = self.experiment.local_only(base, tick)
+        with self._aside(progress, "local-only training, in rounds", total) as on_progress:
+            losses = self.experiment.local_only(base, on_progress)
         if losses:
             mean = sum(losses.values()) / len(losses)
-            self._tell("yardstick", name="local-only", loss=mean, per_client=losses)
+            self._log_event("baseline", name="local-only", loss=mean, per_client=losses)
             progress.message(f"Local-only training ends at loss {mean:.4f}.")
 
-    def _tell(self, kind: str, /, **fields: Any) -> None:
+    def _log_event(self, kind: str, /, **fields: Any) -> None:
         self.events.write(kind, **fields)
         if self.tensorboard:
             self.tensorboard.write(kind, **fields)

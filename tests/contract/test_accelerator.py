@@ -68,7 +68,7 @@ def test_a_log_written_on_a_gpu_gives_a_processor_the_same_weights(name: str) ->
     algorithm, rounds = METHODS[name], rounds_of(METHODS[name])
     run = simulate(algorithm, rounds, task=task_on_the_gpu(rounds, algorithm))
     task = toy_task(rounds, algorithm)
-    public, _ = algorithm.begin(task, Key.of(run.seed, "begin"))
+    public, _ = algorithm.init(task, Key.of(run.seed, "begin"))
     public = replay(task, algorithm, public, run.state.log.since(0))  # which checks the log's own fingerprints too
     assert bits(public) == run.public
     assert len(run.records) == rounds

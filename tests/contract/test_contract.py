@@ -12,7 +12,7 @@ import torch
 
 from contract.methods import METHODS, reference, rounds_of
 from fedferret.algorithms.registry import catalogue
-from fedferret.core.algorithm import Pooled, Reply
+from fedferret.core.algorithm import ClientReply, Pooled
 from fedferret.core.errors import RunError
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
@@ -67,13 +67,13 @@ def test_another_seed_gives_other_bits(name: str) -> None:
 def test_local_and_update_change_none_of_their_inputs(name: str) -> None:
     run = played(name)
     client, data = "b", run.data["b"]
-    private = run.engine.store.get(client) or run.algorithm.join(run.task, data, Key.of(1, "join"))
+    private = run.engine.store.get(client) or run.algorithm.init_client(run.task, data, Key.of(1, "join"))
     before = bits((run.state.public, private, run.state.server))
-    reply = run.algorithm.local(run.task, run.state.public, private, data, Key.of(1, "local"))
+    reply = run.algorithm.client_update(run.task, run.state.public, private, data, Key.of(1, "local"))
     assert bits((run.state.public, private, run.state.server)) == before
     pooled = pool(reply)
     pooled_before = bits((pooled.payloads, pooled.weights))
-    _, entry = run.algorithm.update(run.task, run.state.public, run.state.server, pooled, Key.of(1, "update"))
+    _, entry = run.algorithm.server_update(run.task, run.state.public, run.state.server, pooled, Key.of(1, "update"))
     assert bits((run.state.public, private, run.state.server)) == before
     assert bits((pooled.payloads, pooled.weights)) == pooled_before
     entry_before = bits(entry)
@@ -117,8 +117,8 @@ def test_the_order_of_arrival_does_not_matter(name: str) -> None:
 
 def test_every_message_and_state_survives_the_codec(name: str) -> None:
     run = played(name)
-    reply = answer(run, "b")
-    _, entry = run.algorithm.update(run.task, run.state.public, run.state.server, pool(reply), Key.of(1))
+    reply = reply_of(run, "b")
+    _, entry = run.algorithm.server_update(run.task, run.state.public, run.state.server, pool(reply), Key.of(1))
     for value in (reply.payload, entry, reply.client, run.state.public, run.state.server):
         encoded = codec.encode(value)
         decoded = codec.decode(encoded)
@@ -130,7 +130,7 @@ def test_every_message_and_state_survives_the_codec(name: str) -> None:
 def test_a_payload_shares_no_memory_with_any_state(name: str) -> None:
     run = played(name)
     private = run.engine.store.get("b")
-    reply = answer(run, "b")
+    reply = reply_of(run, "b")
     sent = {tensor.untyped_storage().data_ptr() for _, tensor in tensors(reply.payload)}
     kept = [tensor for part in (run.state.public, private, reply.client) for _, tensor in tensors(part)]
     kept += [weight.detach() for weight in run.task.model.parameters()]
@@ -160,7 +160,7 @@ def test_the_ledger_is_the_formula_and_bounded_framing(name: str) -> None:
 
 def test_what_a_client_keeps_is_the_formula_and_bounded_framing(name: str) -> None:
     shapes = shapes_of(METHODS[name])
-    kept = METHODS[name].wire_cost(shapes, len(toy_clients())).kept
+    kept = METHODS[name].wire_cost(shapes, len(toy_clients())).client_state_bytes
     framing = FRAMING_PER_MESSAGE + sum(FRAMING_PER_TENSOR + len(name) for name in shapes)
     for client in toy_clients():
         assert kept <= codec.size(reference(name).engine.store.get(client)) <= kept + framing
@@ -305,16 +305,16 @@ def played(name: str) -> Simulation:
 
 def begun(name: str, task: Any) -> Any:
     """The public state before round 1, as every node makes it."""
-    return METHODS[name].begin(task, Key.of(3, "begin"))[0]
+    return METHODS[name].init(task, Key.of(3, "begin"))[0]
 
 
-def answer(run: Simulation, client: str) -> Reply[Any, Any]:
+def reply_of(run: Simulation, client: str) -> ClientReply[Any, Any]:
     """What ``client`` would send next."""
     private = run.engine.store.get(client)
-    return run.algorithm.local(run.task, run.state.public, private, run.data[client], Key.of(1, "local"))
+    return run.algorithm.client_update(run.task, run.state.public, private, run.data[client], Key.of(1, "local"))
 
 
-def pool(reply: Reply[Any, Any]) -> Pooled[Any]:
+def pool(reply: ClientReply[Any, Any]) -> Pooled[Any]:
     """A round of this one reply, twice."""
     pool: Pool[Any] = Pool()
     pool.add(reply.payload, reply.weight)

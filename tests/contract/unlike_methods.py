@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Pooling, Task, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
@@ -59,17 +59,19 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
     def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
         return WireCost(4 * num_weights(shapes), 4 * num_weights(shapes))
 
-    def begin(self, task: Task, key: Key) -> tuple[DriftPublic, DriftServer]:
+    def init(self, task: Task, key: Key) -> tuple[DriftPublic, DriftServer]:
         weights = task.store(tree.parameters(task.model))
         return DriftPublic(weights), DriftServer(tree.zeros_like(weights))
 
-    def local(self, task: Task, public: DriftPublic, client: None, data: Examples, key: Key) -> Reply[None, DriftReply]:
+    def client_update(
+        self, task: Task, public: DriftPublic, client: None, data: Examples, key: Key
+    ) -> ClientReply[None, DriftReply]:
         tree.copy_(tree.parameters(task.model), public.weights)
         metrics = TRAINING.train(task, data, key)
         change = dict(tree.difference(public.weights, tree.parameters(task.model)))
-        return Reply(DriftReply(change), float(len(data)), None, metrics)
+        return ClientReply(DriftReply(change), float(len(data)), None, metrics)
 
-    def update(
+    def server_update(
         self, task: Task, public: DriftPublic, server: DriftServer, pooled: Pooled[DriftReply], key: Key
     ) -> tuple[DriftServer, DriftEntry]:
         change = pooled.only.change
@@ -127,15 +129,17 @@ class Prototypes(Algorithm[PrototypesPublic, None, None, PrototypesEntry, Means]
     def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
         return WireCost(40, 40 * cohort)
 
-    def begin(self, task: Task, key: Key) -> tuple[PrototypesPublic, None]:
+    def init(self, task: Task, key: Key) -> tuple[PrototypesPublic, None]:
         return PrototypesPublic(()), None
 
-    def local(self, task: Task, public: PrototypesPublic, client: None, data: Examples, key: Key) -> Reply[None, Means]:
+    def client_update(
+        self, task: Task, public: PrototypesPublic, client: None, data: Examples, key: Key
+    ) -> ClientReply[None, Means]:
         (rows,) = data.batches(len(data), key) if len(data) else ()
         sides = [rows.y[:, 0] <= 0, rows.y[:, 0] > 0]
-        return Reply(Means(*(torch.stack([v[side].mean(0) for side in sides]) for v in (rows.x, rows.y))), 1.0)
+        return ClientReply(Means(*(torch.stack([v[side].mean(0) for side in sides]) for v in (rows.x, rows.y))), 1.0)
 
-    def update(
+    def server_update(
         self, task: Task, public: PrototypesPublic, server: None, pooled: Pooled[Means], key: Key
     ) -> tuple[None, PrototypesEntry]:
         return None, PrototypesEntry(pooled.payloads)
@@ -179,23 +183,25 @@ class Hermits(Algorithm[Census, None, Hermit, CensusEntry, Head]):
     def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
         return WireCost(8, 8, 4 * num_weights(shapes))
 
-    def begin(self, task: Task, key: Key) -> tuple[Census, None]:
+    def init(self, task: Task, key: Key) -> tuple[Census, None]:
         return Census(0.0), None
 
-    def join(self, task: Task, data: Examples, key: Key) -> Hermit:
+    def init_client(self, task: Task, data: Examples, key: Key) -> Hermit:
         # the working replica's weights mean nothing between calls: a hermit starts from numbers of its own
         weights = tree.parameters(task.model)
         drawn = {name: key.fold(name).uniform(weight.numel()).float() - 0.5 for name, weight in weights.items()}
         return Hermit({name: values.view(weights[name].shape) for name, values in drawn.items()}, 0)
 
-    def local(self, task: Task, public: Census, client: Hermit | None, data: Examples, key: Key) -> Reply[Hermit, Head]:
+    def client_update(
+        self, task: Task, public: Census, client: Hermit | None, data: Examples, key: Key
+    ) -> ClientReply[Hermit, Head]:
         assert client is not None
         tree.copy_(tree.parameters(task.model), client.weights)
         metrics = TRAINING.train(task, data, key)
         private = Hermit(tree.clone(tree.parameters(task.model)), client.rounds + 1)
-        return Reply(Head(float(len(data))), 1.0, private, metrics)
+        return ClientReply(Head(float(len(data))), 1.0, private, metrics)
 
-    def update(
+    def server_update(
         self, task: Task, public: Census, server: None, pooled: Pooled[Head], key: Key
     ) -> tuple[None, CensusEntry]:
         return None, CensusEntry(pooled.only.rows)

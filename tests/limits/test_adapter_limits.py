@@ -78,7 +78,7 @@ def trained(run: Simulation) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]
     """Every client's factors after its local training in the next round."""
     found = []
     for client, rows in run.data.items():
-        run.algorithm.local(run.task, run.state.public, None, rows, Key.of(1, client))
+        run.algorithm.client_update(run.task, run.state.public, None, rows, Key.of(1, client))
         pairs = factors(run.task.model)
         found.append({name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in pairs.items()})
     return found

@@ -47,10 +47,10 @@ def test_top_k_with_as_many_as_there_are_is_fedavg_to_the_bit(training: FirstOrd
 
 def test_a_client_sends_its_k_largest_changes_and_keeps_the_rest_to_the_bit() -> None:
     task, data = toy_task(1), toy_clients()["b"]
-    public, _ = TOP_K.begin(task, Key.of(1))
-    client = TOP_K.join(task, data, Key.of(1))
+    public, _ = TOP_K.init(task, Key.of(1))
+    client = TOP_K.init_client(task, data, Key.of(1))
     delta = trained(data, Key.of(2))
-    sent = TOP_K.local(task, public, client, data, Key.of(2))
+    sent = TOP_K.client_update(task, public, client, data, Key.of(2))
     assert sent.client is not None
     positions = sent.payload.positions.unpack()
     dense = torch.zeros(D).index_copy(0, positions, sent.payload.values.unpack())
@@ -59,7 +59,7 @@ def test_a_client_sends_its_k_largest_changes_and_keeps_the_rest_to_the_bit() ->
     assert torch.equal(dense.abs().sort(descending=True).values[:10], delta.abs().sort(descending=True).values[:10])
 
     # what waits is said next time: training and residual are weighed together
-    again = TOP_K.local(task, public, sent.client, data, Key.of(2))
+    again = TOP_K.client_update(task, public, sent.client, data, Key.of(2))
     both = delta + flat(sent.client.residual)
     assert torch.equal(again.payload.positions.unpack(), both.abs().topk(10).indices.sort().values)
 
@@ -67,7 +67,9 @@ def test_a_client_sends_its_k_largest_changes_and_keeps_the_rest_to_the_bit() ->
 def test_what_fp16_rounds_off_stays_in_the_residual() -> None:
     half = replace(TOP_K, bits=16)
     task, data = toy_task(1), toy_clients()["b"]
-    sent = half.local(task, half.begin(task, Key.of(1))[0], half.join(task, data, Key.of(1)), data, Key.of(2))
+    sent = half.client_update(
+        task, half.init(task, Key.of(1))[0], half.init_client(task, data, Key.of(1)), data, Key.of(2)
+    )
     assert sent.client is not None
     left = flat(sent.client.residual)[sent.payload.positions.unpack()]
     values = sent.payload.values.unpack()
@@ -79,10 +81,10 @@ def test_nothing_is_lost_when_all_turns_have_come() -> None:
     """Weights given up + residuals = everything that training ever changed: one client, several rounds."""
     run = simulate(TOP_K, 6, data={"b": toy_clients()["b"]})
     untouched = flat(dict(toy_model().named_parameters()))
-    task, public, total = toy_task(6), TOP_K.begin(toy_task(6), Key.of(3))[0], torch.zeros(D)
-    private = TOP_K.join(task, run.data["b"], Key.of(1))
+    task, public, total = toy_task(6), TOP_K.init(toy_task(6), Key.of(3))[0], torch.zeros(D)
+    private = TOP_K.init_client(task, run.data["b"], Key.of(1))
     for number in range(1, 7):
-        reply = TOP_K.local(task, public, private, run.data["b"], Key.of(3, "local", number, "b"))
+        reply = TOP_K.client_update(task, public, private, run.data["b"], Key.of(3, "local", number, "b"))
         total += flat(dict(task.model.named_parameters())) - flat(public.weights)  # as local training left the model
         private = reply.client
         for name, weight in simulate(TOP_K, 6, data={"b": run.data["b"]}, until=number).state.public.weights.items():
@@ -128,8 +130,8 @@ def trained_alone(client: str) -> dict[str, float]:
 def test_8_bits_are_right_in_the_mean_over_keys_with_the_error_of_the_formula() -> None:
     """A step of s between levels: error energy s² f (1 - f) a number, f its place between two levels; two-sided."""
     task, data = toy_task(1), toy_clients()["b"]
-    public, _ = EIGHT_BIT.begin(task, Key.of(1))
-    with_change = EIGHT_BIT.local(task, public, None, data, Key.of(2))
+    public, _ = EIGHT_BIT.init(task, Key.of(1))
+    with_change = EIGHT_BIT.client_update(task, public, None, data, Key.of(2))
     delta, sizes = trained(data, Key.of(2)), with_change.payload.change.sizes
     steps = torch.cat([part.abs().max().expand(len(part)) / 127 for part in delta.split(list(sizes))]).double()
     place = delta / steps - (delta / steps).floor()
@@ -153,12 +155,12 @@ def test_identical_clients_are_one_but_for_roundings_that_cancel(bits: Any) -> N
     """Each rounds by a key of its own: the mean of eight is off by an eighth of one's error energy."""
     method, rows, task = replace(EIGHT_BIT, bits=bits), toy_clients()["a"], toy_task(1)
     same: Any = ToyData(rows.x, rows.y, shuffled=False)  # type: ignore[attr-defined]
-    public, _ = method.begin(task, Key.of(1))
+    public, _ = method.init(task, Key.of(1))
     delta, one, eight = trained(same, Key.of(1)), 0.0, 0.0
     for seed in range(20):
         pool: Pool[Any] = Pool()
         for client in range(8):
-            pool.add(method.local(task, public, None, same, Key.of(seed, client)).payload, 1.0)
+            pool.add(method.client_update(task, public, None, same, Key.of(seed, client)).payload, 1.0)
             mean = torch.cat(pool.result().only.tensors)
             one += float((mean - delta).square().sum()) if not client else 0.0
         eight += float((mean - delta).square().sum())

@@ -128,12 +128,12 @@ def test_ferret_is_unbiased() -> None:
     seeds = 100
     for seed in range(seeds):
         task = toy_task(1)
-        public, server = ferret.begin(task, Key.of(seed, "begin"))
+        public, server = ferret.init(task, Key.of(seed, "begin"))
         pool: Pool[Any] = Pool()
         for client, rows in data.items():
-            reply = ferret.local(task, public, None, rows, Key.of(seed, client))
+            reply = ferret.client_update(task, public, None, rows, Key.of(seed, client))
             pool.add(reply.payload, reply.weight)
-        _, entry = ferret.update(task, public, server, pool.result(), Key.of(seed, "update"))
+        _, entry = ferret.server_update(task, public, server, pool.result(), Key.of(seed, "update"))
         ferret.apply(task, public, entry)
         for name, weight in public.weights.items():
             total[name] += weight / seeds
@@ -163,7 +163,7 @@ def test_ferret_with_as_many_coordinates_as_weights_is_fedavg_on_a_language_mode
     tuned = []
     for algorithm in (everything, FedAvg(training=training)):
         experiment = tiny_experiment(algorithm, rounds=2)
-        state = experiment.begin()
+        state = experiment.initial_state()
         list(experiment.play(state, experiment.engine(state)))
         tuned.append({name: weight.clone() for name, weight in state.public.weights.items()})
     for name, weight in tuned[0].items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedEntry, FedKSeedPro, OpenWalk, Walk, drawn, probabilities
+from fedferret.algorithms.fedkseed import DecodedWalk, FedKSeed, FedKSeedEntry, FedKSeedPro, Walk, drawn, probabilities
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.bases.gaussian import add_directions_, add_gaussian_
@@ -48,8 +48,8 @@ def moved(ours: Tree) -> float:
 def walked(method: FedKSeed, client: str, rounds: int = 1) -> tuple[Walk, dict[str, Tensor], Any]:
     """A client's reply in round 1, its own weights after that walk, and the public state."""
     task = toy_task(rounds)
-    public, _ = method.begin(task, Key.of(3, "begin"))
-    reply = method.local(task, public, None, toy_clients()[client], Key.of(3, "local", 1, client))
+    public, _ = method.init(task, Key.of(3, "begin"))
+    reply = method.client_update(task, public, None, toy_clients()[client], Key.of(3, "local", 1, client))
     return reply.payload, tree.clone(tree.parameters(task.model)), public
 
 
@@ -93,11 +93,11 @@ def test_the_base_and_the_pool_are_the_model(method: FedKSeed) -> None:
 
 def test_an_entry_is_added_direction_by_direction_in_the_seeds_order_bit_for_bit() -> None:
     task = toy_task(1)
-    public, server = FEDKSEED.begin(task, Key.of(3, "begin"))
+    public, server = FEDKSEED.init(task, Key.of(3, "begin"))
     pool: Pool[Any] = Pool()
     for client in "abc":
         pool.add(walked(FEDKSEED, client)[0], 1.0)
-    _, entry = FEDKSEED.update(task, public, server, pool.result(), Key.of(1))
+    _, entry = FEDKSEED.server_update(task, public, server, pool.result(), Key.of(1))
     expected, offset = base(), 0
     for weight in expected.values():
         for seed in range(64):
@@ -121,16 +121,16 @@ def public_growth(entry: FedKSeedEntry) -> Tensor:
 @pytest.mark.parametrize("method", [FedKSeed(pool_size=500, training=TRAINING), FedKSeedPro(training=TRAINING)])
 def test_an_entry_of_the_seeds_used_is_the_entry_of_all_and_shorter(method: FedKSeed) -> None:
     task = toy_task(1)
-    public, server = method.begin(task, Key.of(3, "begin"))
+    public, server = method.init(task, Key.of(3, "begin"))
     pool: Pool[Any] = Pool()
     pool.add(walked(method, "a")[0], 1.0)
-    _, short = method.update(task, public, server, pool.result(), Key.of(1))
+    _, short = method.server_update(task, public, server, pool.result(), Key.of(1))
     assert 0 < len(short.seeds) <= 20 and short.seeds.tolist() == sorted(set(short.seeds.tolist()))
     every = torch.zeros(len(short.values), method.pool_size)
     every[:, short.seeds.long()] = short.values
     long = FedKSeedEntry(short.seeds[:0], every)
     assert codec.size(short) < codec.size(long)
-    other, _ = method.begin(task, Key.of(3, "begin"))
+    other, _ = method.init(task, Key.of(3, "begin"))
     method.apply(task, public, short)
     method.apply(task, other, long)
     assert codec.encode(public) == codec.encode(other)
@@ -139,11 +139,11 @@ def test_an_entry_of_the_seeds_used_is_the_entry_of_all_and_shorter(method: FedK
 def test_the_shorter_form_of_an_entry_is_taken_on_both_sides_of_the_border() -> None:
     """6 bytes a seed used or 4 a seed of the pool; with Pro 10 or 8."""
     for method, border in ((FEDKSEED, 64 * 4 / 6), (FedKSeedPro(pool_size=64, training=TRAINING), 64 * 8 / 10)):
-        public, server = method.begin(toy_task(1), Key.of(3, "begin"))
+        public, server = method.init(toy_task(1), Key.of(3, "begin"))
         for used in (1, int(border), int(border) + 1, 64):
             steps = (torch.arange(64) < used).float()
-            mean: Any = Pooled((OpenWalk(steps.clone(), steps.clone(), steps),), (1.0,))
-            _, entry = method.update(toy_task(1), public, server, mean, Key.of(1))
+            mean: Any = Pooled((DecodedWalk(steps.clone(), steps.clone(), steps),), (1.0,))
+            _, entry = method.server_update(toy_task(1), public, server, mean, Key.of(1))
             assert len(entry.seeds) == (used if used < border else 0)
             assert entry.values.shape[1] == (used if used < border else 64)
 
@@ -161,17 +161,17 @@ def test_pros_magnitudes_are_the_mean_over_all_steps_so_far_after_a_first_zero()
     method = FedKSeedPro(pool_size=8, weighting="equal", training=TRAINING)
     histories: list[list[float]] = [[0.0] for _ in range(8)]
     task = toy_task(3)
-    public, server = method.begin(task, Key.of(3, "begin"))
+    public, server = method.init(task, Key.of(3, "begin"))
     for number in range(3):
         pool: Pool[Any] = Pool()
         for client, rows in toy_clients().items():
-            walk = method.local(task, public, None, rows, Key.of(3, number, client)).payload
+            walk = method.client_update(task, public, None, rows, Key.of(3, number, client)).payload
             if number == 1:  # beyond the bound of the history, though not of the walk
                 walk.gradients[0] = -5000.0
             pool.add(walk, 1.0)
             for seed, gradient in zip(walk.seeds.tolist(), walk.gradients.tolist(), strict=True):
                 histories[seed].append(min(abs(gradient), 1000.0))
-        server, entry = method.update(task, public, server, pool.result(), Key.of(1))
+        server, entry = method.server_update(task, public, server, pool.result(), Key.of(1))
         method.apply(task, public, entry)
         if number == 1:
             tree.copy_(public.weights, base())  # such a step leads nowhere

@@ -266,7 +266,7 @@ def test_recomputing_activations_changes_nothing(method: AnyAlgorithm) -> None:
 def test_frozen_factors_stay_and_do_not_travel() -> None:
     experiment = tiny_experiment(FedIT(freeze_a=True, training=FirstOrder(learning_rate=1.0, steps=2)), 2)
     before = {name: a.clone() for name, (a, _) in adapters.factors(experiment.model).items()}
-    state = experiment.begin()
+    state = experiment.initial_state()
     list(experiment.play(state, experiment.engine(state)))
     assert all(".lora_B." in name for name in state.public.weights)
     for name, (a, b) in adapters.factors(experiment.model).items():
@@ -277,11 +277,11 @@ def test_frozen_factors_stay_and_do_not_travel() -> None:
 def test_a_run_that_is_stopped_and_resumed_is_uninterrupted(method: AnyAlgorithm, memory: str, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, rounds=2, algorithm={"name": method.name}, execution={"memory": memory})
     whole = Experiment.load(recipe, log=silent)
-    expected = whole.begin()
+    expected = whole.initial_state()
     list(whole.play(expected, whole.engine(expected)))
     for _ in range(2):
         experiment = Experiment.load(recipe, tmp_path / "run", silent)
-        state = experiment.begin()
+        state = experiment.initial_state()
         next(experiment.play(state, experiment.engine(state)))
     assert state.round == 2
     assert codec.encode(dict(state.public.weights)) == codec.encode(dict(expected.public.weights))
@@ -305,7 +305,7 @@ def test_a_run_tells_what_it_tuned_of_what_and_its_yardstick_trains_the_same(tmp
     assert (start["parameters"], start["tuned"]) == (90_624, 16_384)
     assert start["base"] == tree.fingerprint(tree.parameters(base()))
     assert summary["bytes_fedavg"] == 4 * 90_624 * 8  # two clients in two rounds, both ways
-    assert summary["yardsticks"]["local-only"] < summary["yardsticks"]["untuned"] - 0.1
+    assert summary["baselines"]["local-only"] < summary["baselines"]["untuned"] - 0.1
 
 
 # --- handing over
@@ -323,7 +323,7 @@ def tuned_logits(run: Path, ids: Tensor) -> Tensor:
     from fedferret.config import load
 
     experiment = Experiment.load(load(run / "recipe.toml"), run, silent)
-    state = experiment.begin()
+    state = experiment.initial_state()
     with experiment.recipe.algorithm.model(experiment.task, state.public) as model, torch.no_grad():
         assert model is not None
         logits: Tensor = model(input_ids=ids).logits
@@ -384,7 +384,7 @@ def test_another_base_is_refused_although_the_log_would_fit(tmp_path: Path) -> N
     (tmp_path / "base").rename(tmp_path / "old")
     models.save_folder(language_model, tmp_path / "base")
     for refuse in (
-        lambda: Experiment.load(recipe, run_folder, silent).begin(),
+        lambda: Experiment.load(recipe, run_folder, silent).initial_state(),
         lambda: export_folder(run_folder, tmp_path / "model", silent),
         lambda: export_delta(run_folder, tmp_path / "delta", silent),
     ):

@@ -55,10 +55,10 @@ def bert(folder: Path) -> str:
             r"coordinates=100,000: this model has .* 90,624 weights",
         ),
         ({"algorithm": {"name": "ferret", "preset": "one-bit", "coordinates": 3}}, r"coordinates=3: .* choose 1\d to"),
-        ({"algorithm": {"name": "ferret", "bits": 8}}, r"largest_of=128, bits=8: .* set largest_of=1 for bits=8"),
+        ({"algorithm": {"name": "ferret", "bits": 8}}, r"group_size=128, bits=8: .* set group_size=1 for bits=8"),
         (
             {"algorithm": {"name": "ferret", "error_feedback": True}},
-            r"error_feedback=true, largest_of=128: .* set larg",
+            r"error_feedback=true, group_size=128: .* set group_size",
         ),
         (
             {"algorithm": {"name": "ferret", "preset": "one-bit", "error_feedback": True}},

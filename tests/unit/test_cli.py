@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_process(words: list[str
 
 @pytest.mark.slow
 def test_a_fresh_process_exports_what_another_ran(recipe: Path, tmp_path: Path) -> None:
-    feedback = ["--set", "algorithm.largest_of=1", "--set", "algorithm.error_feedback=true"]
+    feedback = ["--set", "algorithm.group_size=1", "--set", "algorithm.error_feedback=true"]
     feedback += ["--set", "algorithm.scale=shrunk"]
     fedferret("run", recipe, "--out", tmp_path / "run", *feedback)
     result = run_process(["export", tmp_path / "run", "--delta", tmp_path / "tuned.delta"])

@@ -25,7 +25,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.servicer.runtime import runtime_handlers as core_handlers
 from flwr.supernode.servicer.runtime import runtime_handlers as handlers
 
-from fedferret.engines.flower import enclosed, opened
+from fedferret.engines.flower import content_of, records_of
 from fedferret.sites import client_app
 from fedferret.sites.client_app import Superseded, Task, Tasks, carry_out
 from fedferret.sites.package import fingerprint, run_package
@@ -39,7 +39,7 @@ class SuperNode:
     def __init__(self, tokens: list[str], arrived: bool) -> None:
         self.tokens, self.arrived = tokens, arrived
         self.pushed: list[Any] = []
-        message = Message(enclosed(b"a letter"), 7, "train")
+        message = Message(records_of(b"a letter"), 7, "train")
         message.metadata.__dict__["_message_id"] = message.object_id
         self.tree: ObjectTree = get_object_tree(message)
         self.parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
@@ -92,8 +92,8 @@ def test_a_message_that_came_is_answered_even_when_the_next_one_is_there(monkeyp
     heard = []
 
     def answer(message: Message, context: Context) -> Message:
-        heard.append(opened(message)[0])
-        return Message(enclosed(b"an answer"), reply_to=message)
+        heard.append(content_of(message)[0])
+        return Message(records_of(b"an answer"), reply_to=message)
 
     monkeypatch.setattr(client_app, "app", answer)
     node = SuperNode(["next"], arrived=True)
@@ -126,7 +126,7 @@ class RealNode:
 
     def arrive(self, run: int, *, whole: bool) -> Message:
         """The letter comes; unless ``whole``, its run ends before its content has come."""
-        message = Message(enclosed(b"a letter of run %d" % run), 7, "train")
+        message = Message(records_of(b"a letter of run %d" % run), 7, "train")
         message.metadata.__dict__["_run_id"] = run
         message.metadata.__dict__["_message_id"] = message.object_id
         self.state.object_store.preregister(run, get_object_tree(message))
@@ -151,7 +151,7 @@ class RealNode:
         return response
 
     def __getattr__(self, name: str) -> Any:
-        word = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+        word = "".join(f"_{message.lower()}" if message.isupper() else message for message in name).lstrip("_")
         return partial(self._of_task, getattr(handlers, word))
 
     def _of_task(self, handler: Any, request: Any) -> Any:
@@ -165,7 +165,7 @@ class RealNode:
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> RealNode:
-    monkeypatch.setattr(client_app, "app", lambda message, context: Message(enclosed(b"an answer"), reply_to=message))
+    monkeypatch.setattr(client_app, "app", lambda message, context: Message(records_of(b"an answer"), reply_to=message))
     return RealNode()
 
 

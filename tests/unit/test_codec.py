@@ -188,7 +188,7 @@ def test_hostile_bodies_are_refused(body: bytes) -> None:
 
 def test_another_version_and_another_kind_of_file_are_named() -> None:
     encoded = codec.encode(1)
-    with pytest.raises(WireError, match="version 9; this is version 1: update the older side"):
+    with pytest.raises(WireError, match=r"newer fedferret .wire version 9; this one reads 2.: update this side"):
         codec.decode(encoded[:2] + b"\x09" + encoded[3:])
     with pytest.raises(WireError, match="not a fedferret message"):
         codec.decode(b"PK\x03\x04 and more")
@@ -206,3 +206,11 @@ def test_two_message_types_of_one_name_are_refused() -> None:
         @state
         class Record:
             x: int
+
+
+def test_bytes_of_the_first_wire_version_name_the_fedferret_that_reads_them() -> None:
+    encoded = codec.encode(1)
+    with pytest.raises(
+        WireError, match=r'written by fedferret 0\.1 \(wire version 1.*pip install "fedferret==0\.1\.\*"'
+    ):
+        codec.decode(encoded[:2] + b"\x01" + encoded[3:])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fedferret.cli import app
 from fedferret.comparison import compare
 from fedferret.comparison.grid import resolve
-from fedferret.comparison.standing import output_of, record_of, standing
+from fedferret.comparison.run_status import output_of, record_of, run_status
 from fedferret.comparison.worker import Outcome, Worker
 from fedferret.config import Recipe
 from fedferret.runner import run
@@ -136,7 +136,7 @@ def test_a_grid_plays_what_its_recipes_say_and_outlives_a_run_that_cannot_go_on(
     bad, a, b = grid.cells(out)
     rows = compare(path, out, jobs=2)
     assert [row.row.label for row in rows][-1] == "hopeless" and len(rows) == 3
-    now = standing(bad)
+    now = run_status(bad)
     assert now.state == "diverged" and now.reason.startswith("round 1: 0 clients answered, 1 are needed (")
     assert "Resuming" not in output_of(a).read_text()
     for cell in (a, b):
@@ -163,7 +163,7 @@ def test_ctrl_c_leaves_a_grid_that_the_same_command_goes_on_with(tmp_path: Path)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("fedferret: stopped with 0 of 2 runs done; the same command goes on")
-    assert standing(first).state == "unfinished" and standing(second).state == "waiting"
+    assert run_status(first).state == "unfinished" and run_status(second).state == "waiting"
     assert read_summary(first.folder)["status"] == "interrupted"
     assert (out / "comparison.html").exists()
     rows = compare(path, out)
@@ -183,7 +183,7 @@ def test_no_run_outlives_its_grid_s_process(tmp_path: Path) -> None:
     playing = Path("/proc") / str(player(cell.folder))
     process.kill()
     process.communicate()
-    assert standing(cell).state == "unfinished"
+    assert run_status(cell).state == "unfinished"
     soon(lambda: not playing.exists())
 
 
@@ -200,8 +200,8 @@ def test_a_worker_tells_how_a_run_ended_even_a_killed_one(forks: bool, tmp_path:
         refused = worker.finish()
         assert refused.outcome == "failed" and "is no run folder: choose another one" in refused.reason
         # the run looks for its device, not the worker: a GPU's driver, once asked, does not outlive a fork
-        elsewhere = tiny_recipe(tmp_path, execution={"device": "cuda:99"})
-        worker.start(elsewhere.to_toml(), tmp_path / "elsewhere", tmp_path / "elsewhere.txt")
+        imported_runs = tiny_recipe(tmp_path, execution={"device": "cuda:99"})
+        worker.start(imported_runs.to_toml(), tmp_path / "elsewhere", tmp_path / "elsewhere.txt")
         assert 'device "cuda:99" is not on this machine' in worker.finish().reason
         worker.start(long.to_toml(), tmp_path / "long", tmp_path / "long.txt")
         soon(lambda: (tmp_path / "long" / "log").exists())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedferret.comparison.commands import gather
-from fedferret.comparison.standing import note
+from fedferret.comparison.run_status import note
 from fedferret.comparison.table import as_csv, as_json, as_markdown
 from fedferret.comparison.worker import Outcome
 from unit.written_grid import (
@@ -82,7 +82,7 @@ def test_the_front_is_who_nobody_beats_in_both(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, list(final), seeds=[1])
     for label, (each, loss) in final.items():
         write_cell(cell_of(grid, tmp_path, label, 1), {0: 5.0, 2: loss}, each)
-    assert {row.row.label for row in gather(grid, tmp_path).rows if row.in_front} == {"cheap", "good", "best"}
+    assert {row.row.label for row in gather(grid, tmp_path).rows if row.pareto_optimal} == {"cheap", "good", "best"}
 
 
 def test_a_failed_seed_is_told_and_has_no_part_in_the_means(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedferret.comparison.commands import gather
 from fedferret.comparison.page import write_page
 from fedferret.comparison.plots import COLOURS, MARKS, styles
-from fedferret.comparison.standing import note
+from fedferret.comparison.run_status import note
 from fedferret.comparison.table import write_tables
 from fedferret.comparison.worker import Outcome
 from fedferret.tracking.plots import LIGHT

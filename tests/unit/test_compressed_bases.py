@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedferret.bases.chunks import BITS, num_bytes, num_scales, pack_tensors
-from fedferret.bases.largest import largest
 from fedferret.bases.positions import num_bytes as position_bytes
 from fedferret.bases.positions import pack_positions
+from fedferret.bases.top_k import top_k
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.wire import codec
@@ -76,7 +76,7 @@ def test_the_largest_are_the_first_of_a_stable_sort(rows: list[list[float]], dat
     count = data.draw(st.integers(0, len(whole)))
     if not count:
         return
-    positions, values = largest(lambda: iter(tensors), count)
+    positions, values = top_k(lambda: iter(tensors), count)
     expected = torch.sort(whole.abs(), descending=True, stable=True).indices[:count].sort().values
     assert torch.equal(positions, expected) and torch.equal(values, whole[expected])
 

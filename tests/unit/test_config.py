@@ -27,7 +27,7 @@ def test_a_resolved_recipe_spells_out_every_setting(tmp_path: Path) -> None:
     assert tables["algorithm"]["training"]["clip"] == 1.0
     assert tables["algorithm"]["bits"] == 1
     assert "coordinate_clip" not in tables["algorithm"]  # absent, and absent by default
-    assert tables["clients"]["min_answers"] == 1
+    assert tables["clients"]["min_clients"] == 1
 
 
 def test_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
         ({"model": 3}, r"model=3: must be a table, \[model\]"),
         ({"clients": {"per_rond": 2}}, r'clients\.per_rond: there is no such setting; did you mean "per_round"\?'),
         ({"clients": {"per_round": 0}}, r"clients: per_round=0: must be greater than 0"),
-        ({"clients": {"min_answers": 3}}, r"min_answers=3: more than per_round=2 can never answer"),
+        ({"clients": {"min_clients": 3}}, r"min_clients=3: more than per_round=2 can never answer"),
         ({"algorithm": {"name": "ferett"}}, r'no method is called "ferett": did you mean "ferret"\?'),
         ({"algorithm": {"name": "ferret", "bits": 3}}, r"algorithm\.bits=3: input should be"),
         ({"algorithm": {"name": "ferret", "preset": "papr"}}, r'there is no such preset; did you mean "paper"\?'),

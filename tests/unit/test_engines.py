@@ -17,7 +17,7 @@ from fedferret.algorithms.fedavg import Delta, FedAvg
 from fedferret.algorithms.ferret import KeyedReply, SharedReply
 from fedferret.core.algorithm import Task
 from fedferret.core.keys import Key
-from fedferret.core.rounds import Answer, Failure, Job
+from fedferret.core.rounds import ClientUpdate, Failure, Job
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import ClientError, Debug
 from fedferret.engines.in_process import Envelope, InProcess
@@ -199,8 +199,8 @@ def test_the_debug_engine_stops_at_the_first_failure_and_shows_the_data() -> Non
 
 def test_the_debug_engine_catches_a_method_that_changes_the_public_state() -> None:
     class Careless(FedAvg):
-        def local(self, task: Any, public: Any, client: Any, data: Any, key: Key) -> Any:
-            reply = super().local(task, public, client, data, key)
+        def client_update(self, task: Any, public: Any, client: Any, data: Any, key: Key) -> Any:
+            reply = super().client_update(task, public, client, data, key)
             next(iter(public.weights.values())).add_(1)
             return reply
 
@@ -236,7 +236,7 @@ def test_a_refused_client_stays_what_it_was(kind: str, tmp_path: Path) -> None:
 
 def test_a_client_that_the_engine_leaves_out_is_a_failure_and_those_after_it_count() -> None:
     class Forgetful(InProcess):
-        def map(self, job: Job, cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+        def map(self, job: Job, cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
             return super().map(job, cohort[1:])
 
     (record,) = simulate(METHODS["fedavg"], 1, engine=Forgetful).records

@@ -25,7 +25,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     algorithm = {"name": "ferret", "coordinates": 512} if request.param == "ferret" else {"name": "fedavg"}
     recipe = tiny_recipe(folder, rounds=2, algorithm=algorithm)
     run(recipe, folder / "run", silent)
-    public: Any = Experiment.load(recipe, folder / "run", silent).begin().public
+    public: Any = Experiment.load(recipe, folder / "run", silent).initial_state().public
     return folder, tree.fingerprint(public.weights)
 
 

@@ -22,10 +22,10 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from typer.testing import CliRunner
 
-from federation import CountingProxy, Federation, federation, free_port, letters, records, wait, write_recipe
+from federation import CountingProxy, Federation, federation, free_port, messages, records, wait, write_recipe
 from fedferret import load_recipe, run
 from fedferret.cli import app
-from fedferret.engines.flower import SENDINGS, FlowerTransport, Roster, Traffic, enclosed, opened
+from fedferret.engines.flower import SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
 from fedferret.engines.flower_relay import deliver
 from fedferret.sites.flower_process import environment
 from fedferret.sites.package import run_package
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class Grid:
-    """A grid in memory: ``site(node, letter)`` answers with bytes, an error, or None for silence."""
+    """A grid in memory: ``site(node, message)`` answers with bytes, an error, or None for silence."""
 
     def __init__(self, site: Any, nodes: Iterable[tuple[int, str]] = ((7, "ward-1"), (8, "ward-2"))) -> None:
         self.site, self.nodes = site, [SimpleNamespace(node_id=n, name=s, registered_at=str(n)) for n, s in nodes]
@@ -53,7 +53,7 @@ class Grid:
         identifiers = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
-            self.pushed.append((message.metadata.dst_node_id, opened(message)[0], message.metadata.ttl))
+            self.pushed.append((message.metadata.dst_node_id, content_of(message)[0], message.metadata.ttl))
             self.waiting[message.metadata.message_id] = message
             identifiers.append(message.metadata.message_id)
         return identifiers
@@ -62,19 +62,19 @@ class Grid:
         for identifier in list(identifiers):
             if identifier in self.waiting:
                 message = self.waiting[identifier]
-                answer = self.site(message.metadata.dst_node_id, opened(message)[0])
+                answer = self.site(message.metadata.dst_node_id, content_of(message)[0])
                 if answer is not None:
                     del self.waiting[identifier]
-                    content = answer if isinstance(answer, Error) else enclosed(answer)
+                    content = answer if isinstance(answer, Error) else records_of(answer)
                     yield Message(content, reply_to=message)
 
 
-def exchange(grid: Grid, letters: dict[str, bytes], deadline: float = 5.0) -> dict[str, tuple[bytes | None, str]]:
+def exchange(grid: Grid, messages: dict[str, bytes], deadline: float = 5.0) -> dict[str, tuple[bytes | None, str]]:
     found = {}
     roster = Roster(grid, ["ward-1", "ward-2"])  # type: ignore[arg-type]  # what is used of a grid
-    for delivery in FlowerTransport(grid, roster, poll=0.01).exchange(letters, deadline):  # type: ignore[arg-type]
-        assert delivery.site not in found, "one delivery per site"
-        found[delivery.site] = (delivery.content, delivery.reason)
+    for received in FlowerTransport(grid, roster, poll=0.01).exchange(messages, deadline):  # type: ignore[arg-type]
+        assert received.site not in found, "one delivery per site"
+        found[received.site] = (received.content, received.reason)
     return found
 
 
@@ -82,20 +82,20 @@ LETTERS = {"ward-1": b"to one", "ward-2": b"to two"}
 
 
 def test_letters_go_to_their_sites_and_replies_come_back() -> None:
-    grid = Grid(lambda node, letter: letter + b" from %d" % node)
+    grid = Grid(lambda node, message: message + b" from %d" % node)
     assert exchange(grid, LETTERS) == {"ward-1": (b"to one from 7", ""), "ward-2": (b"to two from 8", "")}
-    assert [(node, letter) for node, letter, _ in grid.pushed] == [(7, b"to one"), (8, b"to two")]
+    assert [(node, message) for node, message, _ in grid.pushed] == [(7, b"to one"), (8, b"to two")]
     assert all(0 < seconds <= 5.0 for _, _, seconds in grid.pushed), "a letter is void after the deadline"
 
 
 def test_nodes_that_are_not_approved_are_sent_nothing() -> None:
-    grid = Grid(lambda node, letter: b"yes", [(7, "ward-1"), (9, "stranger"), (10, "")])
+    grid = Grid(lambda node, message: b"yes", [(7, "ward-1"), (9, "stranger"), (10, "")])
     assert exchange(grid, LETTERS) == {"ward-1": (b"yes", ""), "ward-2": (None, "not connected")}
     assert [node for node, _, _ in grid.pushed] == [7]
 
 
 def test_a_silent_site_costs_the_deadline_and_no_more() -> None:
-    grid = Grid(lambda node, letter: b"yes" if node == 7 else None)
+    grid = Grid(lambda node, message: b"yes" if node == 7 else None)
     started = time.monotonic()
     assert exchange(grid, LETTERS, 0.5) == {"ward-1": (b"yes", ""), "ward-2": (None, "no answer before the deadline")}
     assert 0.4 < time.monotonic() - started < 5
@@ -104,20 +104,20 @@ def test_a_silent_site_costs_the_deadline_and_no_more() -> None:
 def test_a_lost_site_that_is_back_is_sent_its_letter_again_while_others_work() -> None:
     lost = iter([Error(ErrorCode.NODE_UNAVAILABLE, "gone"), b"back"])
     slow = iter([None] * 20 + [b"done"])
-    grid = Grid(lambda node, letter: next(slow) if node == 7 else next(lost))
+    grid = Grid(lambda node, message: next(slow) if node == 7 else next(lost))
     assert exchange(grid, LETTERS) == {"ward-1": (b"done", ""), "ward-2": (b"back", "")}
 
 
 def test_a_site_that_is_lost_at_every_sending_is_given_up() -> None:
-    grid = Grid(lambda node, letter: Error(ErrorCode.CLIENT_APP_CRASHED, "crashed"))
+    grid = Grid(lambda node, message: Error(ErrorCode.CLIENT_APP_CRASHED, "crashed"))
     assert exchange(grid, {"ward-1": b"x"}) == {"ward-1": (None, "connection lost")}
     assert len(grid.pushed) == SENDINGS
 
 
 def test_a_site_that_connects_during_an_exchange_gets_its_letter() -> None:
-    grid = Grid(lambda node, letter: None, [(7, "ward-1")])
+    grid = Grid(lambda node, message: None, [(7, "ward-1")])
 
-    def site(node: int, letter: bytes | None) -> bytes | None:
+    def site(node: int, message: bytes | None) -> bytes | None:
         if len(grid.nodes) == 1:
             grid.nodes.append(SimpleNamespace(node_id=8, name="ward-2", registered_at="8"))
             return None
@@ -135,17 +135,17 @@ def test_a_site_that_connects_during_an_exchange_gets_its_letter() -> None:
     ],
 )
 def test_an_error_in_words_is_the_reason(answer: Error, reason: str) -> None:
-    assert exchange(Grid(lambda node, letter: answer), {"ward-1": b"x"}) == {"ward-1": (None, reason)}
+    assert exchange(Grid(lambda node, message: answer), {"ward-1": b"x"}) == {"ward-1": (None, reason)}
 
 
 def test_a_reply_without_a_letter_is_no_answer() -> None:
     message = Message(RecordDict(), 7, "train")
-    assert opened(message) == (None, "an answer came that carries no letter")
+    assert content_of(message) == (None, "an answer came that carries no letter")
 
 
 def test_bytes_are_counted_with_and_without_framing() -> None:
     heard: list[Traffic] = []
-    grid = Grid(lambda node, letter: b"y" * 50)
+    grid = Grid(lambda node, message: b"y" * 50)
     roster = Roster(grid, ["ward-1"])  # type: ignore[arg-type]
     list(FlowerTransport(grid, roster, heard.append, 0.01).exchange({"ward-1": b"x" * 100}, 5))  # type: ignore[arg-type]
     (traffic,) = heard
@@ -154,14 +154,14 @@ def test_bytes_are_counted_with_and_without_framing() -> None:
 
 
 def test_of_two_nodes_with_a_name_the_newer_counts_and_a_registered_name_is_not_asked_for() -> None:
-    grid = Grid(lambda node, letter: b"ward-2", [(7, "ward-1"), (9, "ward-1")])
+    grid = Grid(lambda node, message: b"ward-2", [(7, "ward-1"), (9, "ward-1")])
     assert Roster(grid, ["ward-1"])() == {"ward-1": 9}  # type: ignore[arg-type]
     assert Roster(grid, ["ward-1", "ward-2"], asks=True)() == {"ward-1": 9}  # type: ignore[arg-type]
     assert grid.pushed == []
 
 
 def test_without_keys_nodes_are_asked_for_their_names_once() -> None:
-    grid = Grid(lambda node, letter: b"ward-2", [(8, "")])
+    grid = Grid(lambda node, message: b"ward-2", [(8, "")])
     assert Roster(grid, ["ward-2"])() == {}  # type: ignore[arg-type]
     roster = Roster(grid, ["ward-2"], asks=True)  # type: ignore[arg-type]
     assert roster() == roster() == {"ward-2": 8}
@@ -227,7 +227,7 @@ def join(made: Federation, site: str, address: str, *more: str) -> None:
 def test_two_sites_give_the_bits_of_one_process_at_little_cost(tmp_path: Path) -> None:
     sites = ["ward-1", "ward-2"]
     recipe = write_recipe(tmp_path, sites, 4)
-    run(load_recipe(recipe), out=tmp_path / "alone", say=lambda line: None)
+    run(load_recipe(recipe), out=tmp_path / "alone", log=lambda line: None)
     with (
         socket.create_server(("127.0.0.1", 0)) as outside,
         federation(
@@ -243,7 +243,7 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost(tmp_path: Path) -
         served = tmp_path / "served"
         assert records(served) == records(tmp_path / "alone")
 
-        seen = letters(served)
+        seen = messages(served)
         for site in sites:
             assert len({event["process"] for event in seen if event["client"] == site and "process" in event}) == 1
             assert "round 4" in made_output(made, "nodes", "served", site)
@@ -256,13 +256,15 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost(tmp_path: Path) -
         for site, wire in wires.items():
             audit = list(read_audit(tmp_path / "sites" / site))
             payload = sum(event["payload_bytes"] for event in audit)
-            letter = sum(event["framed_bytes"] for event in audit)
+            message = sum(event["framed_bytes"] for event in audit)
             traffic = [event for event in seen if event["what"] == "traffic" and event["client"] == site]
-            assert letter == sum(event["payload_down"] + event["payload_up"] for event in traffic)
-            framed = sum(event["framed_down"] + event["framed_up"] for event in traffic)
+            assert message == sum(event["payload_down"] + event["payload_up"] for event in traffic)
+            framed_bytes = sum(event["framed_down"] + event["framed_up"] for event in traffic)
             crossed = wire.up + wire.down
-            print(f"{site}, 4 rounds: payload {payload}, letters {letter}, framed {framed}, socket {crossed} bytes")
-            assert 0 < payload < letter < framed < crossed
+            print(
+                f"{site}, 4 rounds: payload {payload}, letters {message}, framed {framed_bytes}, socket {crossed} bytes"
+            )
+            assert 0 < payload < message < framed_bytes < crossed
             assert crossed < 300_000, "kilobytes: no model crosses (its weights alone have 362,496 bytes)"
 
         outside.setblocking(False)
@@ -287,7 +289,7 @@ def test_three_sites_with_certificates_give_the_same_bits_whatever_is_killed(tmp
     needs_nginx()
     sites = ["ward-1", "ward-2", "ward-3"]
     recipe = write_recipe(tmp_path, sites, 6)
-    run(load_recipe(recipe), out=tmp_path / "alone", say=lambda line: None)
+    run(load_recipe(recipe), out=tmp_path / "alone", log=lambda line: None)
     authority = Authority.create(tmp_path / "pki", ["localhost"])
     archives = {site: str(authority.issue(site)) for site in sites}
     serve = ("serve", "run.toml", "--out", "served", "--listen", f"127.0.0.1:{free_port()}")
@@ -318,15 +320,15 @@ def test_three_sites_with_certificates_give_the_same_bits_whatever_is_killed(tmp
             assert made.signal(site, signal.SIGTERM) == 130
             audit = list(read_audit(tmp_path / "sites" / site))
             crossed = sum(event["up_bytes"] + event["down_bytes"] for event in audit if event["what"] == "socket")
-            letter = sum(event["framed_bytes"] for event in audit if event["what"] != "socket")
-            print(f"{site}, by its own audit: letters {letter}, sockets {crossed} bytes")
-            assert letter < crossed
+            message = sum(event["framed_bytes"] for event in audit if event["what"] != "socket")
+            print(f"{site}, by its own audit: letters {message}, sockets {crossed} bytes")
+            assert message < crossed
         assert made.running() == []
 
 
 @pytest.mark.slow
 def test_a_killed_supervisor_takes_its_processes_along_and_another_package_is_refused(tmp_path: Path) -> None:
-    write_recipe(tmp_path, ["ward-1", "ward-2"], 2, clients={"per_round": 2, "min_answers": 1})
+    write_recipe(tmp_path, ["ward-1", "ward-2"], 2, clients={"per_round": 2, "min_clients": 1})
     authority = Authority.create(tmp_path / "pki", ["localhost"])
     archives = {site: str(authority.issue(site)) for site in ("ward-1", "ward-2")}
     port = free_port()

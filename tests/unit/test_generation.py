@@ -101,7 +101,7 @@ def test_an_answer_ends_before_the_first_stop_token() -> None:
 
 def test_a_tick_is_a_batch() -> None:
     ticks: list[None] = []
-    generate(talkative().model, prompts(7), {END}, 2, batch_size=3, tick=lambda: ticks.append(None))
+    generate(talkative().model, prompts(7), {END}, 2, batch_size=3, on_progress=lambda: ticks.append(None))
     assert len(ticks) == 3
 
 

@@ -10,14 +10,14 @@ from fedferret.core.log import Log
 
 
 def filled(
-    versions: int, record_bytes: int, snapshot_bytes: int, folder: Path | None = None, settle: bool = True
+    versions: int, record_bytes: int, snapshot_bytes: int, folder: Path | None = None, prune: bool = True
 ) -> Log:
     log = Log(folder)
     for version in range(1, versions + 1):
         snapshot = f"S{version}".encode().ljust(snapshot_bytes, b".")
         log.append(f"R{version}".encode().ljust(record_bytes, b"."), snapshot_bytes, lambda snapshot=snapshot: snapshot)
-        if settle:
-            log.settle()
+        if prune:
+            log.prune()
     return log
 
 
@@ -75,13 +75,13 @@ def test_the_version_before_stays_whole_until_the_new_one_is_settled(record_byte
     assert [back.since(version) for version in range(5)] == expected
     assert not list(tmp_path.glob("000005.*"))  # a crash's: gone
     back.append(b"R5".ljust(record_bytes, b"."), 1000, lambda: b"S5".ljust(1000, b"."))
-    back.settle()
+    back.prune()
     whole = filled(5, record_bytes, 1000)
     assert [back.since(version).size for version in range(6)] == [whole.since(version).size for version in range(6)]
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
-    filled(5, 400, 1000, tmp_path, settle=False)
+    filled(5, 400, 1000, tmp_path, prune=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     Log.read(tmp_path, 3)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

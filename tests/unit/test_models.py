@@ -215,12 +215,16 @@ def test_a_name_that_may_be_a_model_passes_the_check(name: str) -> None:
 
 
 def test_a_chat_template_is_found_wherever_a_folder_may_have_it(folder: Path) -> None:
-    assert models.chats("tiny") and models.chats("packaged:smollm2") and models.chats(str(folder))
+    assert (
+        models.has_chat_template("tiny")
+        and models.has_chat_template("packaged:smollm2")
+        and models.has_chat_template(str(folder))
+    )
     text = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
-    assert not models.chats(str(folder))
+    assert not models.has_chat_template(str(folder))
     edit(folder / "tokenizer_config.json", chat_template=text)
-    assert models.chats(str(folder))
+    assert models.has_chat_template(str(folder))
 
 
 def test_a_folder_without_or_with_a_broken_configuration_is_refused(folder: Path) -> None:

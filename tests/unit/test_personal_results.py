@@ -172,7 +172,7 @@ def test_without_a_global_model_each_owners_examples_meet_the_owners_model(
 ) -> None:
     recipe = replace(tiny_recipe(tmp_path, evaluation={"per_client": True}), algorithm=Alone(training=TRAINING))
     experiment = Experiment.load(recipe, log=lambda line: None)
-    state = experiment.begin()
+    state = experiment.initial_state()
     engine = experiment.engine(state)
     factors = {"Ann": 0.5, "Bo": 2.0}
     state.versions.update(dict.fromkeys(factors, 0))

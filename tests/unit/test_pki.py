@@ -209,15 +209,15 @@ def test_revoking_covers_every_certificate_of_the_name_and_forgets_its_keys(auth
     authority.renew("ward-7")
     assert authority.revoke("ward-7") == 2
     assert not list(authority.folder.glob("sites/ward-7*"))
-    listed = {one.serial for one in authority.standings() if one.revoked}
-    assert {one.name for one in authority.standings() if one.revoked} == {"ward-7"} and len(listed) == 2
+    listed = {one.serial for one in authority.statuses() if one.revoked}
+    assert {one.name for one in authority.statuses() if one.revoked} == {"ward-7"} and len(listed) == 2
     crl = subprocess.run(
         ["openssl", "crl", "-noout", "-verify", "-CAfile", "ca.crt", "-text", "-in", "revoked.crl"],
         cwd=authority.folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert crl.stdout.count("Serial Number") == 2 and "verify OK" in crl.stderr
     authority.issue("ward-7")
-    assert len({one.serial for one in authority.standings() if one.revoked}) == 2
+    assert len({one.serial for one in authority.statuses() if one.revoked}) == 2
     assert authority.revoke("ward-8") == 1 and authority.revoke("ward-7") == 1
 
 
@@ -228,7 +228,7 @@ def test_expiry_is_said_in_time_and_refused_after(tmp_path: Path) -> None:
     (notice,) = credentials.read_site(folder).notices
     assert "ward-7 expires in 24 days" in notice and "pki renew" in notice
     assert "fedferret pki renew server" in credentials.read_server(old.folder).notices[0]
-    assert [one.days_left for one in Authority(old.folder).standings()] == [359, 24, 24, 24]
+    assert [one.days_left for one in Authority(old.folder).statuses()] == [359, 24, 24, 24]
     with pytest.raises(UserError, match=r"certificate of ward-7 expired on 20\d\d-\d\d-\d\d: ask"):
         credentials.read_site(folder, clock=ago(-26))
     with pytest.raises(UserError, match=r"the server's certificate expired on .* renew server"):
@@ -248,7 +248,7 @@ def test_a_clock_that_is_somewhat_late_does_no_harm(authority: Authority) -> Non
 def test_no_certificate_outlives_its_authority(tmp_path: Path) -> None:
     late = Authority.create(tmp_path / "pki", HOSTS, validity=Validity(authority=100, certificate=365))
     late.issue("ward-7")
-    assert {one.days_left for one in late.standings()} == {99}
+    assert {one.days_left for one in late.statuses()} == {99}
 
 
 @pytest.mark.parametrize("name", ["", "Ward", "-ward", "ward-", "ward 7", "../ward", "ward_7", "w" * 64, "wärd", "a.b"])

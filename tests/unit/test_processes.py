@@ -20,7 +20,7 @@ import tomli_w
 
 from fedferret.core.errors import RunError, UserError
 from fedferret.engines.processes import Processes
-from fedferret.engines.transport import Delivery
+from fedferret.engines.transport import Received
 from fedferret.runner import run
 from fedferret.tracking.audit import read_audit
 from fedferret.tracking.events import read
@@ -55,12 +55,12 @@ class Disturbed:
     def __init__(self, transport: Processes, meddle: Any) -> None:
         self.transport, self.meddle, self.number = transport, meddle, 0
 
-    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+    def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         self.number += 1
         self.meddle(self, "before", None)
-        for delivery in self.transport.exchange(letters, deadline):
-            self.meddle(self, "delivery", delivery)
-            yield delivery
+        for received in self.transport.exchange(messages, deadline):
+            self.meddle(self, "delivery", received)
+            yield received
 
     def close(self) -> None:
         self.transport.close()
@@ -80,7 +80,7 @@ def test_a_simulation_in_processes_has_the_bits_of_one(count: int, tmp_path: Pat
     run(several, tmp_path / "several", silent)
     assert log_of(tmp_path / "several", ROUNDS) == log_of(tmp_path / "one", ROUNDS)
     one, more = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "several"))
-    for figure in ("eval_loss", "bytes_up_by_round", "bytes_down_by_round", "train_loss_by_round", "yardsticks"):
+    for figure in ("eval_loss", "bytes_up_by_round", "bytes_down_by_round", "train_loss_by_round", "baselines"):
         assert one[figure] == more[figure]
     assert not residents_in(tmp_path)
 
@@ -91,15 +91,15 @@ def test_sites_have_the_bits_of_one_process_and_load_their_model_once(whole: Any
     recipe = sites_recipe(whole[0], write_sites(whole[0] / "sites"))
     run(recipe, tmp_path / "run", silent, transport=processes(folders), record=heard.append)
     assert log_of(tmp_path / "run", ROUNDS) == whole[1]
-    ids = {(event["client"], event["process"]) for event in heard if event["what"] == "answer"}
+    ids = {(event["client"], event["process"]) for event in heard if event["what"] == "ok"}
     assert len(ids) == 3 and len({process for _, process in ids}) == 3
     assert not any(alive(process) for _, process in ids)
     for name, folder in folders.items():
         lines = list(read_audit(folder))
-        assert [line["what"] for line in lines] == ["order", "answer"] * ROUNDS
+        assert [line["what"] for line in lines] == ["request", "ok"] * ROUNDS
         told = [event["framed_bytes"] for event in heard if event["client"] == name]
         assert [line["framed_bytes"] for line in lines] == told
-        assert {line["data"] for line in lines if line["what"] == "answer"} != {""}
+        assert {line["data"] for line in lines if line["what"] == "ok"} != {""}
         assert (folder / "trainer.sock").exists() and not list(folder.rglob(".*.record.*"))
 
 
@@ -120,9 +120,9 @@ def test_a_site_killed_in_its_training_is_started_again_and_counted(whole: Any, 
     folders = write_sites(tmp_path / "sites")
     killed: list[int] = []
 
-    def kill(link: Disturbed, when: str, delivery: Any) -> None:
+    def kill(link: Disturbed, when: str, received: Any) -> None:
         if when == "delivery" and len(killed) < ROUNDS - 1 and link.number == len(killed) + 2:
-            site = next(name for name in link.transport.process_ids if name != delivery.site)
+            site = next(name for name in link.transport.process_ids if name != received.site)
             killed.append(link.transport.process_ids[site])
             os.kill(killed[-1], signal.SIGKILL)
 
@@ -138,7 +138,7 @@ def test_a_silent_site_costs_the_deadline_and_comes_back_with_what_it_missed(tmp
     recipe = sites_recipe(tmp_path, folders, rounds=4, execution={"deadline": 90.0})
     stopped: list[int] = []
 
-    def stop(link: Disturbed, when: str, delivery: Any) -> None:
+    def stop(link: Disturbed, when: str, received: Any) -> None:
         if when == "before" and link.number == 2:  # everybody has been started: a short deadline will do
             stopped.append(link.transport.process_ids["bo"])
             os.kill(stopped[0], signal.SIGSTOP)
@@ -146,15 +146,15 @@ def test_a_silent_site_costs_the_deadline_and_comes_back_with_what_it_missed(tmp
             os.kill(stopped[0], signal.SIGCONT)
 
     class Impatient(Disturbed):
-        def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
-            return super().exchange(letters, 8.0 if self.number in (1, 2) else deadline)
+        def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
+            return super().exchange(messages, 8.0 if self.number in (1, 2) else deadline)
 
     heard: list[Any] = []
     run(recipe, tmp_path / "run", silent, transport=Impatient(processes(folders), stop), record=heard.append)
     found = failures(tmp_path / "run")
     assert list(found) == [2, 3] and {entry[0][0] for entry in found.values()} == {"bo"}
     assert all(entry[0][1].startswith("no answer within 8 s") for entry in found.values())
-    back = [event for event in heard if event["client"] == "bo" and event["what"] == "answer"]
+    back = [event for event in heard if event["client"] == "bo" and event["what"] == "ok"]
     assert [event["round"] for event in back] == [1, 4] and {event["process"] for event in back} == {stopped[0]}
     assert not residents_in(tmp_path)
 
@@ -166,7 +166,7 @@ def test_a_killed_worker_of_a_simulation_is_replaced_and_its_clients_run_again(t
     run(recipe, tmp_path / "one", silent)
     several = replace(recipe, execution=replace(recipe.execution, engine="processes"))
     experiment = Experiment.load(several, tmp_path / "several", silent)
-    state = experiment.begin()
+    state = experiment.initial_state()
     engine: Any = experiment.engine(state)
     killed = []
     try:

@@ -63,7 +63,7 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
     run(recipe, tmp_path / "one", silent)
     several = replace(recipe, execution=replace(recipe.execution, engine="ray", workers=2, worker_cpus=0.5))
     experiment = Experiment.load(several, tmp_path / "several", silent)
-    state = experiment.begin()
+    state = experiment.initial_state()
     heard: list[Any] = []
     engine: Any = experiment.engine(state, record=heard.append)
     processes: set[int] = set()
@@ -74,14 +74,14 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
             if record.round == 1:
                 assert listening(processes | {os.getpid()}) == {"127.0.0.1"}
             if record.round == 2:
-                (lost, *_) = {event["process"] for event in heard if event["what"] == "answer" and event["round"] == 2}
+                (lost, *_) = {event["process"] for event in heard if event["what"] == "ok" and event["round"] == 2}
                 os.kill(lost, signal.SIGKILL)
     finally:
         engine.close()
     assert log_of(tmp_path / "several", ROUNDS) == log_of(tmp_path / "one", ROUNDS)
     workers: dict[int, set[int]] = defaultdict(set)
     for event in heard:
-        if event["what"] == "answer":
+        if event["what"] == "ok":
             workers[event["round"]].add(event["process"])
     assert workers[1] == workers[2] and len(workers[1]) == 2  # resident: the model was loaded once
     assert lost not in workers[3]
@@ -115,7 +115,7 @@ def play(recipe: Any, folder: Path) -> list[RoundRecord]:
     """The run's rounds, on one actor."""
     execution = replace(recipe.execution, engine="ray", workers=1)
     experiment = Experiment.load(replace(recipe, execution=execution), folder, silent)
-    state = experiment.begin()
+    state = experiment.initial_state()
     engine = experiment.engine(state)
     try:
         return list(experiment.play(state, engine))

@@ -14,7 +14,7 @@ import pytest
 
 from contract.methods import METHODS, reference, rounds_of
 from fedferret.engines.envelope import Envelope
-from fedferret.engines.transport import Delivery, Receipt
+from fedferret.engines.transport import Received, Response
 from fedferret.wire import codec
 from toy_sites import Direct, simulate_sites, sites, toy_trainer, workers
 from toys import Simulation, toy_clients
@@ -39,15 +39,17 @@ def test_every_method_over_workers_has_the_bits_of_one_process_private_states_to
     assert run.memory == reference(name).memory
 
 
-Change = Callable[[Receipt], Any]
+Change = Callable[[Response], Any]
 
 
 def changed(**fields: Any) -> Change:
-    return lambda receipt: codec.encode(replace(receipt, **fields))
+    return lambda response: codec.encode(replace(response, **fields))
 
 
 def enveloped(change: Callable[[Envelope], Any]) -> Change:
-    return lambda receipt: codec.encode(replace(receipt, content=codec.encode(change(codec.decode(receipt.content)))))
+    return lambda response: codec.encode(
+        replace(response, content=codec.encode(change(codec.decode(response.content))))
+    )
 
 
 def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulation, list[str]]:
@@ -57,7 +59,7 @@ def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulati
     def misbehaving(data: Any) -> Direct:
         transport = sites(METHODS["ferret"], 4, tmp_path)(data)
 
-        def tamper(site: str, letter: bytes, content: bytes) -> list[Any]:
+        def tamper(site: str, message: bytes, content: bytes) -> list[Any]:
             if site != "ab":
                 return [content]
             sent = change(codec.decode(content))
@@ -68,7 +70,7 @@ def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulati
 
     data = toy_clients()
     data |= {"ab": data["a"]}
-    return simulate_sites(METHODS["ferret"], 4, misbehaving, data=data, say=said.append, **options), said
+    return simulate_sites(METHODS["ferret"], 4, misbehaving, data=data, log=said.append, **options), said
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,8 @@ def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulati
         (lambda r: codec.encode(r)[:-9], "checksum differs"),
         (lambda r: codec.encode(7), "a int came where a Receipt was expected"),
         (lambda r: codec.encode(r.content), "a bytes came where a Receipt was expected"),
-        (changed(content=None), "content of a received Receipt is no bytes"),
-        (changed(version="newest"), "version of a received Receipt is no int"),
+        (changed(content=None), "content of a received Response is no bytes"),
+        (changed(version="newest"), "version of a received Response is no int"),
         (changed(outcome="perhaps"), "'perhaps', which means nothing"),
         (changed(round=1, ticket="old"), "answered an order of round 1 that is over"),
         (changed(client="a"), "answered for a in round"),
@@ -91,7 +93,7 @@ def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulati
         (changed(content=b"x" * (2 << 20)), "no answer of this run has more than"),
         (changed(outcome="refused", reason="no\nlight\x1b[31m"), "^no light�.31m$"),
         (changed(outcome="refused", reason="ha" * 9999), "^(ha){150}$"),
-        (lambda r: Delivery("ab", None, "connection lost"), "^connection lost$"),
+        (lambda r: Received("ab", None, "connection lost"), "^connection lost$"),
         (lambda r: [], "^no answer before the deadline$"),
         (enveloped(lambda e: e.payload), "where an Envelope was expected"),
         (
@@ -124,7 +126,7 @@ def test_whatever_a_site_sends_is_one_failure_and_the_others_run_goes_on(
 
 def test_a_second_answer_counts_for_nothing_and_is_said(tmp_path: Path) -> None:
     once, _ = with_guest(tmp_path / "once", codec.encode)
-    twice, said = with_guest(tmp_path / "twice", lambda receipt: [codec.encode(receipt)] * 2)
+    twice, said = with_guest(tmp_path / "twice", lambda response: [codec.encode(response)] * 2)
     assert twice.public == once.public and twice.history() == once.history()
     assert said == [f"ab: a second answer in round {number}; ignored" for number in range(1, 5)]
 
@@ -134,7 +136,7 @@ def test_a_good_copy_after_a_late_or_damaged_one_counts(tmp_path: Path) -> None:
     for number, bad in enumerate((b"garbage", None)):
         late, _ = with_guest(
             tmp_path / str(number),
-            lambda receipt, bad=bad: [bad or codec.encode(replace(receipt, ticket="old")), codec.encode(receipt)],
+            lambda response, bad=bad: [bad or codec.encode(replace(response, ticket="old")), codec.encode(response)],
         )
         assert late.public == once.public and late.history() == once.history()
 
@@ -142,7 +144,7 @@ def test_a_good_copy_after_a_late_or_damaged_one_counts(tmp_path: Path) -> None:
 def test_an_answer_of_a_site_that_was_not_asked_is_ignored_and_said(tmp_path: Path) -> None:
     once, _ = with_guest(tmp_path / "once", codec.encode)
     run, said = with_guest(
-        tmp_path / "run", lambda receipt: [Delivery("stranger", codec.encode(receipt)), codec.encode(receipt)]
+        tmp_path / "run", lambda response: [Received("stranger", codec.encode(response)), codec.encode(response)]
     )
     assert run.public == once.public
     assert said == ["stranger: a letter came from a site that was asked nothing; ignored"] * 4
@@ -152,11 +154,11 @@ def test_a_site_whose_replica_differs_is_named_rebuilds_once_and_counts(tmp_path
     once, _ = with_guest(tmp_path / "once", codec.encode)
     spoilt: list[int] = []
 
-    def spoil(receipt: Receipt) -> Any:
-        if receipt.round == 3 and not spoilt:
+    def spoil(response: Response) -> Any:
+        if response.round == 3 and not spoilt:
             spoilt.append(1)
-            return codec.encode(replace(receipt, fingerprint="f" * 64))
-        return codec.encode(receipt)
+            return codec.encode(replace(response, fingerprint="f" * 64))
+        return codec.encode(response)
 
     run, said = with_guest(tmp_path / "run", spoil)
     assert run.public == once.public and run.history() == once.history()
@@ -172,7 +174,7 @@ def test_a_site_that_still_differs_after_rebuilding_is_a_failure_that_says_so(tm
 
 
 def test_a_site_that_always_lacks_something_is_given_up_in_its_round(tmp_path: Path) -> None:
-    run, _ = with_guest(tmp_path, changed(outcome="lacks", reason="records"))
+    run, _ = with_guest(tmp_path, changed(outcome="missing", reason="records"))
     assert run.public == reference("ferret").public
     assert run.records[0].failures[0].reason == "still lacks its records after it was sent"
 
@@ -183,8 +185,8 @@ def test_a_site_that_lost_its_folder_is_sent_everything_and_counts(tmp_path: Pat
     def losing(data: Any) -> Direct:
         transport = sites(METHODS["ferret"], 4, tmp_path / "old")(data)
 
-        def lose(site: str, letter: bytes, content: bytes) -> list[bytes]:
-            if site == "b" and codec.decode(content).round == 2 and codec.decode(content).outcome == "answer":
+        def lose(site: str, message: bytes, content: bytes) -> list[bytes]:
+            if site == "b" and codec.decode(content).round == 2 and codec.decode(content).outcome == "ok":
                 transport.trainers["b"] = toy_trainer(METHODS["ferret"], 4, {"b": data["b"]}, tmp_path / "new", "b")
             return [content]
 
@@ -206,10 +208,10 @@ def test_a_site_that_lost_its_folder_is_sent_everything_and_counts(tmp_path: Pat
 def test_an_order_costs_the_log_and_a_few_hundred_bytes(tmp_path: Path) -> None:
     events: list[Any] = []
     simulate_sites(METHODS["ferret"], 4, sites(METHODS["ferret"], 4, tmp_path), record=events.append)
-    orders = [event for event in events if event["what"] == "order"]
-    answers = [event for event in events if event["what"] == "answer"]
-    assert len(orders) == len(answers) == 12
-    assert all(0 < event["framed_bytes"] - event["payload_bytes"] < 600 for event in orders + answers)
+    requests = [event for event in events if event["what"] == "request"]
+    answers = [event for event in events if event["what"] == "ok"]
+    assert len(requests) == len(answers) == 12
+    assert all(0 < event["framed_bytes"] - event["payload_bytes"] < 600 for event in requests + answers)
     assert {event["version"] for event in answers} == {0, 1, 2, 3}
 
 
@@ -227,11 +229,11 @@ sys.path.insert(0, {tests!r})
 import torch
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.core.algorithm import Task
-from fedferret.core.rounds import Plan, begin, run
+from fedferret.core.rounds import Plan, initial_state, run
 from fedferret.core.log import Log
 from fedferret.engines.envelope import Envelope
 from fedferret.engines.remote import Remote
-from fedferret.engines.transport import Delivery, Receipt
+from fedferret.engines.transport import Received, Response
 from fedferret.algorithms.fedavg import Delta
 from fedferret.wire import codec
 from toy_sites import BASE, RECIPE
@@ -241,19 +243,20 @@ model = torch.nn.Linear(1 << 11, 1 << 10)  # 8 MB of weights
 delta = Delta({{name: torch.full_like(weight, 1e-3).detach() for name, weight in model.named_parameters()}})
 
 class Sites:
-    def exchange(self, letters, deadline):
-        for name in reversed(list(letters)):  # the first of the cohort comes last: all others wait for it
-            order = codec.decode(letters[name])
+    def exchange(self, messages, deadline):
+        for name in reversed(list(messages)):  # the first of the cohort comes last: all others wait for it
+            request = codec.decode(messages[name])
             content = codec.encode(Envelope(delta, 1.0, {{}}))
-            receipt = Receipt(order.run, order.round, order.ticket, name, "answer", order.version, order.fingerprint, 1,
+            head = request.run, request.round, request.ticket, name
+            response = Response(*head, "ok", request.version, request.fingerprint, 1,
                               content, "", b"")
-            yield Delivery(name, codec.encode(receipt))
+            yield Received(name, codec.encode(response))
     def close(self): pass
 
 names = [f"site-{{number}}" for number in range({count})]
 method = FedAvg(training=TRAINING)
 task = Task(model, squared_error, 2)
-state = begin(task, method, 1, Log())
+state = initial_state(task, method, 1, Log())
 engine = Remote(Sites(), codec, recipe=RECIPE, base=BASE, deadline=60.0)
 for record in run(task, method, engine, codec, names, state, Plan(1, 2, {count})):
     assert len(record.metrics) == {count}

@@ -94,7 +94,7 @@ def test_names_from_the_data_never_become_markup(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     start(log, method=NASTY, model=NASTY, data=NASTY, rounds=1)
     log.write("evaluation", round=0, results={NASTY: {"loss": 2.0, "perplexity": 7.4, "tokens": 1}}, seconds=1.0)
-    log.write("yardstick", name=NASTY, loss=3.0, per_client={})
+    log.write("baseline", name=NASTY, loss=3.0, per_client={})
     log.write("round", **round_fields(record(1, failing=(NASTY,))))
     log.write("evaluation", round=1, results={NASTY: {"loss": 1.0, "perplexity": 2.7, "tokens": 1}}, seconds=1.0)
     page = report(tmp_path)

@@ -44,7 +44,7 @@ data = {"source": "sites", "sites": ["ward-1", "ward-2"]}
 recipe = from_tables({"seed": 1, "rounds": 3, "model": {"name": sys.argv[1]}, "data": data, "clients": {"per_round": 2},
                       "algorithm": {"name": "ferret", "preset": "one-bit", "coordinates": 1024}})
 experiment = Experiment.load(recipe, Path(sys.argv[2]), lambda line: None, Sites())
-state = experiment.begin()
+state = experiment.initial_state()
 most = 0
 for record in experiment.play(state, experiment.engine(state)):
     assert len(record.metrics) == 2, record.failures

@@ -49,13 +49,13 @@ def test_its_tokenizer_splits_as_its_donor_and_loses_no_text(small: LanguageMode
     assert len(ids) > len(donor(text)["input_ids"])
 
 
-@pytest.mark.parametrize("learn", ["responses", "everything"])
-def test_what_a_recipe_learns_is_what_its_training_labels(small: LanguageModel, learn: str) -> None:
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_what_a_recipe_trains_on_is_what_its_training_labels(small: LanguageModel, train_on: str) -> None:
     settings = recipe(
         rounds=1,
         model={"name": "small"},
         data={"source": "chitchat"},
-        text={"learn": learn},
+        text={"train_on": train_on},
         clients={"per_round": 1},
         algorithm={"name": "fedavg"},
     )
@@ -65,7 +65,9 @@ def test_what_a_recipe_learns_is_what_its_training_labels(small: LanguageModel, 
     (evaluated,) = experiment.tokens.held_out("held out").batches(1, None)
     responses = int((evaluated.labels != IGNORED).sum())
     assert responses < evaluated.labels.numel() - 1  # what is held out is scored on its responses, always
-    assert int((trained.labels != IGNORED).sum()) == (responses if learn == "responses" else trained.labels.numel() - 1)
+    assert int((trained.labels != IGNORED).sum()) == (
+        responses if train_on == "completions" else trained.labels.numel() - 1
+    )
     assert torch.equal(trained.input_ids, evaluated.input_ids)
 
 

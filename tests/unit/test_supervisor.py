@@ -55,7 +55,7 @@ def tend_until(supervisor: Supervisor, so: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not so():
         assert time.monotonic() < end
-        supervisor.tend()
+        supervisor.poll()
         time.sleep(0.01)
 
 
@@ -89,11 +89,11 @@ def test_a_part_that_ends_again_and_again_is_said_to_once_and_waited_for_longer(
     pauses = []
     for _ in range(5):
         wait_until(lambda: supervisor.code("one") is not None)
-        supervisor.tend()  # notes that it ended
+        supervisor.poll()  # notes that it ended
         since = clock[0]
         while supervisor.code("one") is None and supervisor.process("one") is None and clock[0] - since < 100:
             clock[0] += 0.5
-            supervisor.tend()
+            supervisor.poll()
         pauses.append(clock[0] - since)
     assert pauses == [2, 4, 8, 15, 15]
     assert said == ["one ended with code 3: no"]

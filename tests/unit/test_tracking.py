@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert run.start["model"] == "tiny"
     assert [run.evaluations[number].loss for number in range(5)] == [5.0, 4.75, 4.5, 4.25, 4.0]
     assert run.evaluations[0].results["held-out people"]["loss"] == 5.5
-    assert run.yardsticks["local-only"].per_client == {"ann": 4.4, NASTY: 4.6}
+    assert run.baselines["local-only"].per_client == {"ann": 4.4, NASTY: 4.6}
     second = record(2, failing=("bob",))
     assert run.rounds[2].clients == second.cohort
     assert run.failures == [(2, second.failures[0])]
@@ -116,7 +116,7 @@ def test_the_summary_adds_up(tmp_path: Path) -> None:
     assert summary["eval_rounds"] == [0, 1, 2, 3, 4]
     assert summary["eval_loss"] == [5.0, 4.75, 4.5, 4.25, 4.0] == summary["eval"]["held-out rows"]
     assert summary["eval"]["held-out people"][0] == 5.5
-    assert summary["yardsticks"] == {"untuned": 5.0, "local-only": 4.5}
+    assert summary["baselines"] == {"untuned": 5.0, "local-only": 4.5}
     assert summary["bytes_up_by_round"] == [30, 20, 30, 30]
     assert (summary["bytes_up"], summary["bytes_down"]) == (110, 84)
     assert summary["bytes_fedavg"] == 4 * PARAMETERS * (11 + 12)

@@ -20,7 +20,7 @@ from fedferret.engines.in_process import InProcess
 from fedferret.engines.resident import open_trainer
 from fedferret.engines.site import Site, check_data, read_site
 from fedferret.engines.trainer import Trainer
-from fedferret.engines.transport import Order, Receipt
+from fedferret.engines.transport import Request, Response
 from fedferret.tracking.audit import Audit, read_audit
 from fedferret.wire import codec
 from toy_sites import BASE, RECIPE, simulate_sites, sites, toy_trainer
@@ -47,9 +47,9 @@ class Server:
     log: Log
     fingerprints: list[str]
 
-    def order(self, version: int, since: int = 0, **changes: Any) -> bytes:
+    def request(self, version: int, since: int = 0, **changes: Any) -> bytes:
         """The order that brings a site from ``since`` to ``version`` and has "a" play the round after it."""
-        order = Order(
+        request = Request(
             run=RUN,
             recipe=RECIPE,
             base=BASE,
@@ -65,7 +65,7 @@ class Server:
             rebuild=False,
             private=b"",
         )
-        return codec.encode(replace(order, **changes))
+        return codec.encode(replace(request, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def server() -> Server:
     from fedferret.core.pooling import tensors
 
     task = toy_task(ROUNDS, METHOD)
-    state: RunState = rounds.begin(task, METHOD, 3, Unfolded())
+    state: RunState = rounds.initial_state(task, METHOD, 3, Unfolded())
     fingerprints = [tree.digest(tensors(state.public))]
     engine = InProcess(DATA, codec)
     for record in rounds.run(task, METHOD, engine, codec, list(DATA), state, rounds.Plan(3, ROUNDS, 3)):
@@ -83,15 +83,15 @@ def server() -> Server:
     return Server(state.log, fingerprints)
 
 
-def ask(trainer: Trainer, letter: bytes) -> Receipt:
-    receipt = codec.decode(trainer.answer(letter))
-    assert isinstance(receipt, Receipt)
-    return receipt
+def ask(trainer: Trainer, message: bytes) -> Response:
+    response = codec.decode(trainer.handle(message))
+    assert isinstance(response, Response)
+    return response
 
 
-def payload(receipt: Receipt) -> bytes:
+def payload(response: Response) -> bytes:
     """What a receipt brings, without how long it took."""
-    return codec.encode(codec.decode(receipt.content).payload)
+    return codec.encode(codec.decode(response.content).payload)
 
 
 def trainer(folder: Path | None, **options: Any) -> Trainer:
@@ -99,57 +99,57 @@ def trainer(folder: Path | None, **options: Any) -> Trainer:
 
 
 def test_an_answer_depends_on_nothing_but_the_order_and_the_sites_own_past(server: Server, tmp_path: Path) -> None:
-    whole = [ask(site, server.order(version)) for site in [trainer(tmp_path / "one")] for version in range(3)]
-    restarted = [ask(trainer(tmp_path / "two"), server.order(version)) for version in range(3)]
-    assert [payload(receipt) for receipt in restarted] == [payload(receipt) for receipt in whole]
-    assert {receipt.outcome for receipt in whole} == {"answer"}
-    assert [receipt.fingerprint for receipt in whole] == server.fingerprints[:3]
+    whole = [ask(site, server.request(version)) for site in [trainer(tmp_path / "one")] for version in range(3)]
+    restarted = [ask(trainer(tmp_path / "two"), server.request(version)) for version in range(3)]
+    assert [payload(response) for response in restarted] == [payload(response) for response in whole]
+    assert {response.outcome for response in whole} == {"ok"}
+    assert [response.fingerprint for response in whole] == server.fingerprints[:3]
 
 
 def test_the_same_order_twice_has_the_same_answer_and_the_new_ticket(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
-    first, second = ask(site, server.order(1)), ask(site, server.order(1, ticket="another"))
-    fresh = ask(trainer(tmp_path), server.order(1))
+    first, second = ask(site, server.request(1)), ask(site, server.request(1, ticket="another"))
+    fresh = ask(trainer(tmp_path), server.request(1))
     assert first.content == second.content and payload(fresh) == payload(first)
     assert (first.ticket, second.ticket) == ("t", "another")
 
 
 def test_a_restarted_trainer_rebuilds_from_base_and_its_own_log(server: Server, tmp_path: Path) -> None:
-    ask(trainer(tmp_path), server.order(3))
-    again = ask(trainer(tmp_path), server.order(3, since=3, recipe=""))
-    assert (again.outcome, again.version, again.fingerprint) == ("answer", 3, server.fingerprints[3])
+    ask(trainer(tmp_path), server.request(3))
+    again = ask(trainer(tmp_path), server.request(3, since=3, recipe=""))
+    assert (again.outcome, again.version, again.fingerprint) == ("ok", 3, server.fingerprints[3])
 
 
 def test_a_site_says_what_it_lacks_and_is_content_with_that(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
-    assert ask(site, server.order(2, recipe="")).reason == "recipe"
-    lacking = ask(site, server.order(2, since=2))
-    assert (lacking.outcome, lacking.reason, lacking.version) == ("lacks", "records", 0)
-    assert ask(site, server.order(2)).outcome == "answer"
-    missed = ask(site, server.order(4, since=3, recipe=""))
-    assert (missed.outcome, missed.reason, missed.version) == ("lacks", "records", 2)
-    assert ask(site, server.order(4, since=1, recipe="")).outcome == "answer"  # records it has already do no harm
+    assert ask(site, server.request(2, recipe="")).reason == "recipe"
+    missing = ask(site, server.request(2, since=2))
+    assert (missing.outcome, missing.reason, missing.version) == ("missing", "records", 0)
+    assert ask(site, server.request(2)).outcome == "ok"
+    missed = ask(site, server.request(4, since=3, recipe=""))
+    assert (missed.outcome, missed.reason, missed.version) == ("missing", "records", 2)
+    assert ask(site, server.request(4, since=1, recipe="")).outcome == "ok"  # records it has already do no harm
 
 
 def test_a_private_state_is_the_one_of_the_round_that_was_counted(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
-    ask(site, server.order(0))
-    kept = payload(ask(site, server.order(1, counted=1)))
-    assert payload(ask(trainer(tmp_path), server.order(1, counted=1))) == kept  # whatever it has done since
-    assert payload(ask(site, server.order(1, counted=0))) != kept
+    ask(site, server.request(0))
+    kept = payload(ask(site, server.request(1, counted=1)))
+    assert payload(ask(trainer(tmp_path), server.request(1, counted=1))) == kept  # whatever it has done since
+    assert payload(ask(site, server.request(1, counted=0))) != kept
     assert len(list(tmp_path.rglob("*.state"))) == 1
 
 
 def test_a_site_keeps_its_private_state_to_itself(server: Server, tmp_path: Path) -> None:
-    assert ask(trainer(tmp_path), server.order(0)).private == b""
-    simulated = ask(trainer(None), server.order(0))
+    assert ask(trainer(tmp_path), server.request(0)).private == b""
+    simulated = ask(trainer(None), server.request(0))
     assert simulated.private and not list(tmp_path.glob("runs/*/nothing"))
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "another record", "emptied"])
 def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server, tmp_path: Path) -> None:
     events: list[Any] = []
-    ask(trainer(tmp_path), server.order(3))
+    ask(trainer(tmp_path), server.request(3))
     record = tmp_path / "runs" / RUN[:16] / "log" / "000002.record"
     content = record.read_bytes()
     damaged = {
@@ -160,57 +160,57 @@ def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server
     }
     record.write_bytes(damaged[kind])
     site = trainer(tmp_path, record=events.append)
-    lacking = ask(site, server.order(3, since=3, recipe=""))
-    assert (lacking.reason, lacking.version) == ("records", 1)
+    missing = ask(site, server.request(3, since=3, recipe=""))
+    assert (missing.reason, missing.version) == ("records", 1)
     assert "000002.record is damaged" in events[-1]["note"]
-    assert ask(site, server.order(3, since=1, recipe="")).fingerprint == server.fingerprints[3]
-    assert ask(trainer(tmp_path), server.order(3, since=3, recipe="")).outcome == "answer"
+    assert ask(site, server.request(3, since=1, recipe="")).fingerprint == server.fingerprints[3]
+    assert ask(trainer(tmp_path), server.request(3, since=3, recipe="")).outcome == "ok"
 
 
 def test_a_damaged_private_state_is_named_and_begun_again(server: Server, tmp_path: Path) -> None:
     events: list[Any] = []
-    ask(trainer(tmp_path), server.order(0))
+    ask(trainer(tmp_path), server.request(0))
     (state,) = tmp_path.rglob("*.state")
     state.write_bytes(b"spoilt")
-    assert ask(trainer(tmp_path, record=events.append), server.order(1)).outcome == "answer"
+    assert ask(trainer(tmp_path, record=events.append), server.request(1)).outcome == "ok"
     assert "the private state of round 1 is damaged" in events[-1]["note"]
 
 
 def test_another_base_is_named(server: Server, tmp_path: Path) -> None:
-    receipt = ask(trainer(tmp_path, base="f" * 64), server.order(0))
-    assert receipt.outcome == "refused"
-    assert f"the base model here has SHA-256 ffffffffffff…, and the run began from {BASE[:12]}…" in receipt.reason
+    response = ask(trainer(tmp_path, base="f" * 64), server.request(0))
+    assert response.outcome == "refused"
+    assert f"the base model here has SHA-256 ffffffffffff…, and the run began from {BASE[:12]}…" in response.reason
 
 
 def test_a_replica_with_another_hash_says_so_and_is_rebuilt_on_demand(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
-    differing = ask(site, server.order(2, fingerprint="f" * 64))
-    assert (differing.outcome, differing.reason) == ("lacks", "replica")
-    rebuilt = ask(site, server.order(2, rebuild=True))
-    assert (rebuilt.outcome, rebuilt.fingerprint) == ("answer", server.fingerprints[2])
+    differing = ask(site, server.request(2, fingerprint="f" * 64))
+    assert (differing.outcome, differing.reason) == ("missing", "replica")
+    rebuilt = ask(site, server.request(2, rebuild=True))
+    assert (rebuilt.outcome, rebuilt.fingerprint) == ("ok", server.fingerprints[2])
 
 
 def test_an_order_that_is_over_leaves_the_replica_alone(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
-    ask(site, server.order(3))
+    ask(site, server.request(3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    late = ask(site, server.order(1))
-    assert (late.outcome, late.version) == ("lacks", 3)
+    late = ask(site, server.request(1))
+    assert (late.outcome, late.version) == ("missing", 3)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert ask(site, server.order(3, since=3)).outcome == "answer"
+    assert ask(site, server.request(3, since=3)).outcome == "ok"
 
 
 @pytest.mark.parametrize(
-    ("letter", "reason"),
+    ("message", "reason"),
     [
         (b"", "message of 0 bytes"),
         (b"garbage that is no letter", "not a fedferret message"),
         (codec.encode(7), "a int came where an Order was expected"),
     ],
 )
-def test_what_is_no_order_is_refused_in_words(letter: bytes, reason: str, tmp_path: Path) -> None:
-    receipt = ask(trainer(tmp_path), letter)
-    assert receipt.outcome == "refused" and reason in receipt.reason
+def test_what_is_no_order_is_refused_in_words(message: bytes, reason: str, tmp_path: Path) -> None:
+    response = ask(trainer(tmp_path), message)
+    assert response.outcome == "refused" and reason in response.reason
     assert not list(tmp_path.rglob("*.record"))
 
 
@@ -220,9 +220,9 @@ def test_what_is_no_order_is_refused_in_words(letter: bytes, reason: str, tmp_pa
         ({"run": "../../etc"}, "names no run"),
         ({"round": 0}, "names no run, round or version"),
         ({"since": 9}, "names no run, round or version"),
-        ({"records": "many"}, "records of a received Order is no tuple"),
+        ({"records": "many"}, "records of a received Request is no tuple"),
         ({"records": (b"garbage, no record",), "version": 1}, "not a fedferret message"),
-        ({"records": (7,), "version": 1}, "records of a received Order is no tuple[bytes, ...]"),
+        ({"records": (7,), "version": 1}, "records of a received Request is no tuple[bytes, ...]"),
         ({"recipe": "rounds = 1\n"}, "the recipe that came is not the one that the order names"),
         ({"client": "b"}, "this site plays a, and the order is for b"),
     ],
@@ -231,17 +231,17 @@ def test_an_order_that_cannot_be_is_refused_in_words(
     changes: Mapping[str, Any], reason: str, server: Server, tmp_path: Path
 ) -> None:
     site = trainer(tmp_path)
-    order = codec.decode(server.order(0))
-    receipt = ask(site, codec.encode(replace(order, **changes)))
-    assert receipt.outcome == "refused" and reason in receipt.reason
-    assert ask(site, server.order(1)).outcome == "answer"
+    request = codec.decode(server.request(0))
+    response = ask(site, codec.encode(replace(request, **changes)))
+    assert response.outcome == "refused" and reason in response.reason
+    assert ask(site, server.request(1)).outcome == "ok"
 
 
 def test_the_model_is_built_once_a_run(server: Server, tmp_path: Path) -> None:
     built: list[str] = []
     site = trainer(tmp_path, built=built)
     for version in range(4):
-        ask(site, server.order(version))
+        ask(site, server.request(version))
     assert built == [RECIPE]
 
 
@@ -258,27 +258,27 @@ def test_a_log_that_folds_leaves_one_snapshot_and_what_follows_it(name: str, tmp
 
 def test_the_audit_says_what_came_and_went_and_outlives_a_torn_line(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path, record=Audit(tmp_path))
-    letter = server.order(1)
-    size = len(site.answer(letter))
+    message = server.request(1)
+    size = len(site.handle(message))
     with (tmp_path / "audit.jsonl").open("ab") as file:
         file.write(b'{"what": "ord')
-    site.answer(b"garbage, no letter")
-    order, answer, refused = read_audit(tmp_path)
-    assert (order["what"], order["framed_bytes"], order["round"]) == ("order", len(letter), 2)
-    assert (answer["what"], answer["framed_bytes"], answer["version"]) == ("answer", size, 1)
+    site.handle(b"garbage, no letter")
+    request, answer, refused = read_audit(tmp_path)
+    assert (request["what"], request["framed_bytes"], request["round"]) == ("request", len(message), 2)
+    assert (answer["what"], answer["framed_bytes"], answer["version"]) == ("ok", size, 1)
     assert 0 < answer["payload_bytes"] < size and answer["data"] == "fingerprint of the data"
     assert refused["what"] == "refused" and "not a fedferret message" in refused["note"]
-    assert {order["privacy"], answer["privacy"]} == {"none"}
+    assert {request["privacy"], answer["privacy"]} == {"none"}
 
 
 def test_what_cannot_be_written_down_is_not_sent(server: Server, tmp_path: Path) -> None:
     def full(event: Mapping[str, Any]) -> None:
-        if event["what"] == "answer":
+        if event["what"] == "ok":
             raise OSError(28, "No space left on device")
 
-    receipt = ask(trainer(tmp_path, record=full), server.order(0))
-    assert (receipt.outcome, receipt.content) == ("refused", b"")
-    assert "cannot write its audit file: [Errno 28] No space left" in receipt.reason
+    response = ask(trainer(tmp_path, record=full), server.request(0))
+    assert (response.outcome, response.content) == ("refused", b"")
+    assert "cannot write its audit file: [Errno 28] No space left" in response.reason
 
 
 def write_site(folder: Path, settings: str, rows: str = '{"instruction": "The door?", "response": "Red."}\n') -> Path:
@@ -343,14 +343,14 @@ def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
     ).identity_toml()
     site = open_trainer(folder)
     run = hashlib.sha256(plan.encode()).hexdigest()
-    order = Order(run, plan, "f" * 64, "w", 1, "t", 0, "", 0, b"", (), 0, False, b"")
-    base = ask(site, codec.encode(order))
+    request = Request(run, plan, "f" * 64, "w", 1, "t", 0, "", 0, b"", (), 0, False, b"")
+    base = ask(site, codec.encode(request))
     assert "the base model here has SHA-256" in base.reason
     from fedferret import models
     from fedferret.core import tree
 
     fingerprint = tree.fingerprint(tree.parameters(models.load("tiny").model))
-    sent = site.answer(codec.encode(replace(order, base=fingerprint)))
-    assert codec.decode(sent).outcome == "answer"
+    sent = site.handle(codec.encode(replace(request, base=fingerprint)))
+    assert codec.decode(sent).outcome == "ok"
     for word in (b"Secret", b"Xyzzy", b"plugh"):
         assert word not in sent and word not in (folder / "audit.jsonl").read_bytes()

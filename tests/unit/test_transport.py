@@ -19,10 +19,10 @@ import pytest
 from fedferret.core.errors import UserError
 from fedferret.engines.relay import FrameError, address, call, receive, send
 from fedferret.engines.resident import listen, take
-from fedferret.engines.transport import Order, Receipt, check_fields
+from fedferret.engines.transport import Request, Response, check_fields
 from fedferret.wire import codec
 
-ORDER = Order("r" * 64, "", "b", "a", 1, "t", 0, "f", 0, b"", (b"one", b"two"), 0, False, b"")
+ORDER = Request("r" * 64, "", "b", "a", 1, "t", 0, "f", 0, b"", (b"one", b"two"), 0, False, b"")
 
 
 @contextmanager
@@ -45,9 +45,9 @@ def answering(path: Path, serve: Callable[[socket.socket], None]) -> Iterator[No
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 21) + 7])
 def test_a_letter_comes_back_as_it_went(size: int, tmp_path: Path) -> None:
-    letter = os.urandom(size)
+    message = os.urandom(size)
     with answering(tmp_path / "trainer.sock", lambda connection: send(connection, receive(connection)[::-1])):
-        assert call(tmp_path / "trainer.sock", letter, 30) == letter[::-1]
+        assert call(tmp_path / "trainer.sock", message, 30) == message[::-1]
 
 
 def test_a_frame_is_its_length_and_its_bytes(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_sites_supervisor_has_no_use_for_torch_and_flower() -> None:
 def test_letters_survive_the_codec_and_their_fields_are_checked() -> None:
     assert codec.decode(codec.encode(ORDER)) == ORDER
     check_fields(ORDER)
-    receipt = Receipt("r", 1, "t", "a", "answer", 0, "f", 1, b"", "", b"")
+    response = Response("r", 1, "t", "a", "ok", 0, "f", 1, b"", "", b"")
     for field, value in [("run", 1), ("round", True), ("content", "text"), ("version", 1.0), ("private", None)]:
-        with pytest.raises(ValueError, match=f"{field} of a received Receipt is no "):
-            check_fields(Receipt(**{**vars(receipt), field: value}))
+        with pytest.raises(ValueError, match=f"{field} of a received Response is no "):
+            check_fields(Response(**{**vars(response), field: value}))

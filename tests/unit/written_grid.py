@@ -10,7 +10,7 @@ from typing import Any
 from fedferret.comparison.commands import gather
 from fedferret.comparison.grid import Cell, Grid, resolve
 from fedferret.comparison.results import Comparison, RowResult
-from fedferret.comparison.standing import note
+from fedferret.comparison.run_status import note
 from fedferret.comparison.worker import Outcome
 from fedferret.core.files import write_atomically
 from fedferret.tracking.environment import write_environment

@@ -54,7 +54,7 @@ def write_run(folder: Path, rounds: int = 4, finished: bool = True) -> None:
     explain(folder)
     start(log)
     evaluate(log, 0, 5.0)
-    log.write("yardstick", name="local-only", loss=4.5, per_client={"ann": 4.4, NASTY: 4.6})
+    log.write("baseline", name="local-only", loss=4.5, per_client={"ann": 4.4, NASTY: 4.6})
     for number in range(1, rounds + 1):
         log.write("round", **round_fields(record(number, failing=("bob",) if number == 2 else ())))
         evaluate(log, number, 5.0 - 0.25 * number)

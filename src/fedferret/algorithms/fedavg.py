@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
+from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
@@ -72,22 +72,24 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         if {name: (delta.shape, delta.dtype) for name, delta in payload.delta.items()} != expected:
             raise ValueError("the change's tensors are not the model's: another model or version sent it")
 
-    def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
+    def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""
         return FedAvgPublic(task.store(tree.parameters(task.model))), None
 
-    def local(self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key) -> Reply[None, Delta]:
+    def client_update(
+        self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
+    ) -> ClientReply[None, Delta]:
         """Train on the client's data; send the change."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             metrics = self.train(task, public, data, key.fold("train"))
             delta = Delta(dict(change(public.weights, model)))
-        return Reply(delta, weight_of(data, self.weighting), None, metrics)
+        return ClientReply(delta, weight_of(data, self.weighting), None, metrics)
 
     def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> dict[str, float]:
         """The local steps, in place in ``task.model``; FedProx differs here alone."""
         return self.training.train(task, data, key)
 
-    def update(
+    def server_update(
         self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Delta], key: Key
     ) -> tuple[None, FedAvgEntry]:
         """The mean is the entry."""
@@ -101,5 +103,5 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:
         """The one global model."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             yield model

@@ -23,35 +23,35 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import FedAvgPublic
-from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
+from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
 from fedferret.bases.chunks import Chunked, num_bytes, num_scales, pack_tensors
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 from fedferret.local.first_order import FirstOrder
 
 
 @message
-class OpenChange:
+class DecodedDelta:
     """A change of every tensor, flat, fp32: what adds up."""
 
     tensors: tuple[Tensor, ...]
 
 
 @message
-class RoundedChange(Payload):
+class QuantizedDelta(Payload):
     """A client's change in few bits."""
 
     change: Chunked
 
-    def opened(self) -> OpenChange:  # type: ignore[override]
+    def decoded(self) -> DecodedDelta:  # type: ignore[override]
         """The numbers behind the bits."""
-        return OpenChange(self.change.unpack())
+        return DecodedDelta(self.change.unpack())
 
 
 @message
-class RoundedEntry:
+class QuantizedEntry:
     """The mean change in few bits, and the step to take along it."""
 
     change: Chunked
@@ -59,7 +59,7 @@ class RoundedEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, RoundedEntry, RoundedChange]):
+class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDelta]):
     """The weighted mean of changes of 8 bits a weight."""
 
     name: ClassVar[str] = "fedavg-8bit"
@@ -75,35 +75,35 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, RoundedEntry, RoundedChange
         up, down = (num_bytes(sizes, bits) + 4 * num_scales(sizes, bits) for bits in (self.bits, self.entry_bits))
         return WireCost(up, down)
 
-    def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
+    def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""
         return FedAvgPublic(task.store(tree.parameters(task.model))), None
 
-    def local(
+    def client_update(
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
-    ) -> Reply[None, RoundedChange]:
+    ) -> ClientReply[None, QuantizedDelta]:
         """Train on the client's data; send the change, rounded."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             metrics = self.training.train(task, data, key.fold("train"))
             deltas = (delta for _, delta in change(public.weights, model))
-            rounded = RoundedChange(pack_tensors(deltas, self.bits, key.fold("rounding")))
-        return Reply(rounded, weight_of(data, self.weighting), None, metrics)
+            rounded = QuantizedDelta(pack_tensors(deltas, self.bits, key.fold("rounding")))
+        return ClientReply(rounded, weight_of(data, self.weighting), None, metrics)
 
-    def accept(self, task: Task, public: FedAvgPublic, payload: RoundedChange) -> None:
+    def accept(self, task: Task, public: FedAvgPublic, payload: QuantizedDelta) -> None:
         """Refuse a change of other tensors or in other bits."""
         expected = (tuple(weight.numel() for weight in public.weights.values()), self.bits)
         if (payload.change.sizes, payload.change.bits) != expected:
             raise ValueError("the change's tensors are not the model's: another model or setting sent it")
 
-    def update(
-        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[RoundedChange], key: Key
-    ) -> tuple[None, RoundedEntry]:
+    def server_update(
+        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[QuantizedDelta], key: Key
+    ) -> tuple[None, QuantizedEntry]:
         """The mean, rounded once more."""
         mean: Any = pooled.only  # of what opened() gave
         rounded = pack_tensors(mean.tensors, self.entry_bits, key.fold("rounding"))
-        return None, RoundedEntry(rounded, self.server_learning_rate)
+        return None, QuantizedEntry(rounded, self.server_learning_rate)
 
-    def apply(self, task: Task, public: FedAvgPublic, entry: RoundedEntry) -> None:
+    def apply(self, task: Task, public: FedAvgPublic, entry: QuantizedEntry) -> None:
         """w <- w - η Δ, element by element."""
         for weight, delta in zip(public.weights.values(), entry.change.unpack(), strict=True):
             weight.sub_(delta.to(weight.device).view_as(weight) * entry.learning_rate)
@@ -111,5 +111,5 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, RoundedEntry, RoundedChange
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:
         """The one global model."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             yield model

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgPublic
-from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
-from fedferret.bases.largest import largest
+from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
 from fedferret.bases.positions import Positions, num_bytes, pack_positions
 from fedferret.bases.quantise import Packed, pack_vector
+from fedferret.bases.top_k import top_k
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Pooling, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
@@ -79,41 +79,41 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction={self.fraction}: must be above 0 and at most 1, which is FedAvg")
 
-    def kept(self, num_weights: int) -> int:
+    def num_kept(self, num_weights: int) -> int:
         """k."""
         return max(1, round(self.fraction * num_weights))
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
         """k values and positions up; down as many as the union has, at most N k: a bound. A residual of d is kept."""
         total = sum(math.prod(shape) for shape in shapes.values())
-        kept = self.kept(total)
-        union = min(cohort * kept, total)
+        num_kept = self.num_kept(total)
+        union = min(cohort * num_kept, total)
         # all but one of the positions cost more than all of them
-        down = num_bytes(min(union, total - 1), total) if kept < total else 0
-        up = kept * self.bits / 8 + num_bytes(kept, total)
+        down = num_bytes(min(union, total - 1), total) if num_kept < total else 0
+        up = num_kept * self.bits / 8 + num_bytes(num_kept, total)
         return WireCost(up, union * self.bits / 8 + down, 4 * total if self.error_feedback else 0)
 
-    def begin(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
+    def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""
         return FedAvgPublic(task.store(tree.parameters(task.model))), None
 
-    def join(self, task: Task, data: Examples, key: Key) -> TopKClient | None:
+    def init_client(self, task: Task, data: Examples, key: Key) -> TopKClient | None:
         """Everything has been sent."""
         return TopKClient(tree.zeros_like(tree.parameters(task.model))) if self.error_feedback else None
 
-    def local(
+    def client_update(
         self, task: Task, public: FedAvgPublic, client: TopKClient | None, data: Examples, key: Key
-    ) -> Reply[TopKClient, Sparse]:
+    ) -> ClientReply[TopKClient, Sparse]:
         """Train on the client's data; send the largest changes, keep the rest."""
 
         def wanted() -> Iterator[tuple[str, Tensor]]:
             for name, delta in change(public.weights, model):
                 yield name, delta if client is None else delta.add_(client.residual[name].to(delta.device))
 
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             metrics = self.training.train(task, data, key.fold("train"))
             total = tree.size(public.weights)
-            positions, values = largest(lambda: (delta for _, delta in wanted()), self.kept(total))
+            positions, values = top_k(lambda: (delta for _, delta in wanted()), self.num_kept(total))
             sent = Sparse(pack_positions(positions, total), pack_vector(values, self.bits, key.fold("rounding")))
             private = None
             if client is not None:
@@ -121,12 +121,12 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
                 for name, places, part in _by_tensor(residual, positions):
                     residual[name].view(-1)[places] -= values[part].to(residual[name].device)
                 private = TopKClient(residual)
-        return Reply(sent, weight_of(data, self.weighting), private, metrics)
+        return ClientReply(sent, weight_of(data, self.weighting), private, metrics)
 
     def accept(self, task: Task, public: FedAvgPublic, payload: Sparse) -> None:
         """Refuse another number of values, positions that are none, and values that are not finite."""
         total = tree.size(public.weights)
-        expected = (self.kept(total), total, self.kept(total), self.bits)
+        expected = (self.num_kept(total), total, self.num_kept(total), self.bits)
         positions, values = payload.positions, payload.values
         if (positions.count, positions.length, values.length, values.bits) != expected:
             raise ValueError("the changes are not k of this model's weights: another model or setting sent them")
@@ -134,7 +134,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         if not torch.isfinite(values.unpack()).all():
             raise NotFinite("values holds NaN or infinity")
 
-    def update(
+    def server_update(
         self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Sparse], key: Key
     ) -> tuple[None, TopKEntry]:
         """The mean, tensor by tensor, and the positions at which it is made of anything."""
@@ -168,7 +168,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: TopKClient | None = None) -> Iterator[nn.Module]:
         """The one global model."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             yield model
 
 

@@ -29,10 +29,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import Weighting, holding, weight_of
+from fedferret.algorithms.full_model import Weighting, loaded, weight_of
 from fedferret.bases.gaussian import add_directions_
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
@@ -62,7 +62,7 @@ class FedKSeedServer:
 
 
 @message
-class OpenWalk:
+class DecodedWalk:
     """Sums over a client's steps by seed, fp32 (K,): of g, of |g| up to the history's bound, and of 1. What adds up."""
 
     gradients: Tensor
@@ -78,14 +78,14 @@ class Walk(Payload):
     gradients: Tensor
     pool_size: int
 
-    def opened(self) -> OpenWalk:  # type: ignore[override]
+    def decoded(self) -> DecodedWalk:  # type: ignore[override]
         """The steps by seed."""
         magnitudes = self.gradients.abs().clamp(max=_HISTORY_CLIP)
         by_seed = [
             torch.zeros(self.pool_size).index_add_(0, self.seeds.long(), values)
             for values in (self.gradients, magnitudes, torch.ones_like(magnitudes))
         ]
-        return OpenWalk(*by_seed)
+        return DecodedWalk(*by_seed)
 
 
 @message
@@ -123,20 +123,22 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
         most_used = min(self.pool_size, cohort * steps)
         return WireCost((4 + number) * steps, min((each + number) * most_used, each * self.pool_size))
 
-    def begin(self, task: Task, key: Key) -> tuple[FedKSeedPublic, FedKSeedServer]:
+    def init(self, task: Task, key: Key) -> tuple[FedKSeedPublic, FedKSeedServer]:
         """The base weights, an empty pool, no history."""
         weights = task.store(tree.parameters(task.model))
         public = FedKSeedPublic(weights, self._zeros(), self._zeros(), key.fold("directions").value)
         return public, FedKSeedServer(self._zeros(), self._zeros())
 
-    def local(self, task: Task, public: FedKSeedPublic, client: None, data: Examples, key: Key) -> Reply[None, Walk]:
+    def client_update(
+        self, task: Task, public: FedKSeedPublic, client: None, data: Examples, key: Key
+    ) -> ClientReply[None, Walk]:
         """Walk along seeds drawn from the pool; send what was found."""
         seeds = drawn(probabilities(public.magnitudes), self.training.steps, key.fold("seeds"))
-        with holding(task, public.weights):
+        with loaded(task, public.weights):
             directions = Key(public.seed)
             gradients, metrics = self.training.walk(task, data, key.fold("train"), directions, seeds.tolist())
         walk = Walk(seeds.to(self._number), torch.tensor(gradients, dtype=torch.float32), self.pool_size)
-        return Reply(walk, weight_of(data, self.weighting), None, metrics)
+        return ClientReply(walk, weight_of(data, self.weighting), None, metrics)
 
     def accept(self, task: Task, public: FedKSeedPublic, payload: Walk) -> None:
         """Refuse steps of the wrong number or kind; those that are not finite are refused when they pool."""
@@ -148,7 +150,7 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
         if not 0 <= int(payload.seeds.min()) <= int(payload.seeds.max()) < self.pool_size:
             raise ValueError(f"seeds came that are not among the pool's {self.pool_size}")
 
-    def update(
+    def server_update(
         self, task: Task, public: FedKSeedPublic, server: FedKSeedServer, pooled: Pooled[Walk], key: Key
     ) -> tuple[FedKSeedServer, FedKSeedEntry]:
         """The mean walk, and with Pro the new history, of the seeds that were used."""
@@ -177,7 +179,7 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
     @contextmanager
     def model(self, task: Task, public: FedKSeedPublic, client: None = None) -> Iterator[nn.Module]:
         """The one global model."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             yield model
 
     @property

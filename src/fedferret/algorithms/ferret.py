@@ -4,12 +4,12 @@ Shu, Hu, Ng, Low, Yu. "Ferret: Federated Full-Parameter Tuning at Scale for Larg
 (PMLR 267), arXiv 2409.06277, Algorithm 1.
 
     client j:  w_j <- T local steps from w     Δ_j = w - w_j     c_j = s V_jᵀ Δ_j, block by block, K numbers in all
-               send the L block norms in 8 bits, and of every ``largest_of`` numbers the largest's place and sign
+               send the L block norms in 8 bits, and of every ``group_size`` numbers the largest's place and sign
     server:    send all replies on; with shared keys c = Σ n_j c_j / Σ n_j, in ``entry_bits`` bits each
     everybody: Δ̃ = Σ n_j V_j c_j / Σ n_j (shared keys: V c)     m <- β m + Δ̃     w <- w - η m
 
-K = ``coordinates`` · ``largest_of``, at most d. Wire: K/128 + L bytes up per client and round, K/16 + L for the largest
-of 8, K·bits/8 + L where all are sent (``largest_of`` 1); down N times that, or K·entry_bits/8 + L with shared keys; and
+K = ``coordinates`` · ``group_size``, at most d. Wire: K/128 + L bytes up per client and round, K/16 + L for the largest
+of 8, K·bits/8 + L where all are sent (``group_size`` 1); down N times that, or K·entry_bits/8 + L with shared keys; and
 under 140 bytes of framing. V is drawn anew every round: with shared keys from public facts, else from a client's key.
 
 Deviations from the paper, each a field: the largest of several, fewer bits, the allocation, sign buckets, shared keys
@@ -29,16 +29,16 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import Weighting, change, holding, weight_of
+from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
 from fedferret.algorithms.schedule import Schedule, scheduled
 from fedferret.bases.basis import basis
 from fedferret.bases.blocks import Block, decode_norms, encode_norms, pack
 from fedferret.bases.fixed_pool import FixedPool
-from fedferret.bases.picks import Picked, pick_largest, picked_bytes
 from fedferret.bases.projector import Allocation, Budget, Projector, Scale
 from fedferret.bases.quantise import Packed, pack_vector
+from fedferret.bases.top_one import TopOneCode, encode_top_one, top_one_bytes
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Payload, Pooled, Pooling, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Pooling, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
@@ -78,7 +78,7 @@ class FerretClient:
 
 
 @message
-class Opened:
+class DecodedCoordinates:
     """Coordinates (K,) and block norms (L,), both fp32: what adds up."""
 
     coordinates: Tensor
@@ -90,12 +90,12 @@ class SharedReply(Payload):
     """Coordinates on the round's shared directions."""
 
     pooling: ClassVar[Pooling] = Pooling.MEAN
-    coordinates: Packed | Picked
+    coordinates: Packed | TopOneCode
     norms: Tensor  # (L,) uint8
 
-    def opened(self) -> Opened:  # type: ignore[override]
+    def decoded(self) -> DecodedCoordinates:  # type: ignore[override]
         """The numbers behind the bits."""
-        return Opened(self.coordinates.unpack(), torch.tensor(decode_norms(self.norms)))
+        return DecodedCoordinates(self.coordinates.unpack(), torch.tensor(decode_norms(self.norms)))
 
 
 @message
@@ -103,7 +103,7 @@ class KeyedReply(Payload):
     """Coordinates on the client's own directions."""
 
     pooling: ClassVar[Pooling] = Pooling.EACH
-    coordinates: Packed | Picked
+    coordinates: Packed | TopOneCode
     norms: Tensor  # (L,) uint8; this client's allocation follows from them
     key: int
 
@@ -132,7 +132,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "allocation": "norm",
             "keys": "per-client",
             "bits": 32,
-            "largest_of": 1,
+            "group_size": 1,
             "weighting": "equal",
             "training": _PAPER_TRAINING,
         },
@@ -144,7 +144,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             "keys": "fixed-pool",
             "scale": "published-code",
             "bits": 32,
-            "largest_of": 1,
+            "group_size": 1,
             "coordinate_clip": 10.0,
             "server_learning_rate": 10.0,  # 3.33 of ours: the published scale is a third of the unbiased one
             "weighting": "equal",
@@ -153,7 +153,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         # what is added up before it is looked at: for large cohorts, whose replies would all come down otherwise
         "one-bit": {
             "coordinates": 4096,
-            "largest_of": 1,
+            "group_size": 1,
             "allocation": "norm-sqrt-dim",
             "keys": "shared",
             "weighting": "examples",
@@ -166,7 +166,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     scale: Scale = "unbiased"
     budget: Budget = "total"
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
-    largest_of: Literal[1, 8, 128] = 128  # measured for one that travels, as place and sign: less than a bit each
+    group_size: Literal[1, 8, 128] = 128  # measured for one that travels, as place and sign: less than a bit each
     entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
     coordinate_clip: float | None = None  # bound on the norm of one coordinate's share of an update
     server_learning_rate: float = 1.0
@@ -181,15 +181,15 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             raise UserError(f"server_momentum={self.server_momentum}: must lie in [0, 1)")
         if not self.server_learning_rate > 0:
             raise UserError(f"server_learning_rate={self.server_learning_rate}: must be greater than 0")
-        if self.largest_of > 1 and self.bits != 1:
+        if self.group_size > 1 and self.bits != 1:
             raise UserError(
-                f"largest_of={self.largest_of}, bits={self.bits}: what is picked travels as its place and its sign; "
-                f"set largest_of=1 for bits={self.bits}, or bits=1"
+                f"group_size={self.group_size}, bits={self.bits}: what is picked travels as its place and its sign; "
+                f"set group_size=1 for bits={self.bits}, or bits=1"
             )
-        if self.largest_of > 1 and self.error_feedback:
+        if self.group_size > 1 and self.error_feedback:
             raise UserError(
-                f"error_feedback=true, largest_of={self.largest_of}: what a client keeps back would grow without "
-                f"bound, as the largest alone overshoot; set largest_of=1"
+                f"error_feedback=true, group_size={self.group_size}: what a client keeps back would grow without "
+                f"bound, as the largest alone overshoot; set group_size=1"
             )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
@@ -210,7 +210,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         if self.budget == "total" and not (blocks <= measured and self.coordinates <= total):
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
-                f"choose {-(-blocks // self.largest_of)} to {total:,}"
+                f"choose {-(-blocks // self.group_size)} to {total:,}"
             )
 
     def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
@@ -222,12 +222,12 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         coordinates = self._measured(sum(block.size for block in blocks))
         if self.budget == "largest-block":
             coordinates = sum(min(block.size, coordinates) for block in blocks)
-        codes = coordinates * self.bits / 8 if self.largest_of == 1 else picked_bytes(coordinates, self.largest_of)
+        codes = coordinates * self.bits / 8 if self.group_size == 1 else top_one_bytes(coordinates, self.group_size)
         up = codes + len(blocks)
         down = coordinates * self.entry_bits / 8 + len(blocks) if self.keys == "shared" else cohort * up
         return WireCost(up, down, 4 * sum(block.size for block in blocks) if self.error_feedback else 0)
 
-    def begin(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
+    def init(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to change alike."""
         weights = task.store(tree.parameters(task.model))
         momentum = tree.zeros_like(weights) if self.server_momentum else {}
@@ -235,16 +235,16 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         norms = encode_norms([math.sqrt(block.size) for block in pack(sizes_of(weights))])
         return FerretPublic(weights, momentum, norms, 0, key.fold("basis").value), FerretServer(0)
 
-    def join(self, task: Task, data: Examples, key: Key) -> FerretClient | None:
+    def init_client(self, task: Task, data: Examples, key: Key) -> FerretClient | None:
         """No residual yet."""
         return FerretClient(tree.zeros_like(tree.parameters(task.model))) if self.error_feedback else None
 
-    def local(
+    def client_update(
         self, task: Task, public: FerretPublic, client: FerretClient | None, data: Examples, key: Key
-    ) -> Reply[FerretClient, Up]:
+    ) -> ClientReply[FerretClient, Up]:
         """Train on the client's data; send the change's coordinates."""
         projector = self.projector(public)
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             metrics = self.training.train(task, data, key.fold("train"))
             basis_key, norms = self._shared_key(public), public.norms
             if self.keys != "shared":  # free to choose: its own directions, its own allocation
@@ -252,17 +252,17 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
                 own_norms = projector.norms(self._change(public, client, model))
                 norms = encode_norms(self._finite(own_norms, public, model))
             counts = projector.counts(decode_norms(norms))
-            coordinates, own_norms = projector.measure(self._change(public, client, model), counts, basis_key)
+            coordinates, own_norms = projector.project(self._change(public, client, model), counts, basis_key)
             self._finite(own_norms, public, model)
             packed = self._packed(self._clipped(projector, coordinates, counts), key.fold("rounding"))
             private = None
             if client is not None:
                 residual = {name: delta.clone() for name, delta in self._change(public, client, model)}
-                projector.rebuild_(residual, packed.unpack(), counts, basis_key, -1.0)
+                projector.reconstruct_(residual, packed.unpack(), counts, basis_key, -1.0)
                 private = FerretClient(residual)
         shared = self.keys == "shared"
         payload = SharedReply(packed, encode_norms(own_norms)) if shared else KeyedReply(packed, norms, basis_key.value)
-        return Reply(payload, weight_of(data, self.weighting), private, metrics)
+        return ClientReply(payload, weight_of(data, self.weighting), private, metrics)
 
     def accept(self, task: Task, public: FerretPublic, payload: Up) -> None:
         """Refuse coordinates or norms of the wrong kind or number, and coordinates that are not finite."""
@@ -281,7 +281,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
         if isinstance(payload, KeyedReply) and not torch.isfinite(payload.coordinates.unpack()).all():
             raise NotFinite("coordinates holds NaN or infinity")
 
-    def update(
+    def server_update(
         self, task: Task, public: FerretPublic, server: FerretServer, pooled: Pooled[Up], key: Key
     ) -> tuple[FerretServer, FerretEntry]:
         """Shared keys: the mean coordinates, rounded once more. Otherwise: every client's, with its share."""
@@ -308,7 +308,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
             shared = isinstance(reply, SharedReply)
             counts = projector.counts(decode_norms(public.norms if shared else reply.norms))
             basis_key = self._shared_key(public) if isinstance(reply, SharedReply) else Key(reply.key)
-            projector.rebuild_(targets, reply.coordinates.unpack(), counts, basis_key, rate * share)
+            projector.reconstruct_(targets, reply.coordinates.unpack(), counts, basis_key, rate * share)
         if self.server_momentum:
             for name, weight in public.weights.items():
                 weight.sub_(public.momentum[name] * entry.learning_rate)
@@ -319,7 +319,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
     @contextmanager
     def model(self, task: Task, public: FerretPublic, client: FerretClient | None = None) -> Iterator[nn.Module]:
         """The one global model."""
-        with holding(task, public.weights) as model:
+        with loaded(task, public.weights) as model:
             yield model
 
     def projector(self, public: FerretPublic) -> Projector:
@@ -349,12 +349,12 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Up
 
     def _measured(self, weights: int) -> int:
         """K: of a model of so many weights no more are measured than it has."""
-        return self.coordinates if self.largest_of == 1 else min(self.coordinates * self.largest_of, weights)
+        return self.coordinates if self.group_size == 1 else min(self.coordinates * self.group_size, weights)
 
-    def _packed(self, coordinates_K: Tensor, key: Key) -> Packed | Picked:
-        if self.largest_of == 1:
+    def _packed(self, coordinates_K: Tensor, key: Key) -> Packed | TopOneCode:
+        if self.group_size == 1:
             return pack_vector(coordinates_K, self.bits, key)
-        return pick_largest(coordinates_K, self.largest_of, key)
+        return encode_top_one(coordinates_K, self.group_size, key)
 
     def _clipped(self, projector: Projector, coordinates_K: Tensor, counts: tuple[int, ...]) -> Tensor:
         if self.coordinate_clip is None:

@@ -20,7 +20,7 @@ class UpdateRefused(RuntimeError):
 
 
 @contextmanager
-def holding(task: Task, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+def loaded(task: Task, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """The task's model with these weights in it."""
     tree.copy_(tree.parameters(task.model), weights)
     yield task.model

@@ -69,7 +69,7 @@ class Projector:
             for size, norm in zip(block_sizes, norms_L, strict=True)
         )
 
-    def measure(
+    def project(
         self, change: Iterable[tuple[str, Tensor]], counts: Sequence[int], key: Key
     ) -> tuple[Tensor, list[float]]:
         """Coordinates (K,) fp32 and block norms (L,) of a change streamed as (name, tensor) in the model's order."""
@@ -98,7 +98,7 @@ class Projector:
         energies = iter([norm**2 for norm in torch.stack(list(tensor_norms)).tolist()])
         return [math.sqrt(sum(next(energies) for _ in block.names)) for block in self.blocks]
 
-    def rebuild_(
+    def reconstruct_(
         self,
         targets: Mapping[str, Tensor],
         coordinates_K: Tensor,

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fedferret.comparison import grid as grids
-from fedferret.comparison.elsewhere import measured
+from fedferret.comparison.comparability import differing, remarks
 from fedferret.comparison.grid import Cell, Grid
+from fedferret.comparison.imported_runs import measured
 from fedferret.comparison.page import write_page
-from fedferret.comparison.play import play
 from fedferret.comparison.results import Comparison, RowResult, RunResult, measure, rows_of, target_of
-from fedferret.comparison.sameness import differing, remarks
-from fedferret.comparison.standing import Standing, standing
+from fedferret.comparison.run_grid import play
+from fedferret.comparison.run_status import RunStatus, run_status
 from fedferret.comparison.table import absences, as_rich, notes, write_tables
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
@@ -46,7 +46,7 @@ def compare(
     if jobs < 1:
         raise UserError(f"jobs={jobs}: must be at least 1")
     grid = resolve(path, out, overrides)
-    chosen, elsewhere = grid.chosen(only), measured(grid, out, also)
+    chosen, imported_runs = grid.chosen(only), measured(grid, out, also)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
@@ -54,10 +54,10 @@ def compare(
             write_atomically(out / FILE, grid.to_toml())
             try:
                 if not table_only:
-                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell.name not in elsewhere]
+                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell.name not in imported_runs]
                     play([cell for cell in cells if is_left(cell, retry_failed)], jobs, console)
             finally:
-                comparison = gather(grid, out, elsewhere)
+                comparison = gather(grid, out, imported_runs)
                 write_tables(comparison)
                 write_page(comparison)
     except Timeout:
@@ -81,9 +81,9 @@ def plan(
     """Show the runs of a grid, how far they are, and what is left will cost. Writes nothing."""
     console = console or Console()
     grid = resolve(path, out, overrides)
-    chosen, elsewhere, seconds = grid.chosen(only), measured(grid, out, also), 0.0
+    chosen, imported_runs, seconds = grid.chosen(only), measured(grid, out, also), 0.0
     for row in chosen:
-        cells = [cell for cell in grid.cells(out) if cell.row is row and cell.name not in elsewhere]
+        cells = [cell for cell in grid.cells(out) if cell.row is row and cell.name not in imported_runs]
         if not cells:
             continue
         cost, left = estimate(row.recipe), [cell for cell in cells if is_left(cell, False)]
@@ -109,30 +109,30 @@ def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
 
 def is_left(cell: Cell, retry_failed: bool) -> bool:
     """Whether this cell is still to be played."""
-    now = standing(cell)
+    now = run_status(cell)
     return not now.over or (retry_failed and now.state != "finished")
 
 
-def gather(grid: Grid, out: Path, elsewhere: Mapping[str, RunResult] | None = None) -> Comparison:
+def gather(grid: Grid, out: Path, imported_runs: Mapping[str, RunResult] | None = None) -> Comparison:
     """What the runs in the grid's folder say so far, and for cells that are not over here those measured elsewhere."""
     cells = grid.cells(out)
-    standings = {cell: standing(cell) for cell in cells}
-    runs = {cell: measure(cell) for cell in cells if standings[cell].state == "finished"}
-    taken = elsewhere or {}
-    runs |= {cell: taken[cell.name] for cell in cells if cell.name in taken and not standings[cell].over}
+    statuses = {cell: run_status(cell) for cell in cells}
+    runs = {cell: measure(cell) for cell in cells if statuses[cell].state == "finished"}
+    taken = imported_runs or {}
+    runs |= {cell: taken[cell.name] for cell in cells if cell.name in taken and not statuses[cell].over}
     unlike = differing({cell: run.task for cell, run in runs.items()})
     same = {cell: runs[cell] for cell in cells if cell in runs and cell not in unlike}
-    others = {cell: now for cell, now in standings.items() if cell not in same}
-    others |= {cell: Standing("left out", why) for cell, why in unlike.items()}
+    others = {cell: now for cell, now in statuses.items() if cell not in same}
+    others |= {cell: RunStatus("left out", why) for cell, why in unlike.items()}
     target = target_of(grid, list(same.values()))
     rows = rows_of(grid, list(same.values()), others.items(), target)
     left_out = tuple(f"{cell.name} {why}" for cell, why in unlike.items())
-    return Comparison(grid, out, tuple(rows), target, (*remarks(list(same), standings), *_origins(same)), left_out)
+    return Comparison(grid, out, tuple(rows), target, (*remarks(list(same), statuses), *_origins(same)), left_out)
 
 
 def _origins(runs: Mapping[Cell, RunResult]) -> list[str]:
     """A line on every other folder that runs were taken from."""
-    counts = Counter(str(run.elsewhere) for run in runs.values() if run.elsewhere)
+    counts = Counter(str(run.imported_runs) for run in runs.values() if run.imported_runs)
     return [f"{count} of the runs were measured elsewhere: {folder}." for folder, count in counts.items()]
 
 
@@ -146,7 +146,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def _planned(cells: Sequence[Cell], cost: Estimate) -> str:
-    states = ", ".join(f"seed {cell.seed} {standing(cell).state}" for cell in cells)
+    states = ", ".join(f"seed {cell.seed} {run_status(cell).state}" for cell in cells)
     kept = f"{as_bytes(cost.bytes_kept)} of disk for each client that takes part, " if cost.bytes_kept else ""
     return (
         f"{cells[0].row.label}: {cells[0].recipe.rounds} rounds, {as_bytes(cost.bytes_up)} up and "

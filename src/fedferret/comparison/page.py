@@ -30,7 +30,7 @@ def write_page(comparison: Comparison) -> Path:
     """Write ``comparison.html`` and the plots' files; returns the page's path."""
     rows, styled = comparison.rows, styles(comparison)
     runs = [run for row in rows for run in row.runs]
-    own = [run for run in runs if run.elsewhere is None]
+    own = [run for run in runs if run.imported_runs is None]
     template = templates(Path(__file__).parent).get_template("comparison.html.jinja")
     page = template.render(
         title=_title(comparison),
@@ -38,7 +38,7 @@ def write_page(comparison: Comparison) -> Path:
         sentence=_sentence(comparison),
         figures=_figures(comparison),
         plots=[(plot.name, plot.title, plot.text, Markup(plot.svg)) for plot in draw(comparison)],  # our own markup
-        legend=[(row.row.label, swatch(styled[row.row.label]), row.in_front) for row in rows if row.runs],
+        legend=[(row.row.label, swatch(styled[row.row.label]), row.pareto_optimal) for row in rows if row.runs],
         headings=headings(comparison),
         rows=[cells(comparison, row) for row in rows],
         notes=notes(comparison),
@@ -109,5 +109,5 @@ def _links(comparison: Comparison, row: RowResult) -> list[Link]:
     return [
         Link(f"seed {run.cell.seed}", (run.cell.folder / "report.html").relative_to(comparison.out).as_posix())
         for run in row.runs
-        if run.elsewhere is None
+        if run.imported_runs is None
     ]

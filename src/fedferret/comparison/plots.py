@@ -139,7 +139,7 @@ def _front(comparison: Comparison, axes: Axes) -> str:
     """Where every row ended; the line joins those that no other row beats in both bytes and loss."""
     styled = styles(comparison)
     rows = [row for row in comparison.rows if row.runs and row.mean["bytes"] > 0]
-    front = sorted((row.mean["bytes"], row.loss) for row in rows if row.in_front)
+    front = sorted((row.mean["bytes"], row.loss) for row in rows if row.pareto_optimal)
     axes.plot(*zip(*front, strict=True), color=LIGHT["soft"], linewidth=1.6, drawstyle="steps-post", zorder=1)
     for row in rows:
         style, deviation = styled[row.row.label], row.deviation["loss"]
@@ -149,8 +149,8 @@ def _front(comparison: Comparison, axes: Axes) -> str:
             yerr=None if math.isnan(deviation) else [deviation],
             fmt=style.mark,
             color=style.light,
-            markersize=8 if row.in_front else 6,
-            markerfacecolor=style.light if row.in_front else LIGHT["paper"],
+            markersize=8 if row.pareto_optimal else 6,
+            markerfacecolor=style.light if row.pareto_optimal else LIGHT["paper"],
             capsize=3,
             label=row.row.label,
             zorder=3,
@@ -159,7 +159,7 @@ def _front(comparison: Comparison, axes: Axes) -> str:
         bytes_axis(axes, min(row.mean["bytes"] for row in rows), max(row.mean["bytes"] for row in rows))
     axes.set_xlabel("bytes up and down, one place in the cohort")
     axes.set_ylabel("final loss (nats a token)")
-    names = ", ".join(row.row.label for row in sorted(rows, key=lambda row: row.mean["bytes"]) if row.in_front)
+    names = ", ".join(row.row.label for row in sorted(rows, key=lambda row: row.mean["bytes"]) if row.pareto_optimal)
     return f"Final loss against bytes. Filled and joined, no other has both fewer bytes and a lower loss: {names}."
 
 

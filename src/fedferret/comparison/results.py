@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fedferret.comparison.comparability import Task, task_of
 from fedferret.comparison.grid import Cell, Grid, Row
-from fedferret.comparison.sameness import Task, task_of
-from fedferret.comparison.standing import Standing
+from fedferret.comparison.run_status import RunStatus
 from fedferret.tracking.events import Run, headline, read
 from fedferret.tracking.summary import read_summary, summarise
 
@@ -46,7 +46,7 @@ class RunResult:
     figures: dict[str, float]
     scores: dict[str, float]
     task: Task
-    elsewhere: Path | None = None  # the folder of another `fedferret compare` that has it; None: this one
+    imported_runs: Path | None = None  # the folder of another `fedferret compare` that has it; None: this one
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class RowResult:
 
     row: Row
     runs: tuple[RunResult, ...]
-    missing: dict[int, Standing]
+    missing: dict[int, RunStatus]
     mean: dict[str, float] = field(default_factory=dict)
     deviation: dict[str, float] = field(default_factory=dict)  # sample standard deviation; NaN for one run
-    in_front: bool = False  # no row has both fewer bytes and a lower loss
+    pareto_optimal: bool = False  # no row has both fewer bytes and a lower loss
 
     @property
     def loss(self) -> float:
@@ -134,10 +134,10 @@ def target_of(grid: Grid, runs: Sequence[RunResult]) -> float | None:
 
 
 def rows_of(
-    grid: Grid, runs: Sequence[RunResult], others: Iterable[tuple[Cell, Standing]], target: float | None
+    grid: Grid, runs: Sequence[RunResult], others: Iterable[tuple[Cell, RunStatus]], target: float | None
 ) -> list[RowResult]:
     """The rows, the lowest loss first; ``others`` are the cells that have no part in the means."""
-    missing: dict[str, dict[int, Standing]] = {}
+    missing: dict[str, dict[int, RunStatus]] = {}
     for cell, now in others:
         missing.setdefault(cell.row.label, {})[cell.seed] = now
     rows = []
@@ -149,18 +149,18 @@ def rows_of(
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         deviation = {name: _deviation(values) for name, values in columns.items()}
         rows.append(RowResult(row, own, missing.get(row.label, {}), mean, deviation))
-    rows = [_placed(row, rows) for row in rows]
+    rows = [_marked(row, rows) for row in rows]
     return sorted(rows, key=lambda row: row.loss)
 
 
-def _placed(row: RowResult, rows: Sequence[RowResult]) -> RowResult:
+def _marked(row: RowResult, rows: Sequence[RowResult]) -> RowResult:
     """The row, told whether it is on the Pareto front of bytes and loss."""
     if not row.runs:
         return row
     here = (row.mean["bytes"], row.mean["loss"])
     places = [(other.mean["bytes"], other.mean["loss"]) for other in rows if other.runs]
     beaten = any(place != here and place[0] <= here[0] and place[1] <= here[1] for place in places)
-    return replace(row, in_front=not beaten)
+    return replace(row, pareto_optimal=not beaten)
 
 
 def _with_prices(run: RunResult, target: float | None, budget: float | None) -> RunResult:

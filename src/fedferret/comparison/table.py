@@ -68,7 +68,7 @@ def headings(comparison: Comparison) -> list[str]:
 def cells(comparison: Comparison, row: RowResult, beside: str = " ") -> list[str]:
     """A row as text; ``beside`` stands between a mean and its deviation."""
     planned = len(comparison.grid.seeds)
-    label = f"{row.row.label} {FRONT}" if row.in_front else row.row.label
+    label = f"{row.row.label} {FRONT}" if row.pareto_optimal else row.row.label
     if not row.runs:
         states = sorted({now.state for now in row.missing.values()})
         return [label, f"0 of {planned}", ", ".join(states), *[""] * (len(columns(comparison)) - 1)]
@@ -150,11 +150,11 @@ def as_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["method", "seeds", "seeds_planned", "in_front", *(n for name in names for n in (name, f"{name}_std"))]
+        ["method", "seeds", "seeds_planned", "pareto_optimal", *(n for name in names for n in (name, f"{name}_std"))]
     )
     for row in comparison.rows:
         numbers = [values.get(name, math.nan) for name in names for values in (row.mean, row.deviation)]
-        start = [row.row.label, len(row.runs), len(comparison.grid.seeds), int(row.in_front)]
+        start = [row.row.label, len(row.runs), len(comparison.grid.seeds), int(row.pareto_optimal)]
         writer.writerow([*start, *("" if math.isnan(number) else repr(number) for number in numbers)])
     return text.getvalue()
 
@@ -176,14 +176,14 @@ def _plain_row(comparison: Comparison, row: RowResult) -> dict[str, Any]:
     return {
         "method": row.row.label,
         "algorithm": row.row.recipe.algorithm.name,
-        "in_front": row.in_front,
+        "pareto_optimal": row.pareto_optimal,
         "mean": row.mean,
         "std": row.deviation,
         "missing": {str(seed): str(now) for seed, now in row.missing.items()},
         "runs": [
             {
                 "seed": run.cell.seed,
-                "folder": None if run.elsewhere else run.cell.folder.relative_to(comparison.out).as_posix(),
+                "folder": None if run.imported_runs else run.cell.folder.relative_to(comparison.out).as_posix(),
                 "task": asdict(run.task),
                 "figures": {**run.figures, **run.scores},
                 "scores": list(run.scores),

@@ -52,7 +52,7 @@ class Payload:
 
     pooling: ClassVar[Pooling] = Pooling.MEAN
 
-    def opened(self) -> Payload:
+    def decoded(self) -> Payload:
         """The form that adds up; differs from the wire's form where that is compressed."""
         return self
 
@@ -72,7 +72,7 @@ class Pooled(Generic[Up]):
 
 
 @dataclass(frozen=True)
-class Reply(Generic[Client, Up]):
+class ClientReply(Generic[Client, Up]):
     """What ``local`` returns. ``payload``, ``weight`` and ``metrics`` travel; ``client`` stays."""
 
     payload: Up
@@ -87,7 +87,7 @@ class WireCost:
 
     up: float
     down: float
-    kept: float = 0.0  # a client's private state, from one of its rounds to its next
+    client_state_bytes: float = 0.0  # a client's private state, from one of its rounds to its next
 
 
 class Examples(Protocol):
@@ -143,22 +143,26 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """The formula in the module's docstring, for a model of these trainable tensors and so many clients a round."""
 
     @abstractmethod
-    def begin(self, task: Task, key: Key) -> tuple[Public, Server]:
+    def init(self, task: Task, key: Key) -> tuple[Public, Server]:
         """The state before round 1, from the weights in ``task.model``. The public part is equal on every node."""
 
-    def join(self, task: Task, data: Examples, key: Key) -> Client | None:
+    def init_client(self, task: Task, data: Examples, key: Key) -> Client | None:
         """A client's private state before its first round: the only place where one is born."""
         return None
 
     @abstractmethod
-    def local(self, task: Task, public: Public, client: Client | None, data: Examples, key: Key) -> Reply[Client, Up]:
+    def client_update(
+        self, task: Task, public: Public, client: Client | None, data: Examples, key: Key
+    ) -> ClientReply[Client, Up]:
         """One client's work in one round. Changes neither ``public`` nor ``client``."""
 
     def accept(self, task: Task, public: Public, payload: Up) -> None:
         """Refuse, with an exception, a payload that cannot belong to this round: of a wrong type or shape, say."""
 
     @abstractmethod
-    def update(self, task: Task, public: Public, server: Server, pooled: Pooled[Up], key: Key) -> tuple[Server, Entry]:
+    def server_update(
+        self, task: Task, public: Public, server: Server, pooled: Pooled[Up], key: Key
+    ) -> tuple[Server, Entry]:
         """The server's work in one round: what to remember and what to tell everybody. Changes no argument."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ class RunError(RuntimeError):
     """A run that cannot go on (too few clients answered, the disk is full). What is done so far stays resumable."""
 
 
-class TooFewAnswers(RunError):
+class TooFewClients(RunError):
     """A round that fewer clients answered than the plan asks for: played again later, it may go well."""
 
 

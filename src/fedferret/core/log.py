@@ -9,7 +9,7 @@
   taken, so a newcomer never downloads more than one and a half models. A method whose entry is as large
   as the model (FedAvg) therefore folds every round; Ferret never does.
 * Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
-* On disk, what a fold makes superfluous goes only by ``settle``, when whoever holds the log has written down that
+* On disk, what a fold makes superfluous goes only by ``prune``, when whoever holds the log has written down that
   this version is reached: a crash in between finds the version before it whole.
 
 The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
@@ -92,7 +92,7 @@ class Log:
         if 2 * sum(len(r) for version, r in self._records.items() if version > base) > snapshot_size:
             self._fold(snapshot())
 
-    def settle(self) -> None:
+    def prune(self) -> None:
         """This version will not be gone back from: remove the files that only an older one needs."""
         for path in self._superfluous:
             path.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ class Pool(Generic[Up]):
         """Fold one client's payload in. Raises NotFinite, and then holds what it held before."""
         if not (math.isfinite(weight) and weight > 0):
             raise NotFinite(f"weight {weight}: must be positive and finite")
-        opened = payload.opened()
+        opened = payload.decoded()
         name = nonfinite(opened)
         if name is not None:
             raise NotFinite(f"{name} holds NaN or infinity")

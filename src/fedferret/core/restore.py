@@ -9,11 +9,11 @@ from typing import Any
 from fedferret.core.algorithm import Task
 
 
-def placed(task: Task, public: Any) -> Any:
+def restore_tensors(task: Task, public: Any) -> Any:
     """``public`` with every mapping of tensors handed to ``task.store``: onto its device, or into its file."""
     if isinstance(public, Mapping):
         return task.store(public)
     if dataclasses.is_dataclass(public) and not isinstance(public, type):
-        parts = {field.name: placed(task, getattr(public, field.name)) for field in dataclasses.fields(public)}
+        parts = {field.name: restore_tensors(task, getattr(public, field.name)) for field in dataclasses.fields(public)}
         return type(public)(**parts)
     return public

@@ -19,7 +19,7 @@ from torch import nn
 
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, Task
-from fedferret.core.errors import TooFewAnswers
+from fedferret.core.errors import TooFewClients
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
 from fedferret.core.pooling import Pool, tensors
@@ -52,7 +52,7 @@ def local_key(seed: int, round: int, client: str) -> Key:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientUpdate:
     """A client's reply as it came off the wire."""
 
     client: str
@@ -74,7 +74,7 @@ class Failure:
 class Engine(Protocol):
     """Where clients run."""
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[Answer | Failure]:
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[ClientUpdate | Failure]:
         """Let every client of the cohort work; outcomes may come in any order, one per client."""
         ...
 
@@ -123,9 +123,9 @@ def prepare(algorithm: Algorithm[Any, Any, Any, Any, Any], model: nn.Module, see
     return algorithm.prepare(model, Key.of(seed, "prepare"))
 
 
-def begin(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int, log: Log) -> RunState:
+def initial_state(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int, log: Log) -> RunState:
     """The state before round 1, from the weights that ``task.model`` holds."""
-    public, server = algorithm.begin(task, Key.of(seed, "begin"))
+    public, server = algorithm.init(task, Key.of(seed, "begin"))
     return RunState(public, server, log)
 
 
@@ -137,7 +137,7 @@ def run(
     clients: Sequence[str],
     state: RunState,
     plan: Plan,
-    notify: Callable[[Answer | Failure], None] = lambda outcome: None,
+    on_reply: Callable[[ClientUpdate | Failure], None] = lambda outcome: None,
 ) -> Iterator[RoundRecord]:
     """Play the rounds after ``state.round``, yielding a record after each; ``state`` is then up to date.
 
@@ -150,12 +150,12 @@ def run(
         lacking = {version: state.log.since(version).size for version in set(held.values())}
         bytes_down = {client: lacking[version] for client, version in held.items()}
         job = Job(algorithm, task, state.public, state.log, number, plan.seed, dict(state.versions))
-        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, notify, plan.max_weight)
+        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, on_reply, plan.max_weight)
         needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
         if len(pool) < needed:
             known = reasons(failures)
-            raise TooFewAnswers(f"round {number}: {len(pool)} clients answered, {needed} are needed ({known})")
-        server, entry = algorithm.update(
+            raise TooFewClients(f"round {number}: {len(pool)} clients answered, {needed} are needed ({known})")
+        server, entry = algorithm.server_update(
             task, state.public, state.server, pool.result(), Key.of(plan.seed, "update", number)
         )
         encoded = codec.encode(entry)
@@ -185,31 +185,31 @@ def run(
 
 def collect(
     job: Job,
-    outcomes: Iterable[Answer | Failure],
+    outcomes: Iterable[ClientUpdate | Failure],
     cohort: Sequence[str],
-    notify: Callable[[Answer | Failure], None],
+    on_reply: Callable[[ClientUpdate | Failure], None],
     max_weight: float = math.inf,
-) -> tuple[Pool[Any], list[Answer], list[Failure]]:
+) -> tuple[Pool[Any], list[ClientUpdate], list[Failure]]:
     """Pool the answers in the cohort's order, holding back those that come early."""
     pool: Pool[Any] = Pool()
-    answers: list[Answer] = []
+    answers: list[ClientUpdate] = []
     failures: list[Failure] = []
     for outcome in in_order(outcomes, cohort):
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, ClientUpdate):
             try:
                 if outcome.weight > max_weight:
                     raise ValueError(f"claims {outcome.weight:,.0f} examples, more than the {max_weight:,.0f} allowed")
                 job.algorithm.accept(job.task, job.public, outcome.payload)
                 pool.add(outcome.payload, outcome.weight)
                 # the payload has been folded in; keeping it would cost a model per client
-                answers.append(Answer(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
+                answers.append(ClientUpdate(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
             except ValueError as error:
                 outcome = Failure(outcome.client, "pool", str(error))
             except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:  # malformed
                 outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
         if isinstance(outcome, Failure):
             failures.append(outcome)
-        notify(outcome)
+        on_reply(outcome)
     return pool, answers, failures
 
 
@@ -219,9 +219,9 @@ def reasons(failures: Sequence[Failure], shown: int = 5) -> str:
     return "; ".join([*told, *([f"and {len(failures) - shown} more"] if len(failures) > shown else [])])
 
 
-def in_order(outcomes: Iterable[Answer | Failure], cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+def in_order(outcomes: Iterable[ClientUpdate | Failure], cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
     """Yield one outcome per client in the cohort's order, each as soon as those before it have come."""
-    waiting: dict[str, Answer | Failure] = {}
+    waiting: dict[str, ClientUpdate | Failure] = {}
     expected = iter(cohort)
     client = next(expected, None)
     for outcome in outcomes:

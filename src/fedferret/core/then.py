@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fedferret.core.algorithm import Algorithm, Examples, Pooled, Reply, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Pooled, Task, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
@@ -88,42 +88,42 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
         else:
             self.second.accept(task, public.second, payload)
 
-    def begin(self, task: Task, key: Key) -> tuple[ThenPublic, ThenServer]:
+    def init(self, task: Task, key: Key) -> tuple[ThenPublic, ThenServer]:
         """Only the first stage begins; the second's key is drawn now so that every node has it."""
-        public, server = self.first.begin(task, key)
+        public, server = self.first.init(task, key)
         return ThenPublic(0, key.fold("second").value, public, None), ThenServer(server, None)
 
-    def join(self, task: Task, data: Examples, key: Key) -> ThenClient:
+    def init_client(self, task: Task, data: Examples, key: Key) -> ThenClient:
         """The second stage's private state is born in that stage, for late comers too."""
-        return ThenClient(self.first.join(task, data, key), None)
+        return ThenClient(self.first.init_client(task, data, key), None)
 
-    def local(
+    def client_update(
         self, task: Task, public: ThenPublic, client: ThenClient | None, data: Examples, key: Key
-    ) -> Reply[ThenClient, Any]:
+    ) -> ClientReply[ThenClient, Any]:
         """The current stage's work; the other stage's private state is carried along."""
         client, task = client or ThenClient(None, None), self._stage(task, public)
         if public.second is None:
-            reply = self.first.local(task, public.first, client.first, data, key)
-            return Reply(reply.payload, reply.weight, ThenClient(reply.client, client.second), reply.metrics)
+            reply = self.first.client_update(task, public.first, client.first, data, key)
+            return ClientReply(reply.payload, reply.weight, ThenClient(reply.client, client.second), reply.metrics)
         private = client.second
         if private is None:
-            private = self.second.join(task, data, key.fold("join"))
-        reply = self.second.local(task, public.second, private, data, key)
-        return Reply(reply.payload, reply.weight, ThenClient(client.first, reply.client), reply.metrics)
+            private = self.second.init_client(task, data, key.fold("join"))
+        reply = self.second.client_update(task, public.second, private, data, key)
+        return ClientReply(reply.payload, reply.weight, ThenClient(client.first, reply.client), reply.metrics)
 
-    def update(
+    def server_update(
         self, task: Task, public: ThenPublic, server: ThenServer, pooled: Pooled[Any], key: Key
     ) -> tuple[ThenServer, Any]:
         """The current stage's step; the second's server state is born in its first round."""
         task = self._stage(task, public)
         if public.second is None:
-            first, entry = self.first.update(task, public.first, server.first, pooled, key)
+            first, entry = self.first.server_update(task, public.first, server.first, pooled, key)
             return ThenServer(first, None), entry
         second = server.second
         if second is None:
             with self.second.model(task, public.second):
-                _, second = self.second.begin(task, Key(public.key))
-        second, entry = self.second.update(task, public.second, second, pooled, key)
+                _, second = self.second.init(task, Key(public.key))
+        second, entry = self.second.server_update(task, public.second, second, pooled, key)
         return ThenServer(server.first, second), entry
 
     def apply(self, task: Task, public: ThenPublic, entry: Any) -> None:
@@ -138,7 +138,7 @@ class Then(Algorithm[ThenPublic, ThenServer, ThenClient, Any, Any]):
                 if model is None:
                     raise UserError(f"{self.first.name} has no global model to hand over to {self.second.name}")
                 self.hand_over(task, model)
-                public.second, _ = self.second.begin(task, Key(public.key))
+                public.second, _ = self.second.init(task, Key(public.key))
             public.first = None
 
     def _stage(self, task: Task, public: ThenPublic) -> Task:

@@ -11,7 +11,7 @@ from typing import Any
 from fedferret.core.algorithm import Algorithm, Examples, Payload, Task
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
-from fedferret.core.rounds import Answer, Codec, local_key
+from fedferret.core.rounds import ClientUpdate, Codec, local_key
 
 
 @message
@@ -37,12 +37,12 @@ def seal_envelope(
 ) -> tuple[bytes, Any]:
     """One client's round: its message, encoded, and its new private state; ``private`` is None before the first."""
     if private is None:
-        private = algorithm.join(task, data, Key.of(seed, "join", client))
-    reply = algorithm.local(task, public, private, data, local_key(seed, round, client))
+        private = algorithm.init_client(task, data, Key.of(seed, "join", client))
+    reply = algorithm.client_update(task, public, private, data, local_key(seed, round, client))
     return codec.encode(Envelope(reply.payload, reply.weight, dict(reply.metrics))), reply.client
 
 
-def open_envelope(client: str, encoded: bytes, codec: Codec) -> Answer:
+def open_envelope(client: str, encoded: bytes, codec: Codec) -> ClientUpdate:
     """A received message as the loop wants it. Raises WireError or ValueError for one that is not an answer."""
     envelope = codec.decode(encoded)
     if not isinstance(envelope, Envelope):
@@ -50,4 +50,4 @@ def open_envelope(client: str, encoded: bytes, codec: Codec) -> Answer:
     numbers = [envelope.weight, *envelope.metrics.values()] if isinstance(envelope.metrics, dict) else [None]
     if not isinstance(envelope.payload, Payload) or not all(isinstance(number, float) for number in numbers):
         raise ValueError("an Envelope came that holds no payload with a weight and metrics")
-    return Answer(client, envelope.payload, envelope.weight, envelope.metrics, len(encoded))
+    return ClientUpdate(client, envelope.payload, envelope.weight, envelope.metrics, len(encoded))

@@ -24,9 +24,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from fedferret.engines.transport import Delivery
+from fedferret.engines.transport import Received
 
-LETTER = "letter"  # the record, and the value in it
+RECORD = "letter"  # the record, and the value in it
 SENDINGS = 3  # of one letter in one exchange: a site that is lost and back may still answer; one that crashes does not
 
 _LOST = frozenset(  # errors of the connection or of the site's processes: another sending may fare better
@@ -68,15 +68,15 @@ class FlowerTransport:
         self._grid, self._nodes, self._record, self._poll = grid, nodes, record, poll
         self.workers: Sequence[str] = ()  # every client is a site
 
-    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+    def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         """Deliver each letter, yield what comes back as it comes; see Transport."""
-        exchange = _Exchange(self._grid, letters, time.monotonic() + deadline)
+        exchange = _Exchange(self._grid, messages, time.monotonic() + deadline)
         while exchange.open:
             if exchange.idle():
                 exchange.send(self._nodes())
-            for traffic, delivery in exchange.receive():
+            for traffic, received in exchange.receive():
                 self._record(traffic)
-                yield delivery
+                yield received
             if exchange.open:
                 time.sleep(min(self._poll, max(0.0, exchange.left())))
 
@@ -87,13 +87,13 @@ class FlowerTransport:
 class _Exchange:
     """The letters of one call, and what has become of each."""
 
-    def __init__(self, grid: Grid, letters: Mapping[str, bytes], end: float) -> None:
-        self._grid, self._letters, self._end = grid, letters, end
-        self.open = set(letters)  # sites that no Delivery has been made for
+    def __init__(self, grid: Grid, messages: Mapping[str, bytes], end: float) -> None:
+        self._grid, self._letters, self._end = grid, messages, end
+        self.open = set(messages)  # sites that no Delivery has been made for
         self._waiting: dict[str, str] = {}  # message id -> site that has it
-        self._sent = dict.fromkeys(letters, 0)
-        self._payload, self._framed = dict.fromkeys(letters, 0), dict.fromkeys(letters, 0)  # bytes, all sendings
-        self._missing = dict.fromkeys(letters, "not connected")  # why a site has no letter now
+        self._sent = dict.fromkeys(messages, 0)
+        self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
+        self._missing = dict.fromkeys(messages, "not connected")  # why a site has no letter now
 
     def left(self) -> float:
         """Seconds to the deadline."""
@@ -108,17 +108,17 @@ class _Exchange:
         for site in sorted(self.idle() & nodes.keys()):
             if self._sent[site] < SENDINGS and self.left() > 0:
                 content = self._letters[site]
-                message = letter(content, nodes[site], self.left())
+                message = train_message(content, nodes[site], self.left())
                 self._sent[site] += 1
                 self._payload[site] += len(content)
-                self._framed[site] += framed(message)
+                self._framed[site] += framed_bytes(message)
                 identifier = next(iter(self._grid.push_messages([message])), "")
                 if identifier:
                     self._waiting[identifier] = site
                 else:
                     self._missing[site] = "the server could not take the letter for it"
 
-    def receive(self) -> Iterator[tuple[Traffic, Delivery]]:
+    def receive(self) -> Iterator[tuple[Traffic, Received]]:
         """What has come since the last look, and all that is open when nothing more can come."""
         if not self._waiting or self.left() <= 0:
             for site in sorted(self.open):
@@ -129,16 +129,16 @@ class _Exchange:
             site = self._waiting.pop(reply.metadata.reply_to_message_id, "")
             if not site:
                 continue  # nothing that was asked for
-            content, reason = opened(reply)
+            content, reason = content_of(reply)
             if reply.has_error() and reply.error.code in _LOST:
                 self._missing[site] = reason  # it may be back before the others are done
             else:
-                yield self._close(site, content, reason, framed(reply))
+                yield self._close(site, content, reason, framed_bytes(reply))
 
-    def _close(self, site: str, content: bytes | None, reason: str, size: int = 0) -> tuple[Traffic, Delivery]:
+    def _close(self, site: str, content: bytes | None, reason: str, size: int = 0) -> tuple[Traffic, Received]:
         self.open.remove(site)
         down = self._payload[site], self._framed[site]
-        return Traffic(site, *down, len(content or b""), size, reason), Delivery(site, content, reason)
+        return Traffic(site, *down, len(content or b""), size, reason), Received(site, content, reason)
 
 
 class Roster:
@@ -165,31 +165,31 @@ class Roster:
                 self._asked.update(dict.fromkeys(self._grid.push_messages([question]), node))
         for reply in self._grid.pull_messages(list(self._asked)) if self._asked else []:
             node = self._asked.pop(reply.metadata.reply_to_message_id, 0)
-            content, _ = opened(reply)
+            content, _ = content_of(reply)
             if node and content is not None:
                 self._names[node] = content.decode(errors="replace")
 
 
-def letter(content: bytes, node: int, seconds: float) -> Message:
+def train_message(content: bytes, node: int, seconds: float) -> Message:
     """A message to a node that is void after so many seconds: a site that comes back later does no work in vain."""
-    return Message(enclosed(content), node, MessageType.TRAIN, ttl=seconds)
+    return Message(records_of(content), node, MessageType.TRAIN, ttl=seconds)
 
 
-def enclosed(content: bytes) -> RecordDict:
+def records_of(content: bytes) -> RecordDict:
     """The records that carry ``content``."""
-    return RecordDict({LETTER: ConfigRecord({LETTER: content})})
+    return RecordDict({RECORD: ConfigRecord({RECORD: content})})
 
 
-def opened(message: Message) -> tuple[bytes | None, str]:
+def content_of(message: Message) -> tuple[bytes | None, str]:
     """What a message carries, or None and why it carries nothing."""
     if message.has_error():
         code = message.error.code
         return None, "connection lost" if code in _LOST else str(message.error.reason or f"Flower's error {code}")
-    record: Any = message.content.get(LETTER)
-    content = record.get(LETTER) if isinstance(record, ConfigRecord) else None
+    record: Any = message.content.get(RECORD)
+    content = record.get(RECORD) if isinstance(record, ConfigRecord) else None
     return (content, "") if isinstance(content, bytes) else (None, "an answer came that carries no letter")
 
 
-def framed(message: Message) -> int:
+def framed_bytes(message: Message) -> int:
     """Bytes of a message as Flower stores and sends it: the letter, its records, metadata and their headers."""
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedferret.engines.flower import enclosed, opened
+from fedferret.engines.flower import content_of, records_of
 from fedferret.engines.relay import call
 
 SENDINGS = 3  # of one letter to trainers that end at it: by then it is the letter's fault
@@ -25,18 +25,18 @@ app = ClientApp()
 @app.train()
 def relay(message: Message, context: Context) -> Message:
     """Give the letter to the trainer, and its receipt back. Raises OSError when none came before the letter is void."""
-    content, reason = opened(message)
+    content, reason = content_of(message)
     if content is None:
         raise ValueError(reason)
     return Message(
-        enclosed(deliver(content, Path(str(context.node_config["socket"])), expiry(message))), reply_to=message
+        records_of(deliver(content, Path(str(context.node_config["socket"])), expiry(message))), reply_to=message
     )
 
 
 @app.query()
 def name(message: Message, context: Context) -> Message:
     """The site's name, for a server that has no keys to know it by."""
-    return Message(enclosed(str(context.node_config["name"]).encode()), reply_to=message)
+    return Message(records_of(str(context.node_config["name"]).encode()), reply_to=message)
 
 
 def deliver(content: bytes, socket: Path, end: float) -> bytes:

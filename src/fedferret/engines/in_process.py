@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedferret.core.algorithm import Examples
-from fedferret.core.rounds import Answer, Codec, Failure, Job
+from fedferret.core.rounds import ClientUpdate, Codec, Failure, Job
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.envelope import Envelope, open_envelope, seal_envelope
 
@@ -28,21 +28,21 @@ class InProcess:
         data: Mapping[str, Examples],
         codec: Codec,
         store: ClientStore | None = None,
-        starting: Callable[[str], None] = lambda client: None,
+        on_client_start: Callable[[str], None] = lambda client: None,
     ) -> None:
-        """``data`` may make a client's examples when asked for them; ``starting`` hears of each client first."""
+        """``data`` may make a client's examples when asked for them; ``on_client_start`` hears of each client first."""
         self._data = data
         self._codec = codec
         self.store = store or ClientStore()
-        self._starting = starting
+        self._starting = on_client_start
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
         """Each client's outcome as it finishes."""
         for client in cohort:
             self._starting(client)
             yield self._outcome(job, client)
 
-    def _outcome(self, job: Job, client: str) -> Answer | Failure:
+    def _outcome(self, job: Job, client: str) -> ClientUpdate | Failure:
         stage = "data"
         try:
             data = self._data[client]

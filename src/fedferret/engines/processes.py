@@ -59,9 +59,9 @@ class Processes(Workers):
         """Of those that run now."""
         return {name: process.pid for name, process in list(self._running.items()) if process.poll() is None}
 
-    def ask(self, worker: str, letter: bytes, timeout: float) -> Future[bytes]:
+    def ask(self, worker: str, message: bytes, timeout: float) -> Future[bytes]:
         """See Workers. The exchange runs in a thread, so that large letters go to many at once."""
-        return self._threads.submit(self._call, worker, letter, time.monotonic() + timeout)
+        return self._threads.submit(self._call, worker, message, time.monotonic() + timeout)
 
     def wait(self, handles: Collection[Any], timeout: float) -> Collection[Any]:
         """See Workers."""
@@ -90,12 +90,12 @@ class Processes(Workers):
         self._running.clear()
         self._temporary.close()
 
-    def _call(self, worker: str, letter: bytes, end: float) -> bytes:
+    def _call(self, worker: str, message: bytes, end: float) -> bytes:
         process = self._running.get(worker)
         try:
             if process is None or process.poll() is not None:
                 process = self._start(worker, end)
-            return call(self._folders[worker] / SOCKET, letter, end - time.monotonic())
+            return call(self._folders[worker] / SOCKET, message, end - time.monotonic())
         except TimeoutError:
             raise
         except OSError as error:

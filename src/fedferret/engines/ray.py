@@ -45,9 +45,9 @@ class Resident:
             write_atomically(Path(name) / "site.toml", site_toml)
             self._trainer = open_trainer(Path(name))
 
-    def answer(self, letter: bytes) -> bytes:
+    def handle(self, message: bytes) -> bytes:
         """The receipt for an order."""
-        return self._trainer.answer(letter)
+        return self._trainer.handle(message)
 
 
 class RayWorkers(Workers):
@@ -89,11 +89,11 @@ class RayWorkers(Workers):
                 if attempt == STARTS:
                     raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from error
 
-    def ask(self, worker: str, letter: bytes, timeout: float) -> Any:
+    def ask(self, worker: str, message: bytes, timeout: float) -> Any:
         """See Workers."""
         if worker not in self._actors:
             self._actors[worker] = self._actor.remote(self._site_toml)
-        handle = self._actors[worker].answer.remote(letter)
+        handle = self._actors[worker].answer.remote(message)
         self._asked[handle] = worker
         return handle
 

@@ -25,8 +25,8 @@ class FrameError(ConnectionError):
     """A frame that is too long, or that ended before it was whole."""
 
 
-def call(path: Path | str, letter: bytes, timeout: float) -> bytes:
-    """Send ``letter`` to whoever listens at ``path`` and return the reply.
+def call(path: Path | str, message: bytes, timeout: float) -> bytes:
+    """Send ``message`` to whoever listens at ``path`` and return the reply.
 
     Raises TimeoutError after ``timeout`` seconds in all, and other OSErrors where nobody listens or the other end dies.
     """
@@ -35,7 +35,7 @@ def call(path: Path | str, letter: bytes, timeout: float) -> bytes:
         connection.settimeout(max(0.001, timeout))
         with address(path) as name:
             connection.connect(name)
-        send(connection, letter)
+        send(connection, message)
         return receive(connection, end=end)
 
 

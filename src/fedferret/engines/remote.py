@@ -24,17 +24,17 @@ from typing import Any
 
 from fedferret.core import tree
 from fedferret.core.pooling import tensors
-from fedferret.core.rounds import Answer, Codec, Failure, Job
+from fedferret.core.rounds import ClientUpdate, Codec, Failure, Job
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.envelope import open_envelope
-from fedferret.engines.transport import Delivery, Order, Receipt, Transport, check_fields
+from fedferret.engines.transport import Received, Request, Response, Transport, check_fields
 
 SENDINGS = 4  # of orders to one client in a round: it may lack the recipe, then records, then differ
 _SMALLEST_LIMIT = 1 << 20  # bytes that any answer may have, however small the model
 
 
 @dataclass
-class Lack:
+class Missing:
     """What a site is to be sent beside the order itself."""
 
     since: int
@@ -55,23 +55,23 @@ class Remote:
         deadline: float,
         workers: Sequence[str] = (),
         store: ClientStore | None = None,
-        starting: Callable[[str], None] = lambda client: None,
-        say: Callable[[str], None] = lambda line: None,
+        on_client_start: Callable[[str], None] = lambda client: None,
+        log: Callable[[str], None] = lambda line: None,
         record: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> None:
         """``recipe``: its identity as TOML. ``base``: SHA-256 of the base weights. ``deadline``: seconds of a round.
 
         ``workers``: the transport's, of which any plays any client; () where every client is a site of its own.
-        ``say`` hears a line for each thing an operator should know that is no failure; ``record`` of every letter.
+        ``log`` hears a line for each thing an operator should know that is no failure; ``record`` of every letter.
         """
         self.store = store or ClientStore()
         self.transport, self.codec = transport, codec
         self.recipe, self.run = recipe, hashlib.sha256(recipe.encode()).hexdigest()
         self.base, self.deadline, self.workers = base, deadline, tuple(workers)
-        self.starting, self.say, self.record = starting, say, record
+        self.on_client_start, self.log, self.record = on_client_start, log, record
         self.held: dict[str, int] = {}  # the version that each worker holds
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[Answer | Failure]:
+    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
         """Every client's outcome, in the cohort's order, each as soon as those before it are known."""
         with tempfile.TemporaryFile() as spool:
             yield from _Round(self, job, cohort, Spool(spool)).play()
@@ -100,7 +100,7 @@ class Spool:
         return content
 
 
-class _Letters(Mapping[str, bytes]):
+class _Messages(Mapping[str, bytes]):
     """Orders by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], bytes]) -> None:
@@ -128,12 +128,12 @@ class _Round:
         # no message of a round is larger than a few models; one that claims to be is not even decoded
         self.limit = _SMALLEST_LIMIT + 4 * sum(each.numel() * each.itemsize for each in job.task.model.parameters())
         self.tickets: dict[str, str] = {}
-        self.lacking: dict[str, Lack] = {}  # what each addressee is to be sent
+        self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
         self.sendings = dict.fromkeys(cohort, 0)
         self.settled: dict[str, Failure | tuple[tuple[int, int], tuple[int, int]]] = {}
         self.wrong: dict[str, str] = {}  # what was wrong with what a client sent, while a better copy may come
 
-    def play(self) -> Iterator[Answer | Failure]:
+    def play(self) -> Iterator[ClientUpdate | Failure]:
         """Send, listen, send again to those who lack something, until all are settled or the time is over."""
         turn = iter(self.cohort)
         client = next(turn, None)
@@ -141,9 +141,9 @@ class _Round:
         while waiting:
             self._bring_up_workers()
             again: list[str] = []
-            for delivery in self._exchange(waiting):
-                if self._hear(delivery):
-                    again.append(delivery.site)
+            for received in self._exchange(waiting):
+                if self._take(received):
+                    again.append(received.site)
                 while client in self.settled:
                     yield self._outcome(client)
                     client = next(turn, None)
@@ -158,46 +158,46 @@ class _Round:
     def _left(self) -> float:
         return self.end - time.monotonic()
 
-    def _exchange(self, names: Sequence[str]) -> Iterator[Delivery]:
+    def _exchange(self, names: Sequence[str]) -> Iterator[Received]:
         self.tickets |= {name: secrets.token_hex(8) for name in names}
-        return self.engine.transport.exchange(_Letters(names, self._letter), max(0.0, self._left()))
+        return self.engine.transport.exchange(_Messages(names, self._message), max(0.0, self._left()))
 
-    def _letter(self, name: str) -> bytes:
+    def _message(self, name: str) -> bytes:
         engine, job = self.engine, self.job
         client = "" if name in engine.workers else name
-        lack = self._lack(name)
-        update = job.log.since(lack.since)
+        missing_parts = self._missing(name)
+        update = job.log.since(missing_parts.since)
         private = engine.store.get(client) if client and engine.workers else None
-        letter = engine.codec.encode(
-            Order(
+        message = engine.codec.encode(
+            Request(
                 run=engine.run,
-                recipe=engine.recipe if lack.recipe else "",
+                recipe=engine.recipe if missing_parts.recipe else "",
                 base=engine.base,
                 client=client,
                 round=job.round,
                 ticket=self.tickets[name],
                 version=job.log.version,
                 fingerprint=self.fingerprint,
-                since=lack.since,
+                since=missing_parts.since,
                 snapshot=update.snapshot or b"",
                 records=update.records,
                 counted=job.versions[client] + 1 if client in job.versions else 0,
-                rebuild=lack.rebuild,
+                rebuild=missing_parts.rebuild,
                 private=b"" if private is None else engine.codec.encode(private),
             )
         )
-        self._tell("order", name, payload_bytes=update.size, framed_bytes=len(letter))
-        return letter
+        self._log_event("request", name, payload_bytes=update.size, framed_bytes=len(message))
+        return message
 
-    def _lack(self, name: str) -> Lack:
+    def _missing(self, name: str) -> Missing:
         """By the books, or as the site said itself."""
-        if name in self.lacking:
-            return self.lacking[name]
+        if name in self.missing:
+            return self.missing[name]
         if self.engine.workers:  # a worker that has not been heard of lacks everything; a client's order brings nothing
             held = self.engine.held.get(name) if name in self.engine.workers else self.job.log.version
         else:
             held = self.job.versions.get(name)
-        return Lack(held or 0, recipe=held is None)
+        return Missing(held or 0, recipe=held is None)
 
     def _bring_up_workers(self) -> None:
         """Have every worker that is behind come to this round's version; one that cannot will say so to a client."""
@@ -206,108 +206,108 @@ class _Round:
             behind = [name for name in engine.workers if engine.held.get(name) != version]
             if not behind or self._left() <= 0:
                 return
-            for delivery in self._exchange(behind):
-                receipt = self._read(delivery)
-                if isinstance(receipt, Receipt) and receipt.outcome == "answer":
-                    engine.held[delivery.site] = receipt.version
-                    self.lacking.pop(delivery.site, None)
-                elif isinstance(receipt, Receipt) and receipt.outcome == "lacks":
-                    self.lacking[delivery.site] = self._said(receipt)
-                elif isinstance(receipt, Receipt):
-                    engine.say(f"{delivery.site}: {_line(receipt.reason)}")
+            for received in self._exchange(behind):
+                response = self._read(received)
+                if isinstance(response, Response) and response.outcome == "ok":
+                    engine.held[received.site] = response.version
+                    self.missing.pop(received.site, None)
+                elif isinstance(response, Response) and response.outcome == "missing":
+                    self.missing[received.site] = self._said(response)
+                elif isinstance(response, Response):
+                    engine.log(f"{received.site}: {_line(response.reason)}")
                 else:
-                    engine.say(f"{delivery.site}: {receipt}")
+                    engine.log(f"{received.site}: {response}")
 
-    def _hear(self, delivery: Delivery) -> bool:
+    def _take(self, received: Received) -> bool:
         """Settle the client, or note why not; returns whether it is to be sent another order."""
-        client = delivery.site
+        client = received.site
         if client not in self.tickets:
-            self.engine.say(f"{client}: a letter came from a site that was asked nothing; ignored")
+            self.engine.log(f"{client}: a letter came from a site that was asked nothing; ignored")
             return False
         if client in self.settled:
-            self.engine.say(f"{client}: a second answer in round {self.job.round}; ignored")
+            self.engine.log(f"{client}: a second answer in round {self.job.round}; ignored")
             return False
-        receipt = self._read(delivery)
-        if not isinstance(receipt, Receipt):
-            self.wrong[client] = receipt
+        response = self._read(received)
+        if not isinstance(response, Response):
+            self.wrong[client] = response
             return False
-        if receipt.outcome == "lacks":
-            return self._lacks(client, receipt)
-        if receipt.outcome == "refused":
-            self.settled[client] = Failure(client, "local", _line(receipt.reason))
-        elif (receipt.version, receipt.fingerprint) != (self.job.log.version, self.fingerprint):
-            return self._lacks(client, receipt)
+        if response.outcome == "missing":
+            return self._note_missing(client, response)
+        if response.outcome == "refused":
+            self.settled[client] = Failure(client, "local", _line(response.reason))
+        elif (response.version, response.fingerprint) != (self.job.log.version, self.fingerprint):
+            return self._note_missing(client, response)
         else:
-            self.settled[client] = self.spool.put(receipt.content), self.spool.put(receipt.private)
+            self.settled[client] = self.spool.put(response.content), self.spool.put(response.private)
         return False
 
-    def _read(self, delivery: Delivery) -> Receipt | str:
+    def _read(self, received: Received) -> Response | str:
         """The receipt that a delivery brings, or what is wrong with it."""
-        if delivery.content is None:
-            return self.wrong.get(delivery.site) or delivery.reason or "no answer before the deadline"
-        if len(delivery.content) > self.limit:
-            return f"sent {len(delivery.content):,} bytes, and no answer of this run has more than {self.limit:,}"
+        if received.content is None:
+            return self.wrong.get(received.site) or received.reason or "no answer before the deadline"
+        if len(received.content) > self.limit:
+            return f"sent {len(received.content):,} bytes, and no answer of this run has more than {self.limit:,}"
         try:
-            receipt = self.engine.codec.decode(delivery.content)
-            if not isinstance(receipt, Receipt):
-                return f"a {type(receipt).__name__} came where a Receipt was expected"
-            check_fields(receipt)
+            response = self.engine.codec.decode(received.content)
+            if not isinstance(response, Response):
+                return f"a {type(response).__name__} came where a Receipt was expected"
+            check_fields(response)
         except (ValueError, TypeError, RecursionError) as error:
             return f"{type(error).__name__}: {_line(str(error))}"
-        name = delivery.site
-        self._tell(
-            receipt.outcome,
+        name = received.site
+        self._log_event(
+            response.outcome,
             name,
-            payload_bytes=len(receipt.content),
-            framed_bytes=len(delivery.content),
-            version=receipt.version,
-            process=receipt.process,
-            note=_line(receipt.reason),
+            payload_bytes=len(response.content),
+            framed_bytes=len(received.content),
+            version=response.version,
+            process=response.process,
+            note=_line(response.reason),
         )
-        if receipt.ticket == "" and receipt.outcome == "refused":  # it could not even read the order
-            return f"did not take the order: {_line(receipt.reason)}"
-        if receipt.ticket != self.tickets[name]:
-            return f"answered an order of round {receipt.round} that is over"
+        if response.ticket == "" and response.outcome == "refused":  # it could not even read the order
+            return f"did not take the order: {_line(response.reason)}"
+        if response.ticket != self.tickets[name]:
+            return f"answered an order of round {response.round} that is over"
         client = "" if name in self.engine.workers else name
-        if (receipt.run, receipt.round, receipt.client) != (self.engine.run, self.job.round, client):
-            return f"answered for {_line(receipt.client)} in round {receipt.round}, which it was not asked"
-        if receipt.outcome not in ("answer", "lacks", "refused"):
-            return f"answered with the word {_line(receipt.outcome)!r}, which means nothing"
-        return receipt
+        if (response.run, response.round, response.client) != (self.engine.run, self.job.round, client):
+            return f"answered for {_line(response.client)} in round {response.round}, which it was not asked"
+        if response.outcome not in ("ok", "missing", "refused"):
+            return f"answered with the word {_line(response.outcome)!r}, which means nothing"
+        return response
 
-    def _lacks(self, client: str, receipt: Receipt) -> bool:
+    def _note_missing(self, client: str, response: Response) -> bool:
         """The site has not what the order builds on: remember what to send with the next."""
-        lack = self._said(receipt)
-        known = self.lacking.get(client)
+        missing_parts = self._said(response)
+        known = self.missing.get(client)
         self.sendings[client] += 1
-        if lack.rebuild and known and known.rebuild:
+        if missing_parts.rebuild and known and known.rebuild:
             self.settled[client] = Failure(
                 client,
                 "replica",
-                f"rebuilt from base and log it still differs at version {receipt.version}: its base model, its "
+                f"rebuilt from base and log it still differs at version {response.version}: its base model, its "
                 f"fedferret or its machine computes other bits",
             )
             return False
         if self.sendings[client] == SENDINGS:
             self.settled[client] = Failure(
-                client, "replica", f"still lacks its {_line(receipt.reason)} after it was sent"
+                client, "replica", f"still lacks its {_line(response.reason)} after it was sent"
             )
             return False
-        if lack.rebuild:
-            self.engine.say(f"{client}: its replica differs from the server's; it rebuilds from base and log")
+        if missing_parts.rebuild:
+            self.engine.log(f"{client}: its replica differs from the server's; it rebuilds from base and log")
         if self.engine.workers:
             self.engine.held.clear()  # which of them lacks it is not said, and sending it to all costs little
-            if lack.rebuild:
-                self.lacking |= {name: lack for name in self.engine.workers}
+            if missing_parts.rebuild:
+                self.missing |= {name: missing_parts for name in self.engine.workers}
         else:
-            lack.rebuild = lack.rebuild or bool(known and known.rebuild)
-            self.lacking[client] = lack
-        self.wrong[client] = f"lacks its {_line(receipt.reason)}, and the time was over before it was sent"
+            missing_parts.rebuild = missing_parts.rebuild or bool(known and known.rebuild)
+            self.missing[client] = missing_parts
+        self.wrong[client] = f"lacks its {_line(response.reason)}, and the time was over before it was sent"
         return True
 
-    def _outcome(self, client: str) -> Answer | Failure:
+    def _outcome(self, client: str) -> ClientUpdate | Failure:
         """A settled client's outcome; what it sent is decoded only now, one at a time."""
-        self.engine.starting(client)
+        self.engine.on_client_start(client)
         settled = self.settled[client]
         if isinstance(settled, Failure):
             return settled
@@ -321,17 +321,17 @@ class _Round:
         except (ValueError, TypeError, RecursionError) as error:
             return Failure(client, "wire", f"{type(error).__name__}: {_line(str(error))}")
 
-    def _said(self, receipt: Receipt) -> Lack:
+    def _said(self, response: Response) -> Missing:
         """What a site that lacks something is to be sent; one that answered from another replica lacks its replica."""
-        if receipt.outcome == "answer" or receipt.reason == "replica":
-            return Lack(0, recipe=True, rebuild=True)
-        return Lack(min(max(0, receipt.version), self.job.log.version), recipe=receipt.reason == "recipe")
+        if response.outcome == "ok" or response.reason == "replica":
+            return Missing(0, recipe=True, rebuild=True)
+        return Missing(min(max(0, response.version), self.job.log.version), recipe=response.reason == "recipe")
 
-    def _tell(self, what: str, name: str, **facts: Any) -> None:
+    def _log_event(self, what: str, name: str, **facts: Any) -> None:
         event = {"what": what, "run": self.engine.run[:16], "round": self.job.round, "client": name, **facts}
         self.engine.record(event)
 
 
 def _line(text: str) -> str:
     """A stranger's words on one line of the operator's terminal."""
-    return "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))[:300]
+    return "".join(message if message.isprintable() else "�" for message in " ".join(text.split()))[:300]

@@ -78,7 +78,7 @@ def serve(trainer: Trainer, listener: socket.socket) -> None:
         with connection:
             connection.settimeout(PATIENCE)
             try:
-                send(connection, trainer.answer(receive(connection)))
+                send(connection, trainer.handle(receive(connection)))
             except OSError as error:
                 print(f"a relay broke off: {error}", file=sys.stderr, flush=True)
 

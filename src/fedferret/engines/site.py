@@ -76,16 +76,16 @@ def check_data(site: Site) -> tuple[Example, ...]:
     return () if site.data is None else site.data.load()
 
 
-def work(site: Site, recipe: str, folder: Path | None, say: Callable[[str], None] = lambda line: None) -> Work:
+def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None] = lambda line: None) -> Work:
     """What ``recipe``, as TOML, becomes here: model and data loaded. Raises UserError."""
     from fedferret.experiment import Experiment
 
     settings = adapted(site, from_tables(tomllib.loads(recipe)))
     if site.data is None:
-        experiment = Experiment.load(settings, folder, say)
+        experiment = Experiment.load(settings, folder, log)
     else:
         data = FederatedData({site.name: check_data(site)}, {}, source=site.data.path)
-        experiment = Experiment.over(settings, data, folder, say)
+        experiment = Experiment.over(settings, data, folder, log)
     return Work(
         experiment.task,
         settings.algorithm,

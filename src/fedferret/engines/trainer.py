@@ -33,7 +33,7 @@ from fedferret.core.log import Update
 from fedferret.core.pooling import tensors
 from fedferret.engines.envelope import seal_envelope
 from fedferret.engines.site_folder import RunFolder
-from fedferret.engines.transport import Order, Receipt, check_fields
+from fedferret.engines.transport import Request, Response, check_fields
 from fedferret.tracking.checkpoint import replay
 from fedferret.wire import codec
 
@@ -54,7 +54,7 @@ PRIVACY = "none"  # what answers are protected with, for the audit: no clipping 
 Build = Callable[[str, Path | None], Work]  # from a recipe as TOML, and a folder to work in
 
 
-class Lacks(Exception):
+class MissingState(Exception):
     """The order cannot be carried out with what is here: "recipe", "records" or "replica"."""
 
 
@@ -88,80 +88,80 @@ class Trainer:
         """``client``: the only one that is played here; None: any. ``record`` hears of every order and receipt."""
         self._build, self._folder, self._client, self._record = build, folder, client, record
         self._replica: Replica | None = None
-        self._last: tuple[Order, Receipt] | None = None  # the answer given last: the same order has the same
+        self._last: tuple[Request, Response] | None = None  # the answer given last: the same order has the same
 
-    def answer(self, letter: bytes) -> bytes:
+    def handle(self, message: bytes) -> bytes:
         """The receipt for an order, both encoded."""
-        order = Order("", "", "", "", 0, "", 0, "", 0, b"", (), 0, False, b"")
+        request = Request("", "", "", "", 0, "", 0, "", 0, b"", (), 0, False, b"")
         notes: list[str] = []
         try:
-            order = read_order(letter)
-            self._tell("order", order, len(letter), 0, "")
-            receipt = self._carry_out(order, notes)
-        except Lacks as lacking:
-            receipt = self._receipt(order, "lacks", reason=str(lacking))
+            request = read_request(message)
+            self._log_event("request", request, len(message), 0, "")
+            response = self._carry_out(request, notes)
+        except MissingState as missing:
+            response = self._response(request, "missing", reason=str(missing))
         except Exception as error:
-            receipt = self._receipt(order, "refused", reason=" ".join(f"{type(error).__name__}: {error}".split()))
-        encoded = codec.encode(receipt)
-        note = "; ".join([*notes, *([receipt.reason] if receipt.reason else [])])
+            response = self._response(request, "refused", reason=" ".join(f"{type(error).__name__}: {error}".split()))
+        encoded = codec.encode(response)
+        note = "; ".join([*notes, *([response.reason] if response.reason else [])])
         try:
-            self._tell(receipt.outcome, order, len(encoded), len(receipt.content), note)
+            self._log_event(response.outcome, request, len(encoded), len(response.content), note)
         except OSError as error:  # the disk is full: what cannot be written down is not sent
-            encoded = codec.encode(self._receipt(order, "refused", reason=f"cannot write its audit file: {error}"))
+            encoded = codec.encode(self._response(request, "refused", reason=f"cannot write its audit file: {error}"))
         return encoded
 
-    def _carry_out(self, order: Order, notes: list[str]) -> Receipt:
-        if order.client and self._client is not None and order.client != self._client:
-            raise RunError(f"this site plays {self._client}, and the order is for {order.client}")
-        replica = self._open(order, notes)
-        self._catch_up(replica, order)
-        if order.fingerprint and replica.hash() != order.fingerprint:
-            raise Lacks("replica")
-        if not order.client:
-            return self._receipt(order, "answer")
-        if self._last and _same_work(self._last[0], order):
-            return replace(self._last[1], ticket=order.ticket)
-        if order.client not in replica.work.data:
-            raise RunError(f"there is no data here for {order.client}")
-        private = self._private(order, notes)
+    def _carry_out(self, request: Request, notes: list[str]) -> Response:
+        if request.client and self._client is not None and request.client != self._client:
+            raise RunError(f"this site plays {self._client}, and the order is for {request.client}")
+        replica = self._open(request, notes)
+        self._catch_up(replica, request)
+        if request.fingerprint and replica.hash() != request.fingerprint:
+            raise MissingState("replica")
+        if not request.client:
+            return self._response(request, "ok")
+        if self._last and _same_work(self._last[0], request):
+            return replace(self._last[1], ticket=request.ticket)
+        if request.client not in replica.work.data:
+            raise RunError(f"there is no data here for {request.client}")
+        private = self._private(request, notes)
         content, private = seal_envelope(
             replica.work.algorithm,
             replica.work.task,
             replica.public,
             private,
-            replica.work.data[order.client],
+            replica.work.data[request.client],
             codec,
             seed=replica.work.seed,
-            round=order.round,
-            client=order.client,
+            round=request.round,
+            client=request.client,
         )
         kept = b"" if private is None else codec.encode(private)
-        folder = self._run_folder(order.run)
+        folder = self._run_folder(request.run)
         if folder and kept:
-            folder.keep(order.round, kept)
-        receipt = self._receipt(order, "answer", content, private=b"" if folder else kept)
+            folder.keep(request.round, kept)
+        response = self._response(request, "ok", content, private=b"" if folder else kept)
         if folder:  # one client: a server that was killed meanwhile asks for the same again
-            self._last = order, receipt
-        return receipt
+            self._last = request, response
+        return response
 
-    def _open(self, order: Order, notes: list[str]) -> Replica:
+    def _open(self, request: Request, notes: list[str]) -> Replica:
         """The replica of the order's run, built from the base and this site's log if it is not in memory."""
-        folder = self._run_folder(order.run)
-        if self._replica and self._replica.run == order.run and not order.rebuild:
-            self._check_base(self._replica.work, order)
+        folder = self._run_folder(request.run)
+        if self._replica and self._replica.run == request.run and not request.rebuild:
+            self._check_base(self._replica.work, request)
             return self._replica
         self._replica, self._last = None, None  # the memory of two models is one too many
-        if folder and order.rebuild:
+        if folder and request.rebuild:
             folder.forget()
-        recipe = order.recipe or (folder.recipe() if folder else "")
+        recipe = request.recipe or (folder.recipe() if folder else "")
         if not recipe:
-            raise Lacks("recipe")
-        if hashlib.sha256(recipe.encode()).hexdigest() != order.run:
+            raise MissingState("recipe")
+        if hashlib.sha256(recipe.encode()).hexdigest() != request.run:
             raise RunError("the recipe that came is not the one that the order names")
         work = self._build(recipe, folder.path if folder else None)
-        self._check_base(work, order)
-        public, _ = work.algorithm.begin(work.task, Key.of(work.seed, "begin"))
-        replica = Replica(order.run, work, public, 0)
+        self._check_base(work, request)
+        public, _ = work.algorithm.init(work.task, Key.of(work.seed, "begin"))
+        replica = Replica(request.run, work, public, 0)
         if folder:
             write_atomically(folder.path / "recipe.toml", recipe)
             try:
@@ -170,66 +170,66 @@ class Trainer:
             except (RunError, ValueError) as error:
                 notes.append(f"the log in {folder.path} is of no use ({error}): it is begun again")
                 folder.forget()
-                raise Lacks("records") from None
+                raise MissingState("records") from None
         self._replica = replica
         return replica
 
-    def _check_base(self, work: Work, order: Order) -> None:
-        if work.base != order.base:
+    def _check_base(self, work: Work, request: Request) -> None:
+        if work.base != request.base:
             raise RunError(
-                f"the base model here has SHA-256 {work.base[:12]}…, and the run began from {order.base[:12]}…: "
+                f"the base model here has SHA-256 {work.base[:12]}…, and the run began from {request.base[:12]}…: "
                 f"give this site the same weights"
             )
 
-    def _catch_up(self, replica: Replica, order: Order) -> None:
+    def _catch_up(self, replica: Replica, request: Request) -> None:
         """Apply what of the order's records the replica lacks, then write it to this site's log."""
-        first = order.version - len(order.records) + 1  # version of the first record
-        if replica.version > order.version:  # an order that is over; or a server whose folder is an earlier day's
-            raise Lacks("replica")
-        if replica.version == order.version:
+        first = request.version - len(request.records) + 1  # version of the first record
+        if replica.version > request.version:  # an order that is over; or a server whose folder is an earlier day's
+            raise MissingState("replica")
+        if replica.version == request.version:
             return
-        snapshot = order.snapshot if order.snapshot and replica.version < first - 1 else None
+        snapshot = request.snapshot if request.snapshot and replica.version < first - 1 else None
         if snapshot is None and replica.version < first - 1:
-            raise Lacks("records")
+            raise MissingState("records")
         at = first - 1 if snapshot is not None else replica.version
-        update = Update(snapshot, order.records[at - first + 1 :])
+        update = Update(snapshot, request.records[at - first + 1 :])
         try:
             public = replay(replica.work.task, replica.work.algorithm, replica.public, update)
         except RunError:
             self._replica = None
-            raise Lacks("replica") from None
+            raise MissingState("replica") from None
         except BaseException:  # the public state is half-way: it is rebuilt from the log at the next order
             self._replica = None
             raise
-        replica.public, replica.version, replica.fingerprint = public, order.version, ""
-        if folder := self._run_folder(order.run):
+        replica.public, replica.version, replica.fingerprint = public, request.version, ""
+        if folder := self._run_folder(request.run):
             folder.add(update, at)
 
-    def _private(self, order: Order, notes: list[str]) -> Any | None:
+    def _private(self, request: Request, notes: list[str]) -> Any | None:
         """The client's private state after the last round in which it was counted."""
-        folder = self._run_folder(order.run)
+        folder = self._run_folder(request.run)
         if folder is None:
-            return codec.decode(order.private) if order.private else None
-        encoded = folder.private(order.counted)
+            return codec.decode(request.private) if request.private else None
+        encoded = folder.private(request.counted)
         try:
             return codec.decode(encoded) if encoded else None
         except codec.WireError as error:
-            notes.append(f"the private state of round {order.counted} is damaged ({error}): it is begun again")
+            notes.append(f"the private state of round {request.counted} is damaged ({error}): it is begun again")
             return None
 
     def _run_folder(self, run: str) -> RunFolder | None:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
 
-    def _receipt(
-        self, order: Order, outcome: str, content: bytes = b"", reason: str = "", private: bytes = b""
-    ) -> Receipt:
-        replica = self._replica if self._replica and self._replica.run == order.run else None
+    def _response(
+        self, request: Request, outcome: str, content: bytes = b"", reason: str = "", private: bytes = b""
+    ) -> Response:
+        replica = self._replica if self._replica and self._replica.run == request.run else None
         version, fingerprint = (replica.version, replica.hash()) if replica else (-1, "")
-        return Receipt(
-            order.run,
-            order.round,
-            order.ticket,
-            order.client,
+        return Response(
+            request.run,
+            request.round,
+            request.ticket,
+            request.client,
             outcome,
             version,
             fingerprint,
@@ -239,16 +239,16 @@ class Trainer:
             private,
         )
 
-    def _tell(self, what: str, order: Order, framed: int, payload: int, note: str) -> None:
+    def _log_event(self, what: str, request: Request, framed: int, payload: int, note: str) -> None:
         replica = self._replica
-        down = len(order.snapshot) + sum(map(len, order.records))
+        down = len(request.snapshot) + sum(map(len, request.records))
         self._record(
             {
                 "what": what,
-                "run": order.run[:16],
-                "round": order.round,
-                "client": order.client,
-                "payload_bytes": down if what == "order" else payload,
+                "run": request.run[:16],
+                "round": request.round,
+                "client": request.client,
+                "payload_bytes": down if what == "request" else payload,
                 "framed_bytes": framed,
                 "version": replica.version if replica else -1,
                 "data": replica.work.data_fingerprint if replica else "",
@@ -258,18 +258,18 @@ class Trainer:
         )
 
 
-def read_order(letter: bytes) -> Order:
+def read_request(message: bytes) -> Request:
     """A received order. Raises ValueError for bytes that are none."""
-    order = codec.decode(letter)
-    if not isinstance(order, Order):
-        raise ValueError(f"a {type(order).__name__} came where an Order was expected")
-    check_fields(order)
-    if not (re.fullmatch("[0-9a-f]{64}", order.run) and order.round > 0 and 0 <= order.since <= order.version):
+    request = codec.decode(message)
+    if not isinstance(request, Request):
+        raise ValueError(f"a {type(request).__name__} came where an Order was expected")
+    check_fields(request)
+    if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round > 0 and 0 <= request.since <= request.version):
         raise ValueError("an Order came that names no run, round or version")
-    return order
+    return request
 
 
-def _same_work(one: Order, other: Order) -> bool:
+def _same_work(one: Request, other: Request) -> bool:
     """Whether two orders ask for the same work, on whatever way they came."""
     return all(
         getattr(one, name) == getattr(other, name)

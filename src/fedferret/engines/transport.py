@@ -17,7 +17,7 @@ from fedferret.core.messages import message
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Received:
     """What came back from a site, or why nothing did."""
 
     site: str
@@ -28,11 +28,11 @@ class Delivery:
 class Transport(Protocol):
     """How letters reach sites."""
 
-    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+    def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         """Deliver each letter to the site it is addressed to; yield what comes back, as it comes.
 
         After ``deadline`` seconds yields a Delivery without content for every site that is still silent. Never waits
-        longer, never raises for a site. ``letters`` may make a letter anew each time that it is asked for.
+        longer, never raises for a site. ``messages`` may make a letter anew each time that it is asked for.
         """
         ...
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
 
 
 @message
-class Order:
+class Request:
     """Server to site: come up to date, then do this client's work of this round."""
 
     run: str  # SHA-256 of the recipe's identity
@@ -62,26 +62,26 @@ class Order:
 
 
 @message
-class Receipt:
+class Response:
     """Site to server: what became of an order."""
 
     run: str
     round: int
     ticket: str
     client: str
-    outcome: str  # "answer", "lacks" or "refused"
+    outcome: str  # "ok", "missing" or "refused"
     version: int  # of the replica now; -1: there is none
     fingerprint: str  # of the replica now; "": there is none
     process: int  # id of the trainer's process
     content: bytes  # of an answer: an Envelope, encoded
-    reason: str  # of "lacks": "recipe", "records" or "replica"; of "refused": one line
+    reason: str  # of "missing": "recipe", "records" or "replica"; of "refused": one line
     private: bytes  # a simulated client's new private state; what a site keeps is never here
 
 
-def check_fields(letter: Order | Receipt) -> None:
+def check_fields(received: Request | Response) -> None:
     """Raise ValueError where a received letter holds something else than its fields' types: the codec checks none."""
-    for field in fields(letter):
+    for field in fields(received):
         expected, _, item = str(field.type).partition("[")
-        value = getattr(letter, field.name)
+        value = getattr(received, field.name)
         if type(value).__name__ != expected or (item and not all(isinstance(each, bytes) for each in value)):
-            raise ValueError(f"{field.name} of a received {type(letter).__name__} is no {field.type}")
+            raise ValueError(f"{field.name} of a received {type(received).__name__} is no {field.type}")

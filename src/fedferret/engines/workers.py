@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedferret.engines.transport import Delivery
+from fedferret.engines.transport import Received
 
 SENDINGS = 3  # of one letter: one that ends three processes is itself the cause
 
@@ -31,7 +31,7 @@ class Workers(ABC):
         self.workers = tuple(workers)
 
     @abstractmethod
-    def ask(self, worker: str, letter: bytes, timeout: float) -> Any:
+    def ask(self, worker: str, message: bytes, timeout: float) -> Any:
         """Send the letter, starting the worker if need be; returns at once with a handle for ``wait``."""
 
     @abstractmethod
@@ -50,33 +50,33 @@ class Workers(ABC):
     def close(self) -> None:
         """End all of them and leave nothing behind."""
 
-    def exchange(self, letters: Mapping[str, bytes], deadline: float) -> Iterator[Delivery]:
+    def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         """See ``Transport.exchange``."""
         end = time.monotonic() + deadline
-        waiting = list(letters)
+        waiting = list(messages)
         tried: Counter[str] = Counter()
         busy: dict[Any, tuple[str, str]] = {}  # handle: worker, addressee
         while (waiting or busy) and time.monotonic() < end:
             for worker, name in self._pairs(waiting, {worker for worker, _ in busy.values()}):
                 waiting.remove(name)
-                busy[self.ask(worker, letters[name], end - time.monotonic())] = worker, name
+                busy[self.ask(worker, messages[name], end - time.monotonic())] = worker, name
             for handle in self.wait(list(busy), max(0.0, end - time.monotonic())):
                 _, name = busy.pop(handle)
                 try:
-                    yield Delivery(name, self.result(handle))
+                    yield Received(name, self.result(handle))
                 except TimeoutError:
-                    yield Delivery(name, None, f"no answer within {deadline:,.0f} s")
+                    yield Received(name, None, f"no answer within {deadline:,.0f} s")
                 except Lost as error:
                     tried[name] += 1
                     if tried[name] < SENDINGS and time.monotonic() < end:
                         waiting.insert(0, name)
                     else:
-                        yield Delivery(name, None, f"{error}, {tried[name]} times" if tried[name] > 1 else str(error))
+                        yield Received(name, None, f"{error}, {tried[name]} times" if tried[name] > 1 else str(error))
         for worker, name in busy.values():
             if name != worker:  # a named one may be a site that is only slow, and it has a log of its own
                 self.abandon(worker)
         for name in [*(name for _, name in busy.values()), *waiting]:
-            yield Delivery(name, None, f"no answer within {deadline:,.0f} s")
+            yield Received(name, None, f"no answer within {deadline:,.0f} s")
 
     def _pairs(self, waiting: Sequence[str], busy: Collection[str]) -> Iterator[tuple[str, str]]:
         """Free workers and the letters they may take, each at most once."""

@@ -46,14 +46,14 @@ def choice_scores(
     max_tokens: int,
     stops: Collection[int],
     batch_size: int = 8,
-    tick: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The two figures over the examples that have choices; empty where none has. ``tick`` as in ``example_losses``."""
+    """The two figures over the examples that have choices; empty where none has."""
     asked = [example for example in examples if choices_of(example)]
     rows = [row for example in asked for row in _rows(example, template, tokenizer, max_tokens, stops)]
     if not asked:
         return {}
-    losses = iter(example_losses(model, loss, TokenisedData(rows), batch_size, tick).sums)
+    losses = iter(example_losses(model, loss, TokenisedData(rows), batch_size, on_progress).sums)
     right, right_by_length = 0, 0
     for example in asked:
         choices = choices_of(example)

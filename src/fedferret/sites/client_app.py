@@ -41,7 +41,7 @@ from fedferret.sites.runtime import authorised, client_of_task
 POLL = 0.2  # seconds between two looks for a task; a look costs the SuperNode about a millisecond
 
 
-def serve(address: str, secret: bytes, package: str, say: Callable[[str], None]) -> None:
+def serve(address: str, secret: bytes, package: str, log: Callable[[str], None]) -> None:
     """Carry out one task after the other, for ever. A SuperNode that is away is waited for."""
     trouble = ""
     with closing(authorised(address, secret)) as client:
@@ -52,12 +52,12 @@ def serve(address: str, secret: bytes, package: str, say: Callable[[str], None])
                 trouble = ""
                 if token:
                     with closing(client_of_task(address, token)) as own:
-                        carry_out(Task(own, tasks), package, say)
+                        carry_out(Task(own, tasks), package, log)
                     continue
             except (httpx.HTTPError, RuntimeError) as error:
                 if str(error) != trouble:
                     trouble = str(error)
-                    say(f"{type(error).__name__}: {error}")
+                    log(f"{type(error).__name__}: {error}")
             time.sleep(POLL)
 
 
@@ -121,7 +121,7 @@ class Task:
         return getattr(self._client, name)
 
 
-def carry_out(client: Any, package: str, say: Callable[[str], None]) -> None:
+def carry_out(client: Any, package: str, log: Callable[[str], None]) -> None:
     """One task, from its message to its reply; ``client``: a RuntimeHttpClient or a Task around it."""
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -140,7 +140,7 @@ def carry_out(client: Any, package: str, say: Callable[[str], None]) -> None:
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, details), reply_to=message)
         if details:
             status = SubStatus.FAILED
-            say(details)
+            log(details)
         push_message(client, reply, context)
         push_task_output(client, context, status, details)
     except Superseded as error:
@@ -169,10 +169,10 @@ def main() -> None:
     parser.add_argument("--package", default=fingerprint(run_package()))
     given = parser.parse_args()
     with quiet_flower():
-        serve(f"{LOOPBACK}:{given.port}", given.secret.read_bytes(), given.package, _say)
+        serve(f"{LOOPBACK}:{given.port}", given.secret.read_bytes(), given.package, _log)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {line}", file=sys.stderr, flush=True)
 
 

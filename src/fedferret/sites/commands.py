@@ -20,7 +20,7 @@ def serve(
     wait: float,
     insecure: bool,
     insecure_off_loopback: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Serve the recipe that ``tables`` say. Raises UserError, RunError, KeyboardInterrupt."""
     if not insecure and not pki.exists():
@@ -36,8 +36,8 @@ def serve(
     settings = serving.ServeSettings(
         listen=listen, credentials=credentials, wait=wait, insecure_off_loopback=insecure and insecure_off_loopback
     )
-    serving.serve(from_tables(tables), out, settings, say)
-    say(f"The run is finished: {out / 'report.html'}")
+    serving.serve(from_tables(tables), out, settings, log)
+    log(f"The run is finished: {out / 'report.html'}")
 
 
 def join(
@@ -49,7 +49,7 @@ def join(
     package: str,
     insecure: bool,
     insecure_off_loopback: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Take part as the site ``name``. Raises UserError, RunError, KeyboardInterrupt."""
     from fedferret.sites import join as joining
@@ -64,4 +64,4 @@ def join(
         insecure_off_loopback=insecure_off_loopback,
         package=package,
     )
-    joining.join(settings, say)
+    joining.join(settings, log)

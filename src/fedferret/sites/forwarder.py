@@ -137,7 +137,7 @@ class Forwarder:
         inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         inside.load_cert_chain(self._folder / "loopback.crt", self._folder / "loopback.key")
         server = await asyncio.start_server(self._begin, "127.0.0.1", port, ssl=inside)
-        _say(f"{BEGUN} 127.0.0.1:{port} to {self._host}:{self._port}")
+        _log(f"{BEGUN} 127.0.0.1:{port} to {self._host}:{self._port}")
         while not stop.is_set() and os.getppid() == parent:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _LOOK)
@@ -171,7 +171,7 @@ class Forwarder:
 
     def _note(self, trouble: str) -> None:
         if trouble != self._trouble:
-            _say(trouble or f"{self._host}:{self._port} answers again")
+            _log(trouble or f"{self._host}:{self._port} answers again")
             self._trouble = trouble
 
 
@@ -232,7 +232,7 @@ def _why(error: Exception, host: str, port: int) -> str:
     return f"{host}:{port} cannot be reached ({reason}); trying again"
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 

@@ -63,7 +63,7 @@ class JoinSettings:
             )
 
 
-def join(settings: JoinSettings, say: Callable[[str], None] = print) -> None:
+def join(settings: JoinSettings, log: Callable[[str], None] = print) -> None:
     """Take part until Ctrl-C. Raises UserError, RunError, KeyboardInterrupt."""
     folder = settings.folder.resolve()
     with terminable():
@@ -71,13 +71,13 @@ def join(settings: JoinSettings, say: Callable[[str], None] = print) -> None:
         with alone_in(folder, "a site"):
             known = None if settings.insecure else _credentials(settings, folder)
             for notice in known.notices if known else ():
-                say(notice)
-            say(f"{settings.name} trains on {settle(settings, folder)}, which stays where it is.")
-            say(f"Everything of this site is in {folder}; every message that comes or goes: audit.jsonl there.")
-            Site(settings, folder, known, say).play()
+                log(notice)
+            log(f"{settings.name} trains on {resolve_data(settings, folder)}, which stays where it is.")
+            log(f"Everything of this site is in {folder}; every message that comes or goes: audit.jsonl there.")
+            Site(settings, folder, known, log).play()
 
 
-def settle(settings: JoinSettings, folder: Path) -> str:
+def resolve_data(settings: JoinSettings, folder: Path) -> str:
     """The site's data file, as ``site.toml`` has it; that is written where there is none. Raises UserError for options
     that it contradicts."""
     import tomli_w
@@ -104,10 +104,10 @@ class Site:
     """The processes of one site."""
 
     def __init__(
-        self, settings: JoinSettings, folder: Path, credentials: SiteCredentials | None, say: Callable[[str], None]
+        self, settings: JoinSettings, folder: Path, credentials: SiteCredentials | None, log: Callable[[str], None]
     ) -> None:
-        self.settings, self.folder, self.credentials, self.say = settings, folder, credentials, say
-        self.supervisor = Supervisor(say, self._explain)
+        self.settings, self.folder, self.credentials, self.log = settings, folder, credentials, log
+        self.supervisor = Supervisor(log, self._explain)
         self.port, self.forwarding = free_port(), free_port()
         self.connected, self.started = 0, time.time()  # the id of the SuperNode's process that said it is connected
 
@@ -119,12 +119,12 @@ class Site:
                 self.supervisor.start(part)
             while True:
                 self._check_trainer()
-                self.supervisor.tend()
+                self.supervisor.poll()
                 self._greet()
                 time.sleep(LOOK)
         finally:
             self.supervisor.close()
-            self._tell("stopped")
+            self._log_event("stopped")
 
     def _start_trainer(self) -> None:
         """Start the trainer and wait until it is ready: a site whose data is of no use meets no server."""
@@ -165,8 +165,8 @@ class Site:
         process = self.supervisor.process("SuperNode")
         if process and process != self.connected and "SuperNode ID" in self.supervisor.words("SuperNode"):
             self.connected = process
-            self.say(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
-            self._tell("connected")
+            self.log(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
+            self._log_event("connected")
 
     def _explain(self, part: Part, code: int, words: str) -> str:
         if part.name == "SuperNode" and NOT_ACTIVATED in words:
@@ -176,7 +176,7 @@ class Site:
             )
         return f"The {part.name} {ended(code)}; starting it again."
 
-    def _tell(self, doing: str) -> None:
+    def _log_event(self, doing: str) -> None:
         content = {"doing": doing, "time": time.time(), "process": os.getpid(), "started": self.started}
         content |= {"address": self.settings.address, "name": self.settings.name, "secure": bool(self.credentials)}
         write_atomically(self.folder / STATE, json.dumps(content, indent=1))

@@ -45,7 +45,7 @@ class Validity:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CertificateStatus:
     """How one certificate stands."""
 
     name: str
@@ -145,18 +145,18 @@ class Authority:
         shutil.rmtree(site)
         return len(fresh)
 
-    def standings(self) -> list[Standing]:
+    def statuses(self) -> list[CertificateStatus]:
         """The authority and every certificate that was ever signed, by name, the newest of a name first."""
         now, revoked = self._clock(), self._revoked()
 
-        def standing(certificate: bytes) -> Standing:
+        def status_of(certificate: bytes) -> CertificateStatus:
             serial = x.serial_number(certificate)
             left = (x.valid_until(certificate) - now).days
-            return Standing(x.common_name(certificate), serial, left, serial in revoked)
+            return CertificateStatus(x.common_name(certificate), serial, left, serial in revoked)
 
         newest_first = sorted(self._issued().values(), key=x.valid_from, reverse=True)
-        by_name = sorted(map(standing, newest_first), key=lambda one: one.name)  # which keeps their order
-        return [standing(self._pair.certificate), *by_name]
+        by_name = sorted(map(status_of, newest_first), key=lambda one: one.name)  # which keeps their order
+        return [status_of(self._pair.certificate), *by_name]
 
     def _certify_server(self, hosts: Sequence[str]) -> None:
         folder = self.folder / SERVER

@@ -65,7 +65,7 @@ class Proxy:
         log = self.folder / "error.log"
         self._logged = log.stat().st_size if log.exists() else 0
         watched = [self._server.revocations, *self._server.proxy, self._server.superlink[0]]
-        return [sys.executable, "-P", "-m", "fedferret.sites.keeper", nginx, str(path), *map(str, watched)]
+        return [sys.executable, "-P", "-m", "fedferret.sites.watchdog", nginx, str(path), *map(str, watched)]
 
     def wait(self, running: Callable[[], bool], patience: float = 60.0) -> None:
         """Wait until the port answers.

@@ -60,28 +60,28 @@ class ServeSettings:
             )
 
 
-def serve(recipe: Recipe, out: Path, settings: ServeSettings, say: Callable[[str], None] = print) -> None:
+def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str], None] = print) -> None:
     """Serve the recipe's run in the folder ``out`` to its end. Raises UserError, RunError, KeyboardInterrupt."""
     sites = approved_sites(recipe)
     keys = _keys(settings.credentials, sites)
     if belongs(recipe, out) and read_summary(out).get("status") == "finished":
-        say(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
+        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
         return
     out = out.resolve()
     with terminable(), alone_in(out / state.FOLDER, "a server"):
         write_atomically(out / state.FOLDER / "recipe.toml", recipe.to_toml())
         for notice in settings.credentials.notices if settings.credentials else ():
-            say(notice)
-        Server(out, settings, keys, say).play()
+            log(notice)
+        Server(out, settings, keys, log).play()
 
 
 class Server:
     """The processes of one served run."""
 
-    def __init__(self, out: Path, settings: ServeSettings, keys: dict[str, bytes], say: Callable[[str], None]) -> None:
-        self.out, self.folder, self.settings, self.keys, self.say = out, out / state.FOLDER, settings, keys, say
+    def __init__(self, out: Path, settings: ServeSettings, keys: dict[str, bytes], log: Callable[[str], None]) -> None:
+        self.out, self.folder, self.settings, self.keys, self.log = out, out / state.FOLDER, settings, keys, log
         self.package = run_package()
-        self.supervisor = Supervisor(say, lambda part, code, words: f"{part.name} {ended(code)}; starting it again.")
+        self.supervisor = Supervisor(log, lambda part, code, words: f"{part.name} {ended(code)}; starting it again.")
         self.environment = environment(self.folder / "flower")
         self.proxied = settings.credentials is not None and _has_nginx(settings)
         self.port = free_port() if self.proxied else split(settings.listen)[1]
@@ -93,7 +93,7 @@ class Server:
         """Serve until the run is finished, cannot go on, or Ctrl-C."""
         os.environ.update(self.environment)  # this process calls the SuperLink too: by no proxy
         check_free(split(self.settings.listen)[1])
-        self.say(f"Run package: SHA-256 {fingerprint(self.package)}; sites with this fedferret take no other.")
+        self.log(f"Run package: SHA-256 {fingerprint(self.package)}; sites with this fedferret take no other.")
         ending = "stopped"
         try:
             if self.proxied:
@@ -116,7 +116,7 @@ class Server:
                     raise RunError(f"the server ended {starts} times in a row: {self.folder}/superlink.log may say why")
         finally:
             self.supervisor.close()
-            self._tell(ending)
+            self._log_event(ending)
 
     def _start_proxy(self) -> None:
         assert self.settings.credentials is not None
@@ -126,7 +126,7 @@ class Server:
 
     def _once(self) -> int:
         """One life of SuperLink and ServerApp; the ServerApp's exit code, or AGAIN."""
-        self._tell("starting")
+        self._log_event("starting")
         certificates = _certificates(self.settings.credentials)
         host = split(self.settings.listen)[0] if self.settings.insecure_off_loopback else LOOPBACK
         command = superlink(host, self.port, self.folder, certificates)
@@ -137,11 +137,11 @@ class Server:
             control.register(self.keys)
             run = control.start(self.package)
             if not self.restarts:
-                self.say(f"Sites call {self.settings.listen}.")
+                self.log(f"Sites call {self.settings.listen}.")
             self.supervisor.start(Part("ServerApp", self._server_app(run), None, self.environment))
             return self._watch(control)
         except (RunError, httpx.HTTPError) as error:
-            self.say(f"The SuperLink did not take the run ({error}); it is started again.")
+            self.log(f"The SuperLink did not take the run ({error}); it is started again.")
             return AGAIN
         finally:
             control.close()
@@ -155,17 +155,17 @@ class Server:
             code = self.supervisor.code("ServerApp")
             if code is not None:
                 if code not in (0, 1, 2):
-                    self.say(f"The ServerApp {ended(code)}; it is started again, and the run goes on from its log.")
+                    self.log(f"The ServerApp {ended(code)}; it is started again, and the run goes on from its log.")
                 return code
             if self.supervisor.process("SuperLink") is None:
-                self.say("The SuperLink is gone; it is started again, and the run goes on from its log.")
+                self.log("The SuperLink is gone; it is started again, and the run goes on from its log.")
                 return AGAIN
-            self.supervisor.tend("nginx")
+            self.supervisor.poll("nginx")
             if time.monotonic() - self.told > TELL:
-                self._tell("serving", control)
+                self._log_event("serving", control)
             time.sleep(LOOK)
 
-    def _tell(self, doing: str, control: Control | None = None) -> None:
+    def _log_event(self, doing: str, control: Control | None = None) -> None:
         """Write down what `fedferret nodes` and `status` show."""
         self.told = time.monotonic()
         with suppress(httpx.HTTPError):  # a SuperLink that is ending: it is started again, and asked again

@@ -28,7 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedferret.config import Recipe, load
-from fedferret.core.errors import RunError, TooFewAnswers, UserError
+from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
 from fedferret.runner import run as play
 from fedferret.sites import state
@@ -52,26 +52,26 @@ def main(grid: Grid, context: Context) -> None:
     approved = approved_sites(recipe)
     roster = Roster(grid, approved, asks=bool(context.node_config["insecure"]))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
-    letters = state.Letters(folder)
+    messages = state.MessageLog(folder)
 
     def connected() -> dict[str, int]:
         nodes = roster()
         state.write(folder, "names", {str(node): name for name, node in nodes.items()})
         return nodes
 
-    transport = FlowerTransport(grid, connected, letters.traffic)
+    transport = FlowerTransport(grid, connected, messages.traffic)
     gather(connected, approved, float(context.node_config["wait"]))
-    last, moved = letters.rounds(), time.monotonic()
+    last, moved = messages.rounds(), time.monotonic()
     while True:
         try:
-            play(recipe, folder, _say, transport=transport, record=letters.letter)
+            play(recipe, folder, _log, transport=transport, record=messages.message)
             return
-        except TooFewAnswers as error:
-            if letters.rounds() > last:
-                last, moved, pause = letters.rounds(), time.monotonic(), FIRST_PAUSE
+        except TooFewClients as error:
+            if messages.rounds() > last:
+                last, moved, pause = messages.rounds(), time.monotonic(), FIRST_PAUSE
             if time.monotonic() - moved + pause > patience:
                 raise
-            _say(f"{error}. It is played again in {pause:.0f} seconds.")
+            _log(f"{error}. It is played again in {pause:.0f} seconds.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             gather(connected, approved, pause)
@@ -93,7 +93,7 @@ def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], 
         nodes = connected()
         for name in sorted(nodes.keys() - known):
             known.add(name)
-            _say(f"{name} is connected ({len(known)} of {len(approved)}).")
+            _log(f"{name} is connected ({len(known)} of {len(approved)}).")
         if len(nodes) == len(approved) or time.monotonic() > end:
             return
         time.sleep(0.5)
@@ -136,7 +136,7 @@ def _token(run: int, address: str, secret: bytes, authority: Path | None, patien
     raise RunError("the SuperLink gave no task for the run")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 
@@ -160,13 +160,13 @@ def start() -> int:
             app(grid, context)
         return 0
     except UserError as error:
-        _say(f"fedferret: {error}")
+        _log(f"fedferret: {error}")
         return 2
     except RunError as error:
-        _say(f"fedferret: {error}")
+        _log(f"fedferret: {error}")
         return 1
     except (httpx.HTTPError, RunNotRunningException) as error:
-        _say(f"The SuperLink does not take what it is sent ({type(error).__name__}: {error}).")
+        _log(f"The SuperLink does not take what it is sent ({type(error).__name__}: {error}).")
         return AGAIN
     except KeyboardInterrupt:  # by `serve`, which says why; or by Flower, where the SuperLink forgot this run
         return AGAIN

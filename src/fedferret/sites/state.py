@@ -37,7 +37,7 @@ def read(run: Path, name: str) -> dict[str, Any]:
     return known
 
 
-class Letters:
+class MessageLog:
     """The file of letters, by the process that writes it."""
 
     def __init__(self, run: Path) -> None:
@@ -47,7 +47,7 @@ class Letters:
                 file.write(b"\n")  # a crash cut the last line short
         self._newest = 0
 
-    def letter(self, event: Mapping[str, Any]) -> None:
+    def message(self, event: Mapping[str, Any]) -> None:
         """An order that was sent or a receipt that came."""
         self._newest = max(self._newest, event["round"])
         self._add(event)
@@ -65,7 +65,7 @@ class Letters:
             file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
 
-def letters(run: Path) -> Iterator[dict[str, Any]]:
+def messages(run: Path) -> Iterator[dict[str, Any]]:
     """Every line of the file of letters, the oldest first."""
     path = run / FOLDER / "letters.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -26,7 +26,7 @@ STALE = 30.0  # seconds after which what a server wrote about connections is old
 
 
 @dataclass
-class Standing:
+class SiteStatus:
     """One site, as its server knows it."""
 
     connected: bool | None = None  # None: not known
@@ -35,25 +35,25 @@ class Standing:
     version: int = -1  # of the log that it held then
     process: int = 0  # of its trainer then
     reason: str = ""  # why its last letter brought no answer; "" if it did
-    letters: int = 0  # bytes of orders and receipts, both ways
+    messages: int = 0  # bytes of orders and receipts, both ways
     framed: int = 0  # the same with Flower's records and headers
 
 
-def standings(run: Path) -> dict[str, Standing]:
+def site_statuses(run: Path) -> dict[str, SiteStatus]:
     """Every site that the server has heard of or written to. Raises UserError for a folder that was never served."""
     if not (run / state.FOLDER / "server.json").exists():
         raise UserError(
             f"{run}: no server was started in that folder; give the run's folder, as `fedferret serve` said"
         )
-    found: dict[str, Standing] = {}
-    for event in state.letters(run):
-        site = found.setdefault(str(event.get("client", "")), Standing())
-        if event["what"] == "answer":
+    found: dict[str, SiteStatus] = {}
+    for event in state.messages(run):
+        site = found.setdefault(str(event.get("client", "")), SiteStatus())
+        if event["what"] == "ok":
             site.answered, site.round, site.reason = event["time"], event["round"], ""
         if "version" in event:
             site.version, site.process = event["version"], event["process"]
         if event["what"] == "traffic":
-            site.letters += event["payload_down"] + event["payload_up"]
+            site.messages += event["payload_down"] + event["payload_up"]
             site.framed += event["framed_down"] + event["framed_up"]
             site.reason = event["reason"]
         elif event["what"] == "refused":
@@ -61,7 +61,7 @@ def standings(run: Path) -> dict[str, Standing]:
     known = state.read(run, "nodes")
     fresh = time.time() - known.get("time", 0.0) < STALE and doing(state.read(run, "server")) == "serving"
     for name, node in known.get("nodes", {}).items():
-        found.setdefault(name, Standing()).connected = node["connected"] if fresh else None
+        found.setdefault(name, SiteStatus()).connected = node["connected"] if fresh else None
     return found
 
 
@@ -72,11 +72,11 @@ def nodes_table(run: Path) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("site", "connected", "last answer", "holds", "letters", "framed", "trouble"):
         table.add_column(title, justify="right" if title in ("letters", "framed") else "left")
-    for name, site in sorted(standings(run).items()):
+    for name, site in sorted(site_statuses(run).items()):
         connected = {True: "yes", False: "no", None: "not known"}[site.connected]
         answer = f"round {site.round}, {ago(site.answered)}" if site.answered else "none"
         held = f"version {site.version}" if site.version >= 0 else "nothing"
-        table.add_row(name, connected, answer, held, as_bytes(site.letters), as_bytes(site.framed), site.reason)
+        table.add_row(name, connected, answer, held, as_bytes(site.messages), as_bytes(site.framed), site.reason)
     return table
 
 
@@ -89,7 +89,7 @@ def status(folder: Path) -> str:
         raise UserError(f"{folder}: neither a run that was served nor a site's folder")
     run = events.read(folder)
     guarded = "certificates on both sides" if known["secure"] else "INSECURE: nobody is checked"
-    sites = standings(folder)
+    sites = site_statuses(folder)
     lines = [
         f"Server:   {_doing(known)}; sites call {known['listen']} ({guarded})",
         f"Package:  SHA-256 {known['package']}",
@@ -116,9 +116,9 @@ def ago(then: float) -> str:
 def _site(folder: Path) -> str:
     known = join.read_state(folder)
     audit = list(read_audit(folder))
-    answers = [event for event in audit if event["what"] == "answer"]
-    came = sum(event["framed_bytes"] for event in audit if event["what"] == "order")
-    went = sum(event["framed_bytes"] for event in audit if event["what"] in ("answer", "lacks", "refused"))
+    answers = [event for event in audit if event["what"] == "ok"]
+    came = sum(event["framed_bytes"] for event in audit if event["what"] == "request")
+    went = sum(event["framed_bytes"] for event in audit if event["what"] in ("ok", "missing", "refused"))
     sockets = [event for event in audit if event["what"] == "socket"]
     down, up = (sum(event[name] for event in sockets) for name in ("down_bytes", "up_bytes"))
     last = f"round {answers[-1]['round']} at {answers[-1]['time'][:19]}" if answers else "none so far"

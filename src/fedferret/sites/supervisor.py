@@ -58,12 +58,12 @@ class _Watched:
 class Supervisor:
     """Keeps parts running. One that ``explain`` has words for is said to be gone once, until it has run well again."""
 
-    def __init__(self, say: Callable[[str], None], explain: Callable[[Part, int, str], str]) -> None:
+    def __init__(self, log: Callable[[str], None], explain: Callable[[Part, int, str], str]) -> None:
         """``explain(part, code, words)``: a line for the operator on a process that ended; "" for none.
 
         ``words`` is what the process wrote to its log since it was started.
         """
-        self._say, self._explain = say, explain
+        self._log, self._explain = log, explain
         self._watched: dict[str, _Watched] = {}
         self._said: dict[str, str] = {}
 
@@ -72,7 +72,7 @@ class Supervisor:
         self._watched[part.name] = _Watched(part)
         self._launch(self._watched[part.name])
 
-    def tend(self, *names: str) -> None:
+    def poll(self, *names: str) -> None:
         """See to these parts once, or to all: say what ended, start again what is due."""
         for name in names or list(self._watched):
             watched = self._watched.get(name)
@@ -149,7 +149,7 @@ class Supervisor:
         line = self._explain(watched.part, code, self.words(name))
         if line and self._said.get(name) != line:
             self._said[name] = line
-            self._say(line)
+            self._log(line)
         watched.process, watched.due = None, now + watched.pause
         watched.pause = min(2 * watched.pause, LONGEST_PAUSE)
 

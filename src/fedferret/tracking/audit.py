@@ -1,11 +1,11 @@
 """``audit.jsonl``: what a site received and sent, a line a message, on disk before the message has an effect.
 
-    {"time": "2026-11-22T19:02:11.031+00:00", "what": "order", "run": "9f86d081884c7d65", "round": 3,
+    {"time": "2026-11-22T19:02:11.031+00:00", "what": "request", "run": "9f86d081884c7d65", "round": 3,
      "client": "ward-7", "payload_bytes": 1411, "framed_bytes": 1723, "version": 2, "data": "c0ffee…",
      "privacy": "none", "note": ""}
     {"time": "2026-11-22T19:02:40.118+00:00", "what": "socket", "up_bytes": 5120, "down_bytes": 9216, "seconds": 60.0}
 
-``what``: "order" came; "answer", "lacks" or "refused" went. Payload: of an order, the log's entries; of an answer, the
+``what``: "request" came; "ok", "missing" or "refused" went. Payload: of an order, the log's entries; of an answer, the
 method's message; framed: the whole letter, as the transport takes it. ``data`` is the SHA-256 of the site's examples;
 ``privacy`` says what an answer was protected with: "none", for there is nothing of the kind yet. "socket": what crossed
 the sockets to the server since the line before, both letters and Flower's polling, written by the forwarder.

@@ -20,7 +20,7 @@ from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record, Update
 from fedferret.core.messages import state
 from fedferret.core.pooling import tensors
-from fedferret.core.restore import placed
+from fedferret.core.restore import restore_tensors
 from fedferret.core.rounds import RunState
 from fedferret.wire import codec
 
@@ -38,7 +38,7 @@ def save(folder: Path, run: RunState) -> None:
     """Make the round that ``run`` has reached the one to resume from."""
     progress = Progress(run.round, run.server, run.versions)
     write_atomically(folder / "state" / "run.state", codec.encode(progress))
-    run.log.settle()
+    run.log.prune()
 
 
 def saved_round(folder: Path) -> int | None:
@@ -62,7 +62,7 @@ def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, An
     """
     progress = read(folder / "state" / "run.state")
     log = Log.open(folder / "log", progress.round)
-    public, _ = algorithm.begin(task, Key.of(seed, "begin"))
+    public, _ = algorithm.init(task, Key.of(seed, "begin"))
     public = replay(task, algorithm, public, log.since(0))
     return RunState(public, progress.server, log, progress.round, progress.versions)
 
@@ -73,7 +73,7 @@ def replay(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], public: An
     Raises RunError at the first record whose fingerprint differs.
     """
     if update.snapshot is not None:
-        public = placed(task, codec.decode(update.snapshot))
+        public = restore_tensors(task, codec.decode(update.snapshot))
     for encoded in update.records:
         record: Record = codec.decode(encoded)
         algorithm.apply(task, public, codec.decode(record.entry))

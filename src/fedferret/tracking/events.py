@@ -77,7 +77,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Baseline:
     """What tuning is compared with: a mean loss on the main held-out set, and one per client where it has them."""
 
     name: str
@@ -108,7 +108,7 @@ class Run:
     start: Event = field(default_factory=dict)
     rounds: dict[int, Round] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    yardsticks: dict[str, Yardstick] = field(default_factory=dict)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
     status: str = "in progress"  # "finished", "interrupted"
     last: str = ""  # ISO time of the last event
 
@@ -158,9 +158,9 @@ def replay(events: Iterable[Event]) -> Run:
                 losses = _numbers(event.get("per_client", {}))
                 evaluation = Evaluation(event["round"], results, event["seconds"], event.get("who", "global"), losses)
                 run.evaluations[event["round"]] = evaluation
-            case "yardstick":
+            case "baseline":
                 per_client = _numbers(event.get("per_client", {}))
-                run.yardsticks[event["name"]] = Yardstick(event["name"], _number(event["loss"]), per_client)
+                run.baselines[event["name"]] = Baseline(event["name"], _number(event["loss"]), per_client)
             case "end":
                 run.status = "finished"
             case "interrupted":

@@ -299,7 +299,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label
 
 
 def _yardsticks(run: Run, axes: Axes) -> None:
-    lines = [(name, yardstick.loss) for name, yardstick in run.yardsticks.items()]
+    lines = [(name, baseline.loss) for name, baseline in run.baselines.items()]
     if 0 in run.evaluations:
         lines.insert(0, ("untuned", run.evaluations[0].loss))
     dashes: Sequence[tuple[int, tuple[float, ...]]] = ((0, (1, 2)), (0, (6, 2)), (0, (6, 2, 1, 2)))

@@ -127,8 +127,8 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
             if name in before
         ]
         figures += [
-            Figure(f"yardstick: {name}", as_loss(yardstick.loss), _against(last.loss, yardstick.loss))
-            for name, yardstick in run.yardsticks.items()
+            Figure(f"yardstick: {name}", as_loss(baseline.loss), _against(last.loss, baseline.loss))
+            for name, baseline in run.baselines.items()
         ]
     ledger = run.ledger()
     if ledger.up:
@@ -149,8 +149,8 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
     return figures
 
 
-def _against(loss: float, yardstick: float) -> str:
-    difference = yardstick - loss
+def _against(loss: float, baseline: float) -> str:
+    difference = baseline - loss
     if math.isnan(difference):
         return ""
     return f"this run is {abs(difference):.3f} {'better' if difference >= 0 else 'worse'}"
@@ -216,7 +216,7 @@ def _owners(run: Run) -> list[tuple[str, str, str]]:
 
 def _clients(run: Run) -> list[tuple[str, int, int, str, str]]:
     """Every client that was sampled: id, times sampled, failures, bytes up, its own local-only loss."""
-    alone = run.yardsticks["local-only"].per_client if "local-only" in run.yardsticks else {}
+    alone = run.baselines["local-only"].per_client if "local-only" in run.baselines else {}
     sampled: dict[str, list[int]] = {}
     for _, entry in sorted(run.rounds.items()):
         for client in entry.clients:

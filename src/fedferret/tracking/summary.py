@@ -25,9 +25,9 @@ def summarise(run: Run) -> dict[str, Any]:
     rounds = [entry for _, entry in sorted(run.rounds.items())]
     evaluations = [entry for _, entry in sorted(run.evaluations.items())]
     sets = dict.fromkeys(name for entry in evaluations for name in entry.results)
-    yardsticks = {name: _plain(yardstick.loss) for name, yardstick in run.yardsticks.items()}
+    baselines = {name: _plain(baseline.loss) for name, baseline in run.baselines.items()}
     if 0 in run.evaluations:
-        yardsticks = {"untuned": _plain(run.evaluations[0].loss), **yardsticks}
+        baselines = {"untuned": _plain(run.evaluations[0].loss), **baselines}
     return {
         "method": run.start.get("method", ""),
         "model": run.start.get("model", ""),
@@ -42,7 +42,7 @@ def summarise(run: Run) -> dict[str, Any]:
             for name in sets
         },
         "metrics": _metrics(evaluations, list(sets)),
-        "yardsticks": yardsticks,
+        "baselines": baselines,
         "train_loss_by_round": [_plain(entry.loss) for entry in rounds],
         "bytes_up": ledger.up,
         "bytes_down": ledger.down,

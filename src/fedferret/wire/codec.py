@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fedferret.core.messages import message_type
 
-VERSION = 1
+VERSION = 2
+_BEFORE = "0.1"  # the fedferret that wrote wire version 1
 _MAGIC = b"fF"
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
@@ -66,7 +67,7 @@ def decode(data: bytes) -> Any:
     if data[:2] != _MAGIC:
         raise WireError(f"message starts with {data[:2]!r}, not {_MAGIC!r}: not a fedferret message")
     if data[2] != VERSION:
-        raise WireError(f"message of wire version {data[2]}; this is version {VERSION}: update the older side")
+        raise WireError(other_version(data[2]))
     view = memoryview(data)
     if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
         raise WireError(f"message of {len(data)} bytes: checksum differs, it is damaged or truncated")
@@ -78,6 +79,16 @@ def decode(data: bytes) -> Any:
     if reader.position != len(reader.view):
         raise WireError(f"message has {len(reader.view) - reader.position} bytes too many")
     return value
+
+
+def other_version(version: int) -> str:
+    """What to say of bytes of another wire version: which fedferret reads them."""
+    if version > VERSION:
+        return f"written by a newer fedferret (wire version {version}; this one reads {VERSION}): update this side"
+    return (
+        f"written by fedferret {_BEFORE} (wire version {version}; this one reads {VERSION}): "
+        f'pip install "fedferret=={_BEFORE}.*" reads it'
+    )
 
 
 def _write(value: Any, contents: Contents) -> Iterator[Buffer | range]:

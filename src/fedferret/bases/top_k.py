@@ -16,7 +16,7 @@ from torch import Tensor
 _HALF = 16
 
 
-def largest(numbers: Callable[[], Iterator[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+def top_k(numbers: Callable[[], Iterator[Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Ascending positions int64 (K,) in the tensors laid end to end, and their values fp32 (K,).
 
     ``numbers`` gives the same finite fp32 tensors at each of three calls; ``count`` is at most their number.

@@ -17,8 +17,8 @@ from contract.methods import METHODS
 from fedferret.algorithms.registry import catalogue
 from fedferret.comparison import compare
 from fedferret.comparison.commands import gather
+from fedferret.comparison.comparability import Task, differing, task_of
 from fedferret.comparison.grid import Cell, Grid, resolve
-from fedferret.comparison.sameness import Task, differing, task_of
 from fedferret.comparison.table import as_markdown
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.keys import Key

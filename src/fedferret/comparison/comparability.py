@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedferret.comparison.grid import Cell
-from fedferret.comparison.standing import Standing
+from fedferret.comparison.run_status import RunStatus
 from fedferret.tracking.events import Run
 
 
@@ -76,7 +76,7 @@ def _most_common(values: Iterable[Any]) -> Any:
     return counted[0][0] if counted else None
 
 
-def remarks(cells: Sequence[Cell], standings: Mapping[Cell, Standing]) -> list[str]:
+def remarks(cells: Sequence[Cell], statuses: Mapping[Cell, RunStatus]) -> list[str]:
     """What held for all runs of the table, and what was not alike though it may be: batch sizes and threads."""
     seeds = len({cell.seed for cell in cells})
     lines = [
@@ -92,7 +92,7 @@ def remarks(cells: Sequence[Cell], standings: Mapping[Cell, Standing]) -> list[s
             "different sizes: {}.",
         )
     )
-    threads = {cell.name: " and ".join(map(str, sorted(set(standings[cell].threads)))) or None for cell in cells}
+    threads = {cell.name: " and ".join(map(str, sorted(set(statuses[cell].threads)))) or None for cell in cells}
     lines.append(
         _alike(
             threads,

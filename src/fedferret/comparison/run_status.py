@@ -19,7 +19,7 @@ from fedferret.tracking.summary import read_summary
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """``waiting``: not begun; ``unfinished``: stopped on the way, to be gone on with; the others are ends.
     ``left out``: finished, but with another task than the other runs."""
 
@@ -37,7 +37,7 @@ class Standing:
         return ": ".join(filter(None, (self.state, self.reason)))
 
 
-def standing(cell: Cell) -> Standing:
+def run_status(cell: Cell) -> RunStatus:
     """Of this cell, from its files."""
     record = _read(cell)
     parts = record.get("parts", [])
@@ -45,11 +45,11 @@ def standing(cell: Cell) -> Standing:
     summary = read_summary(cell.folder)
     if summary.get("status") == "finished":
         if summary["eval_loss"] and summary["eval_loss"][-1] is None:
-            return Standing("diverged", "the held-out loss is not finite", threads, seconds)
-        return Standing("finished", "", threads, seconds)
+            return RunStatus("diverged", "the held-out loss is not finite", threads, seconds)
+        return RunStatus("finished", "", threads, seconds)
     if record.get("outcome") in ("diverged", "failed"):
-        return Standing(record["outcome"], record["reason"], threads, seconds)
-    return Standing("unfinished" if cell.folder.exists() else "waiting", "", threads, seconds)
+        return RunStatus(record["outcome"], record["reason"], threads, seconds)
+    return RunStatus("unfinished" if cell.folder.exists() else "waiting", "", threads, seconds)
 
 
 def note(cell: Cell, outcome: Outcome, threads: int, seconds: float) -> None:

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fedferret.comparison.grid import Cell
-from fedferret.comparison.standing import note, output_of, standing
+from fedferret.comparison.run_status import note, output_of, run_status
 from fedferret.comparison.worker import Outcome, Worker
 from fedferret.runner import Interrupted
 from fedferret.tracking.summary import read_summary
@@ -59,9 +59,9 @@ class Session:
         except KeyboardInterrupt:
             for worker in self._busy:
                 worker.interrupt()
-            self._say("Stopping: the runs at work finish what they are writing. Ctrl-C again ends them at once.")
+            self._log("Stopping: the runs at work finish what they are writing. Ctrl-C again ends them at once.")
             self._wait_for_the_busy()
-            done = sum(standing(cell).over for cell in self._cells)
+            done = sum(run_status(cell).over for cell in self._cells)
             raise Interrupted(
                 f"stopped with {done} of {len(self._cells)} runs done; the same command goes on from there"
             ) from None
@@ -101,9 +101,9 @@ class Session:
         outcome, seconds = worker.finish(), time.monotonic() - started
         note(cell, outcome, self._threads, seconds)
         self._over += 1
-        now = standing(cell)
+        now = run_status(cell)
         result = f"loss {_loss(cell)}" if now.state == "finished" else str(now)
-        self._say(
+        self._log(
             f"[{self._over}/{len(self._cells)}] {cell.name}: {result}, {as_duration(seconds)}; {self._time_left()}"
         )
 
@@ -112,7 +112,7 @@ class Session:
         spent = time.monotonic() - self._started
         return f"about {as_duration(spent / self._over * left)} left" if left else "done"
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)  # Text: a label is never read as markup
 
     def __rich__(self) -> Group:

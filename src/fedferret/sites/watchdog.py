@@ -1,4 +1,4 @@
-"""Keeps one nginx: `python -m fedferret.sites.keeper NGINX CONFIGURATION WATCHED...`, run by `proxy.py`.
+"""Keeps one nginx: `python -m fedferret.sites.watchdog NGINX CONFIGURATION WATCHED...`, run by `proxy.py`.
 
 nginx is a master and workers. This process stands between them and whoever started it, so that they come and go as
 one, whatever is killed:
@@ -28,7 +28,7 @@ _PATIENCE = 5.0  # seconds for nginx to end by itself: it only has to close conn
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def keep(nginx: str, configuration: Path, watched: Sequence[Path]) -> int:
+def watch(nginx: str, configuration: Path, watched: Sequence[Path]) -> int:
     """Run nginx until it ends or is to end; its exit code, 0 if it was asked to."""
     parent, woken, asked = os.getppid(), threading.Event(), threading.Event()
 
@@ -74,4 +74,4 @@ def _stamps(watched: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(keep(sys.argv[1], Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]]))
+    sys.exit(watch(sys.argv[1], Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]]))

@@ -28,7 +28,7 @@ GROUPS = (8, 128)
 
 
 @message
-class Picked:
+class TopOneCode:
     """A vector of ``length`` numbers of which one in ``group`` crossed the wire; needs nothing else to be read."""
 
     codes: Tensor
@@ -42,7 +42,7 @@ class Picked:
 
     def unpack(self) -> Tensor:
         """The numbers, fp32 (length,), bit-equal on every node. ``UserError`` if the fields contradict each other."""
-        if self.group not in GROUPS or self.length < 0 or self.codes.numel() != picked_bytes(self.length, self.group):
+        if self.group not in GROUPS or self.length < 0 or self.codes.numel() != top_one_bytes(self.length, self.group):
             raise UserError(
                 f"{self.codes.numel():,} bytes are not the largest of every {self.group} of {self.length:,} numbers: "
                 f"the sender's version or the transport is at fault"
@@ -56,7 +56,7 @@ class Picked:
         return rotate_back(rotate_back(rotated.view(-1)[: self.length], second), first)
 
 
-def pick_largest(values_K: Tensor, group: int, key: Key) -> Picked:
+def encode_top_one(values_K: Tensor, group: int, key: Key) -> TopOneCode:
     """Pack 1-D ``values_K`` (any float dtype) as the largest of every ``group``; ``key`` draws the rotation.
 
     ``UserError`` for another size of group and for values that are not finite fp32 numbers.
@@ -75,10 +75,10 @@ def pick_largest(values_K: Tensor, group: int, key: Key) -> Picked:
     # in fp64 the squares of the largest and smallest fp32 numbers neither overflow nor vanish
     energy, reached = float(rotated.double().square().sum()), float(largest_G.abs().sum())
     codes = join_bytes(places_G * 2 + (largest_G > 0), _bits(group))
-    return Picked(codes, rounded_to_fp32(energy / reached) if energy else 0.0, group, length, seed)
+    return TopOneCode(codes, rounded_to_fp32(energy / reached) if energy else 0.0, group, length, seed)
 
 
-def picked_bytes(length: int, group: int) -> int:
+def top_one_bytes(length: int, group: int) -> int:
     """Bytes of the codes."""
     return num_bytes(-(-length // group), _bits(group))
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedferret.comparison.comparability import Task
 from fedferret.comparison.grid import Cell, Grid
 from fedferret.comparison.grid import resolve as resolve_grid
 from fedferret.comparison.results import Point, RunResult
-from fedferret.comparison.sameness import Task
 from fedferret.core.errors import UserError
 from fedferret.recipe_file import read_tables
 
