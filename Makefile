@@ -1,5 +1,5 @@
-# Everything sets itself up: `make demo` on a fresh clone needs Python 3.11 or newer, git and make, nothing else.
-# Installed is what requirements.lock pins, into .venv; pip's own configuration (indexes, wheel folders) is respected.
+# Every target sets up .venv: `make demo` on a fresh clone needs Python 3.11 or newer, git and make, nothing else.
+# pip installs the versions that requirements.lock pins, and reads its usual configuration (indexes, wheel folders).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,37 +7,40 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 CODE   := src tests examples benchmarks docs
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-# Slow tests wait for processes, time-outs and sockets more than they compute: several at a time share the cores, with a
-# thread each, for threads of more processes than there are cores wait for each other.
+# Slow tests wait for processes, time-outs and sockets more than they compute, so several run at a time. Each has one
+# thread, because threads of more processes than cores wait for each other.
 TOGETHER ?= 3
-# Fast tests compute, in small pieces that a second thread hardly helps: two processes of one thread take half the time.
-FAST   := OMP_NUM_THREADS=1 $(PYTEST) -q -m "not slow" -n 2
+# Fast tests compute small pieces, which a second thread hardly speeds up: two processes of one thread take half the time.
+FAST   := OMP_NUM_THREADS=1 $(PYTEST) -q -m "not slow" -n 2 --junitxml=build/fast.xml
+
+# Without byte code on disk every process compiles PyTorch and transformers again: 7 of 12 seconds of its imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-fast test-slow check bench venv lock clean
 
 help:
-	@echo "make demo    tune a real model (SmolLM2-135M) on real people's conversations; about ten minutes on two cores"
-	@echo "make test    the tests: the fast ones, then the slow ones (real weights, processes, a browser)"
-	@echo "make check   format, lint, types and the fast tests: what a change must pass"
-	@echo "make bench   the benchmarks: speed and memory, each against something measured in the same run"
-	@echo "make venv    set up .venv for development and nothing else"
-	@echo "make lock    write requirements.lock again, from what .venv holds"
-	@echo "make clean   remove .venv and caches; runs/ stays"
+	@echo "make demo    tune SmolLM2-135M on real people's conversations; about ten minutes on two cores"
+	@echo "make test    run the fast tests, then the slow ones (real weights, processes, a browser)"
+	@echo "make check   check format, lint and types, and run the fast tests: required for every change"
+	@echo "make bench   run the benchmarks: speed and memory, relative to a baseline in the same run"
+	@echo "make venv    set up .venv for development only"
+	@echo "make lock    rewrite requirements.lock from the versions in .venv"
+	@echo "make clean   remove .venv and caches, but not runs/"
 	@echo ""
-	@echo "PYTHON=python3.12 make ... chooses the interpreter. On Linux without a GPU, PIP_EXTRA_INDEX_URL set to"
-	@echo "PyTorch's index of CPU builds takes the small build of PyTorch."
+	@echo "PYTHON=python3.12 make ... selects the interpreter. On Linux without a GPU, set PIP_EXTRA_INDEX_URL to"
+	@echo "PyTorch's index of CPU builds to install the small build of PyTorch."
 
-# A stamp per set of packages: a second call costs nothing until pyproject.toml or the lock changes.
-# --no-compile: byte code of what is never imported is half of an installation's time.
+# One stamp file per set of packages: pip runs again only when pyproject.toml or requirements.lock changes.
+# --no-compile: compiling byte code of modules that are never imported is half of an installation's time.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "fedferret needs Python 3.11 or newer: say which, PYTHON=python3.12 make ..." >&2; exit 1; }
+		|| { echo "$(PYTHON) is missing or too old: fedferret needs Python 3.11 or newer; set it with PYTHON=python3.12 make ..." >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) \
-		|| { rm -rf $(VENV); echo "$(PYTHON) cannot make $(VENV): on Debian, apt-get install python3-venv" >&2; exit 1; }
+		|| { rm -rf $(VENV); echo "$(PYTHON) cannot create $(VENV): on Debian, run apt-get install python3-venv" >&2; exit 1; }
 
 $(VENV)/installed-%: pyproject.toml requirements.lock | $(BIN)/python
-	@echo "Installing fedferret[$*], versions as in requirements.lock (some minutes the first time)"
+	@echo "Installing fedferret[$*] with the versions of requirements.lock (some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check -c requirements.lock -e '.[$*]'
 	@touch $@
 
@@ -61,7 +64,7 @@ test-fast: $(VENV)/installed-dev
 	@$(FAST)
 
 test-slow: $(VENV)/installed-dev
-	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER)
+	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER) --dist loadgroup --durations=10 --junitxml=build/slow.xml
 
 check: $(VENV)/installed-dev
 	@$(BIN)/ruff format --check $(CODE)

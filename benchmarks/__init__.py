@@ -1,1 +1,1 @@
-"""One module per claim about speed or memory: ``fedferret bench NAME`` or ``python -m benchmarks.NAME [--save]``."""
+"""One module per claim on speed or memory: ``fedferret bench NAME`` or ``python -m benchmarks.NAME [--save]``."""

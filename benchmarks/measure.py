@@ -1,9 +1,9 @@
-"""Two things measured in turn in one run: the only kind of figure that a busy or unknown machine cannot spoil.
+"""Ratios of two measurements that alternate in one run: a busy or unknown machine affects both alike.
 
-A benchmark makes ``Figure``s and hands them to ``main``, which prints one JSON object and one sentence, and with
-``--save`` keeps the JSON in ``benchmarks/results/NAME.json``. A measurement is a callable that returns a number: what
-``seconds(action)`` does with an action, or any other (bytes, say). Ratios are taken pair by pair, so that whatever
-slows the machine for a while slows both.
+A benchmark yields ``Figure``s to ``main``, which prints one JSON object and one sentence, and with ``--save`` writes
+the JSON to ``benchmarks/results/NAME.json``. A measurement is a callable that returns a float, such as the result of
+``seconds(action)`` or a callable that returns bytes. Ratios are computed per pair, so that a temporary slowdown of the
+machine affects both of a pair.
 """
 
 from __future__ import annotations
@@ -40,44 +40,56 @@ class Ratio:
 
     @property
     def median(self) -> float:
-        """The ratio that is quoted."""
+        """The ratio that claims and results quote."""
         return statistics.median(self.pairs)
 
     def scaled(self, first: float = 1.0, second: float = 1.0) -> Ratio:
-        """As if the first and the second had been so many times as much work: for what is measured on a slice."""
+        """Both measurements multiplied, for work that was measured in part.
+
+        Args:
+            first: factor on the first measurements.
+            second: factor on the second measurements.
+        """
         return Ratio(tuple(value * first for value in self.first), tuple(value * second for value in self.second))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A claim about a ratio, and what was measured."""
+    """A claim on a ratio, and the measurements."""
 
     claim: str  # "X against Y", as a phrase
     ratio: Ratio
     bound: Literal["at most", "at least"]
     target: float
-    note: str = ""  # sizes, and what was scaled
+    note: str = ""  # sizes, and which measurement was scaled
     unit: str = "s"  # of both measurements
 
     @property
     def reached(self) -> bool:
-        """Whether the median keeps the claim."""
+        """Whether the median satisfies the claim."""
         return self.ratio.median <= self.target if self.bound == "at most" else self.ratio.median >= self.target
 
 
 def seconds(action: Callable[[], object]) -> Measurement:
-    """Measures how long ``action`` takes, by the wall clock."""
+    """A measurement of the wall-clock time of ``action``, in seconds."""
 
-    def measure() -> float:
+    def timed() -> float:
         started = time.perf_counter()
         action()
         return time.perf_counter() - started
 
-    return measure
+    return timed
 
 
 def alternate(first: Measurement, second: Measurement, repetitions: int = 7, warm_up: int = 1) -> Ratio:
-    """Measure both in turn, ``repetitions`` times after ``warm_up`` unrecorded turns; they take turns to go first."""
+    """Measure both in every turn; which goes first alternates between turns.
+
+    Args:
+        first: numerator of the ratio.
+        second: denominator of the ratio.
+        repetitions: number of recorded turns.
+        warm_up: number of unrecorded turns before them.
+    """
     values: list[tuple[float, float]] = []
     for turn in range(warm_up + repetitions):
         if turn % 2:
@@ -91,7 +103,13 @@ def alternate(first: Measurement, second: Measurement, repetitions: int = 7, war
 
 
 def describe(name: str, claim: str, figures: Sequence[Figure]) -> dict[str, Any]:
-    """The JSON object of a benchmark: every figure with its ratio and both medians, and the machine."""
+    """The JSON object of a benchmark: every figure with its ratio and both medians, and the machine.
+
+    Args:
+        name: of the benchmark's module.
+        claim: of the benchmark, a sentence.
+        figures: at least one.
+    """
     return {
         "benchmark": name,
         "claim": claim,
@@ -117,7 +135,11 @@ def describe(name: str, claim: str, figures: Sequence[Figure]) -> dict[str, Any]
 
 
 def sentence(description: dict[str, Any]) -> str:
-    """What a benchmark found, in one sentence per figure and one line in all."""
+    """The results of a benchmark in one line.
+
+    Args:
+        description: as from ``describe``.
+    """
     found = [
         f"{figure['claim']}: {_plain(figure['ratio']['median'])} "
         f"({figure['target']}: {'reached' if figure['reached'] else 'missed'})"
@@ -126,16 +148,22 @@ def sentence(description: dict[str, Any]) -> str:
     return f"{description['claim']} " + "; ".join(found) + "."
 
 
-def main(name: str, claim: str, measure: Callable[[], Iterator[Figure]]) -> None:
-    """Run a benchmark from the command line: JSON on standard output, then a sentence; progress on standard error."""
+def main(name: str, claim: str, figures: Callable[[], Iterator[Figure]]) -> None:
+    """Run a benchmark from the command line: JSON on standard output, then a sentence; progress on standard error.
+
+    Args:
+        name: of the benchmark's module.
+        claim: of the benchmark, a sentence.
+        figures: measures and yields the figures.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=claim)
-    parser.add_argument("--save", action="store_true", help=f"keep the JSON in benchmarks/results/{name}.json")
+    parser.add_argument("--save", action="store_true", help=f"write the JSON to benchmarks/results/{name}.json")
     arguments = parser.parse_args()
-    figures: list[Figure] = []
-    for figure in measure():
+    measured: list[Figure] = []
+    for figure in figures():
         print(f"{figure.claim}: {_plain(figure.ratio.median)}", file=sys.stderr, flush=True)
-        figures.append(figure)
-    description = describe(name, claim, figures)
+        measured.append(figure)
+    description = describe(name, claim, measured)
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     print(text + sentence(description))
     if arguments.save:

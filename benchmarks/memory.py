@@ -1,8 +1,8 @@
-"""Peak memory of a Ferret round against that of one plain forward and backward pass, each in a process of its own.
+"""Peak memory of a Ferret round against that of one plain forward and backward pass, each in a separate process.
 
-The plain pass loads the same model, runs the same loss on the same batch and keeps its gradients: the least that
-first-order training of all weights can do without tricks. The round is whole: local steps with a clipped gradient,
-projection, wire, update, apply.
+The plain pass loads the same model, computes the same loss on the same batch and keeps the gradients: the minimum for
+first-order training of all weights without memory-saving techniques. The round is complete: local steps with gradient
+clipping, projection, wire, server update, apply.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ BATCH, TOKENS = 4, 128
 
 
 def experiment(memory: str, method: str) -> Experiment:
-    """Two clients whose batches are all of the same shape."""
+    """Two clients with batches that all have the same shape.
+
+    Args:
+        memory: "lean" or "fast", of the recipe's ``execution.memory``.
+        method: "ferret" (preset ``one-bit``) or another method.
+    """
     preset = {"preset": "one-bit"} if method == "ferret" else {}
     settings = recipe(
         rounds=1,
@@ -40,7 +45,7 @@ def experiment(memory: str, method: str) -> Experiment:
 
 
 def child(kind: str) -> None:
-    """Do the work and print this process's peak memory in bytes."""
+    """Run one ``kind``, "plain" or "MEMORY-METHOD", and print this process's peak memory in bytes."""
     if kind == "plain":
         run = experiment("fast", "ferret")
         batch = next(run.tokens["left"].batches(BATCH, None))
@@ -49,19 +54,19 @@ def child(kind: str) -> None:
         memory, method = kind.split("-")
         run = experiment(memory, method)
         state = run.initial_state()
-        for record in run.play(state, run.engine(state)):
+        for record in run.run_rounds(state, run.engine(state)):
             assert not record.failures, record.failures
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def peak(kind: str) -> float:
-    """Peak memory of a process that does ``kind``."""
+    """Peak memory in bytes of a process that runs ``kind``, as in ``child``."""
     command = [sys.executable, "-m", "benchmarks.memory", "--child", kind]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def figures() -> Iterator[Figure]:
-    """Lean and fast Ferret against the plain pass."""
+    """Ferret with lean and with fast memory against the plain pass."""
     note = f"SmolLM2-135M, batch {BATCH} x {TOKENS} tokens, fp32, gradients clipped, whole processes"
     for kind, target in (("lean-ferret", 1.1), ("fast-ferret", 1.6)):
         ratio = alternate(lambda kind=kind: peak(kind), lambda: peak("plain"), 3, 0)  # type: ignore[misc]
@@ -72,4 +77,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2])
     else:
-        main("memory", "A lean round needs the memory of the model's own passes.", figures)
+        main("memory", "A lean round needs about the memory of one forward and backward pass.", figures)

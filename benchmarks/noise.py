@@ -1,18 +1,19 @@
-"""The random walk that Ferret adds to the weights: its norm beside the loss, round by round.
+"""The reconstruction noise that Ferret adds to the weights: its norm and the loss, round by round.
 
-After round t the weights differ from where the clients' true changes would have led by the reconstruction noise of all
-rounds so far,
+After round t the weights differ from the exact weights w_0 - η Σ Δ_s, which the clients' updates would have given
+without projection, by the reconstruction noise of all rounds so far,
 
-    noise_t = w_0 - w_t - η Σ_{s <= t} Δ_s,        Δ_s the weighted mean change of round s's clients, before projection
+    noise_t = w_0 - w_t - η Σ_{s <= t} Δ_s,        Δ_s the weighted mean update of round s's clients, before projection
 
-and since each round's noise is drawn anew, its norm grows like √t until the loss feels it. Measured beside it: the norm
-of the true walk Σ Δ_s, and the norm that the formula predicts, √Σ_s Σ_l (d_l/K_l - 1) ‖Δ_s,l‖² for buckets.
+The noise of each round is drawn anew, so this is a random walk: the norm grows like √t until the noise affects the
+loss. The benchmark also measures the norm of the exact sum Σ Δ_s, and the norm that the formula predicts,
+√Σ_s Σ_l (d_l/K_l - 1) ‖Δ_s,l‖² for buckets.
 
     python -m benchmarks.noise recipes/small/reasoning.toml --set algorithm.coordinates=512
 
-prints a JSON object. The recipe's method must be Ferret with shared keys. Nothing is written. With ``--by-kind``, it
-also says of the noise at the end in which tensors it is, and what it costs there: how much the loss rises with one
-kind's noise alone, put on the true path with either sign. A kind: the tensors of one name in all layers.
+prints a JSON object and writes no file. The recipe's method must be Ferret with shared keys. With ``--by-kind``, the
+object also has the final noise by kind of tensor, and its cost: the rise of the loss when the noise of one kind alone
+is added to the exact weights, with either sign. A kind is the tensors of one name in all layers.
 """
 
 from __future__ import annotations
@@ -43,22 +44,30 @@ from fedferret.tracking.environment import environment
 
 @dataclass
 class Walk:
-    """What was added up so far."""
+    """Sums over the rounds so far."""
 
-    true: tree.Tree  # Σ Δ_s, of rounds that are over
-    now: tree.Tree  # Σ n_j Δ_j of the round at hand
-    weight: float = 0.0
-    predicted: float = 0.0  # energy
+    true: tree.Tree  # Σ Δ_s of finished rounds
+    now: tree.Tree  # Σ n_j Δ_j of the current round
+    weight: float = 0.0  # Σ n_j of the current round
+    predicted: float = 0.0  # energy of the noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched(Ferret):
-    """Ferret whose clients' true changes are looked at as they are measured. Same numbers as Ferret's."""
+    """Ferret that also sums the clients' exact updates while they are projected. The results are those of Ferret."""
 
     walk: Walk = field(compare=False, repr=False)
 
     def client_update(self, task: Any, public: Any, client: Any, data: Any, key: Any) -> Any:
-        """As Ferret's; then the change counts with the reply's weight."""
+        """As in Ferret; then the update is added with the weight of the reply.
+
+        Args:
+            task: as in ``Ferret.client_update``.
+            public: likewise.
+            client: likewise.
+            data: likewise.
+            key: likewise.
+        """
         seen: tree.Tree = {}
         object.__setattr__(self, "_seen", seen)
         reply = super().client_update(task, public, client, data, key)
@@ -74,9 +83,16 @@ class Watched(Ferret):
 
 
 def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
-    """Play the recipe; loss and norms at every evaluation, and what each kind of tensor's noise costs at the end."""
+    """Run the recipe: loss and norms at every evaluation, and the cost of the final noise by kind of tensor.
+
+    Args:
+        recipe: of Ferret with shared keys.
+        by_kind: whether to measure the cost.
+    Raises:
+        UserError: for another method or other keys.
+    """
     if not isinstance(recipe.algorithm, Ferret) or recipe.algorithm.keys != "shared":
-        raise UserError("this recipe's method is not Ferret with shared keys")
+        raise UserError('this benchmark needs a recipe with algorithm.name = "ferret" and algorithm.keys = "shared"')
     experiment = Experiment.load(recipe, log=lambda text: print(text, file=sys.stderr))
     start = tree.clone(tree.parameters(experiment.model))
     walk = Walk(tree.zeros_like(start), tree.zeros_like(start))
@@ -87,7 +103,7 @@ def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
     main = next(iter(experiment.data.held_out))
     points = [_point(experiment, state, engine, walk, start, main)]
     counts = _counts(experiment.recipe.algorithm, state.public)
-    for record in experiment.play(state, engine):
+    for record in experiment.run_rounds(state, engine):
         _close(experiment.recipe.algorithm, walk, counts, state.public)
         counts = _counts(experiment.recipe.algorithm, state.public)
         if record.round % recipe.evaluation.every == 0 or record.round == recipe.rounds:
@@ -98,27 +114,27 @@ def watch(recipe: Recipe, by_kind: bool = False) -> dict[str, Any]:
 
 
 def _counts(algorithm: Any, public: FerretPublic) -> tuple[int, ...]:
-    """K_l of the coming round."""
+    """K_l of the next round."""
     counts: tuple[int, ...] = algorithm.projector(public).counts(decode_norms(public.norms))
     return counts
 
 
 def _close(algorithm: Any, walk: Walk, counts: tuple[int, ...], public: FerretPublic) -> None:
-    """The round is over: its mean change joins the walk."""
-    for name, change in walk.now.items():
-        change.div_(walk.weight)
-        walk.true[name].add_(change)
+    """Add the mean update of the finished round to the sums."""
+    for name, delta in walk.now.items():
+        delta.div_(walk.weight)
+        walk.true[name].add_(delta)
     projector = algorithm.projector(public)
     norms = projector.norms(iter(walk.now.items()))
     for block, count, norm in zip(projector.blocks, counts, norms, strict=True):
         walk.predicted += (block.size / count - 1) * norm**2
-    for change in walk.now.values():
-        change.zero_()
+    for delta in walk.now.values():
+        delta.zero_()
     walk.weight = 0.0
 
 
 def _noise(state: RunState, walk: Walk, start: tree.Tree) -> Iterator[tuple[str, Tensor]]:
-    """What to add to the weights to be where the true changes lead, a tensor at a time."""
+    """The exact weights minus the weights, one tensor at a time."""
     for name, weight in state.public.weights.items():
         yield name, start[name] - weight - walk.true[name]
 
@@ -126,6 +142,7 @@ def _noise(state: RunState, walk: Walk, start: tree.Tree) -> Iterator[tuple[str,
 def _point(
     experiment: Experiment, state: RunState, engine: Any, walk: Walk, start: tree.Tree, main: str
 ) -> dict[str, float]:
+    """Loss and norms after the last finished round."""
     noise, moved = 0.0, 0.0
     for name, difference in _noise(state, walk, start):
         noise += float(difference.double().pow(2).sum())
@@ -142,14 +159,14 @@ def _point(
 
 
 def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree, main: str) -> dict[str, Any]:
-    """What the noise of each kind of tensor costs, on the true path and without the others."""
+    """The rise of the loss when the noise of one kind of tensor alone is added to the exact weights."""
     weights = state.public.weights
     noise = dict(_noise(state, walk, start))
 
     def loss() -> float:
         rows, size = experiment.tokens.held_out(main), experiment.recipe.evaluation.batch_size
         with experiment.recipe.algorithm.model(experiment.task, state.public) as model:
-            return evaluate(model, experiment.loss, rows, size).loss
+            return evaluate(model, experiment.objective, rows, size).loss
 
     def shift(names: Iterable[str], sign: float) -> None:
         for name in names:
@@ -169,24 +186,24 @@ def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree
         shift(names, -1)
         norm = math.sqrt(sum(float(noise[name].double().pow(2).sum()) for name in names))
         size = sum(noise[name].numel() for name in names)
-        # the mean of both signs: what a slope gains by chance on one side it loses on the other
+        # the mean of both signs: the first-order terms of the loss cancel
         rows.append({"kind": kind, "weights": size, "noise": norm, "rise": (there + back) / 2 - true})
         print(rows[-1], file=sys.stderr, flush=True)
     return {"loss_of_the_true_path": true, "kinds": rows}
 
 
 def kind_of(name: str) -> str:
-    """A parameter's name without its place: ``model.layers.3.mlp.up_proj.weight`` is of the kind ``mlp.up_proj``."""
+    """A parameter's name without its layer: ``model.layers.3.mlp.up_proj.weight`` is of the kind ``mlp.up_proj``."""
     return re.sub(r"^.*\.\d+\.|^model\.|\.weight$", "", name)
 
 
 def main() -> None:
-    """From the command line."""
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE")
     parser.add_argument(
-        "--by-kind", action="store_true", help="also say in which tensors the noise is, and what it costs"
+        "--by-kind", action="store_true", help="also measure the noise by kind of tensor, and what it costs"
     )
     arguments = parser.parse_args()
     result = watch(from_tables(read_tables(arguments.recipe, arguments.overrides)), arguments.by_kind)

@@ -1,4 +1,4 @@
-"""A whole round of Ferret against the same round of FedAvg: same model, clients, steps and batches, in turn."""
+"""A whole round of Ferret against one of FedAvg with the same model, clients, steps and batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEDAVG, FERRET = {"name": "fedavg"}, {"name": "ferret", "preset": "one-bit"}
 
 
 def figures() -> Iterator[Figure]:
-    """Seconds of a round, everything included but evaluation."""
+    """Seconds of a round, all but evaluation."""
 
     def settings(method: dict[str, str]):  # type: ignore[no-untyped-def]
         return recipe(
@@ -32,7 +32,7 @@ def figures() -> Iterator[Figure]:
     def round_of(method: dict[str, str]) -> float:
         run = Experiment(settings(method), model, data)
         state = run.initial_state()
-        (record,) = run.play(state, run.engine(state))
+        (record,) = run.run_rounds(state, run.engine(state))
         assert not record.failures, record.failures
         return record.seconds
 
@@ -42,4 +42,4 @@ def figures() -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main("round", "Ferret's rounds cost what FedAvg's cost in time.", figures)
+    main("round", "A round of Ferret takes as long as a round of FedAvg.", figures)

@@ -1,7 +1,8 @@
-"""Thousands of clients with tiny data in one process: what each costs beyond its training, in time and in memory.
+"""Thousands of clients with little data in one process: the cost of a client beyond training, in time and memory.
 
-Every client holds four short examples; the model is the random one of 90,624 parameters. Overhead is what a round
-lasts beyond its clients' training passes, per client. Memory is compared between processes with many and few clients.
+Every client has four short examples; the model has 90,624 random parameters. Overhead per client is the duration of a
+round without the clients' training, divided by the number of clients. Memory is compared between a process with many
+clients and one with few.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ MANY, FEW = 2000, 100
 LIMIT = 0.005  # seconds of overhead per client
 
 
-def play(clients: int, rounds: int = 1) -> list[RoundRecord]:
-    """Rounds in which every one of ``clients`` clients takes a training step."""
+def run_rounds(clients: int, rounds: int = 1) -> list[RoundRecord]:
+    """Run rounds in which every client takes one training step.
+
+    Args:
+        clients: number of clients, all of them in every round.
+        rounds: number of rounds.
+    """
     settings = recipe(
         rounds=rounds,
         model={"name": "tiny"},
@@ -37,33 +43,33 @@ def play(clients: int, rounds: int = 1) -> list[RoundRecord]:
     data = FederatedData(holdings, {"held out": (Example(turns),)}, "synthetic")
     experiment = Experiment(settings, load("tiny"), data)
     state = experiment.initial_state()
-    return list(experiment.play(state, experiment.engine(state)))
+    return list(experiment.run_rounds(state, experiment.engine(state)))
 
 
 def overhead() -> float:
-    """Seconds beyond training, per client, in a round of many."""
-    (record,) = play(MANY)
+    """Overhead per client in a round of ``MANY`` clients, in seconds."""
+    (record,) = run_rounds(MANY)
     return (record.seconds - record.seconds_local) / MANY
 
 
 def peak(clients: int) -> float:
-    """Peak memory, in bytes, of a process that plays a round of so many clients."""
+    """Peak memory in bytes of a process that runs one round of ``clients`` clients."""
     command = [sys.executable, "-m", "benchmarks.simulation", "--child", str(clients)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def figures() -> Iterator[Figure]:
-    """Time per client against 5 ms; memory of many against memory of few."""
+    """Overhead per client against 5 ms; memory with many clients against memory with few."""
     note = f"{MANY:,} clients of four examples, one step each, Ferret with 4,096 one-bit coordinates, shared keys"
-    yield Figure("overhead a client against 5 ms", alternate(overhead, lambda: LIMIT, 3, 0), "at most", 1.0, note)
+    yield Figure("overhead per client against 5 ms", alternate(overhead, lambda: LIMIT, 3, 0), "at most", 1.0, note)
     memory = alternate(lambda: peak(MANY), lambda: peak(FEW), 2, 0)
     claim = f"peak memory with {MANY:,} clients against {FEW}"
-    yield Figure(claim, memory, "at most", 1.05, "one round in a process of its own", "B")
+    yield Figure(claim, memory, "at most", 1.05, "one round in a separate process", "B")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        play(int(sys.argv[2]))
+        run_rounds(int(sys.argv[2]))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     else:
-        main("simulation", "Simulated clients cost nothing but their training.", figures)
+        main("simulation", "Simulated clients cost little beyond their training.", figures)

@@ -1,4 +1,4 @@
-"""How soon the command answers: the processor time of ``fedferret --help``, beside that of importing torch."""
+"""The start-up time of the command: processor time of ``fedferret --help``, compared with importing torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LIMIT = 0.6  # seconds of processor time
 
 
 def processor_seconds(command: Sequence[str]) -> Measurement:
-    """Measures user and system time of a process that runs ``command``."""
+    """A measurement of the user and system time of a process that runs ``command``, in seconds."""
 
-    def measure() -> float:
+    def processor_time() -> float:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0  # reaped here: there is nothing left for Popen to wait for
+        process.returncode = 0  # wait4 has reaped the process, so Popen must not wait for it
         return usage.ru_utime + usage.ru_stime
 
-    return measure
+    return processor_time
 
 
 def figures() -> Iterator[Figure]:
-    """The command against its limit, and against what it avoids."""
+    """The command against the limit, and against the import of torch that it avoids."""
     python = [sys.executable, "-c"]
     helps = processor_seconds([*python, "from fedferret.cli import main; main()", "--help"])
     imports = processor_seconds([*python, "import torch"])
@@ -35,4 +35,4 @@ def figures() -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main("startup", "The command answers at once.", figures)
+    main("startup", "The command starts fast.", figures)

@@ -1,7 +1,7 @@
-"""Tokens a second of the local loop against ``transformers.Trainer``: same examples, precision, batch size, SGD, clip.
+"""Tokens per second of local training against transformers' Trainer: same examples, precision, batch size, SGD, clip.
 
-Both play one epoch over the same examples of one chitchat client. Trainer pads random batches to their longest
-example and computes logits everywhere, as it does out of the box; padding does not count as tokens, for either.
+Both train one epoch on the same examples of one chitchat client. Trainer has its default behaviour: it pads random
+batches to the longest example and computes logits at all positions. Padding does not count as tokens for either.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def figures() -> Iterator[Figure]:
 
 
 def peer(run: Experiment, encoded: Sequence[Any], precision: str) -> float:
-    """Seconds of one epoch of Trainer, its own set-up left out."""
+    """Seconds of one epoch of Trainer, without set-up.
+
+    Args:
+        run: has the model and the tokenizer.
+        encoded: the client's examples as tokens.
+        precision: "fp32" or "bf16" (autocast).
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     pad = run.language_model.tokenizer.pad_token_id

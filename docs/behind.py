@@ -1,10 +1,11 @@
-"""How far the rows of a comparison are behind another row of the same seed, FedAvg's if none is named.
+"""The loss gap between the rows of a comparison and a baseline row, seed by seed.
 
-python -m docs.behind docs/results/breaks/comparison.json [LABEL]
+python -m docs.behind docs/results/breaks/comparison.json [LABEL]      the baseline's label, FedAvg by default
 
-A line for each run: the loss less the other's after every evaluation, the share of the other's drop that was reached
-at the end, and after how many rounds and seconds the other's last loss was reached, of the rounds that were evaluated.
-The figures of docs/results.md that compare curves are these, and means of them.
+A line per run: the loss minus the baseline's after every shared evaluation; the loss reduction relative to the
+baseline, (loss_0 - loss_R) / (the baseline's loss_0 - loss_R) with R the last round; and the rounds and seconds to the
+baseline's last loss, at the first evaluation with at most that loss.
+docs/results.md takes its figures about curves, and means of them, from these lines.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from typing import Any
 
 
 def behind(comparison: dict[str, Any], label: str) -> list[str]:
-    """The lines. ``label`` is the row that the others are compared with, seed by seed."""
+    """The lines of a comparison.
+
+    Args:
+        comparison: the content of comparison.json.
+        label: of the baseline's row.
+    """
     curves = {(row["method"], run["seed"]): run["curve"] for row in comparison["rows"] for run in row["runs"]}
     lines = []
     for (method, seed), curve in curves.items():
         if method == label or (label, seed) not in curves:
             continue
-        others = curves[label, seed]
-        loss = {point["round"]: point["loss"] for point in others}
-        costs = [
+        baseline = curves[label, seed]
+        loss = {point["round"]: point["loss"] for point in baseline}
+        gaps = [
             f"{int(point['round'])}: {point['loss'] - loss[point['round']]:.3f}"
             for point in curve
             if point["round"] in loss
         ]
-        share = (curve[0]["loss"] - curve[-1]["loss"]) / (others[0]["loss"] - others[-1]["loss"])
-        level = next((point for point in curve if point["loss"] <= others[-1]["loss"]), None)
-        when = f"level after {_when(level)}, where it took {_when(others[-1])}" if level else "never level"
-        lines.append(f"{method}, seed {seed}: {' '.join(costs)}; {share:.1%} of the drop; {when}")
+        share = (curve[0]["loss"] - curve[-1]["loss"]) / (baseline[0]["loss"] - baseline[-1]["loss"])
+        level = next((point for point in curve if point["loss"] <= baseline[-1]["loss"]), None)
+        when = f"level after {_when(level)}, {label} after {_when(baseline[-1])}" if level else "never level"
+        lines.append(f"{method}, seed {seed}: {' '.join(gaps)}; loss reduction relative to {label} {share:.1%}; {when}")
     return lines
 
 

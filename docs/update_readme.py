@@ -1,6 +1,6 @@
-"""Put measured figures between README's markers: a run's, with its plots in docs/images, and the benchmarks'.
+"""Write measured figures between README's markers: those of a run, with plots in docs/images, and of the benchmarks.
 
-python docs/update_readme.py [RUN_FOLDER]        runs/demo where none is given
+python docs/update_readme.py [RUN_FOLDER]        runs/demo by default
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ PLOTS = {"loss-by-round": "Loss on held-out text against rounds", "loss-by-bytes
 
 
 def section(summary: dict[str, Any], parameters: int, delta_bytes: int | None) -> str:
-    """The Markdown between the markers, from what ``summary.json`` and the run's first event hold."""
+    """The Markdown between the markers.
+
+    Args:
+        summary: the content of summary.json.
+        parameters: of the model.
+        delta_bytes: the size of the exported delta file, None without one.
+    """
     losses, baselines = summary["eval_loss"], summary["baselines"]
     fedavg = 4 * parameters
     losses_by_model = [
         ("before tuning", losses[0]),
-        *([("one client's own training alone", baselines["local-only"])] if "local-only" in baselines else []),
+        *([("local-only baseline", baselines["local-only"])] if "local-only" in baselines else []),
         (f"{summary['method']}, {summary['rounds']} rounds", losses[-1]),
     ]
     delta = [] if delta_bytes is None else [("the tuned model, without its base", delta_bytes, fedavg)]
@@ -38,7 +44,7 @@ def section(summary: dict[str, Any], parameters: int, delta_bytes: int | None) -
         f"{summary['model']}, all {as_count(parameters)} weights; {as_duration(summary['seconds'])} of training and "
         f"evaluation, {as_bytes(summary['peak_memory_bytes'])} of memory at most.",
         "",
-        "| loss on held-out text, nats a token | |",
+        "| loss on held-out text, nats per token | |",
         "|---|---|",
         *(f"| {name} | {loss:.3f} |" for name, loss in losses_by_model),
         "",
@@ -52,12 +58,17 @@ def section(summary: dict[str, Any], parameters: int, delta_bytes: int | None) -
 
 
 def on_paper(svg: str) -> str:
-    """The plot on white, so that its dark ink is readable in a dark theme too."""
+    """The plot on white, so that its dark text is readable in a dark theme too."""
     return svg.replace("<svg", '<svg style="background: #fff"', 1)
 
 
 def update(run: Path, readme: Path) -> None:
-    """Rewrite the marked part of ``readme`` and the images beside it from the run's folder."""
+    """Rewrite the marked part of ``readme`` and the images in docs/images.
+
+    Args:
+        run: folder of a finished run.
+        readme: README.md, in the same folder as docs.
+    """
     summary = read_summary(run)
     if not summary or summary["status"] != "finished":
         sys.exit(f"{run} holds no finished run: make demo first")
@@ -71,7 +82,7 @@ def update(run: Path, readme: Path) -> None:
 
 
 def performance(results: Path) -> str:
-    """The Markdown of every result in ``results``: a row per figure."""
+    """The Markdown of every benchmark result in ``results``: a row per figure."""
     lines = ["| measured | ratio: median (least to most) | aim |", "|---|---|---|"]
     machines = set()
     for path in sorted(results.glob("*.json")):
@@ -92,7 +103,13 @@ def _plain(value: float) -> str:
 
 
 def replace_between(readme: Path, marker: str, text: str) -> None:
-    """Put ``text`` between the comments ``marker:begin`` and ``marker:end``."""
+    """Replace the text between the comments ``marker:begin`` and ``marker:end``.
+
+    Args:
+        readme: the file to change.
+        marker: of the comments.
+        text: the new text.
+    """
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
     before, _, rest = readme.read_text().partition(begin)
     _, _, after = rest.partition(end)

@@ -1,7 +1,7 @@
-"""Put what comparisons measured into docs/results.md: a table for each between its markers, and their plots.
+"""Write the results of comparisons into docs/results.md: a table per comparison between its markers, and the plots.
 
-python -m docs.update_results [GRID_FOLDER...]    takes comparison.json and two plots of each folder into docs/results,
-                                                  then writes all tables again from what is there
+python -m docs.update_results [GRID_FOLDER...]    copies comparison.json, grid.toml and two plots of each folder to
+                                                  docs/results, then rewrites all tables from docs/results
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ PLOTS = ("loss-by-bytes", "loss-by-round")
 
 
 def take(grid: Path, results: Path) -> None:
-    """Copy what is kept of a comparison's folder: its figures, and the plots on white."""
+    """Copy the results of a comparison's folder: comparison.json, grid.toml and the plots on white.
+
+    Args:
+        grid: the comparison's folder.
+        results: docs/results.
+    """
     target = results / grid.name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(grid / "comparison.json", target / "comparison.json")
@@ -31,20 +36,20 @@ def take(grid: Path, results: Path) -> None:
 
 
 def table(comparison: dict[str, Any]) -> str:
-    """The Markdown of a comparison.json: rows that were played, the lowest loss first."""
-    played = [row for row in comparison["rows"] if row["runs"]]
-    budget = any("loss_in_budget" in row["mean"] for row in played)
+    """The Markdown of a comparison.json: rows with a finished run, the lowest loss first."""
+    finished = [row for row in comparison["rows"] if row["runs"]]
+    budget = any("loss_in_budget" in row["mean"] for row in finished)
     within = ["within the budget"] if budget else []
     headings = ["method", "seeds", "loss", *within, "up", "down", "both ways, the run", "memory"]
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    for row in played:
+    for row in finished:
         mean = row["mean"]
         name = f"**{row['method']}**" if row["pareto_optimal"] else row["method"]
         cells = [name, str(len(row["runs"])), _loss(row, "loss"), *([_loss(row, "loss_in_budget")] if budget else [])]
         cells += [as_bytes(mean[column]) for column in ("bytes_up", "bytes_down", "bytes", "peak_memory_bytes")]
         lines.append("| " + " | ".join(cells) + " |")
     lost = [
-        f"{row['method']}, seed {seed}: {state}"
+        f"{row['method']}, seed {seed}: {': '.join(state.split(': ')[:2])}"  # not every client's own words
         for row in comparison["rows"]
         for seed, state in row["missing"].items()
         if state.startswith(("diverged", "failed"))
@@ -58,7 +63,7 @@ def _loss(row: dict[str, Any], column: str) -> str:
 
 
 def update(page: Path) -> None:
-    """Write every table of ``page`` again, from docs/results beside it."""
+    """Rewrite every table of ``page`` from the folder ``results`` next to it."""
     for path in sorted((page.parent / "results").glob("*/comparison.json")):
         replace_between(page, path.parent.name, table(json.loads(path.read_text())))
 

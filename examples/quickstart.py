@@ -1,4 +1,4 @@
-"""Federated tuning in ten lines: eight people, two of them a round, under a kilobyte up per person and round.
+"""Federated tuning in ten lines: eight people as clients, two per round, under a kilobyte up per client and round.
 
 python examples/quickstart.py                              the tiny random model: seconds
 python examples/quickstart.py --model packaged:smollm2     the real one: minutes
@@ -16,7 +16,13 @@ import fedferret
 
 
 def tune(model: str, out: Path) -> Mapping[str, Any]:
-    """Tune ``model`` by Ferret on real messages; the folder ``out`` then holds the report and the tuned model.
+    """Tune a model by Ferret on real messages.
+
+    Args:
+        model: "tiny", "packaged:smollm2", a folder, or a Hugging Face hub name.
+        out: the run's folder; afterwards it has the report and the tuned model.
+    Returns:
+        The run's summary.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE

@@ -1,4 +1,4 @@
-"""A federation of real processes on loopback, started by the commands; none of them outlives its test."""
+"""A federation of real processes on loopback, started by the commands. No process outlives its test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import tomli_w
 from fedferret.sites.supervisor import tie_to
 from tiny_runs import rows, tiny_tables
 
-PATIENCE = 900.0  # seconds for anything: a machine may have far more to do than this
+PATIENCE = 300.0  # seconds for anything: the machine may be busy
 
 
 def write_recipe(folder: Path, sites: Sequence[str], rounds: int, **changes: Any) -> Path:
-    """A recipe for these sites, all of whom must answer; their files are at hand, so it plays in-process too."""
+    """A recipe that needs a reply from each of these sites. It names their files, so it also runs in one process."""
     people: dict[str, list[dict[str, str]]] = {}
     for row in rows():
         people.setdefault(row["who"], []).append({name: value for name, value in row.items() if name != "who"})
@@ -41,19 +41,19 @@ def write_recipe(folder: Path, sites: Sequence[str], rounds: int, **changes: Any
     return path
 
 
-def beginning() -> Callable[[], None]:
-    """For a child before it becomes `fedferret`: it hears Ctrl-C, and ends should the tests be killed."""
+def before_exec() -> Callable[[], None]:
+    """A ``preexec_fn`` for `fedferret`: it takes SIGINT, and ends if the tests are killed."""
     tie = tie_to(os.getpid()) if sys.platform == "linux" else lambda: None
 
-    def begin() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children would ignore it
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the children of a background job would ignore it
         tie()
 
-    return begin
+    return prepare
 
 
 class Federation:
-    """Processes of `fedferret`, by a name each, their words in files; all of them end with it."""
+    """Processes of `fedferret` by name, with their output in files; ``close`` ends all of them."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
@@ -71,40 +71,40 @@ class Federation:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=beginning(),
+                preexec_fn=before_exec(),
             )
 
-    def words(self, name: str) -> str:
-        """What a process has said so far."""
+    def output(self, name: str) -> str:
+        """The output of a process so far."""
         return (self.folder / f"{name}.out").read_text()
 
-    def hear(self, name: str, words: str, times: int = 1) -> None:
-        """Wait until a process has said this so often."""
+    def wait_for(self, name: str, text: str, times: int = 1) -> None:
+        """Wait until the output of a process has ``text`` so many times."""
 
-        def heard() -> bool:
-            if self.words(name).count(words) >= times:
+        def found() -> bool:
+            if self.output(name).count(text) >= times:
                 return True
-            assert self._processes[name].poll() is None, f"{name} ended:\n{self.words(name)}"
+            assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
             return False
 
-        wait(heard, lambda: f"{name} never said {words!r}:\n{self.words(name)}")
+        wait(found, lambda: f"{name} never logged {text!r}:\n{self.output(name)}")
 
     def signal(self, name: str, number: signal.Signals) -> int:
-        """Send a signal to a process of ours and wait for its end; how it ended."""
+        """Send a signal to a process started here, wait for its end, and return its exit code."""
         self._processes[name].send_signal(number)
         return self._processes[name].wait(PATIENCE)
 
     def end(self, name: str) -> int:
-        """Wait until a process of ours has ended; how."""
+        """Wait for the end of a process started here, and return its exit code."""
         return self._processes[name].wait(PATIENCE)
 
     def kill(self, *marks: str) -> None:
-        """SIGKILL for the one process of this federation whose command line holds all ``marks``."""
+        """Send SIGKILL to the one process of this federation with all ``marks`` in its command line."""
         (process,) = [number for number, line in self.running() if all(mark in line for mark in marks)]
         os.kill(process, signal.SIGKILL)
 
     def running(self) -> list[tuple[int, str]]:
-        """Ids and command lines of all processes that work in the federation's folder."""
+        """Ids and command lines of all processes with the federation's folder in their command line or as directory."""
         found = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
@@ -115,7 +115,7 @@ class Federation:
         return found
 
     def close(self) -> None:
-        """Ask all to end, and make sure of it."""
+        """End all processes, with SIGKILL if necessary."""
         for process in self._processes.values():
             if process.poll() is None:
                 process.terminate()
@@ -168,13 +168,13 @@ class CountingProxy:
 
 @contextmanager
 def federation(folder: Path, **environment: str) -> Iterator[Federation]:
-    """A federation that leaves no process behind; that it would not have had to be helped is for tests to check."""
+    """A federation that is closed at the end. Tests check that no process was left before that."""
     with closing(Federation(folder, **environment)) as made:
         yield made
 
 
-def wait(until: Callable[[], bool], otherwise: Callable[[], str] = lambda: "it never came") -> None:
-    """Wait for something to be so."""
+def wait(until: Callable[[], bool], otherwise: Callable[[], str] = lambda: "it never happened") -> None:
+    """Wait until ``until()`` is true."""
     end = time.monotonic() + PATIENCE
     while not until():
         assert time.monotonic() < end, otherwise()
@@ -188,13 +188,13 @@ def free_port() -> int:
 
 
 def records(run: Path) -> dict[str, bytes]:
-    """A run's log, file by file: equal bytes, equal weights."""
+    """A run's log, file by file: equal bytes mean equal weights."""
     return {path.name: path.read_bytes() for path in sorted((run / "log").iterdir())}
 
 
 def messages(run: Path) -> list[dict[str, Any]]:
-    """The server's lines on orders and receipts."""
-    return [json.loads(line) for line in (run / "server" / "letters.jsonl").read_text().splitlines()]
+    """The server's lines about requests and responses."""
+    return [json.loads(line) for line in (run / "server" / "messages.jsonl").read_text().splitlines()]
 
 
 def _write_rows(path: Path, owned: Sequence[Mapping[str, str]]) -> Path:

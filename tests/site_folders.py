@@ -12,8 +12,9 @@ from typing import Any
 import tomli_w
 
 from fedferret.config import Recipe
-from fedferret.core.log import Log, Update
+from fedferret.core.log import Log, LogUpdate
 from fedferret.engines.processes import Processes
+from fedferret.resident.simulation import RESIDENT
 from tiny_runs import NAMES, rows, tiny_recipe
 
 FERRET = {
@@ -55,27 +56,28 @@ def sites_recipe(root: Path, folders: Mapping[str, Path], **changes: Any) -> Rec
     }
     recipe = tiny_recipe(root, algorithm=FERRET, clients={"per_round": len(folders)}, **changes)
     tables = {**recipe.tables(), "data": data}
+    del tables["clients"]["bound_weights"]  # as for any recipe that does not say: on, because sites hold the data
     from fedferret.config import from_tables
 
     return from_tables(tables)
 
 
-def log_of(out: Path, rounds: int) -> Update:
+def log_of(out: Path, rounds: int) -> LogUpdate:
     """All that a run's model is made of."""
     return Log.read(out / "log", rounds).since(0)
 
 
 def processes(folders: Mapping[str, Path]) -> Processes:
     """A resident process for each site, started when it is first asked."""
-    return Processes(folders, THREADS)
+    return Processes(folders, RESIDENT, THREADS)
 
 
-def wait_until(happened: Any, seconds: float = 900.0) -> None:
-    """Until ``happened()`` is true, looked at every hundredth of a second."""
+def wait_until(happened: Any, seconds: float = 300.0) -> None:
+    """Until ``happened()`` is true, looked at every twentieth of a second."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def alive(process: int) -> bool:
@@ -95,6 +97,6 @@ def residents_in(root: Path) -> dict[int, str]:
                 words = Path(f"/proc/{entry}/cmdline").read_text().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if "fedferret.engines.resident" in words:
+            if "fedferret.resident" in words:
                 found |= {int(entry): Path(word).name for word in words if word.startswith(f"{root}/")}
     return found

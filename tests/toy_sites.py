@@ -1,4 +1,4 @@
-"""The toy world played by trainers: sites in this process behind a transport that can misbehave."""
+"""The toy world at trainers: sites in this process behind a transport that can misbehave."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Examples
+from fedferret.core.algorithm import AnyAlgorithm
+from fedferret.core.guard import Guard
+from fedferret.core.node import Node
+from fedferret.core.task import Examples
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.remote import Remote
 from fedferret.engines.trainer import Trainer, Work
 from fedferret.engines.transport import Received
 from fedferret.wire import codec
-from toys import AnyAlgorithm, Simulation, simulate, toy_clients, toy_task
+from toys import Simulation, simulate, toy_clients, toy_task
 
 RECIPE = "a recipe that both ends know\n"
 BASE = hashlib.sha256(b"the base").hexdigest()
@@ -26,7 +29,7 @@ class Direct:
     def __init__(self, trainers: Mapping[str, Trainer], workers: Sequence[str] = ()) -> None:
         self.trainers, self.workers = dict(trainers), tuple(workers)
         self.tamper: Callable[[str, bytes, bytes], list[Any]] = lambda site, message, response: [response]
-        self.exchanges: list[dict[str, int]] = []  # bytes of each letter, by addressee
+        self.exchanges: list[dict[str, int]] = []  # bytes of each message, by addressee
         self.closed = False
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
@@ -52,17 +55,20 @@ def toy_trainer(
     folder: Path | None = None,
     client: str | None = None,
     base: str = BASE,
-    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     built: list[str] | None = None,
+    guards: Sequence[Guard] = (),
+    held_out: Mapping[str, Examples] | None = None,
 ) -> Trainer:
-    """A trainer with a toy model of its own; ``built`` counts how often it was made."""
+    """A trainer with a toy model; ``built`` counts how often it was made."""
 
     def build(recipe: str, _: Path | None) -> Work:
         if built is not None:
             built.append(recipe)
-        return Work(toy_task(rounds, algorithm), algorithm, 3, data, base, "fingerprint of the data")
+        node, _ = Node.start(toy_task(rounds, algorithm), algorithm, 3, codec, guards=guards)
+        return Work(node, data, base, "fingerprint of the data", held_out or {})
 
-    return Trainer(build, folder, client, record)
+    return Trainer(build, folder, client, on_message)
 
 
 def simulate_sites(
@@ -72,7 +78,7 @@ def simulate_sites(
     *,
     data: Mapping[str, Examples] | None = None,
     log: Callable[[str], None] = lambda line: None,
-    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     **options: Any,
 ) -> Simulation:
     """``simulate`` with the engine Remote over a transport."""
@@ -88,21 +94,21 @@ def simulate_sites(
             workers=link.workers,
             store=store,
             log=log,
-            record=record,
+            on_message=on_message,
         )
 
-    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, **options)  # type: ignore[arg-type]
+    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, **options)
 
 
 def sites(algorithm: AnyAlgorithm, rounds: int, root: Path) -> Callable[[Mapping[str, Examples]], Direct]:
-    """A trainer with a folder of its own for each client."""
+    """A trainer with a folder for each client."""
     return lambda data: Direct(
         {name: toy_trainer(algorithm, rounds, {name: rows}, root / name, name) for name, rows in data.items()}
     )
 
 
 def workers(algorithm: AnyAlgorithm, rounds: int, count: int = 2) -> Callable[[Mapping[str, Examples]], Direct]:
-    """So many trainers of which any plays any client."""
+    """So many trainers, of which any works for any client."""
     names = [f"worker-{number}" for number in range(1, count + 1)]
     return lambda data: Direct({name: toy_trainer(algorithm, rounds, data) for name in names}, names)
 

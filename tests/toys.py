@@ -1,11 +1,10 @@
-"""A small world to play methods in: a regression on 97 weights, clients of uneven size, whole runs in milliseconds.
+"""A small world to run methods in: a regression on 97 weights, clients of uneven size, whole runs in milliseconds.
 
 Methods that need a language model read the same rows as sentences of five words, and predict the last.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +17,24 @@ from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.ferret import Ferret
 from fedferret.core import rounds, tree
-from fedferret.core.algorithm import Algorithm, Examples, Task
+from fedferret.core.algorithm import AnyAlgorithm, Shapes
+from fedferret.core.exchanges import Body, Failure, Reply
+from fedferret.core.guard import Guard
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
-from fedferret.core.rounds import ClientUpdate, Failure, Job, Plan, RoundRecord, RunState
+from fedferret.core.node import Node
+from fedferret.core.robust_pooling import PoolSettings
+from fedferret.core.rounds import Plan, RoundRecord, RunState
+from fedferret.core.stages import shapes_by_round
+from fedferret.core.task import Examples, Objective, Task
+from fedferret.core.weighting import Bounds
 from fedferret.data.batches import IGNORED, Batch
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.in_process import InProcess
 from fedferret.local.first_order import FirstOrder
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
-
-AnyAlgorithm = Algorithm[Any, Any, Any, Any, Any]
 
 TRAINING = FirstOrder(learning_rate=0.1, steps=2, batch_size=4)
 ONE_BIT = Ferret(**Ferret.presets["one-bit"], training=TRAINING)  # shared directions, and every coordinate travels
@@ -57,18 +61,22 @@ class ToyData:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batches(self, size: int, key: Key) -> Iterator[Rows]:
+    def batches(self, size: int, key: Key | None) -> Iterator[Rows]:
         """All rows once."""
-        order = key.permutation(len(self)) if self.shuffled else list(range(len(self)))
+        order = key.permutation(len(self)) if self.shuffled and key else list(range(len(self)))
         for start in range(0, len(self), size):
             rows = order[start : start + size]
             yield Rows(self.x[rows], self.y[rows])
+
+    def take(self, rows: Sequence[int]) -> ToyData:
+        """Some rows, in this order."""
+        return ToyData(self.x[list(rows)], self.y[list(rows)], self.shuffled)
 
 
 class Failing(ToyData):
     """A client that breaks in the middle of its training, after gradients exist."""
 
-    def batches(self, size: int, key: Key) -> Iterator[Rows]:
+    def batches(self, size: int, key: Key | None) -> Iterator[Rows]:
         """One good batch, then none."""
         yield next(super().batches(size, key))
         raise OSError("the disk is gone")
@@ -108,9 +116,41 @@ def toy_model() -> nn.Module:
     return model
 
 
-def squared_error(model: nn.Module, rows: Rows) -> Tensor:
-    """The mean over a batch."""
-    return nn.functional.mse_loss(model(rows.x), rows.y)
+class SquaredError:
+    """The regression's objective: the mean squared error over a batch, times ``factor``."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+        """The mean over a batch."""
+        return self.factor * nn.functional.mse_loss(model(rows.x), rows.y)
+
+    def scores(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        """Sums over a batch."""
+        return {"loss": float(self.loss(model, rows)) * len(rows.x), "count": float(len(rows.x))}
+
+
+class Given(SquaredError):
+    """An objective with a loss that a test writes: ``loss(model, rows)``."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
+        self.loss = loss  # type: ignore[method-assign]
+
+
+class LastWord:
+    """The objective of methods that need a language model: the rows as sentences, the last word predicted."""
+
+    def __init__(self) -> None:
+        self.next_token = NextToken()
+
+    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+        """The mean over a batch."""
+        return self.next_token.loss(model, sentences(rows))
+
+    def scores(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        """Sums over a batch."""
+        return self.next_token.scores(model, sentences(rows))
 
 
 def toy_language_model() -> nn.Module:
@@ -142,29 +182,34 @@ def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     model = toy_language_model() if language else toy_model()
     if algorithm:
         model = algorithm.prepare(model, Key.of(7, "prepare"))
-    if not language:
-        return Task(model, squared_error, rounds)
-    last_word = ResponseLoss(model)
-    return Task(model, lambda model, rows: last_word(model, sentences(rows)), rounds)
+    objective: Objective = LastWord() if language else SquaredError()
+    return Task.of(model, objective, rounds)
 
 
-def shapes_of(algorithm: AnyAlgorithm) -> dict[str, tuple[int, ...]]:
-    """The trainable tensors of the toy task that it plays."""
-    return {name: tuple(weight.shape) for name, weight in tree.parameters(toy_task(1, algorithm).model).items()}
+def shapes_of(algorithm: AnyAlgorithm, rounds: int) -> Callable[[int], Shapes]:
+    """The shapes of the toy task's tensors that are tuned in each round."""
+    return shapes_by_round(algorithm, toy_task(rounds, algorithm).model, rounds)
 
 
 SHAPES = {name: tuple(weight.shape) for name, weight in toy_model().named_parameters()}
 
 
 class Backwards:
-    """An engine whose outcomes arrive in the reverse of the order in which they were asked for."""
+    """An engine with outcomes in the reverse of the order in which they were asked for."""
 
-    def __init__(self, engine: InProcess) -> None:
-        self.engine, self.store = engine, engine.store
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[ClientUpdate | Failure]:
+    def exchange(self, bodies: Mapping[str, Body], state: RunState) -> Iterable[Reply | Failure]:
         """All of them, the last first."""
-        return list(self.engine.map(job, cohort))[::-1]
+        return list(self.engine.exchange(bodies, state))[::-1]
+
+    def commit(self, round: int, refused: Sequence[str]) -> None:
+        """The engine's."""
+        self.engine.commit(round, refused)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 @dataclass
@@ -174,6 +219,7 @@ class Simulation:
     algorithm: AnyAlgorithm
     task: Task
     engine: Any
+    store: ClientStore
     state: RunState
     records: list[RoundRecord]
     data: Mapping[str, Examples]
@@ -187,7 +233,7 @@ class Simulation:
     @property
     def memory(self) -> bytes:
         """All that must be the same for two runs to be the same: every memory and the log."""
-        private = {client: self.engine.store.get(client) for client in self.data}
+        private = {client: self.store.get(client) for client in self.data}
         update = self.state.log.since(0)
         return codec.encode(
             (self.state.public, self.state.server, private, self.state.versions, update.snapshot, update.records)
@@ -198,13 +244,13 @@ class Simulation:
         return [untimed(record) for record in self.records]
 
     def loss(self) -> float:
-        """On held-out rows: the global model's, or the mean over the clients' own."""
+        """On held-out rows: the global model's, or the mean over the clients' models."""
         with self.algorithm.model(self.task, self.state.public) as model:
             if model is not None:
                 return held_out_loss(self.task, model)
         losses = []
         for client in self.data:
-            with self.algorithm.model(self.task, self.state.public, self.engine.store.get(client)) as model:
+            with self.algorithm.model(self.task, self.state.public, self.store.get(client)) as model:
                 assert model is not None
                 losses.append(held_out_loss(self.task, model))
         return sum(losses) / len(losses)
@@ -213,13 +259,16 @@ class Simulation:
 @torch.no_grad()
 def held_out_loss(task: Task, model: nn.Module) -> float:
     """The mean over the held-out rows."""
-    return float(task.loss(model, Rows(HELD_OUT.x, HELD_OUT.y)))
+    return float(task.objective.loss(model, Rows(HELD_OUT.x, HELD_OUT.y)))
 
 
 def untimed(record: RoundRecord) -> RoundRecord:
     """The record with its seconds taken out."""
     metrics = {c: {k: v for k, v in values.items() if k != "seconds"} for c, values in record.metrics.items()}
-    return replace(record, metrics=metrics, seconds=0.0, seconds_local=0.0)
+    return replace(record, metrics=metrics, seconds=0.0, seconds_local=0.0, seconds_saving=0.0)
+
+
+MakeEngine = Callable[[Mapping[str, Examples], Any, ClientStore], Any]
 
 
 def simulate(
@@ -230,29 +279,38 @@ def simulate(
     until: int | None = None,
     per_round: int | None = None,
     min_clients: int = 1,
-    max_weight: float = math.inf,
+    bounds: Bounds | None = None,
+    pool: PoolSettings | None = None,
+    guards: Sequence[Guard] = (),
     seed: int = 3,
     folder: Path | None = None,
-    engine: type[InProcess] = InProcess,
-    arriving: Callable[[InProcess], Any] = lambda engine: engine,
+    engine: MakeEngine = InProcess,
+    arriving: Callable[[Any], Any] = lambda engine: engine,
     task: Task | None = None,
 ) -> Simulation:
-    """Play ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
+    """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
-    plan = Plan(seed, rounds_, per_round or len(data), min_clients, max_weight=max_weight, fingerprint_every=1)
+    plan = Plan(
+        seed,
+        rounds_,
+        per_round or len(data),
+        min_clients,
+        bounds=bounds,
+        pool=pool or PoolSettings(),
+        fingerprint_every=1,
+    )
+    node, server = Node.start(task, algorithm, seed, codec, guards=guards)
     if folder and checkpoint.saved_round(folder) is not None:
-        state = checkpoint.resume(folder, task, algorithm, seed)
+        state = checkpoint.resume(folder, node)
     else:
-        state = rounds.initial_state(task, algorithm, seed, Log(folder / "log" if folder else None))
+        state = RunState(node, server, Log(folder / "log" if folder else None))
     store = FolderClientStore(folder / "clients", codec, state.round) if folder else ClientStore()
-    playing = arriving(engine(data, codec, store))
-    simulation = Simulation(algorithm, task, playing, state, [], data, seed)
+    running = arriving(engine(data, codec, store))
+    simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
     if state.round >= (until or rounds_):
         return simulation
-    for record in rounds.run(task, algorithm, playing, codec, list(data), state, plan):
-        if folder:
-            checkpoint.save(folder, state)
-        store.commit(record.round)
+    save = (lambda record: checkpoint.save(folder, state)) if folder else (lambda record: None)
+    for record in rounds.run(running, list(data), state, plan, save=save):
         simulation.records.append(record)
         if record.round == until:
             break

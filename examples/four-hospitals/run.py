@@ -1,13 +1,13 @@
-"""Four hospitals on one machine: real processes, real certificates, a site and the server killed on the way.
+"""Four hospitals on one machine: real processes, real certificates; a site and the server are killed during the run.
 
     python examples/four-hospitals/run.py [--tiny] [--out FOLDER]
 
-    certificates -> server (nginx, SuperLink, ServerApp) -> four sites, each a process tree with a data file of its own
+    certificates -> server (nginx, SuperLink, ServerApp) -> four sites, each a process tree with a separate data file
     after round 1 ward-3 is killed and started again; after round 3 the server is; the run ends with a report
 
-It shows what an operator would do by hand, by the commands that an operator would give: docs/deployment.md explains
-each. The wards' texts are four groups of real people's messages (chitchat-dataset); no ward sees another's. With
-``--tiny`` the random model of 90,624 weights takes SmolLM2's place: a minute or two instead of ten.
+The script runs the commands that an operator would run: docs/deployment.md explains each. The sites' texts are four
+groups of real people's messages (chitchat-dataset); no site sees another's. With ``--tiny`` the random model of 90,624
+weights replaces SmolLM2: a minute or two instead of ten.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fedferret.sites.proxy import find_nginx
 from fedferret.tracking.events import FILE, read
 
 HERE = Path(__file__).resolve().parent
-WARDS = ("ward-1", "ward-2", "ward-3", "ward-4")
+SITES = ("ward-1", "ward-2", "ward-3", "ward-4")
 COMMAND = [str(Path(sys.executable).with_name("fedferret"))]
 LONGEST = 840.0  # seconds that all of this may take
 
 
 @dataclass
 class Federation:
-    """The processes of this example; each writes into a file of its own under ``out``."""
+    """The processes of this example; each has a log file in ``out``."""
 
     out: Path
     port: int
@@ -54,7 +54,7 @@ class Federation:
         return self.out / "run"
 
     def start(self, name: str) -> None:
-        """Start the server or a ward, or start it again: the command is the same."""
+        """Start or restart the server or a site: the command is the same."""
         if name == "server":
             words = ["serve", str(HERE / "recipe.toml"), "--out", str(self.run), "--pki", str(self.out / "pki")]
             words += ["--listen", f"127.0.0.1:{self.port}", *self.settings]
@@ -66,25 +66,30 @@ class Federation:
             self.processes[name] = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log)
 
     def kill(self, name: str) -> None:
-        """As a power cut would: SIGKILL, without a word. What it had started ends with it."""
+        """Send SIGKILL, as a power cut would end it; the processes that it started end with it."""
         self.processes[name].kill()
         self.processes[name].wait()
 
     def wait(self, what: str, reached: Callable[[], bool]) -> None:
-        """Wait until ``reached``; a server that has ended will not reach anything."""
+        """Wait until a condition is true; exit if the server ends before.
+
+        Args:
+            what: the condition in words.
+            reached: returns whether the condition is true.
+        """
         while not reached():
             if self.processes["server"].poll() not in (None, 0):
-                sys.exit(f"the server ended before {what}; its last words:\n{tail(self.out / 'server.log')}")
+                sys.exit(f"the server ended before {what}; its log ends with:\n{tail(self.out / 'server.log')}")
             if time.monotonic() - self.began > LONGEST:
-                sys.exit(f"{LONGEST:.0f} seconds were not enough for {what}; {self.out} has everybody's log")
+                sys.exit(f"{LONGEST:.0f} seconds were not enough for {what}; see the logs in {self.out}")
             time.sleep(0.5)
 
     def log(self, text: str) -> None:
-        """A line with the time since the start."""
+        """Print a line with the time since the start."""
         print(f"{time.monotonic() - self.began:5.0f} s  {text}", flush=True)
 
     def close(self) -> None:
-        """End everything that is left, in order."""
+        """End the running processes, in reverse order."""
         for process in reversed(self.processes.values()):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -96,10 +101,10 @@ class Federation:
 
 
 def main() -> None:
-    """All of it, from nothing to a report."""
+    """Run the example, from the certificates to the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a random model of 90,624 weights instead of SmolLM2")
-    parser.add_argument("--out", type=Path, default=Path("runs/four-hospitals"), help="where everything goes")
+    parser.add_argument("--out", type=Path, default=Path("runs/four-hospitals"), help="the folder for all files")
     arguments = parser.parse_args()
     try:
         find_nginx()
@@ -109,77 +114,94 @@ def main() -> None:
     if out.exists() and any(out.iterdir()):
         sys.exit(f"{out} is not empty: give another folder with --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    with federation(out, arguments.tiny) as all_of_it:
-        play(all_of_it)
+    with federation(out, arguments.tiny) as hospitals:
+        run(hospitals)
 
 
 @contextmanager
 def federation(out: Path, tiny: bool) -> Iterator[Federation]:
-    """Files and certificates made; processes ended at the end, however it comes."""
+    """Make data files and certificates, and end the processes at the end.
+
+    Args:
+        out: the folder for all files.
+        tiny: with the tiny model instead of SmolLM2.
+    """
     write_data(out, 64 if tiny else 200)
     settings = ["--set", f"data.held_out_path={out / 'held-out.jsonl'}"]
     if tiny:
         settings += ["--set", "model.name=tiny", "--set", "algorithm.coordinates=1024"]
-    all_of_it = Federation(out, free_port(), settings)
-    all_of_it.log(f"Certificates of the server and four wards go to {out / 'pki'}.")
+    hospitals = Federation(out, free_port(), settings)
+    hospitals.log(f"Certificates of the server and four sites: {out / 'pki'}.")
     fedferret("pki", "init", "--host", "127.0.0.1", "--pki", str(out / "pki"))
-    for ward in WARDS:
-        fedferret("pki", "issue", ward, "--pki", str(out / "pki"))
+    for site in SITES:
+        fedferret("pki", "issue", site, "--pki", str(out / "pki"))
     try:
-        yield all_of_it
+        yield hospitals
     finally:
-        all_of_it.close()
+        hospitals.close()
 
 
-def play(all_of_it: Federation) -> None:
-    """The run with its two accidents."""
-    for name in ("server", *WARDS):
-        all_of_it.start(name)
-    all_of_it.log(f"The server and {len(WARDS)} wards are starting; their logs are in {all_of_it.out}.")
-    all_of_it.wait("round 1", lambda: rounds_done(all_of_it.run) >= 1)
-    all_of_it.kill("ward-3")
-    all_of_it.log("Round 1 is done. ward-3 was killed; the others go on.")
-    all_of_it.wait("round 2", lambda: rounds_done(all_of_it.run) >= 2)
-    all_of_it.start("ward-3")
-    all_of_it.log("Round 2 is done without ward-3, which starts again: it will be sent what it missed.")
-    all_of_it.wait("round 3", lambda: rounds_done(all_of_it.run) >= 3)
-    all_of_it.kill("server")
-    all_of_it.log("Round 3 is done. The server was killed, and starts again; it goes on from its log.")
-    all_of_it.start("server")
-    all_of_it.wait("the end", lambda: all_of_it.processes["server"].poll() == 0)
-    all_of_it.log("The run is finished.")
-    print(fedferret("status", str(all_of_it.run)))
-    print(fedferret("nodes", str(all_of_it.run)))
-    run = read(all_of_it.run)
-    for number, each in sorted(run.rounds.items()):
+def run(hospitals: Federation) -> None:
+    """Start server and sites, kill ward-3 and the server during the run, and print the result."""
+    for name in ("server", *SITES):
+        hospitals.start(name)
+    hospitals.log(f"The server and {len(SITES)} sites are starting; their logs are in {hospitals.out}.")
+    hospitals.wait("round 1", lambda: rounds_done(hospitals.run) >= 1)
+    hospitals.kill("ward-3")
+    hospitals.log("Round 1 is done. ward-3 was killed; the others go on.")
+    hospitals.wait("round 2", lambda: rounds_done(hospitals.run) >= 2)
+    hospitals.start("ward-3")
+    hospitals.log("Round 2 is done without ward-3, which starts again: the server sends it what it missed.")
+    hospitals.wait("round 3", lambda: rounds_done(hospitals.run) >= 3)
+    hospitals.kill("server")
+    hospitals.log("Round 3 is done. The server was killed, and starts again; it resumes from its log.")
+    hospitals.start("server")
+    hospitals.wait("the end", lambda: hospitals.processes["server"].poll() == 0)
+    hospitals.log("The run is finished.")
+    print(fedferret("status", str(hospitals.run)))
+    print(fedferret("nodes", str(hospitals.run)))
+    events = read(hospitals.run)
+    for number, each in sorted(events.rounds.items()):
         lost = ", ".join(f"{failure.client}: {failure.reason}" for failure in each.failures)
-        print(f"round {number}: {len(each.bytes_up)} of {len(each.clients)} answered{f' ({lost})' if lost else ''}")
-    losses = [evaluation.loss for _, evaluation in sorted(run.evaluations.items())]
+        print(
+            f"round {number}: {len(each.bytes_up)} of {len(each.clients)} sites replied{f' ({lost})' if lost else ''}"
+        )
+    losses = [evaluation.loss for _, evaluation in sorted(events.evaluations.items())]
     print(f"held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    print(f"Report: {all_of_it.run / 'report.html'}")
+    print(f"Report: {hospitals.run / 'report.html'}")
 
 
 def write_data(out: Path, examples: int) -> None:
-    """A file for each ward and one for the server, of messages that no two of them share."""
+    """Write a data file for each site and a held-out file for the server; no message is in two files.
+
+    Args:
+        out: the folder for the files.
+        examples: number of messages per site.
+    """
     data = Chitchat(num_clients=4, min_messages=examples, max_messages=examples, max_held_out=32).load(Key.of(7))
-    for ward, held in zip(WARDS, data.clients.values(), strict=True):
-        write_rows(out / f"{ward}.jsonl", held)
+    for site, examples_of_site in zip(SITES, data.clients.values(), strict=True):
+        write_rows(out / f"{site}.jsonl", examples_of_site)
     write_rows(out / "held-out.jsonl", next(iter(data.held_out.values())))
 
 
 def write_rows(path: Path, examples: tuple[Example, ...]) -> None:
-    """A line for each example: what was said before, and the answer."""
+    """Write a line for each example: the message before, and the response.
+
+    Args:
+        path: the JSONL file.
+        examples: with at least two turns.
+    """
     rows = ({"instruction": each.turns[-2].content, "response": each.response} for each in examples)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rounds_done(run: Path) -> int:
-    """Rounds that the run's diary has so far."""
+    """Return the number of finished rounds in the run's event log."""
     return read(run).done if (run / FILE).exists() else 0
 
 
 def fedferret(*words: str) -> str:
-    """A command's words; it must succeed."""
+    """Run a command and return its output; exit if it fails."""
     done = subprocess.run([*COMMAND, *words], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr or done.stdout)
@@ -187,12 +209,12 @@ def fedferret(*words: str) -> str:
 
 
 def tail(path: Path) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-15:])
 
 
 def free_port() -> int:
-    """A port that nobody has just now."""
+    """Return a port on loopback that no process has at this moment."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]

@@ -5,7 +5,7 @@
 >>> summary["eval_loss"][0] > summary["eval_loss"][-1]           # doctest: +SKIP
 True
 
-Importing the package is cheap: torch and transformers are imported when a run is built.
+Importing the package is cheap: torch and transformers are imported when a run is set up.
 """
 
 from __future__ import annotations

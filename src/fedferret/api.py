@@ -1,4 +1,4 @@
-"""The library in three functions; what the command does, in ten lines of Python."""
+"""The library in three functions: `fedferret run`, from Python."""
 
 from __future__ import annotations
 
@@ -11,12 +11,32 @@ from fedferret.config import Recipe
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with overrides such as ``"algorithm.coordinates=8192"``. Raises UserError."""
+    """Read a recipe from a TOML file.
+
+    Args:
+        path: of the file.
+        overrides: settings to replace, such as ``"algorithm.coordinates=8192"``.
+
+    Returns:
+        The recipe, checked and with every default filled in; no model and no data is loaded.
+
+    Raises:
+        UserError: if the file or an override is wrong.
+    """
     return config.load(path, overrides)
 
 
 def recipe(**tables: Any) -> Recipe:
-    """A recipe from Python values, one argument per table of the TOML form. Raises UserError.
+    """Build a recipe from Python values.
+
+    Args:
+        tables: one keyword argument for each table or top-level setting of the TOML format.
+
+    Returns:
+        The recipe that a TOML file with the same values gives.
+
+    Raises:
+        UserError: if a setting is wrong.
 
     >>> from fedferret import recipe
     >>> quick = recipe(
@@ -34,10 +54,19 @@ def recipe(**tables: Any) -> Recipe:
 
 
 def run(recipe: Recipe, out: str | Path, log: Callable[[str], None] = print) -> Mapping[str, Any]:
-    """Play ``recipe`` in the folder ``out`` (resumed if it holds an unfinished run of it) and return its summary.
+    """Run a recipe and return its summary.
 
-    The summary is what ``summary.json`` holds: ``eval_loss`` (nats per token, round 0 first), ``bytes_up`` and
-    ``bytes_down`` (totals), ``seconds``, ... Raises UserError for a wrong recipe before any work, RunError when too
-    few clients answer.
+    Args:
+        recipe: what to run.
+        out: the run's folder; an unfinished run of the same recipe in it is resumed.
+        log: is called with each line of progress.
+
+    Returns:
+        The content of ``summary.json``: ``eval_loss`` (nats per token, round 0 first), ``bytes_up`` and ``bytes_down``
+        (totals), ``seconds``, ...
+
+    Raises:
+        UserError: if the recipe is wrong; raised before any work.
+        RunError: if fewer than ``min_clients`` clients return an update.
     """
     return runner.run(recipe, Path(out), log)

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
+"""The command line. Each command imports what it needs when it runs, so `--help` prints at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Annotated
 
 import typer
 
+from fedferret.core.imports import quick_imports
+
+_log = typer.echo
 app = typer.Typer(
     name="fedferret",
     no_args_is_help=True,
@@ -19,47 +22,47 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Federated tuning of *all* the weights of a language model, with kilobytes on the wire.
 
-Start with `fedferret run recipes/demo.toml`: it tunes a real model on real people's conversations, shows every
-round as it happens, and leaves a folder with a report (`report.html`), the figures (`summary.json`) and the tuned
-model as a log of kilobytes. `fedferret list` says which methods, models and data there are.
+Start with `fedferret run recipes/demo.toml`.
+It tunes a real model on conversations of real people and logs every round.
+It writes a folder with a report (`report.html`), the figures (`summary.json`)
+and the tuned model as a log of kilobytes.
+`fedferret list` shows all methods, models and data sources.
 """,
-    epilog="Exit codes: 0 done, 1 the run could not go on, 2 something given was wrong, 130 stopped with Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 invalid input, 130 stopped with Ctrl-C.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe, in TOML.", metavar="RECIPE.toml", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, TOML.", metavar="RECIPE.toml", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a setting: `--set algorithm.coordinates=8192`. May be repeated."),
+    typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
 ]
+Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
 
 @app.command()
-def run(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-OF-RECIPE].")] = None,
-) -> None:
-    """Play a recipe: tune, measure, report.
+def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Run a recipe: tune the model, evaluate it, write a report.
 
-    The folder can be resumed after every round: stop with Ctrl-C and give the same command again.
+    RECIPE.toml sets the model, the data and the method; `recipes/` has examples.
+    Stop with Ctrl-C; the same command resumes after the last complete round.
     """
     with _one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
-        from fedferret.config import from_tables
-        from fedferret.runner import run as play
+        with quick_imports():
+            from fedferret.config import from_tables
+            from fedferret.runner import run as run_recipe
 
-        resolved = from_tables(tables)
         folder = out or Path("runs") / recipe.stem
-        summary = play(resolved, folder, _log)
-        _log(_closing_words(folder, summary))
+        run_recipe(from_tables(tables), folder, _log)
+        _log(_closing_lines(folder))
 
 
 @app.command("list")
 def list_() -> None:
-    """List the methods, models and data there are, a line each."""
+    """List all methods, models and data sources, one line each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -77,13 +80,14 @@ def list_() -> None:
 
 @app.command()
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Show a recipe's resolved settings and what it will cost: bytes a round, memory, time (a rough estimate)."""
+    """Show a recipe's settings and its cost: bytes per client and round, and roughly memory and time."""
     with _one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
-        from fedferret.config import from_tables
-        from fedferret.estimate import estimate
+        with quick_imports():
+            from fedferret.config import from_tables
+            from fedferret.estimate import estimate
 
         resolved = from_tables(tables)
         _log(resolved.to_toml())
@@ -92,7 +96,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(folder: RunFolder) -> None:
-    """Write a run's report again, and say where it is."""
+    """Write a run's report again and print its path."""
     with _one_line_errors():
         from fedferret.tracking.report import write_report
 
@@ -102,10 +106,13 @@ def report(folder: RunFolder) -> None:
 @app.command()
 def export(
     folder: RunFolder,
-    to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder that plain transformers loads.")] = None,
-    delta: Annotated[Path | None, typer.Option(help="Write the log alone: kilobytes that rebuild it.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
+    delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
 ) -> None:
-    """Hand over a run's tuned model: whole (`--to FOLDER`), as a difference from the base (`--delta FILE`), or both."""
+    """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
+
+    DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
+    """
     with _one_line_errors():
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
@@ -122,35 +129,38 @@ def export(
 
 @app.command()
 def apply(
-    base: Annotated[str, typer.Argument(help="The base model: a name as in a recipe, or a folder.", metavar="BASE")],
+    base: Annotated[str, typer.Argument(help="The base model: its name in the recipe, or a folder.", metavar="BASE")],
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
 ) -> None:
-    """Rebuild a tuned model from its base and a delta file; the weights are checked by the hash in the file."""
+    """Rebuild a tuned model from its base model and a delta file.
+
+    BASE is the base model. DELTA is a file from `fedferret export --delta`.
+    The rebuilt weights must have the SHA-256 that the file states.
+    """
     with _one_line_errors():
         from fedferret.export import apply_delta
 
         fingerprint = apply_delta(base, delta, to, _log)
-        _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as the delta file says)")
+        _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 
 @app.command()
 def compare(
-    grid: Annotated[Path, typer.Argument(help="A grid, in TOML.", metavar="GRID.toml", show_default=False)],
+    grid: Annotated[Path, typer.Argument(help="A grid file, TOML.", metavar="GRID.toml", show_default=False)],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The grid's folder; runs/NAME-OF-GRID if none.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Play this method alone. May be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The runs' folder.", show_default="runs/NAME-OF-GRID")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this method alone. May be repeated.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; the cores are divided among them.")] = 1,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Play failed runs again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they will cost.")] = False,
-    table_only: Annotated[bool, typer.Option("--table-only", help="Play nothing; write table and page.")] = False,
-    also: Annotated[
-        list[Path] | None, typer.Option(help="Another folder of this grid, whose runs count here. May be repeated.")
-    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost; run nothing.")] = False,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Write table and page; run nothing.")] = False,
+    also: Annotated[list[Path] | None, typer.Option(help="A folder with more runs. May be repeated.")] = None,
 ) -> None:
-    """Play methods × seeds on one task, and compare: loss, bytes, time, memory.
+    """Run methods × seeds on one task and compare loss, bytes, time and memory.
 
-    The grid can be resumed at any time: stop with Ctrl-C and give the same command again.
+    GRID.toml sets the task, the methods and the seeds.
+    Stop with Ctrl-C; the same command resumes.
     """
     with _one_line_errors():
         from fedferret.recipe_file import read_tables
@@ -167,12 +177,13 @@ def compare(
 
 @app.command()
 def bench(
-    names: Annotated[list[str], typer.Argument(help="Which ones, or `all`.", metavar="NAME...", show_default=False)],
-    save: Annotated[bool, typer.Option(help="Keep the results in benchmarks/results/.")] = False,
+    names: Annotated[list[str], typer.Argument(help="Benchmarks, or `all`.", metavar="NAME...", show_default=False)],
+    save: Annotated[bool, typer.Option(help="Save the results in benchmarks/results/.")] = False,
 ) -> None:
-    """Measure a claim about speed or memory: projection, round, training, memory, simulation, startup.
+    """Measure speed or memory: projection, round, training, memory, simulation, startup, or all.
 
-    Every benchmark compares two things measured in turn in one run, and prints JSON and a sentence.
+    Every benchmark measures two variants in turn; it prints JSON and a sentence.
+    Benchmarks need a checkout of the repository.
     """
     with _one_line_errors():
         import subprocess
@@ -182,7 +193,7 @@ def bench(
         checkout = Path(__file__).parents[2]
         known = ["projection", "round", "training", "memory", "simulation", "startup"]
         if not (checkout / "benchmarks" / "measure.py").exists():
-            raise UserError("benchmarks are part of the repository, not of the package: run this in a checkout")
+            raise UserError("benchmarks are part of the repository, not of the package: run this in a checkout of it")
         for name in known if names == ["all"] else names:
             if name not in known:
                 raise UserError(f'no benchmark is called "{name}": {nearest(name, known)}')
@@ -190,26 +201,26 @@ def bench(
             subprocess.run(command, cwd=checkout, check=True)
 
 
-Insecure = Annotated[bool, typer.Option("--insecure", help="Without certificates: on loopback, for trying out.")]
-OffLoopback = Annotated[
-    bool, typer.Option("--insecure-off-loopback", help="With --insecure: on a network where everybody is trusted.")
-]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Use no certificates; for tests, on loopback alone.")]
+OffLoopback = Annotated[bool, typer.Option("--insecure-off-loopback", help="Let --insecure use a trusted network.")]
 
 
 @app.command()
 def serve(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-OF-RECIPE].")] = None,
-    listen: Annotated[str, typer.Option(help="Where sites call: ADDRESS:PORT.")] = "127.0.0.1:8443",
-    folder: Annotated[Path, typer.Option("--pki", help="The folder that `fedferret pki init` made.")] = Path("pki"),
+    out: Out = None,
+    listen: Annotated[str, typer.Option(help="ADDRESS:PORT to listen on for sites.")] = "127.0.0.1:8443",
+    folder: Annotated[Path, typer.Option("--pki", help="The folder from `fedferret pki init`.")] = Path("pki"),
     wait: Annotated[float, typer.Option(help="Seconds to wait for all sites before the first round.")] = 300.0,
     insecure: Insecure = False,
     insecure_off_loopback: OffLoopback = False,
 ) -> None:
-    """Serve a recipe to the sites it names: let them in, play the rounds, go on after whatever ends.
+    """Run a recipe across the sites that it names: accept their connections and run the rounds.
 
-    The folder can be resumed at any time: stop with Ctrl-C and give the same command again.
+    The recipe lists the sites by name. Each site runs `fedferret join`.
+    If a process of the server ends, it is started again.
+    Stop with Ctrl-C; the same command resumes after the last complete round.
     """
     with _one_line_errors():
         from fedferret.recipe_file import read_tables
@@ -223,27 +234,28 @@ def serve(
 
 @app.command()
 def join(
-    address: Annotated[str, typer.Argument(help="The server, HOST:PORT.", metavar="ADDRESS", show_default=False)],
-    name: Annotated[str, typer.Option(help="This site's name, as the run's list of sites has it.")],
-    data: Annotated[Path | None, typer.Option(help="The file to train on; it stays here. Needed once.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="The site's own folder [default: sites/NAME].")] = None,
+    address: Annotated[str, typer.Argument(help="The server, as HOST:PORT.", metavar="ADDRESS", show_default=False)],
+    name: Annotated[str, typer.Option(help="This site's name in the server's recipe.")],
+    data: Annotated[Path | None, typer.Option(help="The file to train on; needed at first start.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="This site's folder.", show_default="sites/NAME")] = None,
     credentials: Annotated[
-        Path | None, typer.Option(help="What the server's administrator sent: archive or folder. Needed once.")
+        Path | None, typer.Option(help="The archive from `fedferret pki issue`, or its folder; needed at first start.")
     ] = None,
-    package: Annotated[
-        str, typer.Option(help="SHA-256 of the one run package to take [default: this version's].")
-    ] = "",
+    package: Annotated[str, typer.Option(help="SHA-256 of the run package.", show_default="this version's")] = "",
     insecure: Insecure = False,
     insecure_off_loopback: OffLoopback = False,
 ) -> None:
-    """Take part in a server's run with this machine's data, until Ctrl-C."""
+    """Take part in a server's run with the data of this machine, until Ctrl-C.
+
+    ADDRESS is the server, HOST:PORT. The data file stays on this machine.
+    """
     with _one_line_errors():
         _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
 
 
 @app.command()
 def nodes(folder: RunFolder) -> None:
-    """Show a served run's sites: who is connected, who answered when, what moved."""
+    """Show the sites of a served run: connected or not, time of the last reply, bytes."""
     with _one_line_errors():
         from rich.console import Console
 
@@ -254,41 +266,43 @@ def nodes(folder: RunFolder) -> None:
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="A served run's folder, or a site's.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a served run or of a site.", metavar="DIR")],
 ) -> None:
-    """Say how a served run stands, or a site."""
+    """Show the state of a served run or of a site. DIR is its folder."""
     with _one_line_errors():
-        from fedferret.sites.status import status as words
+        from fedferret.sites.status import status as status_text
 
-        _log(words(folder))
+        _log(status_text(folder))
 
 
 def _site_commands() -> ModuleType:
+    """The module behind serve and join. Raises UserError if a package that it needs is missing."""
     from importlib.util import find_spec
 
     from fedferret.core.errors import UserError
 
     if not (find_spec("flwr") and find_spec("cryptography")):
-        raise UserError('running across organisations needs packages: pip install "fedferret[flower]"')
-    from fedferret.sites import commands
+        raise UserError('serve and join need packages; run: pip install "fedferret[flower]"')
+    with quick_imports():
+        from fedferret.sites import commands
 
     return commands
 
 
 pki = typer.Typer(
     no_args_is_help=True,
-    help="""Certificates of a federation: make the authority once, then one archive for each site.
+    help="""Certificates of a federation: create the authority once, then one archive for each site.
 
-The authority's key never leaves its folder (`--pki`, or `pki`); a site is sent its own archive and nothing else.
-docs/security.md says how to send, renew and revoke.""",
+The authority's key stays in its folder (`--pki`). A site gets its archive only.
+docs/security.md explains how to send, renew and revoke.""",
 )
 app.add_typer(pki, name="pki")
 
 PkiFolder = Annotated[Path, typer.Option("--pki", help="The folder that holds the authority.", metavar="DIR")]
-SiteName = Annotated[str, typer.Argument(help="A site, as in ward-7.", metavar="NAME", show_default=False)]
+SiteName = Annotated[str, typer.Argument(help="A site's name, such as ward-7.", metavar="NAME", show_default=False)]
 Hosts = Annotated[
     list[str] | None,
-    typer.Option("--host", help="A name or address under which sites call the server. May be repeated."),
+    typer.Option("--host", help="A host name or address of the server. May be repeated."),
 ]
 
 
@@ -296,46 +310,47 @@ Hosts = Annotated[
 def pki_init(
     host: Hosts = None,
     folder: PkiFolder = Path("pki"),
-    title: Annotated[str, typer.Option(help="The federation's name, in every certificate.")] = "fedferret",
+    title: Annotated[str, typer.Option(help="The federation's name; it is in every certificate.")] = "fedferret",
 ) -> None:
-    """Make the authority and the server's certificates."""
+    """Create the authority and the server's certificates."""
     with _one_line_errors():
         _pki_commands().init(folder, host or [], title, _log)
 
 
 @pki.command("issue")
 def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
-    """Make a site's certificate and node key, in one archive to send."""
+    """Create a site's certificate and node key, in one archive to send."""
     with _one_line_errors():
         _pki_commands().issue(folder, name, _log)
 
 
 @pki.command("renew")
 def pki_renew(
-    name: Annotated[str, typer.Argument(help="A site, or `server`.", metavar="NAME", show_default=False)],
+    name: Annotated[str, typer.Argument(help="A site's name, or `server`.", metavar="NAME", show_default=False)],
     host: Hosts = None,
     folder: PkiFolder = Path("pki"),
 ) -> None:
-    """Make a certificate anew before it expires; a site's node key stays."""
+    """Replace a certificate before it expires; a site keeps its node key."""
     with _one_line_errors():
         _pki_commands().renew(folder, name, host or [], _log)
 
 
 @pki.command("revoke")
 def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
-    """Shut a site out for good: all its certificates are refused, its keys forgotten."""
+    """Exclude a site: the server refuses all its certificates, and its keys are deleted."""
     with _one_line_errors():
         _pki_commands().revoke(folder, name, _log)
 
 
 @pki.command("show")
 def pki_show(folder: PkiFolder = Path("pki")) -> None:
-    """List the certificates: whose, how many days are left, which are revoked."""
+    """List all certificates: holder, days left, revoked or not."""
     with _one_line_errors():
         _pki_commands().show(folder, _log)
 
 
 def _pki_commands() -> ModuleType:
+    """The module behind pki. Raises UserError if the package that it needs is missing."""
     from fedferret.core.errors import UserError
 
     try:
@@ -343,7 +358,7 @@ def _pki_commands() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "cryptography":
             raise
-        raise UserError('certificates need a package: pip install "fedferret[flower]"') from None
+        raise UserError('certificates need a package; run: pip install "fedferret[flower]"') from None
     return pki_commands
 
 
@@ -352,38 +367,33 @@ def main() -> None:
     app()
 
 
-def _log(text: str) -> None:
-    typer.echo(text)
-
-
-def _closing_words(folder: Path, summary: dict[str, object]) -> str:
-    return "\n".join(
-        [
-            f"Report:       {folder / 'report.html'}",
-            f"Figures:      {folder / 'summary.json'}",
-            f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)",
-            f"              fedferret export {folder} --delta FILE  (kilobytes)",
-        ]
+def _closing_lines(folder: Path) -> str:
+    """Where a finished run's files are, and how to export its model."""
+    return (
+        f"Report:       {folder / 'report.html'}\n"
+        f"Figures:      {folder / 'summary.json'}\n"
+        f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)\n"
+        f"              fedferret export {folder} --delta FILE  (kilobytes)"
     )
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; a run that cannot go on, one line and 1; Ctrl-C, 130."""
+    """Print errors as one line and exit: UserError with code 2, RunError with 1, Ctrl-C with 130."""
     from fedferret.core.errors import RunError, UserError
 
     try:
         yield
     except UserError as error:
-        _complain(error)
+        _print_error(error)
         raise typer.Exit(2) from None
     except RunError as error:
-        _complain(error)
+        _print_error(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
-        _complain(error if error.args else "stopped")
+        _print_error(error if error.args else "stopped")
         raise typer.Exit(130) from None
 
 
-def _complain(error: object) -> None:
-    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # torch's own messages can have many lines
+def _print_error(error: object) -> None:
+    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # messages of torch can have many lines

@@ -10,14 +10,17 @@ identity; ``[execution]`` (engine, device, memory, logging) must not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fedferret.algorithms.registry import method
 from fedferret.core.algorithm import Algorithm
 from fedferret.core.errors import UserError, nearest
+from fedferret.core.robust_pooling import PoolSettings
+from fedferret.core.weighting import Bounds
 from fedferret.data.examples import Source
 from fedferret.data.registry import source
 from fedferret.recipe_file import read_tables
@@ -59,16 +62,27 @@ class ClientSettings:
     """Who takes part in a round."""
 
     per_round: int = 4  # clients sampled each round
-    min_clients: int = 1  # the run stops when fewer answer
-    min_fraction: float = 0.0  # and when a smaller share does; 0: min_answers alone decides
-    max_examples: int = 10_000_000  # who claims more is refused: far above any site's, far below outweighing them all
+    min_clients: int = 1  # the run stops, resumable, when fewer send an update
+    min_fraction: float = 0.0  # and when a smaller share does; 0: min_clients alone decides
+    bound_weights: bool | None = None  # whether the next three hold; None: where sites hold the data, and nowhere else
+    max_examples: int = 10_000_000  # a claim of more examples counts as this many
+    max_over_median: float = 10.0  # and one of more than so many times the cohort's lower median as that
+    max_share: float = 0.5  # of all weight that one client has at most, unless fewer than 1 / max_share send an update
 
     def __post_init__(self) -> None:
         _positive("clients", per_round=self.per_round, min_clients=self.min_clients, max_examples=self.max_examples)
+        if not 1 <= self.max_over_median < math.inf:
+            raise UserError(f"max_over_median={self.max_over_median}: must be at least 1 and finite")
+        if not 0 < self.max_share <= 1:
+            raise UserError(f"max_share={self.max_share}: must be above 0 and at most 1")
         if not 0 <= self.min_fraction <= 1:
             raise UserError(f"min_fraction={self.min_fraction}: give a share of the sampled clients, from 0 to 1")
         if self.min_clients > self.per_round:
-            raise UserError(f"min_clients={self.min_clients}: more than per_round={self.per_round} can never answer")
+            raise UserError(f"min_clients={self.min_clients}: more than per_round={self.per_round} are never asked")
+
+    def bounds(self) -> Bounds | None:
+        """The limits on the weight that a claim of examples gives; None where claims are trusted."""
+        return Bounds(self.max_examples, self.max_over_median, self.max_share) if self.bound_weights else None
 
 
 Metric: TypeAlias = Literal["loss", "rouge-l", "rouge-l-google", "exact-match", "task-score", "choice"]
@@ -85,7 +99,7 @@ class EvaluationSettings:
     max_new_tokens: int = 128  # of an answer; the Ferret and FedKSeed papers'
     per_client: bool = False  # a loss for each owner of the main held-out set's examples, and how they spread
     batch_size: int = 8
-    local_only_clients: int = 2  # yardstick: so many clients each train alone, as long as the federation; 0: none
+    local_only_clients: int = 2  # baseline: so many clients each train alone, as long as the federation; 0: none
 
     def __post_init__(self) -> None:
         _positive("evaluation", every=self.every, batch_size=self.batch_size, metrics_every=self.metrics_every)
@@ -125,6 +139,7 @@ class Recipe:
     text: TextSettings
     clients: ClientSettings
     algorithm: Algorithm[Any, Any, Any, Any, Any]
+    pool: PoolSettings = field(default_factory=PoolSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
 
@@ -138,6 +153,7 @@ class Recipe:
             "text": table_of(self.text),
             "clients": table_of(self.clients),
             "algorithm": {"name": self.algorithm.name, **table_of(self.algorithm)},
+            "pool": table_of(self.pool),
             "evaluation": table_of(self.evaluation),
             "execution": table_of(self.execution),
         }
@@ -159,7 +175,7 @@ class Recipe:
         return tomli_w.dumps(self.tables())
 
 
-_SECTIONS = ("model", "data", "text", "clients", "algorithm", "evaluation", "execution")
+_SECTIONS = ("model", "data", "text", "clients", "algorithm", "pool", "evaluation", "execution")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -187,15 +203,25 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
         data=build(source(data_source), data, "data"),
         data_source=data_source,
         text=build(TextSettings, tables.get("text", {}), "text"),
-        clients=build(ClientSettings, tables.get("clients", {}), "clients"),
+        clients=_clients(tables.get("clients", {}), data_source),
         algorithm=build_algorithm(algorithm_name, algorithm),
+        pool=build(PoolSettings, tables.get("pool", {}), "pool"),
         evaluation=build(EvaluationSettings, tables.get("evaluation", {}), "evaluation"),
         execution=build(ExecutionSettings, tables.get("execution", {}), "execution"),
     )
     limit = recipe.algorithm.max_rounds
     if limit is not None and recipe.rounds > limit:
         raise UserError(f"rounds={recipe.rounds}: {algorithm_name} is over after {limit}, set rounds={limit}")
+    recipe.pool.check(recipe.algorithm.pooling, algorithm_name, recipe.clients.per_round)
     return recipe
+
+
+def _clients(table: Mapping[str, Any], data_source: str) -> ClientSettings:
+    """The settings, with claims of examples bounded where sites hold the data, if the table does not say."""
+    settings = build(ClientSettings, table, "clients")
+    if settings.bound_weights is None:
+        return replace(settings, bound_weights=data_source == "sites")
+    return settings
 
 
 def build_algorithm(name: str, table: Mapping[str, Any]) -> Algorithm[Any, Any, Any, Any, Any]:

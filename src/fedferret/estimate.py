@@ -1,106 +1,183 @@
-"""What a recipe will cost, before it runs: bytes from the method's formula, memory and time roughly.
+"""What a recipe costs before it runs: bytes by the method's formula; memory and time are rough.
 
-bytes     the method's ``wire_cost``; FedAvg's is 4 d up and 4 d down
-disk      what the method keeps of each client, a file for each that ever took part
-memory    fp32 weights (of those that are tuned two copies, one with memory = "lean"), gradients and the optimiser's
-          state of those that are tuned, activations; zeroth-order training has the weights alone
-time      6 d floating-point operations a token for forward and backward (4 d where weights are frozen), 4 d for a
-          zeroth-order step's two forward passes, 2 d for evaluation, at the rate of a matrix product measured here for
-          a fifth of a second; models reach about half of it
+bytes     the method's ``wire_cost``, the mean over rounds of the most; FedAvg's is 4 d up and 4 d down
+disk      what the method keeps of each client, one file for each that took part
+memory    fp32 weights (two copies of the tuned ones, one with memory = "lean"), gradients and optimizer state of the
+          tuned ones, activations; zeroth-order training has the weights alone
+time      the data is read and its lengths are taken (characters / 4 where the tokenizer is not at hand), then
+          operations   6 d' per trained token (4 d' where weights are frozen, 4 d' for two forward passes), 2 d' per
+                       evaluated token, with d' the weights without the vocabulary; the vocabulary's on response tokens
+          memory       the passes over the weights that steps, clients and evaluations make
+          at the rates of a product of the batch's size and of a copy, both measured here for a fifth of a second
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fedferret.config import Recipe
+from fedferret.core.keys import Key
 from fedferret.tracking.units import as_bytes, as_count, as_duration
 
-_EFFICIENCY = 0.5  # of a plain matrix product; SmolLM2-135M on two cores reaches 0.4 to 0.6
-_FILL = 0.6  # tokens of a batch over batch size x max_tokens; chat data seldom fills its limit
+if TYPE_CHECKING:
+    from fedferret.data.examples import Example, FederatedData
+
+_EFFICIENCY = 0.6  # of a product of the batch's size: softmax, norms and small layers take the rest
+_PADDING = 1.2  # padded tokens per token, in batches sorted by length
+_PER_TURN = 8  # tokens that a chat template adds to a turn
+_SAMPLE = 200  # examples of which lengths are taken
+_STEP_PASSES = 10  # over the tuned weights per optimizer step: gradients written, clipped, applied, zeroed
+_BATCH_PASSES = 4  # over all weights per batch: forward and backward read them
+_CLIENT_PASSES = 12  # over the tuned weights per client: load, difference, project or encode, apply
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Costs in bytes and seconds. Bytes are exact up to framing, the rest is rough."""
+    """The costs of a recipe. Bytes are exact up to framing, the other figures are rough."""
 
     tuned: int  # weights
     parameters: int  # of the whole model
     bytes_up: float  # per client and round
-    bytes_down: float  # per client and round, for one that was there the round before
-    bytes_fedavg: int  # one way
-    bytes_kept: float  # on each client that took part, between its rounds
+    bytes_down: float  # per client and round, for a client that was there the round before
+    bytes_fedavg: int  # per client and round, one way
+    client_state_bytes: float  # on each client that took part, between its rounds
     clients: int  # that take part at most
-    memory: float
+    memory: float  # bytes
     seconds: float
 
     def __str__(self) -> str:
-        kept = f"{as_bytes(self.bytes_kept)}; of {self.clients} clients {as_bytes(self.bytes_kept * self.clients)}"
+        states = as_bytes(self.client_state_bytes)
+        states += f", for {self.clients} clients {as_bytes(self.client_state_bytes * self.clients)}"
         return "\n".join(
             [
-                f"# weights tuned      {as_count(self.tuned)} of {as_count(self.parameters)}",
-                f"# up, a client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
-                f"# down, a client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
-                *([f"# disk, a client's state    {kept} at most"] if self.bytes_kept else []),
-                f"# memory, roughly    {as_bytes(self.memory)}",
-                f"# time, roughly      {as_duration(self.seconds)} on this machine, evaluation included",
+                f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
+                f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),
+                f"# memory, roughly             {as_bytes(self.memory)}",
+                f"# time, roughly               {as_duration(self.seconds)} on this machine, evaluation included",
             ]
         )
 
 
+@dataclass(frozen=True)
+class _Lengths:
+    """Means over examples, in tokens, and how many examples there are."""
+
+    tokens: float  # of prompt and response
+    response: float
+    count: float  # of a client, or of all held-out sets
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], max_tokens: int, count: float, key: Key) -> _Lengths:
+        """The lengths of a sample of ``examples``."""
+        sample = key.sample(examples, min(_SAMPLE, len(examples)))
+        if not sample:
+            return cls(max_tokens / 2, max_tokens / 4, count or 100)  # a site's data is not here
+        whole = [_tokens("".join(turn.content for turn in each.turns), len(each.turns)) for each in sample]
+        response = [_tokens(each.response, 1) for each in sample]
+        return cls(
+            statistics.fmean(min(max_tokens, each) for each in whole),
+            statistics.fmean(min(max_tokens, each) for each in response),
+            count,
+        )
+
+
 def estimate(recipe: Recipe) -> Estimate:
-    """The cost of ``recipe``. Raises UserError for a recipe that cannot run; reads no weights."""
+    """The cost of a recipe; data is read, weights are not.
+
+    Raises:
+        UserError: if the recipe cannot run.
+    """
     from fedferret import models
-    from fedferret.experiment import check
+    from fedferret.build import check, load_data
     from fedferret.local.first_order import FirstOrder
 
-    shapes = check(recipe)
-    tuned = sum(math.prod(shape) for shape in shapes.values())
-    parameters = sum(math.prod(shape) for shape in models.parameter_shapes(recipe.model.name).values())
-    cost = recipe.algorithm.wire_cost(shapes, recipe.clients.per_round)
+    shapes_of = check(recipe)
+    numbers, cohort = range(1, recipe.rounds + 1), recipe.clients.per_round
+    tuned = max(sum(math.prod(shape) for shape in shapes_of(number).values()) for number in numbers)
+    every = models.parameter_shapes(recipe.model.name)
+    parameters = sum(math.prod(shape) for shape in every.values())
+    costs = [recipe.algorithm.wire_cost(shapes_of(number), cohort, number) for number in numbers]
     training = getattr(recipe.algorithm, "training", None)
-    batch_tokens = recipe.text.max_tokens * (training.batch_size if training else recipe.evaluation.batch_size)
     first_order = training if isinstance(training, FirstOrder) else None
-    passes = training.total_steps(recipe.text.max_tokens) if training else 0
-    if first_order:
-        passes *= first_order.accumulate
-    alone = min(recipe.evaluation.local_only_clients, recipe.clients.per_round)
-    trainings = recipe.rounds * (recipe.clients.per_round + alone) * passes
-    held_out = 2 * (getattr(recipe.data, "max_held_out", None) or 128)  # most sources have two sets
-    evaluations = recipe.rounds // recipe.evaluation.every + 1
-    training_tokens, evaluation_tokens = trainings * batch_tokens, evaluations * held_out * recipe.text.max_tokens
-    gradients = 1 if first_order else 0
-    a_token = 4 * parameters + 2 * gradients * tuned  # a frozen weight needs no gradient of its own
-    operations = _FILL * (a_token * training_tokens + 2 * parameters * evaluation_tokens)
     copies = 1 if recipe.execution.memory == "lean" else 2
+    gradients = 1 if first_order else 0
     optimizer = 2 if first_order and first_order.optimizer == "adamw" else 0
     momentum = 1 if first_order and first_order.momentum else 0
+    batch_tokens = recipe.text.max_tokens * (training.batch_size if training else recipe.evaluation.batch_size)
     activations = 40 * batch_tokens * math.sqrt(parameters)  # bytes; SmolLM2 at 4 x 128 tokens: 0.24 GB
     held = parameters + tuned * (copies - 1 + gradients + optimizer + momentum)
     return Estimate(
         tuned,
         parameters,
-        cost.up,
-        cost.down,
+        statistics.fmean(cost.up_most for cost in costs),
+        statistics.fmean(cost.down_most for cost in costs),
         4 * parameters,
-        cost.client_state_bytes,
-        recipe.rounds * recipe.clients.per_round,
+        max(cost.client_state_bytes for cost in costs),
+        recipe.rounds * cohort,
         4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
-        operations / (_EFFICIENCY * _matrix_rate()),
+        _seconds(recipe, load_data(recipe), training, list(every.values()), tuned),
     )
 
 
-def _matrix_rate() -> float:
-    """Floating-point operations a second of an fp32 matrix product here."""
+def _seconds(
+    recipe: Recipe, data: FederatedData, training: Any, shapes: Sequence[tuple[int, ...]], tuned: int
+) -> float:
+    """Of all rounds, evaluations and the local-only baseline."""
+    key, most = Key.of(recipe.seed, "estimate"), recipe.text.max_tokens
+    trained = [example for examples in data.clients.values() for example in examples]
+    held_out = [example for examples in data.held_out.values() for example in examples]
+    client = _Lengths.of(trained, most, len(trained) / len(data.clients), key)
+    scored = _Lengths.of(held_out, most, len(held_out), key)
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    vocabulary = max(math.prod(shape) for shape in matrices)
+    body = sum(math.prod(shape) for shape in shapes) - vocabulary
+    width = min(min(shape) for shape in matrices if math.prod(shape) == vocabulary)
+    batch = training.batch_size if training else recipe.evaluation.batch_size
+    copy_seconds, rate = _rates(batch * client.tokens * _PADDING, width)
+    trainings = recipe.rounds * recipe.clients.per_round
+    if data.held_out:
+        trainings += recipe.rounds * min(recipe.evaluation.local_only_clients, len(data.clients))
+    batches = training.total_batches(round(client.count)) if training else 0
+    steps = training.total_steps(round(client.count)) if training else 0
+    backward = hasattr(training, "accumulate")
+    share = tuned / sum(math.prod(shape) for shape in shapes)
+    per_weight = 4 + 2 * min(1.0, share) if backward else 4.0  # a frozen weight needs no gradient
+    examples = batches * batch
+    operations = trainings * examples * per_weight * (client.tokens * _PADDING * body + client.response * vocabulary)
+    evaluations = recipe.rounds // recipe.evaluation.every + 1
+    operations += 2 * evaluations * scored.count * (scored.tokens * _PADDING * body + scored.response * vocabulary)
+    passes = trainings * (steps * _STEP_PASSES * tuned + batches * _BATCH_PASSES * (body + vocabulary))
+    passes += trainings * _CLIENT_PASSES * tuned
+    return operations / (_EFFICIENCY * rate) + passes * copy_seconds
+
+
+def _tokens(text: str, turns: int) -> float:
+    return len(text) / 4 + _PER_TURN * turns
+
+
+def _rates(rows: float, width: int) -> tuple[float, float]:
+    """Seconds to read and write one fp32 value, and operations per second of a product of a batch with a layer."""
     import torch
 
-    size = 768
-    left, right = torch.ones(size, size), torch.ones(size, size)
+    left = torch.ones(max(1, min(4096, round(rows))), width)
+    right = torch.ones(width, 3 * width)
+    values = torch.ones(1 << 24)
+    values.clone()
     left @ right
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.2:
-        left @ right
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - started)
+    return _timed(values.clone) / values.numel() / 2, 2 * left.numel() * 3 * width / _timed(lambda: left @ right)
+
+
+def _timed(work: Any) -> float:
+    """Seconds of one call, over a tenth of a second."""
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        work()
+        calls += 1
+    return (time.perf_counter() - started) / calls

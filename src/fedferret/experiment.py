@@ -1,96 +1,49 @@
-"""A run from a recipe: build the parts, play the rounds, measure, and leave a folder that explains itself.
-
-    recipe -> check (seconds, no weights)  -> model, data, engine -> rounds -> events, summary, report
-
-The folder is resumable after every round: `run` continues a folder that holds an unfinished run of the same recipe.
-"""
+"""A recipe's parts and the engine that its clients run in."""
 
 from __future__ import annotations
 
-import os
-import statistics
-import tempfile
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedferret import models
+from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe
 from fedferret.core import rounds, tree
-from fedferret.core.algorithm import Task
-from fedferret.core.allocator import return_large_blocks
-from fedferret.core.errors import RunError, UserError
+from fedferret.core.errors import RunError
+from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
-from fedferret.core.mapped import MappedTree
-from fedferret.core.rounds import RoundRecord, RunState
-from fedferret.data.batches import FederatedTokens
-from fedferret.data.examples import FederatedData
-from fedferret.data.sites import Sites
-from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.core.rounds import Engine, RoundRecord, RunState
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
-from fedferret.engines.simulation import simulation
 from fedferret.engines.transport import Transport
-from fedferret.evaluation.evaluator import Evaluator, Results, Scores
+from fedferret.evaluation.evaluator import Scores
 from fedferret.evaluation.loss import evaluate
 from fedferret.evaluation.personal import fairness
-from fedferret.evaluation.scorers import check_metrics
-from fedferret.local.response_loss import ResponseLoss, learns_prompt
-from fedferret.models import LanguageModel
+from fedferret.resident.simulation import simulation
 from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
 
 ENGINES = {"in-process": InProcess, "debug": Debug}
 
 
-def check(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Everything that can be known to be wrong before weights are read. Returns the trainable tensors' shapes."""
-    models.check(recipe.model.name, device=recipe.execution.device)
-    if template(recipe.text.template) == Chat() and not models.has_chat_template(recipe.model.name):
-        raise UserError(f'text.template="{recipe.text.template}": {NO_CHAT_TEMPLATE}')
-    model = rounds.prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
-    if recipe.text.packed and learns_prompt(model):
-        raise UserError(
-            f"text.packed=true: {recipe.algorithm.name} puts a prompt before every row, and a packed row holds many "
-            f"examples; set packed=false"
-        )
-    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(model).items()}
-    recipe.algorithm.check(shapes, recipe.rounds)
-    return shapes
-
-
-def load_data(recipe: Recipe, elsewhere: bool = False) -> FederatedData:
-    """Who holds what, with the counts checked against the recipe; ``elsewhere``: sites hold it. Raises UserError."""
-    data = recipe.data.load(Key.of(recipe.seed, "data"))
-    if recipe.clients.per_round > len(data.clients):
-        raise UserError(
-            f"clients.per_round={recipe.clients.per_round}: the data has {len(data.clients)} clients, "
-            f"set per_round to at most that"
-        )
-    for client, examples in data.clients.items():
-        if not examples and not elsewhere:
-            raise UserError(f"client {client!r} holds no example: give it data or leave it out")
-    if isinstance(recipe.data, Sites) and not data.held_out:
-        if recipe.evaluation.metrics != ("loss",):
-            raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")
-        return data
-    if not data.held_out or not all(data.held_out.values()):
-        raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
-    check_metrics(recipe.evaluation.metrics, data.held_out)
-    return data
-
-
 def check_base(run: Path, fingerprint: str) -> None:
-    """Raise RunError where the folder ``run`` is of a run from other weights than those with this SHA-256.
+    """Refuse another base than the one that the run in a folder began from.
 
     Where all weights are tuned, replaying the log would find out; the log of an adapter fits any base.
+
+    Args:
+        run: the run's folder.
+        fingerprint: SHA-256 of the base weights at hand.
+
+    Raises:
+        RunError: the folder names other weights.
     """
     known = events.read(run).start.get("base", fingerprint) if (run / events.FILE).exists() else fingerprint
     if known != fingerprint:
@@ -101,22 +54,18 @@ def check_base(run: Path, fingerprint: str) -> None:
 
 
 @dataclass
-class Experiment:
-    """A recipe with its parts loaded: what the command line, the library and the tests play rounds with."""
+class Experiment(Parts):
+    """A recipe's parts, and where its clients run.
 
-    recipe: Recipe
-    language_model: LanguageModel
-    data: FederatedData
-    folder: Path | None = None  # where public weights wait under memory = "lean", and runs are written
-    transport: Transport | None = None  # to sites that hold the data; None: everything is on this machine or cluster
-    model: nn.Module = field(init=False)  # what is tuned: the base, with the method's adapter in it if it has one
-    base_size: int = field(init=False)  # weights of the base alone
-    base_fingerprint: str = field(init=False)  # SHA-256 of those
+    Attributes:
+        transport: to sites that hold the data; None: clients run on this machine or cluster.
+    """
+
+    transport: Transport | None = None
 
     def __post_init__(self) -> None:
-        base = tree.parameters(self.language_model.model)
-        self.base_size, self.base_fingerprint = tree.size(base), tree.fingerprint(base)
-        self.model = rounds.prepare(self.recipe.algorithm, self.language_model.model, self.recipe.seed)
+        self.trains_here = self.transport is None
+        super().__post_init__()
 
     @classmethod
     def load(
@@ -126,101 +75,65 @@ class Experiment:
         log: Callable[[str], None] = print,
         transport: Transport | None = None,
     ) -> Experiment:
-        """Check, then load data and model. Raises UserError for whatever the recipe gets wrong."""
+        """Check, then load data and model.
+
+        Args:
+            recipe: resolved.
+            folder: of the run; None keeps nothing on disk.
+            log: called with lines on slow steps.
+            transport: to sites that hold the data; None: clients run on this machine or cluster.
+
+        Returns:
+            The experiment; no round has been run.
+
+        Raises:
+            UserError: whatever the recipe gets wrong.
+        """
         check(recipe)
-        data = load_data(recipe, elsewhere=transport is not None)
-        return cls.over(recipe, data, folder, log, transport)
-
-    @classmethod
-    def over(
-        cls,
-        recipe: Recipe,
-        data: FederatedData,
-        folder: Path | None = None,
-        log: Callable[[str], None] = print,
-        transport: Transport | None = None,
-    ) -> Experiment:
-        """The recipe with this data, whatever its own source is."""
-        model = models.load(recipe.model.name, device=recipe.execution.device, log=log)
-        return cls(recipe, model, data, folder, transport)
-
-    @cached_property
-    def tokens(self) -> FederatedTokens:
-        """The data as tokens, client by client, made when first asked for."""
-        text = self.recipe.text
-        tokenizer = self.language_model.tokenizer
-        learn_prompts = text.train_on == "all"
-        return FederatedTokens(
-            self.data, template(text.template), tokenizer, text.max_tokens, text.packed, learn_prompts
-        )
-
-    @cached_property
-    def loss(self) -> ResponseLoss:
-        """The loss that is trained and reported."""
-        return ResponseLoss(self.model)
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        """What scores models."""
-        text, asked = self.recipe.text, self.recipe.evaluation
-        return Evaluator(
-            tokens=self.tokens,
-            template=template(text.template),
-            tokenizer=self.language_model.tokenizer,
-            max_tokens=text.max_tokens,
-            loss=self.loss,
-            key=Key.of(self.recipe.seed, "examples to answer"),
-            metrics=asked.metrics,
-            batch_size=asked.batch_size,
-            generate_examples=asked.generate_examples,
-            max_new_tokens=asked.max_new_tokens,
-            per_client=asked.per_client,
-        )
-
-    @cached_property
-    def task(self) -> Task:
-        """What every method sees."""
-        return Task(self.model, self.loss, self.recipe.rounds, self._store)
-
-    def plan(self) -> rounds.Plan:
-        """How the rounds are run."""
-        clients = self.recipe.clients
-        return rounds.Plan(
-            self.recipe.seed,
-            self.recipe.rounds,
-            clients.per_round,
-            clients.min_clients,
-            clients.min_fraction,
-            clients.max_examples,
-        )
+        data = load_data(recipe, at_sites=transport is not None)
+        return cls.over(recipe, data, folder, log, transport=transport)
 
     def initial_state(self) -> RunState:
-        """The state before round 1, or after the last finished round of the run in ``folder``.
+        """Start the run, or resume the run in ``folder``.
 
-        Raises RunError where that run began from another base, or this machine rebuilds other weights.
+        Returns:
+            The state before round 1, or after the last finished round of the run in ``folder``.
+
+        Raises:
+            RunError: the run began from another base, or this machine rebuilds other weights.
         """
         if self.folder and checkpoint.saved_round(self.folder) is not None:
             check_base(self.folder, self.base_fingerprint)
-            return checkpoint.resume(self.folder, self.task, self.recipe.algorithm, self.recipe.seed)
-        log = Log(self.folder / "log" if self.folder else None)
-        return rounds.initial_state(self.task, self.recipe.algorithm, self.recipe.seed, log)
+            node, _ = self.start_node()
+            return checkpoint.resume(self.folder, node)
+        node, server = self.start_node()
+        return RunState(node, server, Log(self.folder / "log" if self.folder else None))
 
     def engine(
         self,
         state: RunState,
         on_client_start: Callable[[str], None] = lambda client: None,
         log: Callable[[str], None] = lambda line: None,
-        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
-    ) -> InProcess | Remote:
-        """The engine of the recipe, with the clients' private states as they were after ``state.round``. Close it.
+        on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    ) -> Engine:
+        """Make the engine of the recipe. The caller closes the engine.
 
-        ``log`` hears what an operator should know, ``record`` of every letter, where there are letters.
+        Args:
+            state: of the run.
+            on_client_start: called with a client's name before its work.
+            log: called with lines that an operator should read.
+            on_message: called with every message, where there are messages.
+
+        Returns:
+            The recipe's engine, or ``Remote`` over ``transport``. Simulated clients go on from their private states
+            after ``state.round``.
         """
         folder = self.folder and self.folder / "state" / "clients"
         store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
         execution = self.recipe.execution
         if self.transport is None and execution.engine in ENGINES:
-            return ENGINES[execution.engine](self.tokens, codec, store, on_client_start)
+            held_out = self.tokens.held_out_by_client
+            return ENGINES[execution.engine](self.tokens, codec, store, on_client_start, held_out)
         workers = None if self.transport else simulation(execution, self.folder)
         return Remote(
             self.transport or workers,  # type: ignore[arg-type]  # one of them is there
@@ -232,41 +145,59 @@ class Experiment:
             store=store,
             on_client_start=on_client_start,
             log=log,
-            record=record,
+            on_message=on_message,
         )
 
-    def play(
+    def run_rounds(
         self,
         state: RunState,
-        engine: InProcess | Remote,
-        on_reply: Callable[[rounds.ClientUpdate | rounds.Failure], None] = lambda outcome: None,
+        engine: Engine,
+        on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
         on_round: Callable[[RoundRecord], None] = lambda record: None,
     ) -> Iterator[RoundRecord]:
-        """The rounds after ``state.round``; each is committed before it is yielded.
+        """Run the rounds after ``state.round``.
 
-        ``on_round`` hears of a round just before: what it writes of a round that a crash undoes, it will write again.
+        Args:
+            state: changed in place.
+            engine: of this experiment.
+            on_outcome: called with every client's reply or failure.
+            on_round: called with a round's record just before the checkpoint: a round that a crash undoes is run again,
+                and the call repeated.
+
+        Returns:
+            A record per round, in order; each round is committed before its record is yielded.
         """
-        records = rounds.run(
-            self.task, self.recipe.algorithm, engine, codec, list(self.data.clients), state, self.plan(), on_reply
-        )
-        for record in records:
-            engine.store.withdraw(failure.client for failure in record.failures)
+
+        def save(record: RoundRecord) -> None:
             on_round(record)
             if self.folder:
                 checkpoint.save(self.folder, state)
-            engine.store.commit(record.round)  # after the checkpoint: it removes the states from before this round
-            yield record
+
+        return rounds.run(engine, list(self.data.clients), state, self.plan(), on_outcome, save)
 
     def score(
         self,
         state: RunState,
-        engine: InProcess | Remote,
+        engine: Engine,
         on_progress: Callable[[], None] = lambda: None,
         extra: bool = False,
     ) -> Scores:
-        """What ``[evaluation]`` asks for on every held-out set, in fp32, beside the losses only if ``extra``: of the
-        global model, or where there is none, the mean over the models of (at most 8 of) the clients that have trained.
-        Nothing where nothing is held out here, or where those models stay at their sites.
+        """What ``[evaluation]`` asks for, in fp32.
+
+        The global model is scored on every held-out set. Where there is no global model, the clients that have trained
+        score their models on what they hold out. Nothing is scored where nothing is held out here.
+
+        Args:
+            state: after the round to score.
+            engine: reaches the clients.
+            on_progress: called after every batch.
+            extra: whether metrics beside the loss are due.
+
+        Returns:
+            Metrics by held-out set, and each client's loss in nats per token; empty where nothing is scored.
+
+        Raises:
+            RunError: a client could not score its model.
         """
         algorithm = self.recipe.algorithm
         if not self.data.held_out:
@@ -274,39 +205,35 @@ class Experiment:
         with algorithm.model(self.task, state.public) as model:
             if model is not None:
                 return self.evaluator.score(model, extra, on_progress)
-        if self.transport is not None:
+        asked = [client for client in sorted(state.versions) if client in self.tokens.held_out_by_client]
+        if not asked or not self.trains_here:
             return Scores({}, {})
-        personal: list[Results] = []
-        losses: dict[str, float] = {}
-        for number, client in enumerate(sorted(state.versions)):
-            if number >= 8 and not self.recipe.evaluation.per_client:
-                break
-            with algorithm.model(self.task, state.public, engine.store.get(client)) as model:
-                assert model is not None, f"{algorithm.name} gives client {client} no model to run"
-                if number < 8:
-                    personal.append(self.evaluator.score(model, extra, on_progress).results)
-                own = self.evaluator.own_loss(model, client) if self.recipe.evaluation.per_client else None
-                if own is not None:
-                    losses[client] = own
-        results = {
-            name: {key: statistics.fmean(scores[name][key] for scores in personal) for key in personal[0][name]}
-            for name in (self.data.held_out if personal else ())
-        }
-        if losses:
-            results[next(iter(results))] |= fairness(losses)
-        return Scores(results, losses)
+        sums, failures, _ = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)
+        if failures:
+            raise RunError(f"clients could not be scored ({rounds.reasons(failures)})")
+        losses = {client: each["loss"] / max(1.0, each["count"]) for client, each in sums.items()}
+        count = math.fsum(each["count"] for each in sums.values())
+        loss = math.fsum(each["loss"] for each in sums.values()) / max(1.0, count)
+        main = next(iter(self.data.held_out))
+        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count, **fairness(losses)}
+        return Scores({main: figures}, losses)
 
     def local_only(
         self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """The yardstick: some clients train alone from the base for as many rounds as they would be asked for.
+        """The local-only baseline: some clients train alone from the base for as many rounds as the federation.
 
-        Returns each one's loss on the main held-out set. ``base`` is a copy of what the weights were before tuning.
+        Args:
+            base: the weights before tuning.
+            on_progress: called after each client's round.
+
+        Returns:
+            Each client's loss on the main held-out set, nats per token.
         """
         recipe, model = self.recipe, self.model
         training = getattr(recipe.algorithm, "training", None)
         count = min(recipe.evaluation.local_only_clients, len(self.data.clients)) if training else 0
-        if self.transport is not None or not self.data.held_out:
+        if not self.trains_here or not self.data.held_out:
             return {}
         main = next(iter(self.data.held_out))
         losses: dict[str, float] = {}
@@ -316,16 +243,7 @@ class Experiment:
                 assert training is not None
                 training.train(self.task, self.tokens[client], Key.of(recipe.seed, "local-only", number, client))
                 on_progress()
-            score = evaluate(model, self.loss, self.tokens.held_out(main), recipe.evaluation.batch_size)
+            score = evaluate(model, self.objective, self.tokens.held_out(main), recipe.evaluation.batch_size)
             losses[client] = score.loss
         tree.copy_(tree.parameters(model), base)
         return losses
-
-    def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
-        idle = self.transport is not None and not self.data.held_out  # a server that neither trains nor evaluates
-        if self.recipe.execution.memory == "lean" or idle:
-            return_large_blocks()
-            folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
-            return MappedTree(folder / f".weights-{os.getpid()}", weights)
-        device = self.task.device
-        return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}

@@ -1,7 +1,7 @@
 """Hand over a tuned model: as a Hugging Face folder, or as its log alone, kilobytes that rebuild it from the base.
 
-A folder has the plain model's architecture: factors of LoRA are added to the weights that they stand beside. A learned
-prompt has no place there; its folder is an adapter of peft's, for the base.
+A folder has the plain model's architecture: LoRA is merged into the base weights. A learned prompt has no place there;
+its folder is an adapter of peft's, for the base.
 
 A delta file is one encoded message (checksummed, see ``wire/codec.py``): which base, by name and SHA-256 of its
 weights; which method, with its settings; the log; and the SHA-256 of the weights that applying it must give.
@@ -19,18 +19,21 @@ from typing import Any
 from torch import nn
 
 from fedferret import models
+from fedferret.build import prepare
 from fedferret.config import Recipe, build_algorithm, load
-from fedferret.core import rounds, tree
-from fedferret.core.algorithm import Task
+from fedferret.core import tree
+from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
-from fedferret.core.keys import Key
-from fedferret.core.log import Log, Update
+from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
+from fedferret.core.node import Node
+from fedferret.core.task import Task
 from fedferret.experiment import check_base
-from fedferret.local.response_loss import ResponseLoss, learns_prompt
-from fedferret.models import LanguageModel, adapters
+from fedferret.models import LanguageModel
+from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
+from fedferret.objectives.next_token import NextToken
 from fedferret.settings import table_of
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
@@ -46,6 +49,7 @@ class DeltaFile:
     settings: str  # JSON: the method's own
     seed: int
     rounds: int  # planned
+    version: int  # of the log, that the following lead to
     snapshot: bytes | None
     records: tuple[bytes, ...]
     fingerprint: str  # of the weights that the method tunes
@@ -71,7 +75,7 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> D
     base = models.load(recipe.model.name, log=log)
     delta = replace(_delta(recipe, entries.since(0)), base_fingerprint=tree.fingerprint(tree.parameters(base.model)))
     check_base(run, delta.base_fingerprint)
-    with _tuned(base, delta) as model:
+    with _tuned(base, delta) as (_, model):
         delta = replace(delta, fingerprint=tree.fingerprint(tree.parameters(model)))
     write_atomically(path, codec.encode(delta))
     return delta
@@ -121,7 +125,7 @@ def _read_run(run: Path) -> tuple[Recipe, Log]:
     return recipe, Log.read(run / "log", rounds)
 
 
-def _delta(recipe: Recipe, update: Update) -> DeltaFile:
+def _delta(recipe: Recipe, update: LogUpdate) -> DeltaFile:
     """What a delta file holds, its fingerprints not taken yet."""
     return DeltaFile(
         recipe.model.name,
@@ -130,6 +134,7 @@ def _delta(recipe: Recipe, update: Update) -> DeltaFile:
         json.dumps(table_of(recipe.algorithm)),
         recipe.seed,
         recipe.rounds,
+        update.version,
         update.snapshot,
         update.records,
         "",
@@ -137,31 +142,30 @@ def _delta(recipe: Recipe, update: Update) -> DeltaFile:
 
 
 @contextmanager
-def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[nn.Module]:
-    """The base's model, with an adapter in it if the method has one, and the delta's log applied."""
+def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[tuple[AnyAlgorithm, nn.Module]]:
+    """The method, and the base's model with the method's adapter if it has one and the delta's log applied."""
     algorithm = build_algorithm(delta.method, json.loads(delta.settings))
-    prepared = rounds.prepare(algorithm, base.model, delta.seed)
-    task = Task(prepared, ResponseLoss(prepared), delta.rounds)
-    public, _ = algorithm.init(task, Key.of(delta.seed, "begin"))
-    public = checkpoint.replay(task, algorithm, public, Update(delta.snapshot, delta.records))
-    with algorithm.model(task, public) as model:
+    task = Task.of(prepare(algorithm, base.model, delta.seed), NextToken(), delta.rounds)
+    node, _ = Node.start(task, algorithm, delta.seed, codec)
+    node.catch_up(LogUpdate(delta.version, delta.snapshot, delta.records))
+    with algorithm.model(task, node.public) as model:
         if model is None:
             raise UserError(f"{delta.method} has no global model: there is nothing to export")
-        yield model
+        yield algorithm, model
 
 
 def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, log: Callable[[str], None]) -> str:
-    with _tuned(base, delta) as model:
+    with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
         if delta.fingerprint and fingerprint != delta.fingerprint:
             raise RunError(
                 f"the rebuilt weights have SHA-256 {fingerprint[:12]}…, the file says {delta.fingerprint[:12]}…: "
                 f"nothing was written"
             )
-        if learns_prompt(model):
-            adapters.save_prompt(model, base.name, folder)
-            log(f"{folder} holds a learned prompt, not a whole model: peft's PeftModel.from_pretrained(base, folder)")
+        adapter = adapter_of(model)
+        if adapter is not None and not adapter.merges:
+            log(adapter.export(model, base.name, folder))
         else:
-            plain: Any = adapters.merged(model)
+            plain: Any = algorithm.release(model)
             models.save_folder(replace(base, model=plain), folder)
     return fingerprint

@@ -1,4 +1,4 @@
-"""A recipe's file as plain tables; imports nothing heavy, so that a file that is not there is refused at once."""
+"""Reads a recipe file as plain tables. This module imports nothing heavy, so a missing file is an error at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from fedferret.core.errors import UserError
 
 
 def read_tables(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The TOML tables in a file, with ``section.key=value`` overrides. Raises UserError; names are not checked here."""
+    """The TOML tables in a file, with overrides. Names of settings are not checked here.
+
+    Args:
+        path: of a TOML file.
+        overrides: each ``section.key=value``; later ones win.
+    Raises:
+        UserError: if the file is missing, unreadable or not TOML, or an override is malformed.
+    """
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +34,7 @@ def read_tables(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def _override(tables: dict[str, Any], text: str) -> None:
-    """Apply one ``section.key=value``; the value is TOML, or a string where it is not."""
+    """Apply one ``section.key=value``; the value is read as TOML, else as a string."""
     path, equals, value = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):

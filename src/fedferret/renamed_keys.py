@@ -30,6 +30,15 @@ RENAMED = (
 )
 
 
+# settings of ferret that are gone, with what to do instead
+_TO_PUBLISHED = 'is a setting of the published code: set algorithm.name="ferret-published"'
+GONE = {
+    "budget": f"{_TO_PUBLISHED}, where it is always the largest block's",
+    "coordinate_clip": _TO_PUBLISHED,
+}
+_GONE_VALUES = {"keys": "fixed-pool", "scale": "published-code"}
+
+
 def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tables with every renamed key under its present name.
 
@@ -40,9 +49,11 @@ def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
         The tables to build a recipe from. Each old key found has logged one warning.
 
     Raises:
-        UserError: a table holds both spellings of one key.
+        UserError: a table holds both spellings of one key, or a setting of ferret that is gone.
     """
     result = dict(tables)
+    if isinstance(result.get("algorithm"), Mapping):
+        result["algorithm"] = _with_new_method(result["algorithm"])
     for key in RENAMED:
         table = result.get(key.table)
         if not isinstance(table, Mapping) or key.old not in table:
@@ -59,3 +70,23 @@ def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
             *(key.table, key.old, key.table, key.new),
         )
     return result
+
+
+def _with_new_method(algorithm: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table with ferret's preset "paper-code" as the method that it became."""
+    if algorithm.get("name") != "ferret":
+        return algorithm
+    if algorithm.get("preset") == "paper-code":
+        _log.warning(
+            'algorithm.preset "paper-code" of ferret is the method "ferret-published" since fedferret 0.2; the old '
+            "spelling is read until 0.3"
+        )
+        given = {name: value for name, value in algorithm.items() if name not in ("preset", "entry_bits", "budget")}
+        return {**given, "name": "ferret-published"}
+    for name, advice in GONE.items():
+        if name in algorithm:
+            raise UserError(f"algorithm.{name}: {advice}")
+    for name, value in _GONE_VALUES.items():
+        if algorithm.get(name) == value:
+            raise UserError(f'algorithm.{name}="{value}": {_TO_PUBLISHED}')
+    return algorithm

@@ -1,7 +1,7 @@
-"""Carry an experiment out in a folder: events as they happen, a summary after every round, a report at the end.
+"""Run an experiment in a folder: events as they happen, a summary after every round, a report at the end.
 
 A folder with an unfinished run of the same recipe is continued; with another recipe, it is refused. Ctrl-C ends the
-run after what is safely on disk; the same command goes on from there.
+run; what is safely on disk stays, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedferret import models
+from fedferret.build import prepare
 from fedferret.config import Recipe, load
-from fedferret.core import rounds, tree
+from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
+from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
 from fedferret.core.mapped import MappedTree
-from fedferret.core.rounds import ClientUpdate, Failure, RunState
+from fedferret.core.rounds import Engine, RunState
+from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
-from fedferret.engines.in_process import InProcess
-from fedferret.engines.remote import Remote
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
@@ -53,16 +54,28 @@ def run(
     log: Callable[[str], None] = print,
     *,
     transport: Transport | None = None,
-    record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """Play the recipe in the folder ``out`` and return its summary. Raises UserError, RunError, Interrupted.
+    """Run a recipe in a folder; an unfinished run of it is continued.
 
-    ``transport`` reaches the sites that hold the data, in place of the recipe's own engine; it is closed at the end.
-    ``record`` hears of every letter to and from them.
+    Args:
+        recipe: resolved.
+        out: the run's folder.
+        log: called with lines for the terminal.
+        transport: reaches sites that hold the data, in place of the recipe's engine; it is closed at the end.
+        on_message: called with every message to and from them.
+
+    Returns:
+        The summary, as ``summary.json`` holds it.
+
+    Raises:
+        UserError: the recipe or the folder is wrong, before any work.
+        RunError: the run cannot go on; what is finished stays.
+        Interrupted: Ctrl-C.
     """
     resumes = belongs(recipe, out)
     if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
-        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
+        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return read_summary(out)
     with ExitStack() as stack:
         stack.enter_context(_lost_files_in_a_line(out))
@@ -74,24 +87,31 @@ def run(
             write_environment(out)
             folder.explain(out)
             stack.enter_context(_alone(out))
-        say_room(experiment, out, log)
-        return Run(experiment, out, log, record).play()
+        log_room(experiment, out, log)
+        return Run(experiment, out, log, on_message).finish()
 
 
-def say_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
-    """A line where what the clients will keep may not fit on the disk: found out late, it costs rounds."""
+def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
+    """Log a line where the clients' states may not fit on the disk: found out late, it costs rounds."""
     recipe, data = experiment.recipe, experiment.data
-    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(experiment.model).items()}
-    kept = recipe.algorithm.wire_cost(shapes, recipe.clients.per_round).client_state_bytes
+    kept = client_state_bytes(recipe)
     taking_part = min(len(data.clients), recipe.rounds * recipe.clients.per_round)
     there = sum(path.stat().st_size for path in out.glob("state/clients/*"))
     free = shutil.disk_usage(out).free + there
-    if experiment.transport is None and kept * taking_part > free:
+    if experiment.trains_here and kept * taking_part > free:
         log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
             f"{as_bytes(kept * taking_part)} in all, and {out} has room for {as_bytes(free)}: where the disk is full "
             f"the run stops, and goes on once there is more"
         )
+
+
+def client_state_bytes(recipe: Recipe) -> float:
+    """The most bytes that the method keeps on one client, over all rounds."""
+    model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
+    shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
+    numbers = range(1, recipe.rounds + 1)
+    return max(recipe.algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes for number in numbers)
 
 
 @contextmanager
@@ -109,16 +129,17 @@ def _lost_files_in_a_line(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Nobody else plays in this folder meanwhile. Raises UserError where somebody does."""
+    """Lock the folder. Raises UserError where another process has it."""
     try:
         with FileLock(out / "state" / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{out} is being played by another process: wait for it, or give another folder") from None
+        raise UserError(f"{out} is in use by another process: wait for it, or give another folder") from None
 
 
 def belongs(recipe: Recipe, out: Path) -> bool:
     """Whether ``out`` is this recipe's folder already. Raises UserError if it is another's, or not a free one."""
+    events.check_format(out)
     if (out / "recipe.toml").exists():
         change = difference(load(out / "recipe.toml").identity(), recipe.identity())
         if change:
@@ -150,17 +171,17 @@ class Run:
         experiment: Experiment,
         out: Path,
         log: Callable[[str], None],
-        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> None:
-        self.experiment, self.out, self.log, self.record = experiment, out, log, record
+        self.experiment, self.out, self.log, self.on_message = experiment, out, log, on_message
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
         self.tensorboard: Any = None
         self.index = 0  # of the client at work, within its round
-        self.loss = math.nan  # of the last client that answered
+        self.loss = math.nan  # of the last client with an update
 
-    def play(self) -> dict[str, Any]:
-        """Play what is left, and leave a summary and a report whatever happens."""
+    def finish(self) -> dict[str, Any]:
+        """Run what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
         state = experiment.initial_state()
         self._announce(state)
@@ -173,20 +194,18 @@ class Run:
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
             on_client_start = partial(self._client, progress)
             engine = stack.enter_context(
-                closing(experiment.engine(state, on_client_start, progress.message, self.record))
+                closing(experiment.engine(state, on_client_start, progress.message, self.on_message))
             )
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
             moved = sent.up + sent.down
-            records = experiment.play(
-                state,
-                engine,
-                lambda outcome: self._heard(progress, outcome),
-                lambda record: self._log_event("round", **events.round_fields(record)),
+            records = experiment.run_rounds(
+                state, engine, self._outcome, lambda record: self._log_event("round", **events.round_fields(record))
             )
             progress.round(state.round + 1, recipe.clients.per_round)
             with observing_steps(lambda step, total: progress.step(step, total, self.loss)):
                 for record in records:
+                    self._log_event("saved", flushed=False, round=record.round, seconds=record.seconds_saving)
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
                     if self._due(record.round):
@@ -250,11 +269,11 @@ class Run:
         progress.client(client, self.index)
         self.index += 1
 
-    def _heard(self, progress: Progress, outcome: ClientUpdate | Failure) -> None:
-        if isinstance(outcome, ClientUpdate):
-            self.loss = outcome.metrics.get("loss", math.nan)
+    def _outcome(self, outcome: Reply | Failure) -> None:
+        if isinstance(outcome, Reply):
+            self.loss = outcome.body.metrics.get("loss", math.nan)
 
-    def _evaluate(self, state: RunState, engine: InProcess | Remote, progress: Progress) -> None:
+    def _evaluate(self, state: RunState, engine: Engine, progress: Progress) -> None:
         if not self.experiment.data.held_out:
             return
         started = time.perf_counter()
@@ -276,7 +295,7 @@ class Run:
 
     @contextmanager
     def _aside(self, progress: Progress, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """Shows work that is no client's; what it yields is to be called after each of ``total`` steps."""
+        """Show work beside the clients'; yields a function to call after each of ``total`` steps."""
         done = itertools.count(1)
         progress.aside(label, 0, total)
         yield lambda: progress.aside(label, next(done), total)
@@ -285,14 +304,14 @@ class Run:
     def _has_baseline(self) -> bool:
         """Whether clients can train alone here, and be scored."""
         experiment = self.experiment
-        here = experiment.transport is None and bool(experiment.data.held_out)
+        here = experiment.trains_here and bool(experiment.data.held_out)
         return here and self.recipe.evaluation.local_only_clients > 0
 
     def _run_baseline(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients
-        progress.message(f"Yardstick: up to {count} clients train alone, for comparison.")
+        progress.message(f"Local-only baseline: up to {count} clients train alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
-        untuned = rounds.prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
+        untuned = prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
         base = MappedTree(self.out / "state" / ".base", tree.parameters(untuned))
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:
@@ -302,7 +321,7 @@ class Run:
             self._log_event("baseline", name="local-only", loss=mean, per_client=losses)
             progress.message(f"Local-only training ends at loss {mean:.4f}.")
 
-    def _log_event(self, kind: str, /, **fields: Any) -> None:
-        self.events.write(kind, **fields)
+    def _log_event(self, kind: str, /, *, flushed: bool = True, **fields: Any) -> None:
+        self.events.write(kind, flushed=flushed, **fields)
         if self.tensorboard:
             self.tensorboard.write(kind, **fields)

@@ -1,10 +1,10 @@
-"""From plain values to a frozen dataclass of settings, and back.
+"""Converts TOML tables to frozen dataclasses of settings, and back.
 
-Every setting of the project is a field of some frozen dataclass. ``build`` makes one from a table as TOML gives
-it: unknown names are refused with the nearest known one, types are checked strictly (pydantic), and what the
-dataclass itself refuses becomes one line that names the setting. TOML has no null: the string "none" stands for it
-wherever a setting may be absent. A nested table needs to name only what differs from the field's default, which
-may not be the nested dataclass's own.
+Every setting of the project is a field of a frozen dataclass. ``build`` makes a dataclass from a TOML table. For an
+unknown name the error names the nearest known one. Types are checked strictly (pydantic). An error that the dataclass
+raises becomes one line that names the setting. TOML has no null: where a setting may be absent, the string "none"
+means absent. A nested table needs only the settings that differ from the field's default; this default may differ
+from the defaults of the nested dataclass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass ``kind`` with the settings in ``table``; ``where`` names the table in errors."""
+    """A dataclass of settings from a table.
+
+    Args:
+        kind: the dataclass.
+        table: plain TOML values; settings that are left out get their defaults.
+        where: the table's name in errors, such as "algorithm".
+    Raises:
+        UserError: for an unknown setting, or an invalid or missing value.
+    """
     import pydantic
 
     _refuse_unknown(kind, table, where)
@@ -43,7 +51,13 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def table_of(settings: Any) -> dict[str, Any]:
-    """The table that ``build`` makes ``settings`` from: plain TOML values, every field but absent ones."""
+    """The table from which ``build`` makes the same settings.
+
+    Args:
+        settings: an instance of a settings dataclass.
+    Returns:
+        Plain TOML values of all fields. A field that is None is "none", or left out if None is its default.
+    """
     table: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -57,6 +71,7 @@ def table_of(settings: Any) -> dict[str, Any]:
 
 
 def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if the table, or a table nested in it, has a name that is not a field."""
     known = [field.name for field in dataclasses.fields(kind)]
     hints = typing.get_type_hints(kind)
     for name, value in table.items():
@@ -67,23 +82,24 @@ def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:
 
 
 def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
-    """``table`` with every nested table laid over what the field's default says other than its dataclass.
+    """``table``, where each nested table also has the values in which its field's default differs from its dataclass.
 
-    What both say alike stays unsaid, for the dataclass to decide: 5 steps, unless epochs are given.
+    Values in which the two agree are left out, because a dataclass may derive them: 5 steps, unless epochs are given.
     """
-    laid = dict(table)
+    merged = dict(table)
     for field in dataclasses.fields(kind):
         if isinstance(table.get(field.name), Mapping) and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
             usual = table_of(type(default)())
-            laid[field.name] = {
+            merged[field.name] = {
                 **{name: value for name, value in table_of(default).items() if value != usual.get(name)},
-                **table[field.name],
+                **_over_defaults(type(default), table[field.name]),
             }
-    return laid
+    return merged
 
 
 def _without_none_strings(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
+    """``table`` with None for the string "none" wherever a setting may be absent."""
     hints = typing.get_type_hints(kind)
     plain: dict[str, Any] = {}
     for name, value in table.items():

@@ -1,10 +1,11 @@
-"""The rows of the contract: every registered method in several settings, three unlike ones, and a composition."""
+"""The rows of the contract: every registered method in several settings, three unlike ones, and one of two stages."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
 
+from contract.staged_methods import TwoStages
 from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
@@ -17,8 +18,8 @@ from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.config import build_algorithm
-from fedferret.core.then import then
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
 from toys import ONE_BIT, TRAINING, AnyAlgorithm, Simulation, simulate
@@ -26,9 +27,8 @@ from toys import ONE_BIT, TRAINING, AnyAlgorithm, Simulation, simulate
 ROUNDS = 4
 
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
-_forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=20, batch_size=4)
+_forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
-_one_by_one = {"coordinates": 24, "training": TRAINING}  # a column at a time is slow: few of them
 
 
 def _preset(name: str, **settings: object) -> AnyAlgorithm:
@@ -65,17 +65,10 @@ METHODS: dict[str, AnyAlgorithm] = {
         _ferret, keys="per-client", server_momentum=0.5, error_feedback=True, scale="shrunk", server_learning_rate=0.5
     ),
     "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
-    "ferret-fixed-pool": Ferret(
-        keys="fixed-pool",
-        basis="truncated-normal",
-        bits=8,
-        group_size=1,
-        scale="shrunk",
-        server_learning_rate=1.0,
-        **_one_by_one,
-    ),
     "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
-    "ferret-paper-code": _preset("paper-code", coordinates=12, server_learning_rate=0.5),
+    "ferret-published": FerretPublished(
+        coordinates=12, server_learning_rate=0.5, training=replace(TRAINING, learning_rate=0.02, steps=3)
+    ),
     "fedkseed": FedKSeed(pool_size=256, training=_forward_only),
     "fedkseed-few-directions": FedKSeed(pool_size=24, weighting="equal", training=_forward_only),
     "fedkseed-many-directions": FedKSeed(pool_size=33_000, training=_forward_only),
@@ -89,18 +82,20 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},
-    "fedavg-then-ferret": then(
-        FedAvg(training=TRAINING), replace(_ferret, error_feedback=True, schedule="linear", scale="shrunk"), after=2
+    "two-stages": TwoStages(
+        first_rounds=2,
+        first=FedAvg(training=TRAINING),
+        second=replace(_ferret, error_feedback=True, schedule="linear", scale="shrunk"),
     ),
 }
 
 
 def rounds_of(algorithm: AnyAlgorithm) -> int:
-    """How many rounds the tests play of it."""
+    """How many rounds the tests run of it."""
     return algorithm.max_rounds or ROUNDS
 
 
 @cache
 def reference(name: str) -> Simulation:
-    """The plain run of a row, played once. Look, do not touch."""
+    """The plain run of a row, made once. Look, do not touch."""
     return simulate(METHODS[name], rounds_of(METHODS[name]))

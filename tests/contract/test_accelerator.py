@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from contract.methods import METHODS, rounds_of
-from fedferret.bases.basis import basis
 from fedferret.bases.gaussian import add_gaussians_
 from fedferret.bases.quantise import BITS, pack_vector
-from fedferret.core.algorithm import Task
+from fedferret.bases.registry import basis
+from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.keys import Key
-from fedferret.tracking.checkpoint import replay
-from toys import AnyAlgorithm, Rows, bits, simulate, toy_task
+from fedferret.core.node import Node
+from fedferret.core.task import Task
+from fedferret.wire import codec
+from toys import Rows, SquaredError, bits, simulate, toy_task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="this machine has no GPU")
@@ -67,10 +69,9 @@ def test_what_is_packed_there_unpacks_here_as_there(number: int) -> None:
 def test_a_log_written_on_a_gpu_gives_a_processor_the_same_weights(name: str) -> None:
     algorithm, rounds = METHODS[name], rounds_of(METHODS[name])
     run = simulate(algorithm, rounds, task=task_on_the_gpu(rounds, algorithm))
-    task = toy_task(rounds, algorithm)
-    public, _ = algorithm.init(task, Key.of(run.seed, "begin"))
-    public = replay(task, algorithm, public, run.state.log.since(0))  # which checks the log's own fingerprints too
-    assert bits(public) == run.public
+    node, _ = Node.start(toy_task(rounds, algorithm), algorithm, run.seed, codec)
+    node.catch_up(run.state.log.since(0))  # which checks the fingerprints in the log too
+    assert bits(node.public) == run.public
     assert len(run.records) == rounds
 
 
@@ -78,4 +79,10 @@ def task_on_the_gpu(rounds: int, algorithm: AnyAlgorithm) -> Task:
     """The toy's task with its model on the GPU; rows follow it there."""
     task = toy_task(rounds, algorithm)
     nn.Module.to(task.model, DEVICE)
-    return replace(task, loss=lambda model, rows: task.loss(model, Rows(rows.x.to(DEVICE), rows.y.to(DEVICE))))
+    inner = task.objective
+
+    class There(SquaredError):
+        def loss(self, model: nn.Module, rows: Rows) -> torch.Tensor:
+            return inner.loss(model, Rows(rows.x.to(DEVICE), rows.y.to(DEVICE)))
+
+    return Task.of(task.model, There(), rounds)

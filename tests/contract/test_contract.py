@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ import torch
 
 from contract.methods import METHODS, reference, rounds_of
 from fedferret.algorithms.registry import catalogue
-from fedferret.core.algorithm import ClientReply, Pooled
+from fedferret.core.algorithm import ClientReply, Pooled, Pooling, framing_bytes
 from fedferret.core.errors import RunError
+from fedferret.core.exchanges import Body, Failure
 from fedferret.core.keys import Key
-from fedferret.core.log import Log
-from fedferret.core.pooling import Pool, tensors
-from fedferret.core.rounds import Failure
+from fedferret.core.node import Node
+from fedferret.core.pooling import basic_pool, tensors
+from fedferret.core.rounds import RunState
 from fedferret.engines.debug import Debug
 from fedferret.local.zeroth_order import ZerothOrder
-from fedferret.tracking.checkpoint import replay
 from fedferret.wire import codec
+from toy_sites import simulate_sites, sites
 from toys import (
     Backwards,
     Failing,
@@ -35,9 +35,8 @@ from toys import (
     toy_task,
 )
 
-FRAMING_PER_MESSAGE = 140  # bytes, as the methods' docstrings say; names and shapes of tensors come on top
-FRAMING_PER_TENSOR = 12
 FINGERPRINT = 66  # the toy's log has one in every record
+FRAMING_PER_ENTRY = 200  # bytes of type names and lengths
 
 
 @pytest.fixture(params=METHODS)
@@ -51,8 +50,9 @@ def test_every_registered_method_has_a_row() -> None:
 
 
 def test_same_key_same_bits_and_no_global_generator_moves(name: str) -> None:
+    """The second time on the engine that compares the public state before and after a client's work."""
     before = torch.get_rng_state()
-    again = simulate(METHODS[name], rounds_of(METHODS[name]))
+    again = simulate(METHODS[name], rounds_of(METHODS[name]), engine=Debug)
     assert torch.equal(torch.get_rng_state(), before)
     assert again.memory == reference(name).memory
     assert again.history() == reference(name).history()
@@ -64,27 +64,27 @@ def test_another_seed_gives_other_bits(name: str) -> None:
     assert simulate(METHODS[name], rounds_of(METHODS[name]), until=1, seed=4).memory != reference(name).memory
 
 
-def test_local_and_update_change_none_of_their_inputs(name: str) -> None:
-    run = played(name)
-    client, data = "b", run.data["b"]
-    private = run.engine.store.get(client) or run.algorithm.init_client(run.task, data, Key.of(1, "join"))
-    before = bits((run.state.public, private, run.state.server))
-    reply = run.algorithm.client_update(run.task, run.state.public, private, data, Key.of(1, "local"))
-    assert bits((run.state.public, private, run.state.server)) == before
-    pooled = pool(reply)
-    pooled_before = bits((pooled.payloads, pooled.weights))
-    _, entry = run.algorithm.server_update(run.task, run.state.public, run.state.server, pooled, Key.of(1, "update"))
-    assert bits((run.state.public, private, run.state.server)) == before
-    assert bits((pooled.payloads, pooled.weights)) == pooled_before
+def test_client_update_and_server_update_change_none_of_their_inputs(name: str) -> None:
+    run = two_rounds(name)
+    client, data, public = "b", run.data["b"], run.state.public
+    private = run.store.get(client) or run.algorithm.init_client(run.task, public, data, Key.of(1, "join"))
+    before = bits((public, private, run.state.server))
+    reply = run.algorithm.client_update(run.task, public, private, data, Key.of(1, "local"))
+    assert bits((public, private, run.state.server)) == before
+    pooled = pool(run, reply)
+    pooled_before = bits((pooled.sums, pooled.weights))
+    _, entry = run.algorithm.server_update(run.task, public, run.state.server, pooled, Key.of(1, "update"))
+    assert bits((public, private, run.state.server)) == before
+    assert bits((pooled.sums, pooled.weights)) == pooled_before
     entry_before = bits(entry)
-    run.algorithm.apply(run.task, run.state.public, codec.decode(entry_before))
+    run.algorithm.apply(run.task, public, codec.decode(entry_before))
     entry = codec.decode(entry_before)
-    run.algorithm.apply(run.task, run.state.public, entry)
+    run.algorithm.apply(run.task, public, entry)
     assert bits(entry) == entry_before
 
 
 def test_looking_at_the_model_changes_nothing(name: str) -> None:
-    run = played(name)
+    run = two_rounds(name)
     before = run.memory
     first = run.loss()
     run.loss()
@@ -92,21 +92,22 @@ def test_looking_at_the_model_changes_nothing(name: str) -> None:
     assert run.loss() == first
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_stopped_saved_loaded_and_resumed_is_uninterrupted(name: str, stop: int, tmp_path: Path) -> None:
+def test_stopped_saved_loaded_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     rounds = rounds_of(METHODS[name])
-    if stop >= rounds > 1:
-        pytest.skip("nothing is left to play")
-    first = simulate(METHODS[name], rounds, until=stop, folder=tmp_path)
+    first = simulate(METHODS[name], rounds, until=min(2, rounds), folder=tmp_path)
     second = simulate(METHODS[name], rounds, folder=tmp_path)
     assert second.memory == reference(name).memory
     assert first.history() + second.history() == reference(name).history()
 
 
-def test_every_engine_gives_the_same_bits(name: str) -> None:
-    debug = simulate(METHODS[name], rounds_of(METHODS[name]), engine=Debug)
-    assert debug.memory == reference(name).memory
-    assert debug.history() == reference(name).history()
+@pytest.mark.parametrize("row", ["fedavg", "ferret", "ferret-error-feedback", "fedkseed", "two-stages", "hermits"])
+def test_the_same_bits_through_node_whoever_calls_it(row: str, tmp_path: Path) -> None:
+    """A replica behind requests, with a log and private states on disk, and the server's node: one row per payload."""
+    algorithm, rounds = METHODS[row], rounds_of(METHODS[row])
+    remote = simulate_sites(algorithm, rounds, sites(algorithm, rounds, tmp_path))
+    assert remote.public == reference(row).public
+    assert bits(remote.state.server) == bits(reference(row).state.server)
+    assert remote.history() == reference(row).history()
 
 
 def test_the_order_of_arrival_does_not_matter(name: str) -> None:
@@ -116,9 +117,9 @@ def test_the_order_of_arrival_does_not_matter(name: str) -> None:
 
 
 def test_every_message_and_state_survives_the_codec(name: str) -> None:
-    run = played(name)
+    run = two_rounds(name)
     reply = reply_of(run, "b")
-    _, entry = run.algorithm.server_update(run.task, run.state.public, run.state.server, pool(reply), Key.of(1))
+    _, entry = run.algorithm.server_update(run.task, run.state.public, run.state.server, pool(run, reply), Key.of(1))
     for value in (reply.payload, entry, reply.client, run.state.public, run.state.server):
         encoded = codec.encode(value)
         decoded = codec.decode(encoded)
@@ -128,8 +129,8 @@ def test_every_message_and_state_survives_the_codec(name: str) -> None:
 
 
 def test_a_payload_shares_no_memory_with_any_state(name: str) -> None:
-    run = played(name)
-    private = run.engine.store.get("b")
+    run = two_rounds(name)
+    private = run.store.get("b")
     reply = reply_of(run, "b")
     sent = {tensor.untyped_storage().data_ptr() for _, tensor in tensors(reply.payload)}
     kept = [tensor for part in (run.state.public, private, reply.client) for _, tensor in tensors(part)]
@@ -137,33 +138,41 @@ def test_a_payload_shares_no_memory_with_any_state(name: str) -> None:
     assert not sent & {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel()}
 
 
-def test_the_ledger_is_the_formula_and_bounded_framing(name: str) -> None:
-    run, cohort, shapes = reference(name), len(toy_clients()), shapes_of(METHODS[name])
-    cost, snapshot = METHODS[name].wire_cost(shapes, cohort), codec.size(run.state.public)
-    whole = cost.up >= 4 * sum(map(math.prod, shapes.values()))  # tensor by tensor, each with its name
-    framing = FRAMING_PER_MESSAGE + (sum(FRAMING_PER_TENSOR + len(name) for name in shapes) if whole else 0)
-    answers = max(1, cost.down / cost.up)  # each with a frame, where the entry carries every client's
-    bound = name in ("ferret-paper-code", "fedavg-then-ferret") or METHODS[name].name.startswith(
-        ("fedkseed", "fedavg-top-k")
-    )
-    exact = not bound  # there, the formula is the most it can be
+def test_what_crosses_the_wire_lies_between_the_formulas_least_and_most(name: str) -> None:
+    run, cohort, algorithm = reference(name), len(toy_clients()), METHODS[name]
+    shapes_by_round, snapshot = shapes_of(algorithm, rounds_of(algorithm)), codec.size(run.state.public)
     for record in run.records:
+        shapes = shapes_by_round(record.round)
+        cost = algorithm.wire_cost(shapes, cohort, record.round)
         for up in record.bytes_up.values():
-            assert (cost.up if exact else 0) <= up <= cost.up + framing
-        for down in record.bytes_down.values():
-            if record.round == 1:
-                assert down == 0  # everybody has the base
-            else:  # on this small model the log sometimes folds
-                assert min(snapshot, cost.down if exact else 0) <= down
-                assert down <= cost.down + framing * answers + FINGERPRINT
+            assert cost.up_least <= up <= cost.up_most + framing_bytes(shapes)
+        if record.round == 1:
+            assert set(record.bytes_down.values()) == {0}  # everybody has the base
+            continue
+        before = shapes_by_round(record.round - 1)
+        cost = algorithm.wire_cost(before, cohort, record.round - 1)
+        for down in record.bytes_down.values():  # on this small model the log sometimes folds
+            assert min(snapshot, cost.down_least) <= down
+            assert down <= cost.down_most + cohort * FRAMING_PER_ENTRY + framing_bytes(before) + FINGERPRINT
+
+
+def test_a_formula_of_one_length_is_met_to_the_byte(name: str) -> None:
+    """All tensors of a payload together have the formula's bytes, up to a scale of 8 bytes for each code."""
+    run, algorithm = two_rounds(name), METHODS[name]
+    number = run.state.round + 1 if rounds_of(algorithm) > 1 else 1
+    cost = algorithm.wire_cost(shapes_of(algorithm, rounds_of(algorithm))(number), len(run.data), number)
+    payload = reply_of(run, "b").payload
+    found = sum(tensor.numel() * tensor.itemsize for _, tensor in tensors(payload))
+    found += 8 * (name == "hermits")  # a float
+    assert cost.up_least <= found <= cost.up_most
 
 
 def test_what_a_client_keeps_is_the_formula_and_bounded_framing(name: str) -> None:
-    shapes = shapes_of(METHODS[name])
-    kept = METHODS[name].wire_cost(shapes, len(toy_clients())).client_state_bytes
-    framing = FRAMING_PER_MESSAGE + sum(FRAMING_PER_TENSOR + len(name) for name in shapes)
+    algorithm, last = METHODS[name], rounds_of(METHODS[name])
+    shapes = shapes_of(algorithm, last)(last)
+    kept = algorithm.wire_cost(shapes, len(toy_clients()), last).client_state_bytes
     for client in toy_clients():
-        assert kept <= codec.size(reference(name).engine.store.get(client)) <= kept + framing
+        assert kept <= codec.size(reference(name).store.get(client)) <= kept + framing_bytes(shapes)
 
 
 def test_the_loss_falls(name: str) -> None:
@@ -194,42 +203,45 @@ def test_a_client_that_fails_half_way_is_named_and_leaves_no_trace(name: str) ->
 
 
 def test_a_late_client_catches_up_by_the_log(name: str) -> None:
-    rounds = rounds_of(METHODS[name])
-    run = simulate(METHODS[name], rounds)
-    log, algorithm = run.state.log, METHODS[name]
-    for version in range(rounds + 1):  # a node that stopped at ``version``, and now hears what it lacks
-        task = toy_task(rounds, algorithm)
-        public = simulate(algorithm, rounds, until=version).state.public if version else begun(name, task)
-        public = replay(task, algorithm, public, log.since(version))
-        assert bits(public) == run.public
-    everything = log.since(0)
+    rounds, algorithm = rounds_of(METHODS[name]), METHODS[name]
+    run = reference(name)
+    new, _ = Node.start(toy_task(rounds, algorithm), algorithm, 3, codec)
+    stopped = simulate(algorithm, rounds, until=min(2, rounds)).state.node
+    for node in (new, stopped):
+        node.catch_up(run.state.log.since(node.version))
+        assert bits(node.public) == run.public and node.version == rounds
+    everything = run.state.log.since(0)
     assert all(codec.decode(record).fingerprint for record in everything.records)
 
 
 def test_a_client_that_sat_out_pays_for_what_it_missed(name: str) -> None:
-    rounds = rounds_of(METHODS[name])
-    run = simulate(METHODS[name], rounds, per_round=1, until=1)
+    missed: list[int] = []
     versions: dict[str, int] = {}
-    for number in range(1, rounds + 1):
-        (record,) = run.records
-        (client,) = record.cohort
-        version = versions.get(client, 0)
-        assert record.bytes_down[client] == simulate_log(name, number - 1).since(version).size
-        assert (record.bytes_down[client] == 0) == (version == number - 1)
-        versions[client] = number - 1
-        assert run.state.versions == versions
-        if number < rounds:
-            run = simulate(METHODS[name], rounds, per_round=1, until=number + 1)
-            run.records = run.records[-1:]
+
+    def watching(engine: Any) -> Any:
+        plain = engine.exchange
+
+        def exchange(bodies: Mapping[str, Body], state: RunState) -> Iterator[Any]:
+            assert state.versions == versions
+            (client,) = bodies
+            missed.append(state.log.since(versions.get(client, 0)).size)
+            assert (missed[-1] == 0) == (versions.get(client, 0) == state.round)
+            versions[client] = state.round
+            yield from plain(bodies, state)
+
+        engine.exchange = exchange
+        return engine
+
+    run = simulate(METHODS[name], rounds_of(METHODS[name]), per_round=1, arriving=watching)
+    assert [sum(record.bytes_down.values()) for record in run.records] == missed
 
 
-def test_too_few_answers_end_the_run_and_leave_it_as_it_was(name: str) -> None:
+def test_too_few_clients_end_the_run_and_leave_it_as_it_was(name: str) -> None:
     data: dict[str, Any] = toy_clients()
     broken = {client: Failing(rows.x[:0], rows.y[:0]) for client, rows in data.items()}
     rounds = rounds_of(METHODS[name])
     if rounds == 1:
-        run = simulate(METHODS[name], 1, until=1)
-        with pytest.raises(RunError, match=r"round 1: 1 clients answered, 2 are needed \(b: .*; c: .*\)"):
+        with pytest.raises(RunError, match=r"round 1: 1 clients replied, 2 are needed \(b: .*; c: .*\)"):
             simulate(METHODS[name], 1, data={**broken, "a": data["a"]}, min_clients=2)
         return
     shared: dict[str, Any] = dict(data)
@@ -237,27 +249,26 @@ def test_too_few_answers_end_the_run_and_leave_it_as_it_was(name: str) -> None:
     def breaking(engine: Any) -> Any:
         return BreaksInRound(2, engine, shared, broken)
 
-    task = toy_task(rounds, METHODS[name])
-    with pytest.raises(RunError, match=r"round 2: 1 clients answered, 2 are needed \(b: .*; c: .*\)"):
-        simulate(METHODS[name], rounds, data=shared, min_clients=2, arriving=breaking, task=task)
-    run = BreaksInRound.last
-    assert run.job.round == 2
+    with pytest.raises(RunError, match=r"round 2: 1 clients replied, 2 are needed \(b: .*; c: .*\)"):
+        simulate(METHODS[name], rounds, data=shared, min_clients=2, arriving=breaking)
+    state = BreaksInRound.last
+    assert (state.round, state.node.version) == (1, 1)
     before = simulate(METHODS[name], rounds, until=1)
-    assert bits(run.job.public) == before.public
-    assert run.job.log.since(0) == before.state.log.since(0)
-    assert task is run.job.task
+    assert bits(state.public) == before.public
+    assert state.log.since(0) == before.state.log.since(0)
 
 
+def draws_nothing(algorithm: Any) -> bool:
+    """Whether payloads are averaged, and depend on the client's data alone: no directions or roundings of a client."""
+    if algorithm.name.startswith("ferret"):
+        return bool(algorithm.keys == "shared" and algorithm.bits >= 16)
+    zeroth = isinstance(getattr(algorithm, "training", None), ZerothOrder)
+    return algorithm.pooling is Pooling.MEAN and not zeroth and algorithm.name not in ("fedavg-8bit", "two-stages")
+
+
+@pytest.mark.parametrize("name", [name for name, algorithm in METHODS.items() if draws_nothing(algorithm)])
 def test_two_identical_clients_are_one(name: str) -> None:
     algorithm = METHODS[name]
-    if name in ("hermits", "prototypes", "fedavg-then-ferret"):
-        pytest.skip("no mean of payloads")
-    if isinstance(getattr(algorithm, "training", None), ZerothOrder):
-        pytest.skip("draws directions of its own per client")
-    if algorithm.name == "ferret" and (algorithm.keys != "shared" or algorithm.bits < 16):  # type: ignore[attr-defined]
-        pytest.skip("draws directions or roundings of its own per client")
-    if algorithm.name == "fedavg-8bit":
-        pytest.skip("draws roundings of its own per client")
     rows: Any = toy_clients()["a"]
     same = ToyData(rows.x, rows.y, shuffled=False)
     one = simulate(algorithm, 3, data={"a": same})
@@ -266,20 +277,21 @@ def test_two_identical_clients_are_one(name: str) -> None:
 
 
 class BreaksInRound:
-    """An engine all of whose clients but the first fail in one round; remembers its last job."""
+    """An engine all of whose clients but the first fail in one round; remembers the state it was last given."""
 
-    last: Any
+    last: RunState
 
     def __init__(self, round: int, engine: Any, data: dict[str, Any], broken: dict[str, Any]) -> None:
         self.round, self.engine, self.data, self.broken = round, engine, data, broken
-        self.store = engine.store
-        BreaksInRound.last = self
 
-    def map(self, job: Any, cohort: Any) -> Iterator[Any]:
-        self.job = job
-        if job.round == self.round:
-            self.data.update({client: self.broken[client] for client in list(cohort)[1:]})
-        return self.engine.map(job, cohort)
+    def exchange(self, bodies: Mapping[str, Body], state: RunState) -> Iterator[Any]:
+        BreaksInRound.last = state
+        if state.round + 1 == self.round:
+            self.data.update({client: self.broken[client] for client in list(bodies)[1:]})
+        yield from self.engine.exchange(bodies, state)
+
+    def commit(self, round: int, refused: Sequence[str]) -> None:
+        self.engine.commit(round, refused)
 
 
 def assert_left_out(name: str, failing: Any, reason: str) -> None:
@@ -297,31 +309,21 @@ def assert_left_out(name: str, failing: Any, reason: str) -> None:
         assert sorted(record.bytes_up) == sorted(data)
 
 
-def played(name: str) -> Simulation:
+def two_rounds(name: str) -> Simulation:
     """A run of this row that a test may change, two rounds in where it has two."""
     rounds = rounds_of(METHODS[name])
     return simulate(METHODS[name], rounds, until=min(2, rounds))
 
 
-def begun(name: str, task: Any) -> Any:
-    """The public state before round 1, as every node makes it."""
-    return METHODS[name].init(task, Key.of(3, "begin"))[0]
-
-
 def reply_of(run: Simulation, client: str) -> ClientReply[Any, Any]:
     """What ``client`` would send next."""
-    private = run.engine.store.get(client)
+    private = run.store.get(client)
     return run.algorithm.client_update(run.task, run.state.public, private, run.data[client], Key.of(1, "local"))
 
 
-def pool(reply: ClientReply[Any, Any]) -> Pooled[Any]:
+def pool(run: Simulation, reply: ClientReply[Any, Any]) -> Pooled[Any]:
     """A round of this one reply, twice."""
-    pool: Pool[Any] = Pool()
-    pool.add(reply.payload, reply.weight)
-    pool.add(reply.payload, 2 * reply.weight)
+    pool = basic_pool(run.algorithm.pooling)
+    pool.add(reply.payload.decoded(), 3.0)
+    pool.add(reply.payload.decoded(), 6.0)
     return pool.result()
-
-
-def simulate_log(name: str, round: int) -> Log:
-    """The log of a run of one client a round, after ``round``."""
-    return simulate(METHODS[name], rounds_of(METHODS[name]), per_round=1, until=round).state.log if round else Log()

@@ -7,7 +7,7 @@ hermits      every client keeps a model of its own; only a census is shared     
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Pooling, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Pooling, Shapes, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
+from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
 from toys import TRAINING, ToyData
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def num_weights(shapes: Shapes) -> int:
@@ -41,7 +40,7 @@ class DriftServer:
 
 
 @message
-class DriftReply(Payload):
+class DriftReply(Payload["DriftReply"]):
     change: dict[str, Tensor]
 
 
@@ -55,9 +54,10 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
     """The mean of changes drives a velocity that the server keeps to itself. Wire: 4 d bytes both ways."""
 
     name: ClassVar[str] = "drift"
+    weighting: ClassVar[str] = "examples"
 
-    def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
-        return WireCost(4 * num_weights(shapes), 4 * num_weights(shapes))
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
+        return WireCost.exact(4 * num_weights(shapes), 4 * num_weights(shapes))
 
     def init(self, task: Task, key: Key) -> tuple[DriftPublic, DriftServer]:
         weights = task.store(tree.parameters(task.model))
@@ -67,9 +67,9 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
         self, task: Task, public: DriftPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, DriftReply]:
         tree.copy_(tree.parameters(task.model), public.weights)
-        metrics = TRAINING.train(task, data, key)
+        trained = TRAINING.train(task, data, key)
         change = dict(tree.difference(public.weights, tree.parameters(task.model)))
-        return ClientReply(DriftReply(change), float(len(data)), None, metrics)
+        return ClientReply(DriftReply(change), None, trained.metrics)
 
     def server_update(
         self, task: Task, public: DriftPublic, server: DriftServer, pooled: Pooled[DriftReply], key: Key
@@ -89,10 +89,9 @@ class Drift(Algorithm[DriftPublic, DriftServer, None, DriftEntry, DriftReply]):
 
 
 @message
-class Means(Payload):
+class Means(Payload["Means"]):
     """Mean input (2, 4) and mean target (2, 1) of the rows below and above zero."""
 
-    pooling: ClassVar[Pooling] = Pooling.EACH
     x: Tensor
     y: Tensor
 
@@ -126,8 +125,12 @@ class Prototypes(Algorithm[PrototypesPublic, None, None, PrototypesEntry, Means]
     name: ClassVar[str] = "prototypes"
     max_rounds: ClassVar[int | None] = 1
 
-    def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
-        return WireCost(40, 40 * cohort)
+    @property
+    def pooling(self) -> Pooling:
+        return Pooling.EACH
+
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
+        return WireCost(40, 40, 40, 40 * cohort)
 
     def init(self, task: Task, key: Key) -> tuple[PrototypesPublic, None]:
         return PrototypesPublic(()), None
@@ -137,12 +140,12 @@ class Prototypes(Algorithm[PrototypesPublic, None, None, PrototypesEntry, Means]
     ) -> ClientReply[None, Means]:
         (rows,) = data.batches(len(data), key) if len(data) else ()
         sides = [rows.y[:, 0] <= 0, rows.y[:, 0] > 0]
-        return ClientReply(Means(*(torch.stack([v[side].mean(0) for side in sides]) for v in (rows.x, rows.y))), 1.0)
+        return ClientReply(Means(*(torch.stack([v[side].mean(0) for side in sides]) for v in (rows.x, rows.y))))
 
     def server_update(
         self, task: Task, public: PrototypesPublic, server: None, pooled: Pooled[Means], key: Key
     ) -> tuple[None, PrototypesEntry]:
-        return None, PrototypesEntry(pooled.payloads)
+        return None, PrototypesEntry(pooled.sums)
 
     def apply(self, task: Task, public: PrototypesPublic, entry: PrototypesEntry) -> None:
         public.known = entry.known
@@ -164,8 +167,7 @@ class Hermit:
 
 
 @message
-class Head(Payload):
-    pooling: ClassVar[Pooling] = Pooling.SUM
+class Head(Payload["Head"]):
     rows: float
 
 
@@ -180,13 +182,17 @@ class Hermits(Algorithm[Census, None, Hermit, CensusEntry, Head]):
 
     name: ClassVar[str] = "hermits"
 
-    def wire_cost(self, shapes: Shapes, cohort: int) -> WireCost:
-        return WireCost(8, 8, 4 * num_weights(shapes))
+    @property
+    def pooling(self) -> Pooling:
+        return Pooling.SUM
+
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
+        return WireCost.exact(8, 8, 4 * num_weights(shapes))
 
     def init(self, task: Task, key: Key) -> tuple[Census, None]:
         return Census(0.0), None
 
-    def init_client(self, task: Task, data: Examples, key: Key) -> Hermit:
+    def init_client(self, task: Task, public: Census, data: Examples, key: Key) -> Hermit:
         # the working replica's weights mean nothing between calls: a hermit starts from numbers of its own
         weights = tree.parameters(task.model)
         drawn = {name: key.fold(name).uniform(weight.numel()).float() - 0.5 for name, weight in weights.items()}
@@ -197,9 +203,9 @@ class Hermits(Algorithm[Census, None, Hermit, CensusEntry, Head]):
     ) -> ClientReply[Hermit, Head]:
         assert client is not None
         tree.copy_(tree.parameters(task.model), client.weights)
-        metrics = TRAINING.train(task, data, key)
+        trained = TRAINING.train(task, data, key)
         private = Hermit(tree.clone(tree.parameters(task.model)), client.rounds + 1)
-        return ClientReply(Head(float(len(data))), 1.0, private, metrics)
+        return ClientReply(Head(float(len(data))), private, trained.metrics)
 
     def server_update(
         self, task: Task, public: Census, server: None, pooled: Pooled[Head], key: Key

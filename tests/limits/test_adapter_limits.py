@@ -14,11 +14,11 @@ from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedit import FedIT, FedITSGD, product_gap
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.core import tree
-from fedferret.core.algorithm import Task
 from fedferret.core.keys import Key
+from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
-from fedferret.models.adapters import factors, merged
-from toys import TRAINING, Simulation, simulate, squared_error, toy_clients, toy_language_model, toy_model, toy_task
+from fedferret.models.adapters import adapter_of, factors, released
+from toys import TRAINING, Simulation, SquaredError, simulate, toy_clients, toy_language_model, toy_model, toy_task
 
 ADAM = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
 FEDIT = FedIT(rank=2, alpha=4, modules=("0", "2"), training=ADAM)
@@ -33,7 +33,8 @@ def by_hand(algorithm: Any, model: nn.Module, config: peft.PeftConfig) -> Task:
         else:
             made = peft.PeftModelForCausalLM(model, config)
     tree.copy_(tree.parameters(made), tree.parameters(task.model))
-    return replace(task, model=made)
+    made._fedferret_adapter = adapter_of(task.model)  # as our own way of attaching it leaves it
+    return Task.of(made, task.objective, task.rounds)
 
 
 def test_fedit_is_fedavg_on_a_lora_model_to_the_bit() -> None:
@@ -65,10 +66,10 @@ def test_full_rank_on_a_frozen_identity_is_fedavg_of_the_weights() -> None:
     for name, weight in whole.named_parameters():
         weight.requires_grad_(name == "0.weight")
     ours = simulate(fedit, 4, task=low_rank)
-    theirs = simulate(FedAvg(training=training), 4, task=Task(whole, squared_error, 4))
+    theirs = simulate(FedAvg(training=training), 4, task=Task.of(whole, SquaredError(), 4))
     with ours.algorithm.model(ours.task, ours.state.public) as model:
         assert model is not None
-        tuned = dict(merged(model).named_parameters())["0.weight"]
+        tuned = dict(released(model).named_parameters())["0.weight"]
     expected = theirs.state.public.weights["0.weight"]
     torch.testing.assert_close(tuned.detach(), expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(expected, toy_model().get_parameter("0.weight"), atol=1e-2)

@@ -1,4 +1,4 @@
-"""The dense basis against the published projection written out from its formula."""
+"""The dense basis against the published projection, implemented from its formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fedferret.bases.basis import basis
+from fedferret.bases.registry import basis
 from fedferret.bases.truncated_normal import kurtosis, variance
 from fedferret.core.keys import Key
 
@@ -37,7 +37,7 @@ def test_the_variance_series_is_the_closed_form(published: ModuleType, size: int
 
 
 @pytest.mark.parametrize("size", [10**7, 10**9, 10**11])
-def test_the_variance_stays_right_where_the_closed_form_cancels(size: int) -> None:
+def test_the_variance_is_accurate_where_the_closed_form_cancels(size: int) -> None:
     assert variance(size) == pytest.approx((1 - 2 / (15 * size)) / (3 * size), rel=1e-14)
 
 
@@ -50,11 +50,11 @@ def test_both_draw_elements_of_the_same_distribution(published: ModuleType, size
     count = ours.numel()
     assert ours.abs().max() <= size**-0.5 * (1 + 1e-6)
     assert abs(ours.mean()) < 4 * math.sqrt(variance(size) / count)
-    # the variance of a mean square is (kappa - 1) of its square: four deviations, both ways
+    # the relative variance of a mean square of n values is (kappa - 1)/n: four standard deviations, both ways
     tolerance = 4 * math.sqrt((kurtosis(size) - 1) / count)
     assert ours.square().mean() / variance(size) == pytest.approx(1, abs=tolerance)
     assert ours.square().mean() / theirs.square().mean() == pytest.approx(1, abs=1.5 * tolerance)
-    # Kolmogorov and Smirnov's distance between the two samples
+    # the Kolmogorov-Smirnov distance between the two samples
     values = torch.cat((ours, theirs)).sort().values
     distance = (torch.searchsorted(ours.sort().values, values, right=True) / count) - (
         torch.searchsorted(theirs.sort().values, values, right=True) / count
@@ -78,6 +78,6 @@ def test_both_reconstruct_with_the_same_mean_and_error(published: ModuleType) ->
         reconstructions = torch.stack(results)
         energy = ((reconstructions - delta).square().sum(dim=1) / delta.square().sum()).mean()
         assert 0.95 * expected < energy < 1.05 * expected
-        # the mean of n unbiased reconstructions is off by the error energy over n
+        # the error of the mean of n unbiased reconstructions is the error energy over n
         error_of_mean = (reconstructions.mean(dim=0) - delta).square().sum() / delta.square().sum()
         assert 0.6 < error_of_mean * repeats / expected < 1.5

@@ -1,6 +1,6 @@
-"""A report looked at the way a reader does: opened from disk in headless Chromium, at a phone's and a desk's width.
+"""A report as a reader sees it: opened from disk in headless Chromium, at the widths of a phone and a desktop.
 
-Chromium is driven over its own debugging pipe (NUL-ended JSON on file descriptors 3 and 4): no driver, no port.
+Chromium's debugging pipe (NUL-ended JSON on file descriptors 3 and 4) drives the browser: no driver, no port.
 ``assert_report_is_readable(path)`` is the whole check; ``Browser`` also takes screenshots for a person to judge.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-PHONE, DESK = (390, 844), (1280, 900)
+PHONE, DESKTOP = (390, 844), (1280, 900)
 EXPECTED_PLOTS = ("loss-by-round", "loss-by-bytes", "sampled", "time")
 
 _FLAGS = (
@@ -64,7 +64,7 @@ _MEASURE = """(() => {
 
 
 def chromium() -> str:
-    """The browser's path. Without one the test is skipped, but not in CI, where it must be there."""
+    """The browser's path. Without a browser the test is skipped, but in CI it fails."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         reason = "no Chromium: install Debian's package `chromium`"
@@ -75,10 +75,10 @@ def chromium() -> str:
 
 
 class Browser:
-    """One headless Chromium with one page, an empty profile, and a list of what it asked for and complained about."""
+    """One headless Chromium with one page and an empty profile. Records its requests and errors."""
 
     def __init__(self) -> None:
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
         self._number = 0
         self._buffer = b""
@@ -116,7 +116,7 @@ class Browser:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def open(self, path: Path, size: tuple[int, int], dark: bool = False) -> Any:
-        """Load ``path`` from disk in a window of ``size`` CSS pixels; returns what the page measures of itself."""
+        """Load ``path`` from disk in a window of ``size`` CSS pixels and return the measurements of ``_MEASURE``."""
         width, height = size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
@@ -140,10 +140,10 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
+            response = self._receive()
+            if response.get("id") == self._number:
+                assert "error" not in response, f"{method}: {response['error']}"
+                return response["result"]
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -152,23 +152,23 @@ class Browser:
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
         event: dict[str, Any] = json.loads(message)
-        self._note(event.get("method", ""), event.get("params", {}))
+        self._record(event.get("method", ""), event.get("params", {}))
         return event
 
-    def _note(self, method: str, parameters: dict[str, Any]) -> None:
+    def _record(self, method: str, parameters: dict[str, Any]) -> None:
         match method:
             case "Network.requestWillBeSent":
                 self.requests.append(parameters["request"]["url"])
             case "Log.entryAdded":
-                self.complaints.append(f"{parameters['entry']['level']}: {parameters['entry']['text']}")
+                self.errors.append(f"{parameters['entry']['level']}: {parameters['entry']['text']}")
             case "Runtime.consoleAPICalled":
-                self.complaints.append(f"console.{parameters['type']}: {parameters['args']}")
+                self.errors.append(f"console.{parameters['type']}: {parameters['args']}")
             case "Runtime.exceptionThrown":
-                self.complaints.append(parameters["exceptionDetails"]["text"])
+                self.errors.append(parameters["exceptionDetails"]["text"])
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends lie above 10, clear of the descriptors 3 and 4 that they will be copied to."""
+    """A pipe with descriptors above 10, so that they do not collide with 3 and 4, to which they are copied."""
     low = os.pipe()
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low)
     for end in low:
@@ -177,16 +177,16 @@ def _pipe() -> tuple[int, int]:
 
 
 def assert_report_is_readable(path: Path, plots: tuple[str, ...] = EXPECTED_PLOTS) -> None:
-    """The report at ``path`` loads alone and without complaint, draws every plot and fits a phone."""
+    """The report at ``path`` loads without other files and without errors, draws every plot and fits a phone."""
     with Browser() as browser:
-        for size in (DESK, PHONE):
+        for size in (DESKTOP, PHONE):
             page = browser.open(path, size)
             where = f"{path.name} at {size[0]} px"
             assert page["title"] and page["headings"], f"{where}: no title or headings"
             assert page["width"] <= page["inner"] == size[0], f"{where}: {page['width']} px wide"
             assert page["smallest_text"] >= 14, f"{where}: text of {page['smallest_text']} px"
             assert len(set(page["ids"])) == len(page["ids"]), f"{where}: an id is used twice"
-            assert page["dangling"] == 0, f"{where}: {page['dangling']} references lead nowhere"
+            assert page["dangling"] == 0, f"{where}: {page['dangling']} references have no target"
             assert page["scripts"] == 0, f"{where}: the page holds a script"
             assert tuple(page["plots"]) == plots, f"{where}: plots {tuple(page['plots'])}"
             for name, plot in page["plots"].items():
@@ -194,7 +194,7 @@ def assert_report_is_readable(path: Path, plots: tuple[str, ...] = EXPECTED_PLOT
                 assert plot["drawn"] >= 5, f"{where}: plot {name} has {plot['drawn']} drawn shapes"
                 assert plot["text"] >= 10, f"{where}: plot {name} has text of {plot['text']:.1f} px"
                 assert plot["label"], f"{where}: plot {name} has no description"
-        assert not browser.complaints, browser.complaints
-        own = path.resolve().as_uri()
-        foreign = [url for url in browser.requests if url != own and not url.startswith("data:")]
-        assert not foreign, f"the report asks for {foreign}"
+        assert not browser.errors, browser.errors
+        page_url = path.resolve().as_uri()
+        foreign = [url for url in browser.requests if url != page_url and not url.startswith("data:")]
+        assert not foreign, f"the report requests {foreign}"

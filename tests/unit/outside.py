@@ -1,4 +1,4 @@
-"""A federation to knock at from outside: certificates of every kind, a stand-in for SuperLink, raw HTTPS calls."""
+"""Helpers for tests of the port from outside: certificates of every kind, a stand-in for SuperLink, HTTPS calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOST = "localhost"
 
 
 def needs_nginx() -> None:
-    """Without nginx a test is skipped, but not in CI, where it must be there."""
+    """Skip a test without nginx; in CI it fails instead."""
     from fedferret.sites.proxy import find_nginx
 
     try:
@@ -43,10 +43,10 @@ def free_port() -> int:
 
 
 def own_address() -> str | None:
-    """This machine's address on a network, if it is on one."""
+    """This machine's address on a network, if it has one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: the route alone is asked for
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only the route is looked up
         except OSError:
             return None
         address = str(probe.getsockname()[0])
@@ -55,7 +55,7 @@ def own_address() -> str | None:
 
 @dataclass(frozen=True)
 class Federation:
-    """An authority with two sites of good standing, and certificates that must not open anything."""
+    """An authority with two valid sites, and certificates that must be refused."""
 
     authority: Authority
     pairs: dict[str, Pair]
@@ -89,7 +89,7 @@ def _two_years_ago() -> datetime:
 
 @dataclass
 class SuperLink:
-    """Answers every call, and keeps what reached it: (method and path, headers, bytes of the body)."""
+    """A server that responds to every call and records it: (method and path, headers, bytes of the body)."""
 
     port: int
     calls: list[tuple[str, dict[str, str], int]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class SuperLink:
 
 @contextmanager
 def superlink(pair: Pair) -> Iterator[SuperLink]:
-    """An HTTPS server on loopback that answers everything with 200 and the path."""
+    """An HTTPS server on loopback that responds to everything with 200 and the path."""
     seen = SuperLink(free_port())
 
     class Handler(BaseHTTPRequestHandler):
@@ -107,10 +107,10 @@ def superlink(pair: Pair) -> Iterator[SuperLink]:
             body = self._body()
             seen.calls.append((f"{self.command} {self.path}", dict(self.headers), len(body)))
             self.send_response(200)
-            answer = self.path.encode() + b" " + body[:8]
-            self.send_header("Content-Length", str(len(answer)))
+            response = self.path.encode() + b" " + body[:8]
+            self.send_header("Content-Length", str(len(response)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(response)
 
         do_GET = do_HEAD = do_PUT = do_DELETE = do_POST
 
@@ -154,7 +154,7 @@ def connection(port: int, ca: Path, pair: Pair | None, adjust: Callable[[ssl.SSL
 def call(
     port: int, ca: Path, pair: Pair | None, path: str, method: str = "POST", body: bytes = b"", **headers: str
 ) -> tuple[int, bytes]:
-    """One request, its path sent as it is written; status and answer."""
+    """Send one request with the path as given; return the response's status and body."""
     line = connection(port, ca, pair)
     try:
         line.putrequest(method, path, skip_accept_encoding=True)
@@ -162,7 +162,7 @@ def call(
         for name, value in headers.items():
             line.putheader(name.replace("_", "-"), value)
         line.endheaders(body)
-        answer = line.getresponse()
-        return answer.status, answer.read()
+        response = line.getresponse()
+        return response.status, response.read()
     finally:
         line.close()

@@ -14,28 +14,29 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from fedferret import models
-from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedit import FedIT
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.build import check
 from fedferret.config import build_algorithm
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.keys import Key
-from fedferret.core.then import then
 from fedferret.data.batches import Batch, TokenisedData
 from fedferret.data.templates import Tokens
 from fedferret.estimate import estimate
-from fedferret.experiment import Experiment, check
+from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
 from fedferret.local.first_order import FirstOrder
-from fedferret.local.response_loss import ResponseLoss, head_is_linear
 from fedferret.models import adapters
+from fedferret.objectives.next_token import NextToken, head_is_linear
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from fedferret.wire import codec
 from tiny_runs import silent, tiny_experiment, tiny_recipe
 from toys import AnyAlgorithm
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 KEY = Key.of(5, "prepare")
 METHODS: dict[str, AnyAlgorithm] = {"fedit": FedIT(), "fedptuning": FedPTuning(), "fedprompt": FedPrompt()}
@@ -72,8 +73,8 @@ def test_the_sizes_on_open_llama_3b_are_the_published_ones(name: str, count: int
         model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **sizes))
     shapes = {name: tuple(each.shape) for name, each in tree.parameters(METHODS[name].prepare(model, KEY)).items()}
     assert sum(map(math.prod, shapes.values())) == count
-    cost = METHODS[name].wire_cost(shapes, 4)
-    assert (cost.up, cost.down) == (4 * count, 4 * count)
+    cost = METHODS[name].wire_cost(shapes, 4, 1)
+    assert {cost.up_least, cost.up_most, cost.down_least, cost.down_most} == {4 * count}
 
 
 def test_the_base_is_frozen_and_keeps_its_bits(method: AnyAlgorithm) -> None:
@@ -141,7 +142,7 @@ def test_modules_are_ends_of_names_or_a_pattern(modules: Any, count: int) -> Non
 
 def test_a_name_alone_means_no_other_that_ends_like_it() -> None:
     model = nn.ModuleDict({"0": nn.Linear(2, 2), "deep": nn.Sequential(nn.Linear(2, 2))})
-    chosen = adapters.low_rank(model, KEY, rank=1, alpha=1, modules="0")
+    chosen = adapters.LoRA(rank=1, alpha=1, modules="0").attach(model, KEY)
     assert list(adapters.factors(chosen)) == ["0"]
 
 
@@ -177,16 +178,43 @@ def test_other_bad_settings_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="encoder_width=0: must be at least 1"):
         FedPTuning(encoder_width=0)
     with pytest.raises(UserError, match="has an adapter already"):
-        then(FedIT(), FedIT(), after=1).prepare(base(), KEY)
+        FedIT().prepare(FedIT().prepare(base(), KEY), KEY)
     for name in ("fedptuning", "fedprompt"):
         with pytest.raises(UserError, match=rf"text\.packed=true: {name} puts a prompt before every row"):
             check(tiny_recipe(tmp_path, algorithm={"name": name}, text={"packed": True}))
     check(tiny_recipe(tmp_path, algorithm={"name": "fedit"}, text={"packed": True}))
 
 
-def test_both_stages_of_a_composition_tune_the_adapter() -> None:
-    model = then(FedIT(), FedAvg(), after=1).prepare(base(), KEY)
-    assert set(tree.parameters(model)) == set(tree.parameters(FedIT().prepare(base(), KEY)))
+@pytest.mark.parametrize("name", METHODS)
+def test_releasing_gives_the_plain_model_back_and_merging_keeps_outputs_to_rounding(name: str) -> None:
+    model = METHODS[name].prepare(base(), KEY)
+    with torch.no_grad():
+        for place, weight in enumerate(tree.parameters(model).values()):
+            weight.add_(0.05 * (KEY.fold(place).uniform(weight.numel()).float().view_as(weight) - 0.5))
+    rows, objective = batch(), NextToken()
+    before = objective.loss(model, rows)
+    adapter = adapters.adapter_of(model)
+    assert adapter is not None and set(adapter.parameters(model)) == set(tree.parameters(model))
+    plain = METHODS[name].release(model)
+    assert set(dict(plain.named_parameters())) == set(dict(base().named_parameters()))
+    assert adapters.adapter_of(plain) is None
+    if adapter.merges:
+        torch.testing.assert_close(objective.loss(plain, rows), before, rtol=1e-5, atol=1e-6)
+        with pytest.raises(UserError, match="merged into its model, not exported alone"):
+            adapter.export(plain, "tiny", Path("nowhere"))
+    else:  # the plain model has no place for a prompt: what is left is the base
+        torch.testing.assert_close(objective.loss(plain, rows), objective.loss(base(), rows), rtol=0, atol=0)
+        with pytest.raises(UserError, match="cannot be merged: the plain model has no place for it"):
+            adapter.merge(plain)
+
+
+def test_detaching_lora_leaves_the_base_to_the_bit() -> None:
+    model = FedIT().prepare(base(), KEY)
+    adapter = adapters.adapter_of(model)
+    assert adapter is not None
+    assert tree.fingerprint(dict(adapter.detach(model).named_parameters())) == tree.fingerprint(
+        dict(base().named_parameters())
+    )
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedit-sgd", "fedptuning", "fedprompt"])
@@ -208,9 +236,9 @@ def test_the_loss_behind_a_prompt_is_the_librarys(name: str, linear_head: bool) 
     model: Any = METHODS[name].prepare(base(), KEY)
     if not linear_head:
         capped(model.get_base_model())
-    loss, rows, weights = ResponseLoss(model), batch(), [each for each in model.parameters() if each.requires_grad]
+    loss, rows, weights = NextToken(), batch(), [each for each in model.parameters() if each.requires_grad]
     assert head_is_linear(model.get_base_model()) == linear_head
-    ours = loss(model, rows)
+    ours = loss.loss(model, rows)
     gradients = torch.autograd.grad(ours, weights)
     theirs = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=rows.labels).loss
     torch.testing.assert_close(ours, theirs)
@@ -238,13 +266,13 @@ def test_padding_does_not_count_behind_a_prompt() -> None:
     model, rows = FedPrompt().prepare(base(), KEY), batch()
     other = Batch(rows.input_ids.clone(), rows.attention_mask, rows.labels)
     other.input_ids[1, 6:] = 77
-    loss = ResponseLoss(model)
-    assert torch.equal(loss(model, rows), loss(model, other))
+    loss = NextToken()
+    assert torch.equal(loss.loss(model, rows), loss.loss(model, other))
     with torch.autocast("cpu", torch.bfloat16):
         logits, targets = loss.scored(model, rows)
     assert len(logits) == len(targets) == 16
     rounded = functional.cross_entropy(logits, targets).item()
-    assert rounded == pytest.approx(loss(model, rows).item(), rel=0.02)
+    assert rounded == pytest.approx(loss.loss(model, rows).item(), rel=0.02)
 
 
 def trained(algorithm: Any, **changes: Any) -> dict[str, Tensor]:
@@ -267,7 +295,7 @@ def test_frozen_factors_stay_and_do_not_travel() -> None:
     experiment = tiny_experiment(FedIT(freeze_a=True, training=FirstOrder(learning_rate=1.0, steps=2)), 2)
     before = {name: a.clone() for name, (a, _) in adapters.factors(experiment.model).items()}
     state = experiment.initial_state()
-    list(experiment.play(state, experiment.engine(state)))
+    list(experiment.run_rounds(state, experiment.engine(state)))
     assert all(".lora_B." in name for name in state.public.weights)
     for name, (a, b) in adapters.factors(experiment.model).items():
         assert torch.equal(a, before[name]) and b.any()
@@ -278,11 +306,11 @@ def test_a_run_that_is_stopped_and_resumed_is_uninterrupted(method: AnyAlgorithm
     recipe = tiny_recipe(tmp_path, rounds=2, algorithm={"name": method.name}, execution={"memory": memory})
     whole = Experiment.load(recipe, log=silent)
     expected = whole.initial_state()
-    list(whole.play(expected, whole.engine(expected)))
+    list(whole.run_rounds(expected, whole.engine(expected)))
     for _ in range(2):
         experiment = Experiment.load(recipe, tmp_path / "run", silent)
         state = experiment.initial_state()
-        next(experiment.play(state, experiment.engine(state)))
+        next(experiment.run_rounds(state, experiment.engine(state)))
     assert state.round == 2
     assert codec.encode(dict(state.public.weights)) == codec.encode(dict(expected.public.weights))
 
@@ -290,7 +318,7 @@ def test_a_run_that_is_stopped_and_resumed_is_uninterrupted(method: AnyAlgorithm
 def test_what_a_recipe_costs_is_known_before_weights_are_read(method: AnyAlgorithm, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, algorithm={"name": method.name})
     expected = tree.parameters(method.prepare(base(), KEY))
-    assert check(recipe) == {name: tuple(weight.shape) for name, weight in expected.items()}
+    assert check(recipe)(1) == {name: tuple(weight.shape) for name, weight in expected.items()}
     cost, whole = estimate(recipe), estimate(tiny_recipe(tmp_path, algorithm={"name": "fedavg"}))
     assert (cost.tuned, cost.parameters) == (tree.size(expected), 90_624)
     assert (cost.bytes_up, cost.bytes_fedavg) == (4 * tree.size(expected), 4 * 90_624)
@@ -370,7 +398,7 @@ def test_a_prompt_is_exported_as_an_adapter(name: str, tmp_path: Path) -> None:
 
 def test_a_model_without_an_adapter_merges_into_itself() -> None:
     model = base()
-    assert adapters.merged(model) is model
+    assert adapters.released(model) is model
 
 
 def test_another_base_is_refused_although_the_log_would_fit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The laws of a basis: adjoint, unbiased, of known error, and the same bits however the work is cut."""
+"""Properties of a basis: adjoint, unbiased, of known error, and the same bits for every split of the work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedferret.bases.basis import Basis, basis
+from fedferret.bases.basis import Basis
 from fedferret.bases.hashing import uniforms
+from fedferret.bases.registry import basis
 from fedferret.bases.sign_buckets import SignBuckets
 from fedferret.bases.truncated_normal import TruncatedNormal, elements, variance
 from fedferret.core.errors import UserError
@@ -19,31 +20,31 @@ from fedferret.core.keys import Key
 KEY = Key.of(2, "bases")
 BOTH = pytest.mark.parametrize("kind", [SignBuckets, TruncatedNormal])
 Kind = Callable[..., Basis]
-# the compiled kernels where there is a compiler, and the plain path everywhere
-ON_EVERY_PATH = pytest.mark.parametrize("path", ["kernels", "plain"], indirect=True)
+# the compiled kernels where there is a compiler, and the PyTorch fallback everywhere
+ON_EVERY_PATH = pytest.mark.parametrize("path", ["kernels", "fallback"], indirect=True)
 
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose how the bases work in this test."""
+    """Make the bases use the compiled kernels or the fallback in this test."""
     monkeypatch.setenv("FEDFERRET_NATIVE", "1" if request.param == "kernels" else "0")
 
 
-def numbers(size: int, *words: int) -> Tensor:
-    """Numbers of mean zero and very different magnitudes, as updates are."""
+def heavy_tailed(size: int, *words: int) -> Tensor:
+    """Values of mean zero and very different magnitudes, like those of updates."""
     uniform = 2 * Key.of(9, size, *words).uniform(size) - 1
     return (uniform**5).float()
 
 
 def matrix(kind: Basis, size: int, num_coordinates: int, key: Key) -> Tensor:
-    """V itself, by expanding unit vectors."""
+    """V, by expanding unit vectors."""
     return torch.stack([kind.expand_(torch.zeros(size), unit, key) for unit in torch.eye(num_coordinates)], dim=1)
 
 
 @BOTH
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 1), (7, 3), (7, 7), (1000, 1), (1001, 70), (20_011, 130)])
 def test_project_is_the_adjoint_of_expand(kind: Kind, size: int, count: int) -> None:
-    delta, coordinates = numbers(size), numbers(count, 1)
+    delta, coordinates = heavy_tailed(size), heavy_tailed(count, 1)
     left = float(kind().project(delta, count, KEY).double() @ coordinates.double())
     expanded = kind().expand_(torch.zeros(size), coordinates, KEY).double()
     right = kind().unbiased_scale(size, count) * float(delta.double() @ expanded)
@@ -55,10 +56,10 @@ def test_project_is_the_adjoint_of_expand(kind: Kind, size: int, count: int) -> 
 def test_project_and_expand_are_products_with_one_matrix(kind: Kind) -> None:
     size, count = 301, 67
     columns = matrix(kind(), size, count, KEY).double()
-    delta, coordinates = numbers(size), numbers(count, 1)
+    delta, coordinates = heavy_tailed(size), heavy_tailed(count, 1)
     projected = kind().unbiased_scale(size, count) * columns.T @ delta.double()
     torch.testing.assert_close(kind().project(delta, count, KEY).double(), projected, rtol=1e-5, atol=1e-5)
-    start = numbers(size, 2)
+    start = heavy_tailed(size, 2)
     expanded = kind().expand_(start.clone(), coordinates, KEY, 0.7).double()
     torch.testing.assert_close(expanded, start.double() + 0.7 * columns @ coordinates.double(), rtol=1e-5, atol=1e-6)
 
@@ -66,14 +67,14 @@ def test_project_and_expand_are_products_with_one_matrix(kind: Kind) -> None:
 @BOTH
 @pytest.mark.parametrize(("size", "count"), [(256, 16), (512, 32), (60, 12)])
 def test_the_error_energy_is_the_formula(kind: Kind, size: int, count: int) -> None:
-    # 200 keys, and enough updates a key that the average of all settles within the 2% asked for
-    deltas = [numbers(size, number) for number in range(40 * 256 // size + 8)]
+    # 200 keys, and enough updates per key for the average over all to be within the required 2%
+    deltas = [heavy_tailed(size, number) for number in range(40 * 256 // size + 8)]
     errors = []
     for key in (KEY.fold(number) for number in range(200)):
         columns = matrix_fast(kind(), size, count, key)
         stacked = torch.stack(deltas, dim=1)
-        rebuilt = kind().unbiased_scale(size, count) * columns @ (columns.T @ stacked)
-        errors.append(((rebuilt - stacked).square().sum(dim=0) / stacked.square().sum(dim=0)).mean())
+        reconstructed = kind().unbiased_scale(size, count) * columns @ (columns.T @ stacked)
+        errors.append(((reconstructed - stacked).square().sum(dim=0) / stacked.square().sum(dim=0)).mean())
     measured, expected = float(torch.stack(errors).mean()), kind().error_energy(size, count)
     assert abs(measured / expected - 1) < 0.02
     assert abs(measured / (expected * 2 / 3) - 1) > 0.02 and abs(measured / (expected * 3 / 2) - 1) > 0.02
@@ -84,7 +85,7 @@ def test_the_public_functions_have_that_error_energy(kind: Kind) -> None:
     size, count = 1024, 48
     energies = []
     for number in range(200):
-        key, delta = KEY.fold("public", number), numbers(size, number)
+        key, delta = KEY.fold("public", number), heavy_tailed(size, number)
         error = kind().expand_(-delta, kind().project(delta, count, key), key)
         energies.append(float(error.square().sum() / delta.square().sum()))
     expected = kind().error_energy(size, count)
@@ -92,7 +93,7 @@ def test_the_public_functions_have_that_error_energy(kind: Kind) -> None:
 
 
 def matrix_fast(kind: Basis, size: int, count: int, key: Key) -> Tensor:
-    """V by one expansion for sign buckets, whose columns do not overlap; by unit vectors otherwise."""
+    """V, by one expansion for sign buckets, where columns do not overlap; by unit vectors otherwise."""
     if isinstance(kind, TruncatedNormal):
         return matrix(kind, size, count, key)
     signs = kind.expand_(torch.zeros(size), torch.ones(count), key)
@@ -101,11 +102,11 @@ def matrix_fast(kind: Basis, size: int, count: int, key: Key) -> Tensor:
 
 def test_the_error_energy_of_unequal_buckets_is_the_mean_over_directions() -> None:
     size, count = 23, 9
-    # for a single weight the error does not depend on the key
-    own = [error_of(SignBuckets(), unit, count) for unit in torch.eye(size)]
-    assert sum(own) / size == pytest.approx(SignBuckets().error_energy(size, count), rel=1e-6)
+    # the error of a single weight does not depend on the key
+    errors = [error_of(SignBuckets(), unit, count) for unit in torch.eye(size)]
+    assert sum(errors) / size == pytest.approx(SignBuckets().error_energy(size, count), rel=1e-6)
     assert SignBuckets().error_energy(size, count) == pytest.approx(size / count - 1 + 5 * 4 / (size * count))
-    assert min(own) == pytest.approx(size // count - 1) and max(own) == pytest.approx(-(-size // count) - 1)
+    assert min(errors) == pytest.approx(size // count - 1) and max(errors) == pytest.approx(-(-size // count) - 1)
 
 
 def error_of(kind: Basis, delta: Tensor, count: int) -> float:
@@ -116,29 +117,29 @@ def error_of(kind: Basis, delta: Tensor, count: int) -> float:
 @BOTH
 def test_reconstruction_is_unbiased(kind: Kind) -> None:
     size, count, repeats = 200, 20, 1000
-    delta, total = numbers(size), torch.zeros(size)
+    delta, total = heavy_tailed(size), torch.zeros(size)
     for key in (KEY.fold("mean", number) for number in range(repeats)):
         kind().expand_(total, kind().project(delta, count, key), key, 1 / repeats)
-    # the mean of n unbiased reconstructions is off by the error energy over n: no more, and no less
+    # the error of the mean of n unbiased reconstructions is the error energy over n: no more, and no less
     ratio = float((total - delta).square().sum() / delta.square().sum()) * repeats / kind().error_energy(size, count)
     assert 0.6 < ratio < 1.5
 
 
 @BOTH
-def test_shrinkage_is_the_scale_of_least_error(kind: Kind) -> None:
+def test_shrinkage_is_the_scale_with_the_lowest_error(kind: Kind) -> None:
     size, count = 512, 64
     inner = energy = 0.0
     for key in (KEY.fold("shrunk", number) for number in range(300)):
-        delta = numbers(size, key.value % 1000)
-        rebuilt = kind().expand_(torch.zeros(size), kind().project(delta, count, key), key)
-        inner += float(rebuilt @ delta / (delta @ delta))
-        energy += float(rebuilt @ rebuilt / (delta @ delta))
+        delta = heavy_tailed(size, key.value % 1000)
+        reconstructed = kind().expand_(torch.zeros(size), kind().project(delta, count, key), key)
+        inner += float(reconstructed @ delta / (delta @ delta))
+        energy += float(reconstructed @ reconstructed / (delta @ delta))
     assert inner / energy == pytest.approx(kind().shrinkage(size, count), rel=0.03)
     assert SignBuckets().shrinkage(size, size) == 1
     assert SignBuckets().shrinkage(size, count) == pytest.approx(count / size)
 
 
-def ways_to_run(kind: Kind) -> Iterator[Basis]:
+def chunks_and_threads(kind: Kind) -> Iterator[Basis]:
     """The basis with several chunk sizes under several thread counts."""
     before = torch.get_num_threads()
     try:
@@ -155,38 +156,38 @@ def ways_to_run(kind: Kind) -> Iterator[Basis]:
 @pytest.mark.parametrize("count", [1, 3, 64, 150])
 def test_expand_has_the_same_bits_for_every_chunk_and_thread_count(path: None, kind: Kind, count: int) -> None:
     size = 1_001 if kind is TruncatedNormal else 70_003
-    coordinates, target = numbers(count, 1), numbers(size)
+    coordinates, target = heavy_tailed(count, 1), heavy_tailed(size)
     expected = kind().expand_(target.clone(), coordinates, KEY, 0.37)
-    for one_way in ways_to_run(kind):
-        assert torch.equal(one_way.expand_(target.clone(), coordinates, KEY, 0.37), expected)
+    for variant in chunks_and_threads(kind):
+        assert torch.equal(variant.expand_(target.clone(), coordinates, KEY, 0.37), expected)
 
 
 @ON_EVERY_PATH
 def test_expand_of_very_many_coordinates_has_the_same_bits_for_every_chunk(path: None) -> None:
     size, count = 700_001, 300_007
-    coordinates = numbers(count, 1)
+    coordinates = heavy_tailed(count, 1)
     expected = SignBuckets().expand_(torch.zeros(size), coordinates, KEY)
-    for one_way in ways_to_run(SignBuckets):
-        assert torch.equal(one_way.expand_(torch.zeros(size), coordinates, KEY), expected)
+    for variant in chunks_and_threads(SignBuckets):
+        assert torch.equal(variant.expand_(torch.zeros(size), coordinates, KEY), expected)
     bucket = torch.arange(size) % count
     assert torch.equal(expected.abs(), coordinates[bucket].abs())
-    folded = torch.zeros(count).index_add_(0, bucket, numbers(size).abs())
-    positive = SignBuckets().expand_(torch.zeros(size), torch.ones(count), KEY) * numbers(size).abs()
+    folded = torch.zeros(count).index_add_(0, bucket, heavy_tailed(size).abs())
+    positive = SignBuckets().expand_(torch.zeros(size), torch.ones(count), KEY) * heavy_tailed(size).abs()
     torch.testing.assert_close(SignBuckets().project(positive, count, KEY), folded, rtol=1e-5, atol=1e-6)
 
 
 @BOTH
-@pytest.mark.parametrize("cut", [1, 63, 500, 1000])
-def test_a_block_may_be_cut_into_tensors(kind: Kind, cut: int) -> None:
+@pytest.mark.parametrize("split", [1, 63, 500, 1000])
+def test_a_block_may_be_split_into_tensors(kind: Kind, split: int) -> None:
     size, count = 1001, 70
-    delta, coordinates = numbers(size), numbers(count, 1)
+    delta, coordinates = heavy_tailed(size), heavy_tailed(count, 1)
     whole = kind().expand_(torch.zeros(size), coordinates, KEY)
     pieces = torch.zeros(size)
-    for piece, offset in ((pieces[:cut], 0), (pieces[cut:], cut)):
+    for piece, offset in ((pieces[:split], 0), (pieces[split:], split)):
         kind().expand_(piece, coordinates, KEY, size=size, offset=offset)
     assert torch.equal(pieces, whole)
-    out = kind().project(delta[:cut], count, KEY, size=size)
-    assert kind().project(delta[cut:], count, KEY, size=size, offset=cut, out=out) is out
+    out = kind().project(delta[:split], count, KEY, size=size)
+    assert kind().project(delta[split:], count, KEY, size=size, offset=split, out=out) is out
     scale = kind().unbiased_scale(size, count)
     torch.testing.assert_close(out, kind().project(delta, count, KEY), rtol=1e-4, atol=1e-6 * scale)
 
@@ -195,7 +196,7 @@ def test_a_block_may_be_cut_into_tensors(kind: Kind, cut: int) -> None:
 @BOTH
 def test_project_has_the_same_bits_for_every_thread_count(path: None, kind: Kind) -> None:
     size = 5_000 if kind is TruncatedNormal else 400_001
-    delta = numbers(size)
+    delta = heavy_tailed(size)
     before = torch.get_num_threads()
     try:
         for count in (1, 5, 1000):
@@ -208,10 +209,10 @@ def test_project_has_the_same_bits_for_every_thread_count(path: None, kind: Kind
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 8193, 300_000])
-def test_sign_buckets_with_a_coordinate_a_weight_are_exact(size: int) -> None:
-    delta = numbers(size)
-    rebuilt = SignBuckets().expand_(torch.zeros(size), SignBuckets().project(delta, size, KEY), KEY)
-    assert torch.equal(rebuilt, delta)
+def test_sign_buckets_with_one_coordinate_per_weight_are_exact(size: int) -> None:
+    delta = heavy_tailed(size)
+    reconstructed = SignBuckets().expand_(torch.zeros(size), SignBuckets().project(delta, size, KEY), KEY)
+    assert torch.equal(reconstructed, delta)
     assert SignBuckets().error_energy(size, size) == 0
 
 
@@ -219,7 +220,7 @@ def test_sign_buckets_with_a_coordinate_a_weight_are_exact(size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_computed_in_fp32_and_rounded_once(kind: Kind, dtype: torch.dtype) -> None:
     size, count = 3001, 17
-    delta, coordinates = numbers(size).to(dtype), numbers(count, 1)
+    delta, coordinates = heavy_tailed(size).to(dtype), heavy_tailed(count, 1)
     assert torch.equal(kind().project(delta, count, KEY), kind().project(delta.float(), count, KEY))
     expected = kind().expand_(delta.float(), coordinates, KEY, 0.1).to(dtype)
     assert torch.equal(kind().expand_(delta.clone(), coordinates, KEY, 0.1), expected)
@@ -227,8 +228,8 @@ def test_other_dtypes_are_computed_in_fp32_and_rounded_once(kind: Kind, dtype: t
 
 @BOTH
 def test_any_layout_is_read_in_row_major_order(kind: Kind) -> None:
-    count, coordinates = 11, numbers(11, 1)
-    table = numbers(60).view(6, 10)
+    count, coordinates = 11, heavy_tailed(11, 1)
+    table = heavy_tailed(60).view(6, 10)
     for layout in (table.T, table[:, ::3], table[1], table.view(-1)[::2], table[0, 0]):
         packed = layout.contiguous().clone()
         fewer = min(count, packed.numel())
@@ -243,18 +244,18 @@ def test_any_layout_is_read_in_row_major_order(kind: Kind) -> None:
 
 
 @BOTH
-def test_parameters_that_require_gradients_are_changed_in_place(kind: Kind) -> None:
+def test_parameters_that_require_gradients_are_modified_in_place(kind: Kind) -> None:
     parameter = torch.nn.Parameter(torch.zeros(8, 4))
     kind().expand_(parameter, kind().project(parameter + 1, 4, KEY), KEY)
     assert parameter.requires_grad and parameter.is_leaf and bool(parameter.detach().any())
 
 
 @BOTH
-def test_keys_and_inputs_matter_and_inputs_stay(kind: Kind) -> None:
-    delta = numbers(500)
-    kept = delta.clone()
+def test_results_depend_on_key_and_input_and_inputs_are_not_modified(kind: Kind) -> None:
+    delta = heavy_tailed(500)
+    copy = delta.clone()
     first = kind().project(delta, 50, KEY)
-    assert torch.equal(delta, kept)
+    assert torch.equal(delta, copy)
     assert torch.equal(first, kind().project(delta, 50, KEY))
     assert not torch.equal(first, kind().project(delta, 50, KEY.fold(1)))
     coordinates = first.clone()
@@ -275,7 +276,7 @@ def test_elements_are_the_inverse_distribution_function(size: int) -> None:
 
 @BOTH
 @pytest.mark.parametrize("count", [0, 11])
-def test_a_block_needs_between_one_and_all_its_weights_in_coordinates(kind: Kind, count: int) -> None:
+def test_a_block_has_between_one_coordinate_and_one_per_weight(kind: Kind, count: int) -> None:
     with pytest.raises(UserError, match="give it 1 to 10"):
         kind().project(torch.zeros(10), count, KEY)
     with pytest.raises(UserError, match="give it 1 to 10"):
@@ -283,11 +284,11 @@ def test_a_block_needs_between_one_and_all_its_weights_in_coordinates(kind: Kind
 
 
 def test_blocks_beyond_the_counter_are_refused() -> None:
-    with pytest.raises(UserError, match="truncated-normal can number"):
+    with pytest.raises(UserError, match="too large for truncated-normal, which takes at most 4,294,967,296"):
         TruncatedNormal().project(torch.zeros(1), 1, KEY, size=2**32 + 1)
 
 
-def test_bases_go_by_name() -> None:
+def test_bases_are_found_by_name() -> None:
     assert basis("sign-buckets") == SignBuckets() and basis("truncated-normal") == TruncatedNormal()
     with pytest.raises(UserError, match='did you mean "sign-buckets"'):
         basis("sign-bucket")

@@ -1,4 +1,4 @@
-"""Laws of batches: every example once an epoch, labels exactly the response, little padding, the key decides."""
+"""Laws of batches: every example once per epoch, labels exactly on the response, little padding, order by key."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_no_batch_is_wider_than_its_longest_example(tokens, size, key):
         assert batch.input_ids.shape[1] == int(batch.attention_mask.sum(1).max())
 
 
-def _chatty(count: int, key: Key, max_tokens: int = 256) -> list[Tokens]:
-    """Lengths as conversations have them: prompts grow message by message up to a limit, responses vary widely."""
+def _conversation_lengths(count: int, key: Key, max_tokens: int = 256) -> list[Tokens]:
+    """Lengths like those of conversations: prompts grow by message up to a limit, responses vary widely."""
     lengths = [
         (min(10 + int(first * 900), max_tokens - 80), 2 + int(60 * second**3))
         for first, second in key.uniform(2 * count).view(count, 2).tolist()
@@ -63,7 +63,7 @@ def _chatty(count: int, key: Key, max_tokens: int = 256) -> list[Tokens]:
 
 def test_little_is_padding():
     for seed in range(5):
-        data = TokenisedData(_chatty(500, Key.of(seed)))
+        data = TokenisedData(_conversation_lengths(500, Key.of(seed)))
         cells = sum(batch.input_ids.numel() for batch in data.batches(4, Key.of(seed, "epoch")))
         assert cells >= data.num_tokens
         assert (cells - data.num_tokens) / cells < 0.10
@@ -77,8 +77,8 @@ def test_the_same_key_gives_the_same_epoch_and_another_key_another():
 
     assert order(Key.of(1)) == order(Key.of(1))
     assert order(Key.of(1)) != order(Key.of(2))
-    companions = {frozenset(rows) for rows in order(Key.of(1))} & {frozenset(rows) for rows in order(Key.of(2))}
-    assert not companions  # not only the order of batches is drawn
+    groups = {frozenset(rows) for rows in order(Key.of(1))} & {frozenset(rows) for rows in order(Key.of(2))}
+    assert not groups  # the key draws the examples of a batch, not the order of batches only
 
 
 def test_evaluation_goes_longest_first():
@@ -88,7 +88,7 @@ def test_evaluation_goes_longest_first():
 
 def test_no_global_generator_is_used():
     state = torch.get_rng_state()
-    list(TokenisedData(_chatty(50, Key.of(1))).batches(4, Key.of(2)))
+    list(TokenisedData(_conversation_lengths(50, Key.of(1))).batches(4, Key.of(2)))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -99,10 +99,10 @@ def test_counts():
     assert len(TokenisedData([])) == 0 and not list(TokenisedData([]).batches(4, Key.of(1)))
 
 
-def test_learning_everything_labels_all_but_the_first_token():
+def test_training_on_prompts_labels_all_but_the_first_token():
     tokens = [Tokens((5, 6, 7, 8), 3, False), Tokens((1, 2), 1, False)]
     for packed in (False, True):
-        data = TokenisedData(tokens, packed, learn_prompts=True)
+        data = TokenisedData(tokens, packed, train_on_prompts=True)
         labels = torch.cat([batch.labels.flatten() for batch in data.batches(4, Key(1))]).tolist()
         assert sorted(label for label in labels if label != IGNORED) == [2, 6, 7, 8]
         assert data.num_response_tokens == 4

@@ -1,4 +1,4 @@
-"""Packing as the paper packs, shares that sum exactly, norms in a byte."""
+"""Packing by the paper's rule, allocations with an exact sum, norms in eight bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULES = ("norm", "norm-sqrt-dim", "norm-squared", "uniform")
 
 
 def llama(layers: int, width: int, intermediate: int, vocabulary: int = 32_000) -> dict[str, int]:
-    """Weights per tensor, in the order in which the model lists them."""
+    """Number of weights per tensor, in the model's order."""
     sizes = {"embed": vocabulary * width}
     for layer in range(layers):
         sizes |= {f"{layer}.{name}": width * width for name in ("q", "k", "v", "o")}
@@ -66,7 +66,7 @@ def test_shares_are_exact_bounded_and_proportional(problem: tuple[list[int], lis
         "norm-squared": [norm**2 for norm in norms],
         "uniform": [1.0] * len(sizes),
     }[rule]
-    # blocks that no bound holds get coordinates in proportion, to the one that rounding moves
+    # blocks away from both bounds get coordinates in proportion, up to one for rounding
     free = [i for i, count in enumerate(counts) if 1 < count < sizes[i] - 1 and weight[i] > 0]
     for first in free:
         for second in free:
@@ -79,7 +79,7 @@ def test_equal_blocks_with_equal_norms_tie_towards_the_first(rule: str) -> None:
     assert allocate(rule, [9] * 4, [2.0] * 4, 10) == (3, 3, 2, 2)
 
 
-def test_shares_of_the_rules() -> None:
+def test_allocations_of_the_rules() -> None:
     sizes, norms = [100, 400, 100], [1.0, 1.0, 2.0]
     assert allocate("norm", sizes, norms, 80) == (20, 20, 40)
     assert allocate("norm-sqrt-dim", sizes, norms, 100) == (20, 40, 40)
@@ -87,7 +87,7 @@ def test_shares_of_the_rules() -> None:
     assert allocate("uniform", sizes, norms, 90) == (30, 30, 30)
 
 
-def test_full_blocks_pass_on_what_they_cannot_hold() -> None:
+def test_what_exceeds_a_block_goes_to_the_others() -> None:
     assert allocate("norm", [3, 1000, 1000], [50.0, 1.0, 3.0], 103) == (3, 25, 75)
     assert allocate("norm", [5, 7], [1.0, 0.1], 12) == (5, 7)
 
@@ -96,7 +96,7 @@ def test_tiny_blocks_keep_one_coordinate() -> None:
     assert allocate("norm", [10, 1000], [1e-9, 1.0], 101) == (1, 100)
 
 
-def test_the_allocation_of_the_second_rule_has_the_least_error_energy() -> None:
+def test_norm_sqrt_dim_has_the_lowest_error_energy() -> None:
     sizes, norms, total = [2048, 100_000, 3_000_000], [0.5, 1.0, 2.0], 5000
 
     def energy(rule: str) -> float:
@@ -106,14 +106,14 @@ def test_the_allocation_of_the_second_rule_has_the_least_error_energy() -> None:
     assert energy("norm-sqrt-dim") < energy("norm") and energy("norm-sqrt-dim") < energy("uniform")
 
 
-def test_the_third_rule_has_the_same_error_energy_in_every_weight() -> None:
+def test_norm_squared_has_equal_error_energy_in_every_weight() -> None:
     sizes, norms, total = [2048, 100_000, 3_000_000], [0.5, 1.0, 2.0], 5000
     counts = allocate("norm-squared", sizes, norms, total)
-    a_weight = [n**2 * (d / k) / d for n, d, k in zip(norms, sizes, counts, strict=True)]
-    assert max(a_weight) / min(a_weight) < 1.01
+    per_weight = [n**2 * (d / k) / d for n, d, k in zip(norms, sizes, counts, strict=True)]
+    assert max(per_weight) / min(per_weight) < 1.01
 
 
-def test_blocks_without_a_norm_get_one_until_the_others_are_full() -> None:
+def test_zero_norm_blocks_get_one_coordinate_until_the_others_are_full() -> None:
     assert allocate("norm", [10, 10, 10], [0.0, 1.0, 1.0], 19) == (1, 9, 9)
     assert allocate("norm", [10, 10, 10], [0.0, 1.0, 1.0], 25) == (5, 10, 10)
     assert allocate("norm", [10, 10], [0.0, 0.0], 8) == (4, 4)
@@ -121,13 +121,13 @@ def test_blocks_without_a_norm_get_one_until_the_others_are_full() -> None:
 
 
 @pytest.mark.parametrize("total", [1, 31])
-def test_a_total_that_does_not_fit_is_refused(total: int) -> None:
+def test_a_total_out_of_range_is_refused(total: int) -> None:
     with pytest.raises(UserError, match="give 2 to 30"):
         allocate("norm", [10, 20], [1.0, 1.0], total)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
-def test_norms_that_are_no_norms_are_refused(norm: float) -> None:
+def test_negative_and_infinite_norms_and_nan_are_refused(norm: float) -> None:
     with pytest.raises(UserError, match="norm of block 1"):
         allocate("norm", [10, 20], [1.0, norm], 10)
     with pytest.raises(UserError, match="norm of block 1"):
@@ -141,7 +141,7 @@ def test_an_unknown_rule_is_refused_with_the_nearest() -> None:
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.floats(2.0**-40, 2.0**23.5))
-def test_norm_codes_are_within_their_error(norm: float) -> None:
+def test_the_error_of_norm_codes_is_within_the_bound(norm: float) -> None:
     (decoded,) = decode_norms(encode_norms([norm]))
     assert abs(decoded / norm - 1) <= 2**0.125 - 1 + 1e-12
 
@@ -154,6 +154,6 @@ def test_every_norm_code_is_a_quarter_octave_and_decodes_to_itself() -> None:
     assert torch.equal(encode_norms(norms), codes)
 
 
-def test_norms_beyond_the_codes_take_the_ends() -> None:
+def test_norms_outside_the_range_get_the_codes_of_its_ends() -> None:
     assert encode_norms([0.0, 1e-30, 5e-324, 1e30]).tolist() == [0, 1, 1, 255]
     assert encode_norms([2.0**-0.124, 2.0**0.124, 2.0**0.126]).tolist() == [161, 161, 162]

@@ -1,4 +1,4 @@
-"""Resuming: whatever moment the power fails, the run goes on from a finished round, to the same bits."""
+"""Resuming: after a power failure at any moment a run resumes from a finished round, to the same bits."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from fedferret.tracking import checkpoint
 from tiny_runs import tiny_recipe
 from toys import simulate, toy_task
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 class PowerCut(BaseException):
-    """Nothing catches this but the test."""
+    """Only the test catches this exception."""
 
 
 @contextmanager
 def power_cut(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[str]]:
-    """Let ``after`` changes of the disk (a rename into place, a removal of a file) happen, then none."""
+    """Allow ``after`` changes of the disk (a rename into place, a removal of a file), then raise PowerCut."""
     done: list[str] = []
     replace, unlink = os.replace, Path.unlink
 
     def counted(action: Any, name: str) -> Any:
         def act(path: Any, *args: Any, **kwargs: Any) -> Any:
             if ".tmp" in str(path) or (name == "unlink" and Path(path).name.startswith(".")):
-                return action(path, *args, **kwargs)  # tidying up a temporary file
+                return action(path, *args, **kwargs)  # removal of a temporary file
             if len(done) == after:
                 raise PowerCut
             done.append(f"{name} {args or path}")
@@ -46,7 +48,7 @@ def power_cut(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[str]
         yield done
 
 
-# large entries that fold, small ones with private states, and a server that remembers
+# large entries that the log folds into snapshots, small ones with private client states, and a server with a state
 @pytest.mark.parametrize("name", ["fedavg", "ferret-per-client-momentum-feedback", "drift", "hermits"])
 def test_a_crash_at_any_moment_leaves_a_run_that_resumes_to_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,31 +66,44 @@ def test_a_crash_at_any_moment_leaves_a_run_that_resumes_to_the_same_bits(
         assert again.memory == expected, f"after {changes[moment]}"
 
 
-def test_resuming_elsewhere_than_on_the_same_base_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_another_base_is_refused(tmp_path: Path) -> None:
     simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
     task = toy_task(3)
     for weight in task.model.parameters():
         weight.data.mul_(1.0 + 2.0**-20)
-    with pytest.raises(RunError, match="version 1: this machine rebuilt other weights than the log says"):
+    with pytest.raises(
+        RunError, match="version 1: this machine rebuilt other weights than the log says; its base model"
+    ):
         simulate(METHODS["ferret"], 3, folder=tmp_path, task=task)
 
 
-def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused_in_one_line(tmp_path: Path) -> None:
     simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
     path = tmp_path / "state" / "run.state"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"run\.state is damaged \(.*\): restore a copy of it") as raised:
+    with pytest.raises(RunError, match=r"run\.state cannot be read \(.*\): restore a copy of it") as raised:
         checkpoint.saved_round(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_the_state_of_fedferret_0_1_is_refused_with_the_version_that_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "run.state"
+    path.parent.mkdir()
+    path.write_bytes(b"fF\x01" + bytes(8))
+    with pytest.raises(
+        RunError, match=r'written by fedferret 0\.1 .* pip install "fedferret==0\.1\.\*" reads it'
+    ) as raised:
+        checkpoint.saved_round(tmp_path)
+    assert "damaged" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_folder_without_a_finished_round_has_none(tmp_path: Path) -> None:
     assert checkpoint.saved_round(tmp_path) is None
 
 
-def test_a_folder_is_played_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_at_a_time_runs_in_a_folder(tmp_path: Path) -> None:
     recipe, out = tiny_recipe(tmp_path, rounds=1), tmp_path / "run"
     with FileLock(out / "state" / ".lock"), pytest.raises(UserError, match="another process"):
-        (out / "recipe.toml").write_text(recipe.to_toml())  # as it is while the other one plays
+        (out / "recipe.toml").write_text(recipe.to_toml())  # as while another process runs there
         run(recipe, out)
     assert run(recipe, out)["status"] == "finished"

@@ -1,4 +1,4 @@
-"""The command: what it prints, what it writes, and how it exits."""
+"""The command line: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from fedferret.cli import main; main()"]
 
 
 def fedferret(*words: str | Path, code: int = 0) -> str:
-    """Run a command; returns what it wrote on standard output."""
+    """Run a command and return its standard output."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == code, (result.output, result.exception)
     return result.stdout
@@ -35,37 +35,37 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_report_export_apply(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    said = fedferret("run", recipe, "--out", out, "--set", "algorithm.coordinates=512")
-    assert f"Report:       {out / 'report.html'}" in said
+    output = fedferret("run", recipe, "--out", out, "--set", "algorithm.coordinates=512")
+    assert f"Report:       {out / 'report.html'}" in output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished" and len(summary["eval_loss"]) == 3
     assert "coordinates = 512" in (out / "recipe.toml").read_text()
     (out / "report.html").unlink()
     assert str(out / "report.html") in fedferret("report", out)
     assert (out / "report.html").exists()
-    said = fedferret("export", out, "--to", tmp_path / "model", "--delta", tmp_path / "tuned.delta")
-    assert "SHA-256" in said and "bytes)" in said
+    output = fedferret("export", out, "--to", tmp_path / "model", "--delta", tmp_path / "tuned.delta")
+    assert "SHA-256" in output and "bytes)" in output
     fedferret("apply", "tiny", tmp_path / "tuned.delta", "--to", tmp_path / "again")
     first, second = (tmp_path / name / "model.safetensors" for name in ("model", "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_list_names_every_method_model_and_source() -> None:
-    said = fedferret("list")
+    output = fedferret("list")
     for name in ("ferret", "fedavg", "fedprox", "packaged:smollm2", "tiny", "chitchat", "files", "reasoning-gym"):
-        assert name in said
+        assert name in output
 
 
 def test_show_gives_the_resolved_recipe_and_its_cost(recipe: Path) -> None:
-    said = fedferret("show", recipe)
-    assert "coordinates = 1024" in said and "up, a client and round" in said
+    output = fedferret("show", recipe)
+    assert "coordinates = 1024" in output and "up, per client and round" in output
 
 
-def test_what_clients_keep_is_told_before_it_fills_the_disk(
+def test_the_size_of_client_states_is_shown_before_they_fill_the_disk(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [recipe, "--set", 'algorithm={name="fedavg-top-k"}', "--set", "rounds=1"]
-    assert "# disk, a client's state    362 KB; of 2 clients 725 KB at most" in fedferret("show", *words)
+    assert "# disk, per client            362 KB, for 2 clients 725 KB at most" in fedferret("show", *words)
     assert "disk" not in fedferret("show", recipe)
     warning = "fedavg-top-k keeps 362 KB of every client that took part, up to 725 KB in all"
     assert warning not in fedferret("run", *words, "--out", tmp_path / "roomy")
@@ -95,7 +95,9 @@ def run_process(words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]
         (["export", "nowhere", "--delta", "x"], "fedferret: nowhere: not a run folder, it has no recipe.toml"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_process(words: list[str], message: str) -> None:
+def test_invalid_input_is_an_error_of_one_line_and_exit_code_2_in_a_real_process(
+    words: list[str], message: str
+) -> None:
     result = run_process(words)
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -103,7 +105,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_process(words: list[str
 
 
 @pytest.mark.slow
-def test_a_fresh_process_exports_what_another_ran(recipe: Path, tmp_path: Path) -> None:
+def test_a_new_process_exports_the_run_of_another(recipe: Path, tmp_path: Path) -> None:
     feedback = ["--set", "algorithm.group_size=1", "--set", "algorithm.error_feedback=true"]
     feedback += ["--set", "algorithm.scale=shrunk"]
     fedferret("run", recipe, "--out", tmp_path / "run", *feedback)

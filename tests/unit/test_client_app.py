@@ -1,4 +1,4 @@
-"""A site's relay and the SuperNode beside it: tasks in, replies out, and a message that never comes."""
+"""A site's relay and its SuperNode: tasks in, replies out, and a message that never comes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class SuperNode:
-    """Hands out tasks in turn; ``arrived`` says whether the message's content came before the run ended."""
+    """Gives out tasks in turn; ``arrived``: whether the message's content came before the run ended."""
 
     def __init__(self, tokens: list[str], arrived: bool) -> None:
         self.tokens, self.arrived = tokens, arrived
         self.pushed: list[Any] = []
-        message = Message(records_of(b"a letter"), 7, "train")
+        message = Message(records_of(b"a request"), 7, "train")
         message.metadata.__dict__["_message_id"] = message.object_id
         self.tree: ObjectTree = get_object_tree(message)
         self.parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
@@ -72,12 +72,12 @@ class SuperNode:
         return take
 
 
-def test_a_message_that_never_comes_is_left_when_the_next_one_is_there() -> None:
+def test_a_task_without_a_message_fails_when_the_next_task_is_there() -> None:
     node = SuperNode(["next"], arrived=False)
-    tasks = Tasks(node)  # type: ignore[arg-type]  # what is used of a client
+    tasks = Tasks(node)  # type: ignore[arg-type]  # has the methods that are used
     with pytest.raises(Superseded):
         carry_out(Task(node, tasks), fingerprint(run_package()), print)  # type: ignore[arg-type]
-    assert tasks.take() == "next" and tasks.take() == "", "the next task is given, and once"
+    assert tasks.take() == "next" and tasks.take() == "", "the next task is returned, and once"
 
 
 def test_a_message_that_is_only_late_is_waited_for() -> None:
@@ -88,23 +88,34 @@ def test_a_message_that_is_only_late_is_waited_for() -> None:
     assert task.PullObject(PullObjectRequest(object_id=node.tree.object_id)).object_available
 
 
-def test_a_message_that_came_is_answered_even_when_the_next_one_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = []
+def test_a_message_that_came_gets_its_reply_even_when_the_next_task_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
 
-    def answer(message: Message, context: Context) -> Message:
-        heard.append(content_of(message)[0])
-        return Message(records_of(b"an answer"), reply_to=message)
+    def reply(message: Message, context: Context) -> Message:
+        received.append(content_of(message)[0])
+        return Message(records_of(b"a response"), reply_to=message)
 
-    monkeypatch.setattr(client_app, "app", answer)
+    monkeypatch.setattr(client_app, "app", reply)
     node = SuperNode(["next"], arrived=True)
     tasks = Tasks(node)  # type: ignore[arg-type]
     carry_out(Task(node, tasks), fingerprint(run_package()), print)  # type: ignore[arg-type]
-    assert heard == [b"a letter"] and tasks.take() == "next"
+    assert received == [b"a request"] and tasks.take() == "next"
     assert "PushMessages" in [name for name, _ in node.pushed]
 
 
+def test_another_run_package_is_refused_and_the_trainer_sees_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(client_app, "app", lambda message, context: asked.append(message))
+    node, lines = SuperNode(["next"], arrived=True), list[str]()
+    carry_out(Task(node, Tasks(node)), "0" * 64, lines.append)  # type: ignore[arg-type]
+    (line,) = lines
+    assert line.startswith("refused: the server's run package has SHA-256 ") and not asked
+    (sent,) = [request for name, request in node.pushed if name == "PushMessages"]
+    assert sent.messages_list[0].error.reason == line
+
+
 class RealNode:
-    """Flower's own account of a SuperNode's messages and tasks, for one relay; ``arrive`` is its main loop's part."""
+    """Flower's state of a SuperNode's messages and tasks, for one relay; ``arrive`` does what its main loop does."""
 
     def __init__(self) -> None:
         from flwr.supercore.object_store import ObjectStoreFactory
@@ -113,10 +124,10 @@ class RealNode:
         self.state: Any = NodeStateFactory(ObjectStoreFactory()).state()
         self.state.set_node_id(7)
         self.token = ""
-        self.searched = lambda: None  # what happens while the relay looks for its message
+        self.searched = lambda: None  # called while the relay polls for its message
 
     def make_task(self, run: int) -> None:
-        """A letter of this run has been announced."""
+        """Create the task of a message of this run."""
         fab = Fab(hash_str=fingerprint(run_package()), content=run_package())
         known = replace(Run.create_empty(run), fab_hash=fab.hash_str, series_id=run)
         self.state.set_run_series_context(run, Context(run, 7, {}, RecordDict(), {}))
@@ -125,8 +136,8 @@ class RealNode:
         self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=run, fab_hash=fab.hash_str)
 
     def arrive(self, run: int, *, whole: bool) -> Message:
-        """The letter comes; unless ``whole``, its run ends before its content has come."""
-        message = Message(records_of(b"a letter of run %d" % run), 7, "train")
+        """Store the message; unless ``whole``, its run ends before its content came."""
+        message = Message(records_of(b"a request of run %d" % run), 7, "train")
         message.metadata.__dict__["_run_id"] = run
         message.metadata.__dict__["_message_id"] = message.object_id
         self.state.object_store.preregister(run, get_object_tree(message))
@@ -135,8 +146,8 @@ class RealNode:
             self.state.object_store.put(name, part.deflate())
         return message
 
-    def answered(self) -> list[str]:
-        """The messages that there are answers to since the last look, as the SuperNode's main loop looks for them."""
+    def replied(self) -> list[str]:
+        """Ids of the messages with a new reply since the last call, as the SuperNode's main loop finds them."""
         return [reply.metadata.reply_to_message_id for reply in self.state.get_messages_legacy(is_reply=True)]
 
     def AcquireTask(self, request: Any) -> Any:
@@ -151,35 +162,35 @@ class RealNode:
         return response
 
     def __getattr__(self, name: str) -> Any:
-        word = "".join(f"_{message.lower()}" if message.isupper() else message for message in name).lstrip("_")
-        return partial(self._of_task, getattr(handlers, word))
+        handler = "".join(f"_{each.lower()}" if each.isupper() else each for each in name).lstrip("_")
+        return partial(self._of_task, getattr(handlers, handler))
 
     def _of_task(self, handler: Any, request: Any) -> Any:
         return handler(request, self.state, self.state.get_task_by_token(self.token))
 
     def relay(self, tasks: Tasks) -> None:
-        """The relay takes a task and carries it out."""
+        """Let the relay take a task and carry it out."""
         self.token = tasks.take()
         carry_out(Task(self, tasks), fingerprint(run_package()), print)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> RealNode:
-    monkeypatch.setattr(client_app, "app", lambda message, context: Message(records_of(b"an answer"), reply_to=message))
+    monkeypatch.setattr(
+        client_app, "app", lambda message, context: Message(records_of(b"a response"), reply_to=message)
+    )
     return RealNode()
 
 
-def test_a_task_that_is_there_before_its_message_is_answered(real: RealNode) -> None:
+def test_a_task_that_is_there_before_its_message_gets_its_reply(real: RealNode) -> None:
     sent: list[Message] = []
     real.make_task(1)
     real.searched = lambda: None if sent else sent.append(real.arrive(1, whole=True))
     real.relay(Tasks(real))  # type: ignore[arg-type]
-    assert real.answered() == [sent[0].metadata.message_id]
+    assert real.replied() == [sent[0].metadata.message_id]
 
 
-def test_a_message_that_was_dropped_is_never_answered_in_the_place_of_another(
-    real: RealNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dropped_message_never_gets_the_reply_of_another(real: RealNode, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = Tasks(real)  # type: ignore[arg-type]
     real.make_task(1)
     real.arrive(1, whole=False)
@@ -188,7 +199,7 @@ def test_a_message_that_was_dropped_is_never_answered_in_the_place_of_another(
     with pytest.raises(Superseded):
         real.relay(tasks)
     real.relay(tasks)
-    assert real.answered() == [second.metadata.message_id]
+    assert real.replied() == [second.metadata.message_id]
     later = corestate.now() + timedelta(seconds=2 * HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
     monkeypatch.setattr(corestate, "now", lambda: later)
-    assert real.answered() == [], "Flower gives up a task that fell silent, and answers for it"
+    assert real.replied() == [], "Flower ends a task without heartbeats, and replies with an error"

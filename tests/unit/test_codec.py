@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out to the bit; what is not a message is refused, and nothing else happens."""
+"""The codec: values survive to the bit; bytes that are not a message raise WireError and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [
 
 @message
 class Mixed:
-    """One of everything."""
+    """A message with a field of every kind."""
 
     nothing: None
     parts: tuple[Any, ...]
@@ -42,7 +42,7 @@ SAMPLE = Mixed(
 
 
 def framed(body: bytes) -> bytes:
-    """Any body as an intact message: only its meaning can be wrong."""
+    """A body in an intact frame: only the body can be wrong."""
     head = b"fF" + bytes([codec.VERSION]) + body
     return head + struct.pack("<I", zlib.crc32(head))
 
@@ -54,7 +54,7 @@ def same(left: Any, right: Any) -> bool:
     return codec.encode(left) == codec.encode(right) and type(left) is type(right)
 
 
-def test_what_goes_in_comes_out() -> None:
+def test_values_survive_encoding() -> None:
     decoded = codec.decode(codec.encode(SAMPLE))
     assert decoded.parts == SAMPLE.parts and decoded.inner == SAMPLE.inner and decoded.nothing is None
     assert list(decoded.table) == list(SAMPLE.table)
@@ -76,7 +76,7 @@ def test_the_bits_of_nan_survive() -> None:
     assert math.isnan(codec.decode(codec.encode(math.nan)))
 
 
-def test_tensors_that_are_no_block_of_memory_survive() -> None:
+def test_tensors_that_are_not_contiguous_survive() -> None:
     tensor = torch.arange(24.0).reshape(4, 6)
     for view in (tensor.T, tensor[:, ::2], tensor[1:, 1], tensor[:1].expand(3, 6)):
         assert same(codec.decode(codec.encode(view)), view.contiguous())
@@ -106,7 +106,7 @@ values = st.recursive(
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(values)
-def test_every_value_survives_and_costs_what_size_says(value: Any) -> None:
+def test_every_value_survives_and_has_the_length_that_size_returns(value: Any) -> None:
     encoded = codec.encode(value)
     assert codec.decode(encoded) == value
     assert codec.size(value) == len(encoded)
@@ -149,7 +149,7 @@ def test_every_cut_body_in_an_intact_frame_is_refused() -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, len(codec.encode(SAMPLE)) - 8), st.integers(0, 255))
-def test_a_forged_byte_makes_another_value_or_is_refused(position: int, byte: int) -> None:
+def test_a_forged_byte_gives_another_value_or_is_refused(position: int, byte: int) -> None:
     body = bytearray(codec.encode(SAMPLE)[3:-4])
     body[position] = byte
     try:
@@ -168,15 +168,15 @@ def varint(number: int) -> bytes:
 @pytest.mark.parametrize(
     "body",
     [
-        b"T\x00\x02" + varint(0) + varint(2**63),  # no elements, but a dimension that no tensor has
+        b"T\x00\x02" + varint(0) + varint(2**63),  # no elements, but an impossible dimension
         b"T\x00\x02" + varint(0) + varint(2**70),
         b"T\x00\x01" + varint(2**60),  # more elements than there are bytes
-        b"T\x63\x00",  # no such type of number
-        b"[" + varint(2**40),  # a list of a trillion things
+        b"T\x63\x00",  # no such dtype
+        b"[" + varint(2**40),  # a list of a trillion items
         b"[\x01" * 5000 + b"n",  # a list in a list in a list
-        b"b" + b"\xff" * 50,  # a length without end
+        b"b" + b"\xff" * 50,  # a varint without an end
         b"m\x05Trash",  # no such message
-        b"m\x06Record" + b"nn",  # two fields where it has three
+        b"m\x06Record" + b"nn",  # two fields instead of three
         b"nn",  # two values
     ],
     ids=lambda body: repr(body[:8]),
@@ -186,7 +186,7 @@ def test_hostile_bodies_are_refused(body: bytes) -> None:
         codec.decode(framed(body))
 
 
-def test_another_version_and_another_kind_of_file_are_named() -> None:
+def test_the_error_names_another_version_and_another_kind_of_file() -> None:
     encoded = codec.encode(1)
     with pytest.raises(WireError, match=r"newer fedferret .wire version 9; this one reads 2.: update this side"):
         codec.decode(encoded[:2] + b"\x09" + encoded[3:])
@@ -194,13 +194,13 @@ def test_another_version_and_another_kind_of_file_are_named() -> None:
         codec.decode(b"PK\x03\x04 and more")
 
 
-def test_what_no_message_may_hold_is_not_encoded() -> None:
+def test_a_value_of_another_type_is_not_encoded() -> None:
     for value in (object(), {1, 2}, 1j, codec):
         with pytest.raises(TypeError, match="cannot cross the wire"):
             codec.encode(value)
 
 
-def test_two_message_types_of_one_name_are_refused() -> None:
+def test_two_message_types_with_one_name_are_refused() -> None:
     with pytest.raises(TypeError, match="two message types are called Record"):
 
         @state
@@ -208,7 +208,7 @@ def test_two_message_types_of_one_name_are_refused() -> None:
             x: int
 
 
-def test_bytes_of_the_first_wire_version_name_the_fedferret_that_reads_them() -> None:
+def test_the_error_for_wire_version_1_names_the_fedferret_that_reads_it() -> None:
     encoded = codec.encode(1)
     with pytest.raises(
         WireError, match=r'written by fedferret 0\.1 \(wire version 1.*pip install "fedferret==0\.1\.\*"'

@@ -1,4 +1,4 @@
-"""A comparison compares like with like, wherever its runs were measured."""
+"""The runs of a comparison have the same task, imported runs too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tomli_w
 from contract.methods import METHODS
 from fedferret.algorithms.registry import catalogue
 from fedferret.comparison import compare
-from fedferret.comparison.commands import gather
+from fedferret.comparison.commands import gather, plan
 from fedferret.comparison.comparability import Task, differing, task_of
 from fedferret.comparison.grid import Cell, Grid, resolve
 from fedferret.comparison.table import as_markdown
@@ -24,7 +24,7 @@ from fedferret.core.errors import RunError, UserError
 from fedferret.core.keys import Key
 from fedferret.local.first_order import endless
 from fedferret.runner import run
-from fedferret.tracking.events import read
+from fedferret.tracking.events import FILE, read
 from fedferret.tracking.summary import read_summary
 from tiny_runs import silent, write_rows
 from toys import Rows, ToyData, simulate, toy_clients
@@ -41,16 +41,19 @@ from unit.written_grid import (
     written,
     written_grid,
 )
+from unit.written_run import downgrade
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @dataclass(frozen=True)
 class Recorded(ToyData):
-    """Rows that remember in which batches they were handed out."""
+    """Rows that record their batches."""
 
     seen: list[bytes] = field(default_factory=list)
 
     def batches(self, size: int, key: Key) -> Iterator[Rows]:
-        """As they are."""
+        """The unchanged batches."""
         for rows in super().batches(size, key):
             self.seen.append(rows.x.numpy().tobytes())
             yield rows
@@ -60,34 +63,34 @@ REGISTERED = {method.name: method for method in reversed(METHODS.values()) if me
 
 
 @pytest.mark.parametrize("name", catalogue())
-def test_a_client_s_batches_follow_from_seed_round_and_client_alone_whatever_the_method(name: str) -> None:
+def test_seed_round_and_client_alone_determine_a_client_s_batches_for_every_method(name: str) -> None:
     rounds, size = 2, 4
     method = REGISTERED[name]
     assert method.training.batch_size == size  # type: ignore[attr-defined]
     clients: dict[str, Any] = {client: Recorded(data.x, data.y) for client, data in toy_clients().items()}  # type: ignore[attr-defined]
     simulate(method, rounds, data=clients, seed=3)
     for client, data in clients.items():
-        taken, seen = len(data.seen) // rounds, list(data.seen)
-        assert taken > 0
+        count, seen = len(data.seen) // rounds, list(data.seen)
+        assert count > 0
         orders = [endless(data, size, Key.of(3, "local", number, client).fold("train")) for number in (1, 2)]
-        assert seen == [rows.x.numpy().tobytes() for order in orders for rows in itertools.islice(order, taken)]
+        assert seen == [rows.x.numpy().tobytes() for order in orders for rows in itertools.islice(order, count)]
 
 
 def tasks(cells: list[Cell]) -> dict[Cell, Task]:
     return {cell: task_of(read(cell.folder)) for cell in cells}
 
 
-def test_methods_of_a_grid_start_alike_and_a_run_on_changed_data_is_named(tmp_path: Path) -> None:
+def test_methods_of_a_grid_have_the_same_task_and_a_run_on_changed_data_is_named(tmp_path: Path) -> None:
     grid = resolve(grid_tables(tmp_path, {"A": FEDAVG, "B": FERRET, "C": {"name": "fedprox"}}, seeds=[1]))
-    *alike, late = grid.cells(tmp_path / "out")
-    for cell in alike:
+    *comparable, late = grid.cells(tmp_path / "out")
+    for cell in comparable:
         run(cell.recipe, cell.folder, silent)
     rows = write_rows(tmp_path)
     rows.write_text(rows.read_text().replace("door", "gate"))
     run(late.recipe, late.folder, silent)
-    assert differing(tasks(alike)) == {}
-    ((cell, why),) = differing(tasks([*alike, late])).items()
-    assert cell is late and why.startswith("was played on other data (")
+    assert differing(tasks(comparable)) == {}
+    ((cell, why),) = differing(tasks([*comparable, late])).items()
+    assert cell is late and why.startswith("has other data (")
     comparison = gather(grid, tmp_path / "out")
     assert [row.row.label for row in comparison.rows if row.runs] == sorted(
         ("A", "B"), key=lambda label: read_summary(cell_of(grid, tmp_path / "out", label, 1).folder)["eval_loss"][-1]
@@ -99,17 +102,17 @@ def test_methods_of_a_grid_start_alike_and_a_run_on_changed_data_is_named(tmp_pa
     ("change", "message"),
     [
         ({"base": "c" * 64}, r"started from other weights \(cccccccccccc… here, bbbbbbbbbbbb… in the others\)"),
-        ({"data_fingerprint": "e" * 64}, r"was played on other data \(eeeeeeeeeeee… here"),
+        ({"data_fingerprint": "e" * 64}, r"has other data \(eeeeeeeeeeee… here"),
         ({"cohort": "zoe"}, r"sampled other clients than the others in round 1"),
     ],
 )
-def test_a_run_of_another_task_is_named_and_has_no_part_in_the_table(
+def test_a_run_of_another_task_is_named_and_left_out_of_the_table(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     grid = written_grid(tmp_path, ["A", "B", "C"])
     for cell in grid.cells(tmp_path):
-        odd = cell.row.label == "B" and cell.seed == 2
-        write_cell(cell, {0: 5.0, 2: 4.0}, **(change if odd else {}))
+        other = cell.row.label == "B" and cell.seed == 2
+        write_cell(cell, {0: 5.0, 2: 4.0}, **(change if other else {}))
     comparison = gather(grid, tmp_path)
     (line,) = comparison.left_out
     assert re.match(f"B, seed 2 {message}", line)
@@ -121,7 +124,7 @@ def test_a_run_of_another_task_is_named_and_has_no_part_in_the_table(
     assert f"* {line.replace('seed 2', 'seed 2: left out:')}" in as_markdown(comparison)
 
 
-def test_a_comparison_that_had_to_leave_runs_out_fails_with_its_table_written(tmp_path: Path) -> None:
+def test_a_comparison_that_leaves_runs_out_writes_the_table_and_fails(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A", "B"], seeds=[1])
     first, second = grid.cells(tmp_path)
     write_cell(first, {0: 5.0, 2: 4.0})
@@ -131,62 +134,84 @@ def test_a_comparison_that_had_to_leave_runs_out_fails_with_its_table_written(tm
     assert "| A ◆ | 1 | 4.000 ± - |" in (tmp_path / "comparison.md").read_text()
 
 
-def test_data_differ_between_seeds_and_weights_do_not(tmp_path: Path) -> None:
+def test_data_may_differ_between_seeds(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A", "B"])
     for cell in grid.cells(tmp_path):
         write_cell(cell, {0: 5.0, 2: 4.0}, data_fingerprint=str(cell.seed) * 64, cohort=f"person {cell.seed}")
     assert differing(tasks(grid.cells(tmp_path))) == {}
 
 
-def test_unlike_batches_and_threads_are_said(tmp_path: Path) -> None:
+def test_different_batch_sizes_and_threads_are_reported(tmp_path: Path) -> None:
     tables = grid_tables(tmp_path, {"A": FEDAVG, "B": {**FERRET, "training": {"batch_size": 8}}}, seeds=[1])
     grid = resolve(tables)
     for number, cell in enumerate(grid.cells(tmp_path), start=1):
         write_cell(cell, {0: 5.0, 2: 4.0}, threads=number)
     remarks = " ".join(gather(grid, tmp_path).remarks)
-    assert "but in batches of different sizes: 4 (A); 8 (B)." in remarks
-    assert "different numbers of threads" in remarks and "1 (A, seed 1); 2 (B, seed 1)." in remarks
+    assert "Batch sizes differ: 4 (A); 8 (B)." in remarks
+    assert "Numbers of threads differ" in remarks and "1 (A, seed 1); 2 (B, seed 1)." in remarks
 
 
-# --- runs measured elsewhere
+# --- imported runs
 
 
-def two_places(tmp_path: Path, **begin: Any) -> tuple[Grid, Path, Path]:
-    """Methods A and B, two seeds: `there` has A, both seeds, and B's first; `here` has B's second."""
+def two_folders(tmp_path: Path, **changes: Any) -> tuple[Grid, Path, Path]:
+    """Methods A and B, two seeds: `there` has A, both seeds, and B's first; `here` has B's second.
+
+    ``changes`` are fields of the start events in `there`.
+    """
     grid, here, there = written_grid(tmp_path, ["A", "B"]), tmp_path / "here", tmp_path / "there"
     for out, label, seed in ((there, "A", 1), (there, "A", 2), (there, "B", 1), (here, "B", 2)):
         out.mkdir(exist_ok=True)
-        write_cell(cell_of(grid, out, label, seed), LOSSES[label, seed], EACH[label], **(begin if out == there else {}))
+        fields = changes if out == there else {}
+        write_cell(cell_of(grid, out, label, seed), LOSSES[label, seed], EACH[label], **fields)
     save(grid, there), save(grid, here)
     compare(there / "grid.toml", there, table_only=True)
     return grid, here, there
 
 
-def test_runs_measured_elsewhere_count_as_if_they_were_here_and_are_not_played_again(tmp_path: Path) -> None:
-    _, here, there = two_places(tmp_path)
-    rows = {row.row.label: row for row in compare(here / "grid.toml", here, also=[there])}  # nothing is left to play
+def test_imported_runs_count_like_runs_of_the_folder_and_are_not_repeated(tmp_path: Path) -> None:
+    _, here, there = two_folders(tmp_path)
+    rows = {row.row.label: row for row in compare(here / "grid.toml", here, also=[there])}  # nothing is left to run
     whole = rows_by_label(written(tmp_path / "whole"))
     for label, row in rows.items():
-        measured = ("loss", "bytes", "bytes_up", "seconds_local", "rounds_to_target")
-        for name in measured:
+        for name in ("loss", "bytes", "bytes_up", "seconds_local", "rounds_to_target"):
             assert row.mean[name] == pytest.approx(whole[label].mean[name], nan_ok=True)
         assert [tuple(point) for point in row.curve()] == [tuple(point) for point in whole[label].curve()]
     text = (here / "comparison.md").read_text()
-    assert f"3 of the runs were measured elsewhere: {there}." in text and "waiting" not in text
+    assert f"3 of the runs were imported from {there}." in text and "waiting" not in text
     assert "runs/b/seed-2/report.html" in (here / "comparison.html").read_text()
     assert "runs/a/seed-1/report.html" not in (here / "comparison.html").read_text()
     again = {row.row.label: row for row in compare(here / "grid.toml", tmp_path / "third", also=[here])}
-    assert again["A"].mean["loss"] == rows["A"].mean["loss"], "what was taken over can be taken over"
+    assert again["A"].mean["loss"] == rows["A"].mean["loss"], "an imported run can be imported again"
 
 
-def test_a_run_measured_elsewhere_on_another_task_is_named(tmp_path: Path) -> None:
-    _, here, there = two_places(tmp_path, base="c" * 64)
+def test_runs_of_fedferret_0_1_are_refused_before_any_work_and_can_be_imported(tmp_path: Path) -> None:
+    grid, here, there = two_folders(tmp_path)
+    log = cell_of(grid, there, "A", 1).folder / FILE
+    downgrade(log.parent)
+    line = f'{log} was written by fedferret 0.1; pip install "fedferret==0.1.*" reads it'
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    for command in (
+        lambda: compare(there / "grid.toml", there),
+        lambda: compare(there / "grid.toml", there, table_only=True),
+        lambda: plan(there / "grid.toml", there, [], []),
+    ):
+        with pytest.raises(UserError) as refused:
+            command()
+        assert str(refused.value) == line
+    assert {path: path.read_bytes() for path in there.rglob("*") if path.is_file()} == before
+    rows = {row.row.label: row for row in compare(here / "grid.toml", here, also=[there], table_only=True)}
+    assert [run.cell.seed for run in rows["A"].runs] == [1, 2]
+
+
+def test_an_imported_run_of_another_task_is_named(tmp_path: Path) -> None:
+    _, here, there = two_folders(tmp_path, base="c" * 64)
     with pytest.raises(RunError, match="left out of the table: B, seed 2 started from other weights"):
         compare(here / "grid.toml", here, also=[there], table_only=True)  # the three agree, the one does not
 
 
-def test_a_run_measured_elsewhere_with_other_settings_is_not_taken(tmp_path: Path) -> None:
-    _, here, there = two_places(tmp_path)
+def test_a_run_with_other_settings_is_not_imported(tmp_path: Path) -> None:
+    _, here, there = two_folders(tmp_path)
     tables = tomllib.loads((there / "grid.toml").read_text())
     tables["methods"][0]["algorithm"]["training"] = {"learning_rate": 0.7}
     (there / "grid.toml").write_text(tomli_w.dumps(tables))
@@ -194,8 +219,8 @@ def test_a_run_measured_elsewhere_with_other_settings_is_not_taken(tmp_path: Pat
     assert not rows["A"].runs and [run.cell.seed for run in rows["B"].runs] == [1, 2]
 
 
-def test_a_run_measured_elsewhere_on_another_device_is_taken(tmp_path: Path) -> None:
-    _, here, there = two_places(tmp_path)
+def test_a_run_on_another_device_is_imported(tmp_path: Path) -> None:
+    _, here, there = two_folders(tmp_path)
     tables = tomllib.loads((there / "grid.toml").read_text())
     tables["execution"] = {"device": "cuda"}
     (there / "grid.toml").write_text(tomli_w.dumps(tables))
@@ -216,8 +241,8 @@ def test_a_run_measured_elsewhere_on_another_device_is_taken(tmp_path: Path) -> 
         ),
     ],
 )
-def test_another_folder_that_is_none_is_one_line(change: Any, message: str, tmp_path: Path) -> None:
-    _, here, there = two_places(tmp_path)
+def test_a_folder_without_a_comparison_is_refused_in_one_line(change: Any, message: str, tmp_path: Path) -> None:
+    _, here, there = two_folders(tmp_path)
     change(there)
     with pytest.raises(UserError, match=message) as refused:
         compare(here / "grid.toml", here, also=[there], table_only=True)

@@ -1,4 +1,4 @@
-"""A grid is methods times settings times seeds of one task, and what is none is refused."""
+"""A grid is methods times settings times seeds of one task, and an invalid grid is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedferret.comparison.grid import OWN, TASK, resolve
+from fedferret.comparison.grid import PER_METHOD, TASK, resolve
 from fedferret.core.errors import UserError
 from fedferret.recipe_file import read_tables
 from tiny_runs import tiny_recipe
@@ -41,7 +41,7 @@ def test_a_cell_is_an_ordinary_recipe(tmp_path: Path) -> None:
     assert first.recipe == plain
 
 
-def test_of_another_algorithm_s_settings_a_method_takes_over_the_training_alone(tmp_path: Path) -> None:
+def test_a_method_inherits_only_the_training_of_another_algorithm_s_settings(tmp_path: Path) -> None:
     tables = grid_tables(tmp_path, {"A": {}, "B": FEDAVG})
     tables["algorithm"] |= FERRET
     ferret, fedavg = (row.recipe.algorithm for row in resolve(tables).rows)
@@ -49,9 +49,9 @@ def test_of_another_algorithm_s_settings_a_method_takes_over_the_training_alone(
     assert ferret.training == fedavg.training  # type: ignore[attr-defined]
 
 
-def test_every_table_of_a_recipe_is_the_task_s_or_the_method_s_own(tmp_path: Path) -> None:
-    assert {"seed", *TASK, *OWN} == set(tiny_recipe(tmp_path).tables())
-    assert not set(TASK) & set(OWN)
+def test_every_table_of_a_recipe_belongs_to_the_task_or_to_the_method(tmp_path: Path) -> None:
+    assert {"seed", *TASK, *PER_METHOD} == set(tiny_recipe(tmp_path).tables())
+    assert not set(TASK) & set(PER_METHOD)
 
 
 def test_the_example_is_a_grid() -> None:
@@ -74,10 +74,10 @@ def test_the_example_is_a_grid() -> None:
         ({"target_los": 3.0}, r'target_los: there is no such setting in a grid; did you mean "target_loss"\?'),
         ({"methods": []}, r"\[\[methods\]\]: this list of tables is missing"),
         ({"methods": [{"algorithm": FEDAVG}]}, r"methods\[1\].label=None: must be a name"),
-        ({"methods": [{"label": "…", "algorithm": FEDAVG}]}, r'"…": a label needs a letter or a digit'),
+        ({"methods": [{"label": "…", "algorithm": FEDAVG}]}, r'"…": a label needs one of a-z or 0-9'),
         ({"methods": [{"label": "A b"}, {"label": "a B"}]}, r'"a B" and "A b" share a folder'),
-        ({"methods": [{"label": "A", "clients": {}}]}, r"methods\[1\].clients: all methods of a grid play the same"),
-        ({"methods": [{"label": "A", "seed": 3}]}, r"methods\[1\].seed: all methods of a grid play the same task"),
+        ({"methods": [{"label": "A", "clients": {}}]}, r"methods\[1\].clients: all methods of a grid have the same"),
+        ({"methods": [{"label": "A", "seed": 3}]}, r"methods\[1\].seed: all methods of a grid have the same task"),
         ({"methods": [{"label": "A", "round": 3}]}, r'methods\[1\].round: there .* did you mean "rounds"\?'),
         ({"methods": [{"label": "A", "grid": {"rounds": 3}}]}, r'grid."rounds"=3: must be a list of values'),
         ({"methods": [{"label": "A", "grid": {"text.packed": [True]}}]}, r'grid."text.packed": all methods of a grid'),
@@ -86,7 +86,7 @@ def test_the_example_is_a_grid() -> None:
         ({"methods": [{"label": "A", "algorithm": 3}]}, r"methods.algorithm=3: must be a table"),
     ],
 )
-def test_what_is_no_grid_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_grid_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     tables = grid_tables(tmp_path, {"A": FEDAVG})
     tables["algorithm"] |= FEDAVG
     with pytest.raises(UserError, match=message) as refused:
@@ -94,7 +94,7 @@ def test_what_is_no_grid_is_refused_in_one_line(change: dict[str, Any], message:
     assert "\n" not in str(refused.value)
 
 
-def test_only_takes_rows_and_whole_entries(tmp_path: Path) -> None:
+def test_only_selects_rows_and_whole_entries(tmp_path: Path) -> None:
     tables = grid_tables(tmp_path, {"A": FEDAVG, "B": FERRET})
     tables["methods"][1]["grid"] = {"algorithm.bits": [1, 8]}
     grid = resolve(tables)

@@ -1,4 +1,4 @@
-"""A comparison counts right, and its tables say the same."""
+"""The figures of a comparison are right, and equal in all its tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedferret.comparison.commands import gather
-from fedferret.comparison.run_status import note
+from fedferret.comparison.run_status import record_outcome
 from fedferret.comparison.table import as_csv, as_json, as_markdown
 from fedferret.comparison.worker import Outcome
 from unit.written_grid import (
@@ -31,8 +31,8 @@ def test_figures_are_means_and_sample_deviations_over_seeds(tmp_path: Path) -> N
     assert rows["B"].deviation["loss"] == pytest.approx(statistics.stdev([4.0, 3.7]))
     for label, each in EACH.items():
         mean = rows[label].mean
-        assert (mean["bytes_up"], mean["bytes_down"]) == (each, each)  # a client and round
-        assert mean["bytes"] == 2 * 2 * each  # one place: two ways, two rounds
+        assert (mean["bytes_up"], mean["bytes_down"]) == (each, each)  # per client and round
+        assert mean["bytes"] == 2 * 2 * each  # per sampled client: up and down, two rounds
         assert mean["bytes_up_all_clients"] == mean["bytes_down_all_clients"] == 2 * 2 * each
         assert mean["seconds_local"] == 2 * 2 and mean["seconds_overhead"] == 2 * 3
         assert mean["peak_memory_bytes"] > 1e7
@@ -40,11 +40,11 @@ def test_figures_are_means_and_sample_deviations_over_seeds(tmp_path: Path) -> N
     assert rows["A"].band() == [(5.0, 5.2), (4.0, 4.4), (3.0, 3.2)]
 
 
-def test_the_target_is_nine_tenths_of_the_best_gain_or_what_the_grid_says(tmp_path: Path) -> None:
-    usual = written(tmp_path / "usual")
-    assert usual.target == pytest.approx(5.1 - 0.9 * (5.1 - 3.1))
-    assert rows_by_label(usual)["A"].mean["rounds_to_target"] == 2
-    assert math.isnan(rows_by_label(usual)["B"].mean["rounds_to_target"])
+def test_the_target_is_nine_tenths_of_the_best_loss_reduction_or_the_grid_s(tmp_path: Path) -> None:
+    default = written(tmp_path / "default")
+    assert default.target == pytest.approx(5.1 - 0.9 * (5.1 - 3.1))
+    assert rows_by_label(default)["A"].mean["rounds_to_target"] == 2
+    assert math.isnan(rows_by_label(default)["B"].mean["rounds_to_target"])
     given = rows_by_label(written(tmp_path / "given", target_loss=4.0))
     assert given["A"].mean["rounds_to_target"] == 1.5 and given["A"].mean["bytes_to_target"] == 3000
     assert given["B"].mean["rounds_to_target"] == 2
@@ -53,63 +53,63 @@ def test_the_target_is_nine_tenths_of_the_best_gain_or_what_the_grid_says(tmp_pa
     assert line.count("reached by 1 of 2") == 2
 
 
-def test_a_budget_buys_the_loss_of_the_last_evaluation_within_it(tmp_path: Path) -> None:
+def test_the_loss_in_the_budget_is_that_of_the_last_evaluation_within_it(tmp_path: Path) -> None:
     one_round = rows_by_label(written(tmp_path / "one", budget_bytes=2000))
-    assert one_round["A"].mean["loss_in_budget"] == pytest.approx(4.2)  # a round costs it 2,000
-    assert one_round["B"].mean["loss_in_budget"] == pytest.approx(3.85)  # and B 20: it played to its end
+    assert one_round["A"].mean["loss_in_budget"] == pytest.approx(4.2)  # a round takes 2,000 bytes
+    assert one_round["B"].mean["loss_in_budget"] == pytest.approx(3.85)  # a round takes 20 bytes: the final loss
     nothing = rows_by_label(written(tmp_path / "none", budget_bytes=1999))
     assert nothing["A"].mean["loss_in_budget"] == pytest.approx(5.1)
     assert "loss within 2.00 KB" in as_markdown(written(tmp_path / "shown", budget_bytes=2000))
     assert "loss within" not in as_markdown(written(tmp_path / "plain"))
 
 
-def test_a_prompt_that_starts_worse_does_not_move_the_usual_target(tmp_path: Path) -> None:
+def test_a_row_with_a_higher_untuned_loss_does_not_change_the_default_target(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A", "B"], seeds=[1])
     write_cell(cell_of(grid, tmp_path, "A", 1), {0: 5.0, 2: 4.0})
     write_cell(cell_of(grid, tmp_path, "B", 1), {0: 9.0, 2: 4.5})
     assert gather(grid, tmp_path).target == pytest.approx(4.1)
 
 
-def test_without_a_gain_there_is_no_target(tmp_path: Path) -> None:
+def test_without_a_loss_reduction_there_is_no_target(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A"], seeds=[1])
     write_cell(cell_of(grid, tmp_path, "A", 1), {0: 5.0, 2: 5.5})
     comparison = gather(grid, tmp_path)
     assert comparison.target is None and "Target: none" in as_markdown(comparison)
 
 
-def test_the_front_is_who_nobody_beats_in_both(tmp_path: Path) -> None:
-    final = {"cheap": (10, 4.5), "good": (100, 4.0), "beaten": (100, 4.2), "best": (1000, 3.5), "dear": (2000, 3.6)}
+def test_rows_that_no_other_row_dominates_are_pareto_optimal(tmp_path: Path) -> None:
+    final = {"small": (10, 4.5), "good": (100, 4.0), "worse": (100, 4.2), "best": (1000, 3.5), "large": (2000, 3.6)}
     grid = written_grid(tmp_path, list(final), seeds=[1])
     for label, (each, loss) in final.items():
         write_cell(cell_of(grid, tmp_path, label, 1), {0: 5.0, 2: loss}, each)
-    assert {row.row.label for row in gather(grid, tmp_path).rows if row.pareto_optimal} == {"cheap", "good", "best"}
+    assert {row.row.label for row in gather(grid, tmp_path).rows if row.pareto_optimal} == {"small", "good", "best"}
 
 
-def test_a_failed_seed_is_told_and_has_no_part_in_the_means(tmp_path: Path) -> None:
+def test_a_failed_seed_is_reported_and_left_out_of_the_means(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A", "B"])
     write_cell(cell_of(grid, tmp_path, "A", 1), {0: 5.0, 2: 4.0})
-    note(cell_of(grid, tmp_path, "A", 2), Outcome("diverged", "round 1: 0 clients answered"), 1, 2.0)
+    record_outcome(cell_of(grid, tmp_path, "A", 2), Outcome("diverged", "round 1: 0 clients replied"), 1, 2.0)
     write_cell(cell_of(grid, tmp_path, "B", 1), {0: 5.0, 2: math.nan})
     comparison = gather(grid, tmp_path)
     rows = rows_by_label(comparison)
     assert rows["A"].loss == 4.0 and list(rows) == ["A", "B"] and comparison.over == 3
     text = as_markdown(comparison)
     assert "| A ◆ | 1 of 2 | 4.000 ± - |" in text and "| B | 0 of 2 | diverged, waiting |" in text
-    assert "* A, seed 2: diverged: round 1: 0 clients answered\n" in text
+    assert "* A, seed 2: diverged: round 1: 0 clients replied\n" in text
     assert "* B, seed 1: diverged: the held-out loss is not finite\n* B, seed 2: waiting\n" in text
 
 
-def test_the_tables_say_the_same(tmp_path: Path) -> None:
+def test_all_tables_have_the_same_values(tmp_path: Path) -> None:
     comparison = written(tmp_path)
     plain = json.loads(as_json(comparison))
     lines = list(csv.DictReader(as_csv(comparison).splitlines()))
-    for row, kept, line in zip(comparison.rows, plain["rows"], lines, strict=True):
-        assert kept["method"] == line["method"] == row.row.label
+    for row, entry, line in zip(comparison.rows, plain["rows"], lines, strict=True):
+        assert entry["method"] == line["method"] == row.row.label
         for name, value in row.mean.items():
-            assert kept["mean"][name] == (None if math.isnan(value) else value)
+            assert entry["mean"][name] == (None if math.isnan(value) else value)
             assert line[name] == ("" if math.isnan(value) else repr(value))
-        assert len(kept["runs"]) == 2 and kept["runs"][0]["curve"][0]["round"] == 0
-        assert (tmp_path / kept["runs"][0]["folder"] / "events.jsonl").exists()
+        assert len(entry["runs"]) == 2 and entry["runs"][0]["curve"][0]["round"] == 0
+        assert (tmp_path / entry["runs"][0]["folder"] / "events.jsonl").exists()
     header, rule, *rows = [line for line in as_markdown(comparison).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in (header, rule, *rows)}) == 1 and len(rows) == 2
     assert "3.100 ± 0.141" in rows[0]

@@ -1,4 +1,4 @@
-"""The page of a comparison tells what its table tells, and a phone can show it with as many methods as a paper has."""
+"""The page of a comparison has the content of its table, and a phone can show it with the methods of a whole paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from fedferret.comparison.commands import gather
 from fedferret.comparison.page import write_page
 from fedferret.comparison.plots import COLOURS, MARKS, styles
-from fedferret.comparison.run_status import note
+from fedferret.comparison.run_status import record_outcome
 from fedferret.comparison.table import write_tables
 from fedferret.comparison.worker import Outcome
 from fedferret.tracking.plots import LIGHT
@@ -24,7 +24,7 @@ PLOTS = ("loss-by-round", "loss-by-bytes", "loss-by-seconds", "front")
 
 
 def write_comparison(folder: Path, count: int = 3) -> Path:
-    """The page of so many methods and two seeds; one method has a name to be afraid of, one run diverged."""
+    """The page of ``count`` methods and two seeds. One method's name contains markup, and one run diverged."""
     labels = [f"Method {number}" for number in range(count - 1)] + [NASTY]
     grid = written_grid(folder, labels)
     for number, label in enumerate(labels):
@@ -34,13 +34,13 @@ def write_comparison(folder: Path, count: int = 3) -> Path:
             write_cell(cell_of(grid, folder, label, seed), losses, each=10 ** (1 + (count - number) % 7))
     late = cell_of(grid, folder, labels[0], 2)
     (late.folder / "summary.json").write_text(json.dumps({"status": "in progress"}))
-    note(late, Outcome("diverged", "the loss is <b>nan</b>"), 1, 1.0)
+    record_outcome(late, Outcome("diverged", "the loss is <b>nan</b>"), 1, 1.0)
     comparison = gather(grid, folder)
     write_tables(comparison)
     return write_page(comparison)
 
 
-def test_the_page_tells_the_table_the_checks_and_what_is_left_out(tmp_path: Path) -> None:
+def test_the_page_has_the_table_the_checks_and_the_left_out_runs(tmp_path: Path) -> None:
     path = write_comparison(tmp_path)
     text = Reader(path.read_text()).text
     for piece in (
@@ -50,7 +50,7 @@ def test_the_page_tells_the_table_the_checks_and_what_is_left_out(tmp_path: Path
         "Method 0, seed 2: diverged: the loss is <b>nan</b>",
         "1 of 2",
         "5 runs started from the same weights.",
-        "in batches of 4.",
+        "Batch size: 4.",
         NASTY,
         "seeds = [",
     ):
@@ -68,7 +68,7 @@ def test_the_page_is_one_file_with_links_to_the_runs(tmp_path: Path) -> None:
     )
 
 
-def test_the_plots_files_name_every_method_and_do_not_change_with_the_day(tmp_path: Path) -> None:
+def test_the_plots_files_name_every_method_and_do_not_depend_on_the_date(tmp_path: Path) -> None:
     path = write_comparison(tmp_path)
     before = {file.name: file.read_bytes() for file in (tmp_path / "plots").iterdir()}
     assert b"Method 1" in before["front.svg"] and b"&lt;script&gt;" in before["loss-by-round.svg"]
@@ -82,10 +82,10 @@ def test_a_grid_before_its_first_run_has_a_page(tmp_path: Path) -> None:
     assert "0 of 2 runs done" in text and "no run is finished" in text and "waiting" in text
 
 
-def test_two_dozen_methods_look_unlike(tmp_path: Path) -> None:
+def test_two_dozen_methods_have_different_styles(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, [f"M{number}" for number in range(24)])
-    looks = styles(gather(grid, tmp_path))
-    assert len(set(looks.values())) == len(COLOURS) * len(MARKS) == 24
+    styled = styles(gather(grid, tmp_path))
+    assert len(set(styled.values())) == len(COLOURS) * len(MARKS) == 24
     for theme in (0, 1):
         for one, other in combinations([pair[theme] for pair in COLOURS.values()], 2):
             assert distance(one, other) > 60, (one, other)
@@ -93,7 +93,7 @@ def test_two_dozen_methods_look_unlike(tmp_path: Path) -> None:
 
 
 def distance(one: str, other: str) -> float:
-    """Between two colours as the eye weighs red, green and blue: 765 from black to white (the "redmean" formula)."""
+    """The perceived distance of two colours by the "redmean" formula: 765 from black to white."""
     (r, g, b), (s, h, c) = ([int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in (one, other))
     red = (r + s) / 2
     return float(((2 + red / 256) * (r - s) ** 2 + 4 * (g - h) ** 2 + (2 + (255 - red) / 256) * (b - c) ** 2) ** 0.5)

@@ -1,4 +1,4 @@
-"""Sorted positions, the largest numbers, tensors in few bits: each against a slow way of saying the same."""
+"""Sorted positions, the largest values, tensors in few bits: each against a slow reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 400).flatmap(lambda length: st.tuples(st.just(length), st.sets(st.integers(0, length - 1)))))
-def test_positions_survive_in_as_many_bytes_as_the_formula_says(given: tuple[int, set[int]]) -> None:
+def test_positions_survive_the_wire_in_the_bytes_of_the_formula(given: tuple[int, set[int]]) -> None:
     length, chosen = given
     positions = torch.tensor(sorted(chosen), dtype=torch.int64)
     packed = codec.decode(codec.encode(pack_positions(positions, length)))
@@ -35,22 +35,22 @@ def test_positions_survive_in_as_many_bytes_as_the_formula_says(given: tuple[int
 @pytest.mark.parametrize(
     ("count", "length"), [(1, 2**31), (3, 2**40), (1_345_150, 134_515_008), (1000, 8000), (9, 10), (1, 2), (5, 4096)]
 )
-def test_positions_cost_at_most_what_is_known_of_the_code(count: int, length: int) -> None:
-    """2 + log2(d/k) bits each, never more than a bitmap, never fewer than there are choices."""
+def test_positions_cost_no_more_than_the_bound_of_the_code(count: int, length: int) -> None:
+    """At most 2 + log2(d/k) bits each, never more than a bitmap, never less than the logarithm of the choices."""
     choices = math.lgamma(length + 1) - math.lgamma(count + 1) - math.lgamma(length - count + 1)
     found = 8 * position_bytes(count, length)
     assert choices / math.log(2) - 1 <= found <= count * (2 + math.log2(length / count)) + 16
     assert found <= length + 7
 
 
-def test_positions_cost_more_the_more_there_are_until_all_are_meant() -> None:
+def test_the_cost_of_positions_grows_with_their_count_and_all_positions_are_free() -> None:
     costs = [position_bytes(count, 1000) for count in range(1000)]
     assert costs == sorted(costs) and costs[0] == position_bytes(1000, 1000) == 0
 
 
 @pytest.mark.parametrize("count", [3, 30])  # the code and the bitmap
-def test_damaged_positions_are_refused_or_are_other_positions(count: int) -> None:
-    """Whatever arrives, what comes out are ascending positions below d."""
+def test_damaged_positions_are_refused_or_decode_to_valid_positions(count: int) -> None:
+    """Any decoded positions ascend and are below d."""
     packed = pack_positions(torch.arange(0, 2 * count, 2), 64)
     assert packed.codes.numel() == (8 if count == 30 else 3)
     refused = 0
@@ -70,7 +70,7 @@ def test_damaged_positions_are_refused_or_are_other_positions(count: int) -> Non
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(FLOATS | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45]), max_size=9), min_size=1), st.data())
-def test_the_largest_are_the_first_of_a_stable_sort(rows: list[list[float]], data: st.DataObject) -> None:
+def test_top_k_is_the_head_of_a_stable_sort(rows: list[list[float]], data: st.DataObject) -> None:
     tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
     whole = torch.cat(tensors)
     count = data.draw(st.integers(0, len(whole)))
@@ -82,13 +82,13 @@ def test_the_largest_are_the_first_of_a_stable_sort(rows: list[list[float]], dat
 
 
 def tensors_of(*sizes: int) -> list[Tensor]:
-    """Heavy-tailed numbers: fifth powers of uniforms."""
+    """Heavy-tailed values: fifth powers of uniforms."""
     return [2 * Key.of(5, number).uniform(size).float().sub_(0.5).pow_(5) for number, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sizes", [(), (0,), (1, 0, 7), (1024, 1025), (65_536, 3), (65_537, 70_000)])
-def test_chunked_tensors_survive_the_wire_at_the_formulas_cost(sizes: tuple[int, ...], bits: int) -> None:
+def test_chunked_tensors_survive_the_wire_in_the_bytes_of_the_formula(sizes: tuple[int, ...], bits: int) -> None:
     tensors = tensors_of(*sizes)
     packed = pack_tensors(tensors, bits, Key.of(1))
     back = codec.decode(codec.encode(packed)).unpack()
@@ -101,8 +101,8 @@ def test_chunked_tensors_survive_the_wire_at_the_formulas_cost(sizes: tuple[int,
             assert float((found - tensor).norm() / tensor.norm()) < most
 
 
-def test_a_chunk_at_8_bits_has_its_own_scale_and_its_own_noise() -> None:
-    """One huge number coarsens its 1,024 neighbours and nobody else; equal chunks are rounded apart."""
+def test_chunks_at_8_bits_have_separate_scales_and_separate_noise() -> None:
+    """A very large value coarsens the 1,024 values of its chunk and no others; equal chunks round differently."""
     values = Key.of(2).uniform(1024).float().repeat(3)
     values[0] = 1e6
     (back,) = pack_tensors([values], 8, Key.of(1)).unpack()
@@ -115,14 +115,14 @@ def test_a_chunk_at_8_bits_has_its_own_scale_and_its_own_noise() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e30, -1e30])
 @pytest.mark.parametrize("bits", BITS)
-def test_tensors_of_one_number_over_and_over_stay_what_they_are(value: float, bits: int) -> None:
+def test_constant_tensors_keep_their_value(value: float, bits: int) -> None:
     (back,) = pack_tensors([torch.full((2048,), value)], bits, Key.of(1)).unpack()
     if bits == 8 or not value:
         torch.testing.assert_close(back, torch.full((2048,), value), rtol=1e-2, atol=2e-45)
     assert bool(back.isfinite().all())
 
 
-def test_what_is_no_chunked_tensor_is_refused() -> None:
+def test_chunked_fields_that_contradict_each_other_are_refused() -> None:
     packed = pack_tensors(tensors_of(2000), 8, Key.of(1))
     for wrong in (
         {"sizes": (2001,)},
@@ -132,5 +132,5 @@ def test_what_is_no_chunked_tensor_is_refused() -> None:
         {"scales": packed.scales.double()},
         {"codes": packed.codes[1:]},
     ):
-        with pytest.raises(UserError, match=r"are not .* numbers in \d bits"):
+        with pytest.raises(UserError, match=r"are not .* values in \d bits"):
             replace(packed, **wrong).unpack()

@@ -1,4 +1,4 @@
-"""Recipes: what a file says, what a run does, and a line for everything that is neither."""
+"""Recipes: valid files, resolved settings, and an error of one line for every invalid setting."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_recipe_of_the_project_is_valid_and_survives_being_written(path: Path) -> None:
+def test_every_recipe_of_the_project_is_valid_and_survives_writing(path: Path) -> None:
     recipe = load(path)
     assert from_tables(tomllib.loads(recipe.to_toml())) == recipe
 
 
-def test_a_resolved_recipe_spells_out_every_setting(tmp_path: Path) -> None:
+def test_a_resolved_recipe_has_every_setting(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     tables = tomllib.loads(recipe.to_toml())
     assert tables["algorithm"]["training"]["clip"] == 1.0
     assert tables["algorithm"]["bits"] == 1
-    assert "coordinate_clip" not in tables["algorithm"]  # absent, and absent by default
+    assert "coordinate_clip" not in tables["algorithm"]  # absent, as in the defaults
     assert tables["clients"]["min_clients"] == 1
 
 
-def test_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
+def test_overrides_are_toml_else_strings(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(tiny_recipe(tmp_path).to_toml())
     sets = ["seed=7", "algorithm.coordinates = 2048", "algorithm.training.clip=none", "execution.engine=debug"]
@@ -40,7 +40,7 @@ def test_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
     assert load(file, ["seed=2", "seed=3"]).seed == 3
 
 
-def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
+def test_execution_settings_are_not_part_of_a_runs_identity(tmp_path: Path) -> None:
     plain = tiny_recipe(tmp_path)
     assert tiny_recipe(tmp_path, execution={"engine": "debug", "tensorboard": True}).identity() == plain.identity()
     assert tiny_recipe(tmp_path, seed=2).identity() != plain.identity()
@@ -58,7 +58,7 @@ def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
         ({"model": 3}, r"model=3: must be a table, \[model\]"),
         ({"clients": {"per_rond": 2}}, r'clients\.per_rond: there is no such setting; did you mean "per_round"\?'),
         ({"clients": {"per_round": 0}}, r"clients: per_round=0: must be greater than 0"),
-        ({"clients": {"min_clients": 3}}, r"min_clients=3: more than per_round=2 can never answer"),
+        ({"clients": {"min_clients": 3}}, r"min_clients=3: more than per_round=2 are never asked"),
         ({"algorithm": {"name": "ferett"}}, r'no method is called "ferett": did you mean "ferret"\?'),
         ({"algorithm": {"name": "ferret", "bits": 3}}, r"algorithm\.bits=3: input should be"),
         ({"algorithm": {"name": "ferret", "preset": "papr"}}, r'there is no such preset; did you mean "paper"\?'),
@@ -78,7 +78,7 @@ def test_how_a_run_is_carried_out_is_not_its_identity(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_the_setting(changes: Any, message: str, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_an_error_of_one_line_that_names_it(changes: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as raised:
         from_tables(tiny_tables(tmp_path, **changes))
     assert "\n" not in str(raised.value)

@@ -1,6 +1,6 @@
-"""BIG-bench's Natural Instructions: fetched by pip, checked, kept as JSON lines, the notice with them.
+"""BIG-bench's Natural Instructions: downloaded by pip, checked, stored as JSON lines with the notice.
 
-The package is a small one that the tests write in the published layout; the real one is tried where it is in the cache.
+The tests write a small package in the published layout; the slow test uses the real package where the cache has it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedferret.data.summary import summarise
 
 CANARY = "THIS IS A TEST'S NOTICE. canary GUID 0"
 SMALL = BigBenchNI(held_out_fraction=0.25, held_out_tasks=1, min_examples=3)
-# a build script that pip runs without fetching anything
+# a build script that pip runs without a download
 BACKEND = """
 import pathlib
 def prepare_metadata_for_build_wheel(directory, settings=None):
@@ -36,7 +36,7 @@ def prepare_metadata_for_build_wheel(directory, settings=None):
 
 
 def task(name: str, rows: int) -> dict[str, Any]:
-    """A task in the published form: rows of 12 characters, then one without answers and one of 2,000 characters."""
+    """A task in the published format: rows of 12 characters, then one without answers and one of 2,000 characters."""
     examples = [{"input": f"{name} {row:04}".rjust(12), "target": [f"{row}.", "another"]} for row in range(rows)]
     examples += [{"input": f"{name} blank", "target": [""]}, {"input": f"{name} long".ljust(2000), "target": ["."]}]
     return {"canary": CANARY, "name": name, "task_prefix": f"Definition of {name}.", "examples": examples}
@@ -44,7 +44,7 @@ def task(name: str, rows: int) -> dict[str, Any]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source package of three tasks and one small one; an empty cache; its hash in the place of the real one's."""
+    """A source package of three tasks and one small task; an empty cache; the pinned hash is the small package's."""
     tasks = [
         task("subtask001_x_a", 8),
         task("subtask002_y_b", 12),
@@ -57,7 +57,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"{root}/PKG-INFO": "Metadata-Version: 2.1\nName: bigbench\nVersion: 1.0.0\n",
         f"{root}/pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
         f"{root}/backend.py": BACKEND,
-        f"{folder}/natural_instructions/task.json": json.dumps({"canary": CANARY}),  # on the folder, no task of it
+        f"{folder}/natural_instructions/task.json": json.dumps(
+            {"canary": CANARY}
+        ),  # describes the folder and is not a task
         f"{folder}/others/subtask009_x_z/task.json": json.dumps(task("subtask009_x_z", 9)),
         **{f"{folder}/natural_instructions/{each['name']}/task.json": json.dumps(each) for each in tasks},
     }
@@ -82,32 +84,32 @@ def texts(data: FederatedData) -> list[str]:
 def test_rows_are_in_training_or_held_out_never_both(package: Path) -> None:
     data = BigBenchNI(path=str(package), held_out_fraction=0.25, held_out_tasks=1, min_examples=3).load(Key.of(1))
     names = ["subtask001_x_a", "subtask002_y_b", "subtask003_x_c"]  # the fourth has too few rows
-    (strange,) = {example.metadata["task"] for example in data.held_out["tasks"]}
-    assert sorted([*data.clients, strange]) == names
+    (unseen,) = {example.metadata["task"] for example in data.held_out["tasks"]}
+    assert sorted([*data.clients, unseen]) == names
     assert len(texts(data)) == len(set(texts(data))) == 8 + 12 + 16
-    assert {len(rows) for rows in data.clients.values()} < {6, 9, 12}  # three quarters of each, of two
+    assert {len(rows) for rows in data.clients.values()} < {6, 9, 12}  # three quarters of two of the tasks
     (example, *_) = data.clients[next(iter(data.clients))]
     assert example.turns[0].content == f"{example.metadata['instruction']}\n\n{example.metadata['input']}"
     assert example.metadata["instruction"] == f"Definition of {example.metadata['task']}."
     assert example.response != "another" and example.metadata["category"] in ("x", "y")
 
 
-def test_the_key_decides(package: Path) -> None:
+def test_the_data_follow_from_the_key(package: Path) -> None:
     first, again, other = (SMALL.load(Key.of(seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_the_notice_goes_with_the_data(package: Path, tmp_path: Path) -> None:
+def test_the_notice_accompanies_the_data(package: Path, tmp_path: Path) -> None:
     data = SMALL.load(Key.of(1))
     assert data.notice is not None and CANARY in data.notice
     assert summarise(data).notice == data.notice
-    (kept,) = (tmp_path / "cache" / "data").glob("*.jsonl")
-    heads = [line for line in kept.read_text().splitlines() if "instruction" in json.loads(line)]
+    (cached,) = (tmp_path / "cache" / "data").glob("*.jsonl")
+    heads = [line for line in cached.read_text().splitlines() if "instruction" in json.loads(line)]
     assert len(heads) == 4 and all(CANARY in line for line in heads)
 
 
-def test_pip_is_asked_once_and_nothing_but_the_tasks_is_kept(
+def test_pip_downloads_once_and_the_cache_holds_the_tasks_only(
     package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first = SMALL.load(Key.of(1))
@@ -115,24 +117,26 @@ def test_pip_is_asked_once_and_nothing_but_the_tasks_is_kept(
     package.unlink()
     assert SMALL.load(Key.of(1)) == first
     assert capfd.readouterr().out == ""
-    kept = [path.name for path in (tmp_path / "cache" / "data").iterdir() if not path.name.endswith(".lock")]
-    assert len(kept) == 1 and kept[0].endswith(".jsonl")
+    cached = [path.name for path in (tmp_path / "cache" / "data").iterdir() if not path.name.endswith(".lock")]
+    assert len(cached) == 1 and cached[0].endswith(".jsonl")
 
 
-def test_what_a_killed_process_left_is_cleared_away(package: Path, tmp_path: Path) -> None:
+def test_scratch_files_of_a_killed_process_are_removed(package: Path, tmp_path: Path) -> None:
     left = tmp_path / "cache" / "data" / f".bigbench-ni-{bigbench.SHA256[:12]}-1.jsonl.fetch.x"
     left.mkdir(parents=True)
     SMALL.load(Key.of(1))
     assert not left.exists()
 
 
-def test_limits_are_kept(package: Path) -> None:
+def test_limits_hold(package: Path) -> None:
     limits = BigBenchNI(max_input_characters=None, max_examples=5, max_held_out=4, held_out_tasks=1, min_examples=4)
     data = limits.load(Key.of(1))
     assert {len(rows) for rows in data.clients.values()} == {5}
     assert len(data.held_out["tasks"]) == 4
     everything = BigBenchNI(max_input_characters=None, held_out_tasks=0, min_examples=1).load(Key.of(1))
-    assert len(texts(everything)) == 8 + 12 + 16 + 2 + 4  # each task's long row too; never the one without an answer
+    assert (
+        len(texts(everything)) == 8 + 12 + 16 + 2 + 4
+    )  # with each task's long row, without the row that has no answer
 
 
 @pytest.mark.parametrize("route", ["pip", "path"])
@@ -155,7 +159,7 @@ def test_a_package_with_another_hash_is_not_read(
         ({"held_out_tasks": 4, "min_examples": 1}, "leave one to train on"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(package: Path, settings: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_one_line(package: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         BigBenchNI(**settings).load(Key.of(1))
     assert "\n" not in str(error.value)
@@ -171,7 +175,7 @@ def test_a_package_that_pip_cannot_fetch_is_one_line(package: Path) -> None:
 @pytest.mark.slow
 def test_the_real_package_has_61_tasks_and_193249_usable_rows() -> None:
     if not list((cache_folder() / "data").glob("bigbench-ni-*.jsonl")):
-        pytest.skip("fetching it takes 358 MB: load the source bigbench-ni once")
+        pytest.skip("the download takes 358 MB: load the source bigbench-ni once")
     settings = BigBenchNI(max_input_characters=None, min_examples=1, held_out_fraction=0, held_out_tasks=0)
     data = settings.load(Key.of(1))
     assert len(data.clients) == 61 and len(texts(data)) == len(set(texts(data))) == 193_249

@@ -1,4 +1,4 @@
-"""Chitchat: nothing that is held out is in training, as target or as context."""
+"""Chitchat: training contains no held-out message, as target or as context."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_held_out_conversations_and_people_are_in_no_training_prompt(data):
     assert not trained & _conversations(data.held_out["conversations"])
     assert not trained & _conversations(data.held_out["people"])
     assert people and not people & set(data.clients)
-    # as context too: whoever wrote the longest texts in held-out conversations never shows up in training
+    # as context too: the longest texts of held-out conversations are not in training
     seen = {turn.content for example in _trained(data) for turn in example.turns}
     for name in ("conversations", "people"):
         long = {turn.content for each in data.held_out[name] for turn in each.turns if len(turn.content) > 120}
@@ -55,7 +55,7 @@ def test_the_main_held_out_set_is_about_clients(data):
     assert {example.metadata["person"] for example in data.held_out["conversations"]} <= set(data.clients)
 
 
-def test_speakers_alternate_and_the_person_answers_last(data):
+def test_speakers_alternate_and_the_last_message_is_the_persons(data):
     for example in _trained(data)[::50]:
         roles = [turn.role for turn in example.turns]
         assert len(roles) >= 2 and roles[-1] == "assistant"
@@ -63,12 +63,12 @@ def test_speakers_alternate_and_the_person_answers_last(data):
         assert all(turn.content.strip() for turn in example.turns)
 
 
-def test_both_speakers_of_a_conversation_learn_from_it(data):
-    owners = {}
+def test_a_conversation_gives_examples_to_both_speakers(data):
+    by_conversation = {}
     for person, examples in data.clients.items():
         for example in examples:
-            owners.setdefault(example.metadata["conversation"], {})[person] = example
-    first, second = next(tuple(pair.values()) for pair in owners.values() if len(pair) == 2)
+            by_conversation.setdefault(example.metadata["conversation"], {})[person] = example
+    first, second = next(tuple(pair.values()) for pair in by_conversation.values() if len(pair) == 2)
     length = min(len(first.turns), len(second.turns))
     assert [turn.content for turn in first.turns[:length]] == [turn.content for turn in second.turns[:length]]
     assert all(a.role != b.role for a, b in zip(first.turns[:length], second.turns[:length], strict=True))
@@ -80,7 +80,7 @@ def test_limits_are_drawn_by_the_key(data):
     assert first == second and first.clients.keys() != other.clients.keys()
     assert [len(examples) for examples in first.clients.values()] == [20] * 5
     assert max(map(len, first.held_out.values())) <= 30
-    assert first.clients.keys() <= data.clients.keys()  # the same people are held out however many take part
+    assert first.clients.keys() <= data.clients.keys()  # num_clients does not change who is held out
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_limits_are_drawn_by_the_key(data):
         ({"min_messages": 100_000}, "nobody has as many messages"),
     ],
 )
-def test_more_than_there_is_refused(settings, message):
+def test_more_clients_or_messages_than_there_are_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Chitchat(**settings).load(Key.of(1))
 
@@ -101,7 +101,7 @@ def test_impossible_settings_are_refused_at_once(settings):
         Chitchat(**settings)
 
 
-def test_everybody_is_one_client_with_what_the_people_hold_and_the_same_held_out_sets(data):
+def test_everybody_is_one_client_with_all_examples_and_the_same_held_out_sets(data):
     together = dataclasses.replace(SETTINGS, client="everybody").load(Key.of(1))
     assert list(together.clients) == ["everybody"]
     assert list(together.clients["everybody"]) == _trained(data)

@@ -1,4 +1,4 @@
-"""Local files: every format says the same, held-out rows stay out, every fault is one clear line."""
+"""Local files: every format gives the same rows, training uses no held-out row, every fault is one line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_format_gives_every_row_once(tmp_path, suffix):
     assert example.metadata["category"] in "abc"
 
 
-def test_the_key_decides(tmp_path):
+def test_the_data_follow_from_the_key(tmp_path):
     files = Files(path=_write(tmp_path / "rows.jsonl", ROWS))
     assert files.load(Key.of(1)) == files.load(Key.of(1))
     assert files.load(Key.of(1)) != files.load(Key.of(2))
@@ -82,7 +82,7 @@ def test_published_formats_by_column_names(tmp_path):
     assert _trained(data)[0].response == "#### 4"
 
 
-def test_a_client_column_is_kept_and_nobody_loses_the_last_row(tmp_path):
+def test_a_client_column_names_the_clients_and_each_keeps_at_least_one_row(tmp_path):
     rows = [{**row, "who": f"site {min(n, 3)}"} for n, row in enumerate(ROWS)]
     data = Files(path=_write(tmp_path / "rows.csv", rows), client_column="who", held_out_fraction=0.9).load(Key.of(1))
     assert list(data.clients) == ["site 0", "site 1", "site 2", "site 3"]
@@ -91,28 +91,28 @@ def test_a_client_column_is_kept_and_nobody_loses_the_last_row(tmp_path):
     assert data.clients["site 1"][0].response == "Answer 1."
 
 
-def test_chat_rows_teach_every_answer_and_are_held_out_whole(tmp_path):
+def test_chat_rows_train_on_every_assistant_message_and_are_held_out_whole(tmp_path):
     def conversation(n):
-        said = [
+        messages = [
             ("system", "Be kind."),
             ("user", f"a{n}"),
             ("assistant", f"b{n}"),
             ("user", f"c{n}"),
             ("assistant", f"d{n}"),
         ]
-        return {"messages": [{"role": role, "content": content} for role, content in said]}
+        return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
     path = _write(tmp_path / "chat.jsonl", [conversation(n) for n in range(20)])
     data = Files(path=path, held_out_fraction=0.25, partition=Partition(clients=2)).load(Key.of(1))
-    trained, withheld = _trained(data), data.held_out["rows"]
-    assert len(trained) == 30 and len(withheld) == 10
+    trained, held_out = _trained(data), data.held_out["rows"]
+    assert len(trained) == 30 and len(held_out) == 10
     assert {example.response[0] for example in trained} == {"b", "d"}
     assert [turn.role for turn in trained[1].turns] == ["system", "user", "assistant", "user", "assistant"]
 
     def numbers(examples):
         return {turn.content[1:] for example in examples for turn in example.turns if turn.role != "system"}
 
-    assert not numbers(trained) & numbers(withheld)
+    assert not numbers(trained) & numbers(held_out)
 
 
 def test_parquet_keeps_chat_messages(tmp_path):
@@ -170,7 +170,7 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
         ('{"messages": "hello"}', "rows.jsonl", "is not a list"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "rows.jsonl", "role 'robot'"),
         ('{"messages": [{"role": "user"}]}', "rows.jsonl", 'has no "role" and "content"'),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "rows.jsonl", "nothing to learn"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "rows.jsonl", "nothing can be trained on"),
         (GOOD, "rows.jsonl", "partition.clients is 10 but there are 1 rows"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_missing_file_is_one_line(tmp_path):
         ({"held_out_categories": ("x",)}, 'has no category "x" to hold out'),
     ],
 )
-def test_a_wrong_column_names_the_nearest(tmp_path, settings, message):
+def test_an_error_on_a_wrong_column_suggests_the_nearest(tmp_path, settings, message):
     assert message in _fault(tmp_path, GOOD * 20, **settings)
 
 

@@ -1,4 +1,4 @@
-"""The hub's loader on a local folder in the hub's layout, and what it says when there is nothing to load."""
+"""The hub's loader on a local folder in the hub's layout, and the loader's errors where there is nothing to load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_wrong_column_is_named(folder):
 
 
 @pytest.mark.parametrize(("name", "split"), [("nobody/no-such-data", "train"), ("questions", "trian")])
-def test_what_cannot_be_loaded_is_one_line(folder, monkeypatch, name, split):
+def test_a_failed_load_is_one_line(folder, monkeypatch, name, split):
     monkeypatch.chdir(folder.parent)
     with pytest.raises(UserError) as error:
         Hub(name=name, split=split).load(Key.of(1))

@@ -1,4 +1,4 @@
-"""The paper's data sets, on small files in their published formats: who holds what, what is held out, what is drawn."""
+"""The paper's data sets, on small files in the published formats: clients, held-out sets and draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEST = {"task101_e": 5, "task102_f": 30, "task103_g": 2_000}
 
 
 def write_task(clone: Path, name: str, instances: int) -> None:
-    """A task in the form of version 2.8, with so many instances of 1,023 characters and ten of 1,024."""
+    """A task in the format of version 2.8: ``instances`` instances of 1,023 characters and ten of 1,024."""
     inputs = [f"{name} {row}".ljust(1023) for row in range(instances)] + [
         f"{name} {row}".ljust(1024) for row in range(10)
     ]
@@ -67,7 +67,7 @@ def write_task(clone: Path, name: str, instances: int) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone of the repository with seven listed tasks and one that no list names."""
+    """A clone of the repository: seven tasks in the lists of training and test tasks, and one excluded task."""
     clone = tmp_path / "natural-instructions"
     (clone / "tasks").mkdir(parents=True)
     (clone / "splits" / "default").mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_instances_and_tasks_are_drawn_by_the_key(clone: Path) -> None:
     assert len(first.clients) == 2 and len(first.held_out["tasks"]) == 12
 
 
-def test_what_is_drawn_of_a_task_does_not_depend_on_the_other_tasks(clone: Path) -> None:
+def test_the_draw_from_a_task_does_not_depend_on_the_other_tasks(clone: Path) -> None:
     before = NaturalInstructions(path=str(clone)).load(KEY)
     (clone / "splits" / "default" / "train_tasks.txt").write_text("task004_d")
     assert NaturalInstructions(path=str(clone)).load(KEY).clients == {"task004_d": before.clients["task004_d"]}
@@ -127,15 +127,15 @@ def test_a_blank_output_is_dropped_and_an_older_definition_is_read(clone: Path) 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"Definition": [], "Categories": [], "Instances": [{}]}'])
-def test_a_broken_task_is_named(clone: Path, content: str) -> None:
+def test_an_error_names_a_broken_task(clone: Path, content: str) -> None:
     (clone / "tasks" / "task002_b.json").write_text(content)
     with pytest.raises(UserError, match=r"task002_b\.json") as error:
         NaturalInstructions(path=str(clone)).load(KEY)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("missing"), ["splits/default/train_tasks.txt", "tasks/task103_g.json"])
-def test_a_clone_that_is_not_whole_is_one_line_that_says_how_to_get_one(clone: Path, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["splits/default/train_tasks.txt", "tasks/task103_g.json"])
+def test_an_incomplete_clone_is_one_line_with_the_clone_command(clone: Path, missing: str) -> None:
     (clone / missing).unlink()
     with pytest.raises(UserError, match=r"git clone --depth 1 --branch v2\.8 https://github\.com/allenai/") as error:
         NaturalInstructions(path=str(clone)).load(KEY)
@@ -161,7 +161,7 @@ def dolly(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "databricks-dolly-15k.jsonl", [*DOLLY, {**DOLLY[0], "response": " "}])
 
 
-def test_the_last_category_is_held_out_and_the_others_are_dealt_out_once(dolly: str) -> None:
+def test_the_last_category_is_held_out_and_the_others_are_partitioned(dolly: str) -> None:
     data = Dolly(path=dolly, clients=12).load(KEY)
     assert list(data.held_out) == ["categories"]
     assert [example.metadata["category"] for example in data.held_out["categories"]] == ["summarization"] * 200
@@ -192,7 +192,7 @@ def test_another_category_and_fewer_examples_can_be_held_out(dolly: str) -> None
         Dolly(path=dolly, clients=4, held_out_category="open-qa").load(KEY)
 
 
-def test_too_many_clients_for_the_rows_are_one_line_in_this_sources_own_names(dolly: str) -> None:
+def test_too_many_clients_for_the_rows_are_one_line_with_the_sources_setting_names(dolly: str) -> None:
     with pytest.raises(UserError, match=r"raise data\.alpha, lower data\.clients .* data\.min_examples"):
         Dolly(path=dolly, clients=60, alpha=0.05).load(KEY)
 
@@ -233,7 +233,9 @@ def test_where_inputs_name_the_language_they_name_the_client(tmp_path: Path) -> 
         ("Sort a list.", None),
     ],
 )
-def test_where_they_do_not_the_instruction_does(tmp_path: Path, instruction: str, language: str | None) -> None:
+def test_where_inputs_name_no_language_the_instruction_names_the_client(
+    tmp_path: Path, instruction: str, language: str | None
+) -> None:
     rows = [{"instruction": instruction, "input": "", "output": str(row)} for row in range(4)]
     rows += [{"instruction": "Write PHP.", "input": "Python", "output": "<?php"}] * 2 + [{**rows[0], "output": ""}]
     path = tmp_path / "code_alpaca_20k.json"
@@ -243,7 +245,7 @@ def test_where_they_do_not_the_instruction_does(tmp_path: Path, instruction: str
     assert sizes == ({"PHP": 2} if language is None else {language: 4, "PHP": 2})
 
 
-def test_rows_of_no_wanted_language_are_one_line(tmp_path: Path) -> None:
+def test_rows_in_none_of_the_languages_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "code_alpaca_20k.json"
     path.write_text(json.dumps([{"instruction": "Write PHP.", "input": "", "output": "<?php"}]))
     with pytest.raises(UserError, match=r"in Rust: check data\.languages"):
@@ -273,7 +275,7 @@ def test_three_clients_share_the_training_problems_and_the_test_set_is_held_out(
     assert len(GSM8K(path=str(gsm8k), max_held_out=4).load(KEY).held_out["rows"]) == 4
 
 
-def test_a_solution_is_whole_and_its_number_is_known(gsm8k: Path) -> None:
+def test_a_response_is_the_whole_solution_and_metadata_has_the_number(gsm8k: Path) -> None:
     data = GSM8K(path=str(gsm8k)).load(KEY)
     for example in (*trained(data), *data.held_out["rows"]):
         number = example.turns[0].content.split()[1].rstrip("?")
@@ -281,17 +283,17 @@ def test_a_solution_is_whole_and_its_number_is_known(gsm8k: Path) -> None:
         assert example.metadata["answer"] == f"100{number}"
 
 
-def test_a_solution_without_its_number_is_one_line(gsm8k: Path) -> None:
+def test_a_solution_without_a_final_number_is_one_line(gsm8k: Path) -> None:
     write_jsonl(gsm8k / "test.jsonl", [{"question": "1 + 1?", "answer": "It is 2."}])
     with pytest.raises(UserError, match=r'no "#### answer" at its end: "…It is 2\."'):
         GSM8K(path=str(gsm8k)).load(KEY)
 
 
-# --- all that come as rows --------------------------------------------------------------------------------------------
+# --- all sources of rows ----------------------------------------------------------------------------------------------
 
 
 def test_the_hub_gives_what_a_local_copy_gives(gsm8k: Path, dolly: str, tmp_path: Path) -> None:
-    """A folder in the hub's layout stands for the hub, whose "main" is the configuration of GSM8K's first files."""
+    """A folder in the hub's layout replaces the hub; "main" is the configuration of GSM8K's original files."""
     (gsm8k / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: train.jsonl}\n"
         "  - {split: test, path: test.jsonl}\n---\n"
@@ -306,7 +308,7 @@ def test_the_hub_gives_what_a_local_copy_gives(gsm8k: Path, dolly: str, tmp_path
     [(Dolly, "databricks-dolly-15k.jsonl"), (CodeAlpaca, "rosetta_alpaca.json"), (GSM8K, "train.jsonl")],
 )
 @pytest.mark.parametrize("path", [None, "nowhere.jsonl"])
-def test_where_neither_hub_nor_file_is_there_one_line_says_how_to_get_it(
+def test_without_hub_and_file_the_error_is_one_line_with_how_to_get_the_file(
     source: type[Any], file: str, path: str | None
 ) -> None:
     with pytest.raises(UserError, match=rf"get .*{file}.* from https://.* and set data\.path to") as error:
@@ -317,7 +319,7 @@ def test_where_neither_hub_nor_file_is_there_one_line_says_how_to_get_it(
 
 @pytest.mark.parametrize("source", [Dolly, CodeAlpaca])
 @pytest.mark.parametrize("row", [{"text": "one"}, {"instruction": "", "output": "", "response": "", "category": ""}])
-def test_a_file_of_something_else_is_named(tmp_path: Path, source: type[Any], row: dict[str, str]) -> None:
+def test_an_error_names_a_file_of_other_data(tmp_path: Path, source: type[Any], row: dict[str, str]) -> None:
     path = write_jsonl(tmp_path / "other.jsonl", [row])
     with pytest.raises(UserError, match=r'other\.jsonl" .*not the published data: get') as error:
         source(path=path).load(KEY)

@@ -1,4 +1,4 @@
-"""reasoning-gym: distinct questions, scorers at hand, and the global generators left as they were."""
+"""reasoning-gym: distinct questions, a scorer per task, and unchanged global generators."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_rows_and_tasks_are_held_out():
     assert len(questions) == len(set(questions))
 
 
-def test_the_key_decides_whatever_the_global_generators_hold():
-    random.seed(1), np.random.seed(1)  # the state of somebody else's program
+def test_the_data_follow_from_the_key_and_not_from_the_global_generators():
+    random.seed(1), np.random.seed(1)  # as another program may leave them
     first = SMALL.load(Key.of(1))
     random.seed(2), np.random.seed(2)
     assert first == SMALL.load(Key.of(1))
@@ -59,7 +59,7 @@ print(data.clients)
 
 
 @pytest.mark.slow
-def test_another_process_makes_the_same_rows_and_leaves_its_generators_alone():
+def test_another_process_makes_the_same_rows_and_keeps_its_generators():
     hash_seed = {**os.environ, "PYTHONHASHSEED": "7"}
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=hash_seed)
     here = ReasoningGym(tasks=("gcd", "list_functions", "pool_matrix"), rows=3, held_out_tasks=0).load(Key.of(1))
@@ -84,7 +84,7 @@ def test_scores_come_from_the_task():
         ({"tasks": ("coin_flip",), "held_out_tasks": 0, "rows": 500}, "few distinct questions"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(settings, message):
+def test_unusable_tasks_are_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         ReasoningGym(**settings).load(Key.of(1))
 
@@ -94,16 +94,16 @@ def test_impossible_settings_are_refused_at_once():
         ReasoningGym(rows=0)
 
 
-def test_a_partition_deals_the_rows_of_all_tasks_out_and_withholds_the_same():
+def test_the_rows_of_all_tasks_are_partitioned_and_the_held_out_sets_stay_the_same():
     whole = SMALL.load(Key.of(1))
     kinds = {}
     for kind, alpha in (("iid", 1.0), ("dirichlet", 0.1)):
         partition = Partition(kind=kind, clients=3, alpha=alpha, min_examples=0)
-        dealt = dataclasses.replace(SMALL, client="partition", partition=partition).load(Key.of(1))
-        assert list(dealt.clients) == ["client-0", "client-1", "client-2"]
-        everything = sorted(str(each.turns) for examples in dealt.clients.values() for each in examples)
+        data = dataclasses.replace(SMALL, client="partition", partition=partition).load(Key.of(1))
+        assert list(data.clients) == ["client-0", "client-1", "client-2"]
+        everything = sorted(str(each.turns) for examples in data.clients.values() for each in examples)
         assert everything == sorted(str(each.turns) for examples in whole.clients.values() for each in examples)
-        assert dealt.held_out == whole.held_out
-        kinds[kind] = [Counter(example.metadata["task"] for example in held) for held in dealt.clients.values()]
+        assert data.held_out == whole.held_out
+        kinds[kind] = [Counter(example.metadata["task"] for example in held) for held in data.clients.values()]
     largest = {kind: max(max(count.values()) / count.total() for count in counts) for kind, counts in kinds.items()}
     assert largest["dirichlet"] > largest["iid"]

@@ -1,4 +1,4 @@
-"""The registry: every source by name, light to import, a misspelt name is hinted at."""
+"""The registry: every source by name, a light import, a suggestion for a misspelt name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_source_is_a_frozen_dataclass_that_loads(name):
     assert catalogue()[name] and "\n" not in catalogue()[name]
 
 
-def test_an_unknown_name_is_hinted_at():
+def test_an_error_on_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match='did you mean "chitchat"'):
         source("chitchatt")
 

@@ -1,4 +1,4 @@
-"""Sites as a source of data: who may take part, and files only where they are at hand."""
+"""The source "sites": the sites that may take part, and files only where they are local."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ def write(path: Path, count: int, name: str) -> str:
 
 def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "sites": ["ward-2", "ward-1"],
-        "files": {name: write(tmp_path / f"{name}.jsonl", 3, name) for name in ("ward-1", "ward-2")},
+        "sites": ["site-2", "site-1"],
+        "files": {name: write(tmp_path / f"{name}.jsonl", 3, name) for name in ("site-1", "site-2")},
         "prompt_column": "question",
         "response_column": "answer",
         **changes,
     }
 
 
-def test_where_the_files_are_at_hand_each_site_holds_all_of_its_own(tmp_path: Path) -> None:
+def test_where_the_files_are_local_each_site_has_all_rows_of_one_file(tmp_path: Path) -> None:
     data = build(Sites, settings(tmp_path), "data").load(KEY)
-    assert list(data.clients) == ["ward-1", "ward-2"] and data.held_out == {}
-    assert [example.response for example in data.clients["ward-1"]] == [f"ward-1's {number}." for number in range(3)]
+    assert list(data.clients) == ["site-1", "site-2"] and data.held_out == {}
+    assert [example.response for example in data.clients["site-1"]] == [f"site-1's {number}." for number in range(3)]
 
 
-def test_a_sites_own_file_is_read_as_the_server_would_read_it(tmp_path: Path) -> None:
+def test_a_site_reads_the_same_examples_from_a_file_as_the_server(tmp_path: Path) -> None:
     table = settings(tmp_path)
-    there = build(Sites, table, "data").load(KEY).clients["ward-1"]
+    expected = build(Sites, table, "data").load(KEY).clients["site-1"]
     columns = {"prompt_column": "question", "response_column": "answer"}
-    assert SiteFile(path=table["files"]["ward-1"], **columns).load() == there
-    files = Files(path=table["files"]["ward-1"], held_out_fraction=0.0, client_column="answer", **columns).load(KEY)
+    assert SiteFile(path=table["files"]["site-1"], **columns).load() == expected
+    files = Files(path=table["files"]["site-1"], held_out_fraction=0.0, client_column="answer", **columns).load(KEY)
     assert {example.turns for held in files.clients.values() for example in held} == {
-        example.turns for example in there
+        example.turns for example in expected
     }
 
 
-def test_what_the_server_evaluates_on_is_a_file_of_its_own(tmp_path: Path) -> None:
+def test_the_server_evaluates_on_the_held_out_file(tmp_path: Path) -> None:
     path = write(tmp_path / "held-out.jsonl", 2, "nobody")
     data = build(Sites, settings(tmp_path, files="none", held_out_path=path), "data").load(KEY)
     assert [len(examples) for examples in data.clients.values()] == [0, 0]
     assert list(data.held_out) == ["rows"] and len(data.held_out["rows"]) == 2
 
 
-def test_settings_survive_their_own_toml(tmp_path: Path) -> None:
+def test_settings_survive_a_round_trip_through_toml(tmp_path: Path) -> None:
     for table in (settings(tmp_path), settings(tmp_path, files="none")):
         sites = build(Sites, table, "data")
         assert build(Sites, table_of(sites), "data") == sites
@@ -68,8 +68,8 @@ def test_settings_survive_their_own_toml(tmp_path: Path) -> None:
     [
         ({"sites": []}, r"name at least one site, and each once"),
         ({"sites": ["a", "a"], "files": "none"}, r"name at least one site, and each once"),
-        ({"sites": ["a\nb"], "files": "none"}, r"'a\\nb' is no name for a site"),
-        ({"files": {"ward-3": "x.jsonl"}}, r'"ward-3" is not in data.sites; did you mean "ward-'),
+        ({"sites": ["a\nb"], "files": "none"}, r"'a\\nb' is not a valid name: use printable characters"),
+        ({"files": {"site-3": "x.jsonl"}}, r'"site-3" is not in data.sites; did you mean "site-'),
         ({"held_out_fraction": 0.1}, r"data.held_out_fraction: there is no such setting"),
     ],
 )
@@ -79,6 +79,6 @@ def test_a_wrong_list_is_one_line(changes: dict[str, Any], reason: str, tmp_path
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'there is no file ".*none.jsonl"'):
-        build(Sites, settings(tmp_path, files={"ward-1": str(tmp_path / "none.jsonl")}), "data").load(KEY)
+        build(Sites, settings(tmp_path, files={"site-1": str(tmp_path / "none.jsonl")}), "data").load(KEY)

@@ -1,4 +1,4 @@
-"""Who holds what: the counts are right and the plot is whole, repeatable and readable by a browser."""
+"""The summary of a data set: the counts are right, and the plot is complete, repeatable and valid SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files under deploy/: the commands in them exist, and the programs that will read them take them."""
+"""The files under deploy/: their commands exist, and the programs that read them accept them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVICES = {path.stem: yaml.safe_load(path.read_text())["services"] for path in 
 
 
 def check_command(words: list[str]) -> None:
-    """Read a command of fedferret's the way the command line does, without doing it."""
+    """Parse a command of fedferret as the command line does, without running it."""
     group = typer.main.get_command(cli.app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     command = group.commands[words[0]]  # type: ignore[union-attr]
@@ -43,9 +43,9 @@ def test_a_unit_starts_a_command_that_exists_with_few_rights(unit: Path) -> None
     assert settings(unit)["User"] == "fedferret" and settings(unit)["UMask"] == "0077"
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here to read its units")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
-def test_systemd_takes_the_units_and_finds_them_tight(unit: Path, tmp_path: Path) -> None:
+def test_systemd_accepts_the_units_and_rates_them_restricted(unit: Path, tmp_path: Path) -> None:
     copy = tmp_path / unit.name.replace("@.", "@ward-7.")
     copy.write_text(unit.read_text().replace("/opt/fedferret/bin/fedferret", sys.executable))
     quiet = {**os.environ, "SYSTEMD_COLORS": "0", "SYSTEMD_EMOJI": "0"}
@@ -54,7 +54,7 @@ def test_systemd_takes_the_units_and_finds_them_tight(unit: Path, tmp_path: Path
     command = ["systemd-analyze", "security", "--offline=true", copy]
     outcome = subprocess.run(command, capture_output=True, text=True, env=quiet)
     if outcome.returncode:
-        pytest.skip("this systemd cannot judge a unit that is not installed")
+        pytest.skip("this systemd cannot rate a unit that is not installed")
     (exposure,) = re.findall(r"Overall exposure level for .*: ([\d.]+) ", outcome.stdout)
     assert float(exposure) <= 2.5  # of 10; systemd calls this "OK"
 
@@ -72,7 +72,7 @@ def test_containers_start_commands_that_exist_with_few_rights() -> None:
     assert all(mount.endswith(":ro") for mount in SERVICES["site"]["join"]["volumes"] if "train" in mount)
 
 
-def test_the_image_is_made_of_files_that_exist_and_runs_as_an_ordinary_user() -> None:
+def test_the_image_has_existing_files_and_runs_as_an_ordinary_user() -> None:
     text = (DEPLOY / "container" / "Dockerfile").read_text()
     sources = [word for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for word in line.split()]
     assert sources and all((ROOT / source).exists() for source in sources)

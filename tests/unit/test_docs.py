@@ -32,7 +32,7 @@ DEPENDENCIES = [*PROJECT["dependencies"], *(line for lines in OPTIONAL.values() 
 MARKER = re.compile(r"<!-- settings: (\S+) -->\n((?:\|.*\n)+)")
 COMMON = ["config.ModelSettings", "config.TextSettings", "config.ClientSettings", "config.EvaluationSettings"]
 COMMON += ["config.ExecutionSettings", "local.first_order.FirstOrder", "data.partition.Partition"]
-COMMON += ["local.zeroth_order.ZerothOrder", "engines.site.Site"]
+COMMON += ["core.robust_pooling.PoolSettings", "local.zeroth_order.ZerothOrder", "resident.site.Site"]
 
 Row = dict[str, str]
 
@@ -192,6 +192,33 @@ def test_the_method_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary["eval_loss"][-1] < summary["eval_loss"][0]
     bits = 90_624 / 8
     assert bits < summary["bytes_up_per_client_round"] < bits + 1500  # names and sizes of 21 tensors
+
+
+def test_the_page_of_the_api_is_what_the_docstrings_say_and_no_docstring_is_incomplete() -> None:
+    """Otherwise: complete them, and run docs/update_api.py."""
+    update_api = importlib.import_module("docs.update_api")
+    package = update_api.load()
+    assert update_api.incomplete(package) == []
+    assert update_api.PAGE.read_text(encoding="utf-8") == update_api.page(package)
+
+
+@pytest.mark.parametrize(
+    ("source", "defects"),
+    [
+        ('def f(a):\n    """Do."""\n', ["does not name a under Args"]),
+        ('def f() -> int:\n    """Do."""\n', ["has no Returns"]),
+        ('def f():\n    """Do."""\n    raise ValueError("no")\n', ["has no Raises"]),
+        ('def f():\n    """Do.\n\n    Args:\n        a: a.\n    """\n', ["names a under Args, which is no argument"]),
+        ("def f():\n    pass\n", ["has no docstring"]),
+        ('def f(a) -> int:\n    """Do.\n\n    Args:\n        a: a.\n\n    Returns:\n        One.\n    """\n', []),
+    ],
+)  # fmt: skip
+def test_an_incomplete_docstring_is_found(source: str, defects: list[str], tmp_path: Path) -> None:
+    import griffe
+
+    (tmp_path / "m.py").write_text(source)
+    function = griffe.load("m", search_paths=[str(tmp_path)], docstring_parser="google")["f"]
+    assert importlib.import_module("docs.update_api").problems(function) == defects
 
 
 def test_the_readme_takes_its_figures_from_a_run(tmp_path: Path) -> None:

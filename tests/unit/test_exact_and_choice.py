@@ -1,4 +1,4 @@
-"""Exact match, choices by likelihood, tasks' own scorers: each against what can be said by hand."""
+"""Exact match, choices by likelihood and tasks' scorers, each against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedferret.data.templates import template
 from fedferret.evaluation.choice import choice_scores
 from fedferret.evaluation.exact import exact_match
 from fedferret.evaluation.scorers import SCORERS, applies, check_metrics
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from fedferret.local.response_loss import ResponseLoss
         ("#### 1,200", "#### 1200", True),
         ("#### -3", "#### 3", False),
         ("The answer is 7.", "#### 7", False),
-        ("#### 7 #### 8", "#### 7", True),  # the first counts, as in GSM8K's own code
+        ("#### 7 #### 8", "#### 7", True),  # the first number counts, as in GSM8K's code
         ("#### seven", "#### 7", False),
         (" red  door\n", "red door", True),
         ("Red door", "red door", False),
@@ -43,7 +43,7 @@ def test_exact_match_is_gsm8ks_or_the_same_text(answer: str, reference: str, rig
 
 
 def question(number: int, choices: tuple[str, ...], right: int) -> Example:
-    """Which of them?"""
+    """A question with choices; ``right`` is the index of the response."""
     turns = (Turn("user", f"Question {number}? " * (number + 1)), Turn("assistant", choices[right]))
     return Example(turns, {"choices": choices})
 
@@ -58,7 +58,7 @@ QUESTIONS = [
 
 @torch.no_grad()
 def log_likelihood(language_model: Any, example: Example, choice: str) -> float:
-    """Of a choice's own tokens after the prompt, by the model's plain forward pass."""
+    """The log-likelihood of a choice's tokens after the prompt, from one forward pass."""
     chat, tokenizer = template("chat"), language_model.tokenizer
     prompt = chat.prompt(example, tokenizer, 512)
     answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
@@ -67,13 +67,13 @@ def log_likelihood(language_model: Any, example: Example, choice: str) -> float:
 
 
 def scores(language_model: Any, examples: list[Example], **settings: Any) -> dict[str, float]:
-    """As the code has them."""
-    loss, chat = ResponseLoss(language_model.model), template("chat")
+    """The figures of ``choice_scores``."""
+    loss, chat = NextToken(), template("chat")
     given = {"max_tokens": 512, "stops": {2}, "batch_size": 3, **settings}
     return choice_scores(language_model.model, loss, examples, chat, language_model.tokenizer, **given)
 
 
-def test_the_likeliest_choice_is_taken_by_sum_and_by_length() -> None:
+def test_the_most_likely_choice_is_taken_by_sum_and_by_length() -> None:
     language_model = models.load("tiny")
     right, right_by_length, differ = 0, 0, 0
     for example in QUESTIONS:
@@ -84,12 +84,12 @@ def test_the_likeliest_choice_is_taken_by_sum_and_by_length() -> None:
         right += picks[0] == example.response
         right_by_length += picks[1] == example.response
         differ += picks[0] != picks[1]
-    assert differ and right != right_by_length  # or this would not tell the two apart
+    assert differ and right != right_by_length  # else this test could not tell the two apart
     assert scores(language_model, QUESTIONS) == {"choice": right / 4, "choice-by-length": right_by_length / 4}
 
 
-def test_a_model_that_knows_chooses_right_whatever_the_batch() -> None:
-    """With every choice's right answer swapped for the model's own, it is always right."""
+def test_a_model_scored_on_its_most_likely_choices_is_always_right_in_any_batch() -> None:
+    """The response of every example is the choice that the model finds most likely."""
     language_model = models.load("tiny")
     answers = []
     for example in QUESTIONS:
@@ -100,24 +100,24 @@ def test_a_model_that_knows_chooses_right_whatever_the_batch() -> None:
         assert scores(language_model, answers, batch_size=batch_size)["choice"] == 1.0
 
 
-def test_all_choices_see_the_same_prompt_however_long_they_are() -> None:
-    """The room that the longest one leaves: else a short choice would be asked with more of the question."""
+def test_all_choices_of_an_example_have_the_same_prompt() -> None:
+    """The longest choice sets the prompt's length: else a short choice would see more of the question."""
     language_model: Any = models.load("tiny")
     seen: list[list[int]] = []
 
-    class Watching(ResponseLoss):
+    class Watching(NextToken):
         def by_row(self, model: Any, batch: Any) -> Any:
             prompts = (batch.labels == -100) & (batch.attention_mask == 1)
             seen.extend(row[mask].tolist() for row, mask in zip(batch.input_ids, prompts, strict=True))
             return super().by_row(model, batch)
 
-    loss = Watching(language_model.model)
+    loss = Watching()
     example = question(5, ("a", "b" * 40), 0)
     choice_scores(language_model.model, loss, [example], template("chat"), language_model.tokenizer, 60, {2})
     assert len(seen) == 2 and seen[0] == seen[1] and len(seen[0]) == 20
 
 
-def test_examples_without_choices_take_no_part() -> None:
+def test_examples_without_choices_are_left_out() -> None:
     plain = Example((Turn("user", "Why?"), Turn("assistant", "So.")))
     language_model = models.load("tiny")
     assert scores(language_model, [plain]) == {}
@@ -134,14 +134,16 @@ def test_choices_come_from_a_column(tmp_path: Path) -> None:
     assert applies("choice", examples[0])
     for wrong in ('["1", "3"]', '"2"', "2"):
         file.write_text((row % "a").replace('["1", "2"]', wrong))
-        with pytest.raises(UserError, match=r"row 1: the choices .* are no list of texts with the response among them"):
+        with pytest.raises(
+            UserError, match=r"row 1: the choices .* are not a list of texts that includes the response"
+        ):
             Files(path=str(file), client_column="who").load(Key.of(1))
     file.write_text(row % "a")
     with pytest.raises(UserError, match=r'has no column "options" \(data.choices_column\)'):
         Files(path=str(file), client_column="who", choices_column="options").load(Key.of(1))
 
 
-def test_a_task_scores_its_own_answers() -> None:
+def test_a_tasks_scorer_accepts_the_response() -> None:
     data = ReasoningGym(tasks=("chain_sum", "spell_backward"), rows=2, held_out_rows=2, held_out_tasks=1).load(
         Key.of(1)
     )
@@ -152,7 +154,7 @@ def test_a_task_scores_its_own_answers() -> None:
         assert score(example, "no idea") < 0.2
 
 
-def test_a_metric_that_nothing_held_out_has_the_means_for_is_refused() -> None:
+def test_a_metric_that_no_held_out_example_supports_is_refused() -> None:
     plain = {"rows": (Example((Turn("user", "Why?"), Turn("assistant", "So."))),)}
     check_metrics(("loss", "rouge-l", "rouge-l-google", "exact-match"), plain)
     with pytest.raises(UserError, match=r'metric "task-score" needs source = "reasoning-gym": no held-out example'):

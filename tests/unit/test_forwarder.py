@@ -1,4 +1,4 @@
-"""The site's way out: what it carries, what it says when the server is away, impostor or unwilling, and how it ends."""
+"""The forwarder: what it passes on, what it logs when a server is away, false or refuses, and how it ends."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def call(self, path: str = PULL, body: bytes = b"") -> tuple[int, bytes]:
-        """A call as a node makes it: over TLS, to loopback, trusting the site's own certificate alone."""
+        """A call as a node makes it: over TLS, to loopback, trusting only the site's loopback certificate."""
         return call(self.port, self.site / "loopback.crt", None, path, body=body)
 
-    def says(self, words: str) -> None:
-        wait_until(lambda: words in self.log.read_text())
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.log.read_text())
 
 
 @contextmanager
 def forwarding(folder: Path, pair: outside.Pair, address: str) -> Iterator[Running]:
-    """A forwarder for the site whose certificate ``pair`` is, its folder copied to ``folder``."""
+    """A forwarder for the site with the certificate ``pair``; the site's folder is copied to ``folder``."""
     site = folder / "site"
     shutil.copytree(pair[0].parent, site)
     port, log = outside.free_port(), folder / "forwarder.log"
@@ -66,7 +66,7 @@ def forwarding(folder: Path, pair: outside.Pair, address: str) -> Iterator[Runni
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     running = Running(port, site, log, process)
     try:
-        running.says(forwarder.BEGUN)
+        running.wait_for(forwarder.BEGUN)
         yield running
     finally:
         process.kill()
@@ -80,7 +80,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
         time.sleep(0.02)
 
 
-def test_calls_reach_superlink_and_answers_come_back(federation: Federation, tmp_path: Path) -> None:
+def test_calls_reach_superlink_and_responses_come_back(federation: Federation, tmp_path: Path) -> None:
     outside.needs_nginx()
     port = outside.free_port()
     with (
@@ -93,19 +93,19 @@ def test_calls_reach_superlink_and_answers_come_back(federation: Federation, tmp
         assert here.call(PUSH, os.urandom(32 << 20))[0] == 200
         with ThreadPoolExecutor(8) as pool:
             bodies = [bytes([number]) * 100_000 for number in range(40)]
-            answers = list(pool.map(lambda body: here.call(PUSH, body), bodies))
-        assert answers == [(200, PUSH.encode() + b" " + body[:8]) for body in bodies]
+            responses = list(pool.map(lambda body: here.call(PUSH, body), bodies))
+        assert responses == [(200, PUSH.encode() + b" " + body[:8]) for body in bodies]
         line = outside.connection(here.port, here.site / "loopback.crt", None)
         for _ in range(20):  # one connection is one connection
             line.request("POST", PULL)
             assert line.getresponse().read() == PULL.encode() + b" "
         line.close()
         assert {name for name, _, _ in behind.calls} == {f"POST {PULL}", f"POST {PUSH}"}
-        assert here.log.read_text().count("\n") == 1  # nothing to say but that it began
+        assert here.log.read_text().count("\n") == 1  # only that it began
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what crossed a socket")
-def test_the_sites_audit_says_what_crossed_its_sockets(federation: Federation, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what crossed a socket")
+def test_the_sites_audit_has_what_crossed_its_sockets(federation: Federation, tmp_path: Path) -> None:
     outside.needs_nginx()
     port = outside.free_port()
     wire = CountingProxy(port)
@@ -126,13 +126,11 @@ def test_the_sites_audit_says_what_crossed_its_sockets(federation: Federation, t
     (line,) = read_audit(tmp_path)
     print(f"at the proxy {crossed}, in the audit {line['up_bytes']}, {line['down_bytes']}")
     assert line["what"] == "socket" and crossed[0] > 3_100_000
-    for counted, told in zip(crossed, (line["up_bytes"], line["down_bytes"]), strict=True):
-        assert abs(counted - told) <= 64  # TLS's goodbye of the connection that was open
+    for counted, audited in zip(crossed, (line["up_bytes"], line["down_bytes"]), strict=True):
+        assert abs(counted - audited) <= 64  # the open connection's close_notify of TLS
 
 
-def test_while_the_server_is_away_calls_are_answered_503_and_it_is_said_once(
-    federation: Federation, tmp_path: Path
-) -> None:
+def test_while_the_server_is_away_calls_get_503_and_it_is_logged_once(federation: Federation, tmp_path: Path) -> None:
     outside.needs_nginx()
     port = outside.free_port()
     with (
@@ -145,10 +143,11 @@ def test_while_the_server_is_away_calls_are_answered_503_and_it_is_said_once(
             with Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{port}", f"127.0.0.1:{behind.port}"):
                 assert here.call()[0] == 200
             assert here.call()[0] == 503
-        said = here.log.read_text().splitlines()[1:]
-        assert [line.split(" ", 1)[1].split(" (")[0] for line in said] == ["cannot be reached", "answers again"] * 2 + [
-            "cannot be reached"
-        ]
+        logged = here.log.read_text().splitlines()[1:]
+        assert [line.split(" ", 1)[1].split(" (")[0] for line in logged] == [
+            "cannot be reached",
+            "can be reached again",
+        ] * 2 + ["cannot be reached"]
 
 
 @pytest.mark.parametrize(
@@ -159,15 +158,13 @@ def test_while_the_server_is_away_calls_are_answered_503_and_it_is_said_once(
         ("late", "is not the server that this site's credentials are for"),
     ],
 )
-def test_a_server_that_is_another_is_sent_nothing(
-    federation: Federation, tmp_path: Path, impostor: str, words: str
-) -> None:
+def test_another_server_is_sent_nothing(federation: Federation, tmp_path: Path, impostor: str, words: str) -> None:
     with (
         outside.superlink(federation.pairs[impostor]) as behind,
         forwarding(tmp_path, federation.pairs["ward-7"], f"localhost:{behind.port}") as here,
     ):
         assert here.call(PUSH, b"secret")[0] == 503
-        here.says(words)
+        here.wait_for(words)
         assert behind.calls == []
 
 
@@ -179,11 +176,11 @@ def test_a_server_under_another_name_is_sent_nothing(tmp_path: Path) -> None:
         forwarding(tmp_path, federation.pairs["ward-7"], f"localhost:{behind.port}") as here,
     ):
         assert here.call(PUSH, b"secret")[0] == 503
-        here.says("Hostname mismatch")
+        here.wait_for("Hostname mismatch")
         assert behind.calls == []
 
 
-def test_a_refused_certificate_is_said_in_words_and_a_renewed_one_needs_no_restart(
+def test_a_refused_certificate_is_logged_and_a_renewed_one_needs_no_restart(
     federation: Federation, tmp_path: Path
 ) -> None:
     outside.needs_nginx()
@@ -195,18 +192,18 @@ def test_a_refused_certificate_is_said_in_words_and_a_renewed_one_needs_no_resta
     ):
         for _ in range(2):
             assert here.call()[0] == 400
-        here.says("refuses this site's certificate: it has expired, was revoked")
+        here.wait_for("refuses this site's certificate: it has expired, was revoked")
         for path, new in zip(("site.crt", "site.key"), federation.pairs["ward-7"], strict=True):
             shutil.copy(new, here.site / path)
         assert here.call()[0] == 200
-        here.says("answers again")
+        here.wait_for("can be reached again")
         assert here.log.read_text().count("refuses") == 1
 
 
-def test_a_server_that_goes_in_the_middle_looks_like_a_lost_connection_and_not_like_broken_tls(
+def test_a_server_that_ends_during_a_call_looks_like_a_lost_connection_and_not_like_broken_tls(
     federation: Federation, tmp_path: Path
 ) -> None:
-    # Flower tries lost connections again, and gives up where the error's words are of TLS
+    # Flower tries again after a lost connection, and gives up after an error of TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*federation.server.superlink)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -215,7 +212,7 @@ def test_a_server_that_goes_in_the_middle_looks_like_a_lost_connection_and_not_l
             plain, _ = listener.accept()
             line = context.wrap_socket(plain, server_side=True)
             line.recv(1 << 16)
-            os.close(line.detach())  # without a word of farewell
+            os.close(line.detach())  # without TLS's close_notify
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -226,11 +223,11 @@ def test_a_server_that_goes_in_the_middle_looks_like_a_lost_connection_and_not_l
                 trusting.wrap_socket(plain, server_hostname=outside.HOST, suppress_ragged_eofs=False) as line,
             ):
                 line.sendall(f"POST {PULL} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
-                assert line.recv(1) == b""  # a farewell as TLS has it
+                assert line.recv(1) == b""  # close_notify
         thread.join()
 
 
-def test_it_listens_on_loopback_alone(federation: Federation, tmp_path: Path) -> None:
+def test_it_listens_on_loopback_only(federation: Federation, tmp_path: Path) -> None:
     address = outside.own_address()
     if address is None:
         pytest.skip("this machine is on no network: there is no outside")
@@ -239,15 +236,13 @@ def test_it_listens_on_loopback_alone(federation: Federation, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_does_and_frees_the_port(
-    federation: Federation, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_ends_it_and_frees_the_port(federation: Federation, tmp_path: Path, number: signal.Signals) -> None:
     with (
         outside.superlink(federation.server.superlink) as behind,
         forwarding(tmp_path, federation.pairs["ward-7"], f"localhost:{behind.port}") as here,
     ):
         line = outside.connection(here.port, here.site / "loopback.crt", None)
-        line.request("POST", PULL)  # and leaves it open
+        line.request("POST", PULL)  # the connection stays open
         assert line.getresponse().read()
         here.process.send_signal(number)
         assert here.process.wait(600) == 0
@@ -256,7 +251,7 @@ def test_asked_to_end_it_does_and_frees_the_port(
         assert here.log.read_text().count("\n") == 1
 
 
-def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> None:
+def test_it_ends_with_its_parent(federation: Federation, tmp_path: Path) -> None:
     site = tmp_path / "site"
     shutil.copytree(federation.pairs["ward-7"][0].parent, site)
     command = forwarder.command(SiteCredentials("ward-7", site, ()), "localhost:1", outside.free_port(), tmp_path)
@@ -270,7 +265,7 @@ def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> Non
         starter.kill()
         starter.wait()
         ready, _, _ = select.select([starter.stdout], [], [], 600)
-        assert ready and starter.stdout.read() == b""  # the forwarder held the other end: it is gone
+        assert ready and starter.stdout.read() == b""  # the forwarder had the other end: it ended
     finally:
         with suppress(ProcessLookupError):
             os.killpg(starter.pid, signal.SIGKILL)
@@ -278,7 +273,7 @@ def test_it_ends_with_its_starter(federation: Federation, tmp_path: Path) -> Non
         starter.stdout.close()
 
 
-def test_an_address_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_address_is_one_line(tmp_path: Path) -> None:
     for address in ("", "fed.example.org", ":8443", "fed.example.org:", "fed.example.org:x", "a:70000"):
-        with pytest.raises(UserError, match=r"wanted, as in fed\.example\.org:8443"):
+        with pytest.raises(UserError, match=r"host name and port, as in fed\.example\.org:8443"):
             forwarder.command(SiteCredentials("ward-7", tmp_path, ()), address, 1, tmp_path)

@@ -1,4 +1,4 @@
-"""The example of four hospitals, with the tiny model: everything is real but the size."""
+"""The example of four hospitals with the tiny model: all processes are real."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "four-hospitals" / "run.py"
 
 
-def test_a_ward_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_path: Path) -> None:
+def test_a_site_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_path: Path) -> None:
     from fedferret.sites.proxy import find_nginx
 
     try:
@@ -34,19 +34,19 @@ def test_a_ward_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     run = read(out / "run")
     assert run.status == "finished" and run.done == 5
-    answered = {number: len(each.bytes_up) for number, each in run.rounds.items()}
-    assert answered[1] == 4 and answered[2] == 3 and max(answered[4], answered[5]) == 4  # ward-3 came back
+    replies = {number: len(each.bytes_up) for number, each in run.rounds.items()}
+    assert replies[1] == 4 and replies[2] == 3 and max(replies[4], replies[5]) == 4  # ward-3 came back
     assert [failure.client for failure in run.rounds[2].failures] == ["ward-3"]
     losses = [evaluation.loss for _, evaluation in sorted(run.evaluations.items())]
     assert losses[-1] < losses[0]
     assert (out / "run" / "report.html").exists()
-    for ward in ("ward-1", "ward-3"):
-        audit = [json.loads(line) for line in (out / "sites" / ward / "audit.jsonl").read_text().splitlines()]
+    for site in ("ward-1", "ward-3"):
+        audit = [json.loads(line) for line in (out / "sites" / site / "audit.jsonl").read_text().splitlines()]
         assert {event["round"] for event in audit if event["what"] != "socket"} >= {1, 5}
     assert not processes_with(str(out))
 
 
 def processes_with(word: str) -> list[str]:
-    """The command lines of living processes that name ``word``."""
+    """The command lines of running processes that have ``word``."""
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if word in line and "ps -eo" not in line]

@@ -1,4 +1,4 @@
-"""Gaussian directions: their definition in plain integers, the same bits however they are cut, and their law."""
+"""Gaussian directions: their definition in Python integers, the same bits for every split, their distribution."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ WORD = 2**32
 PINNED = "f6a020bf5765d4bfcfc7783f6a214dbe"
 
 
-@pytest.fixture(params=["compiled", "plain"])
+@pytest.fixture(params=["compiled", "fallback"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute."""
-    if request.param == "plain":
+    """The compiled kernels and the PyTorch fallback."""
+    if request.param == "fallback":
         monkeypatch.setenv("FEDFERRET_NATIVE", "0")
     elif native.kernels(torch.device("cpu")) is None:
-        pytest.skip("no C compiler here, or FEDFERRET_NATIVE=0: the plain path serves")
+        pytest.skip("no C compiler, or FEDFERRET_NATIVE=0: only the PyTorch fallback can run")
     return str(request.param)
 
 
@@ -86,27 +86,27 @@ def test_the_product_is_rounded_and_then_the_sum(path: str) -> None:
     threads=st.integers(1, 3),
     columns=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
 )
-def test_any_piece_is_a_piece_of_the_whole_on_either_path(
+def test_a_piece_has_the_bits_of_the_whole_compiled_and_in_the_fallback(
     before: int, length: int, after: int, dtype: torch.dtype, threads: int, columns: list[int]
 ) -> None:
     whole = torch.linspace(-2, 3, before + length + after).to(dtype)
-    piece, plain = whole[before : before + length].clone(), whole[before : before + length].clone()
+    piece, fallback = whole[before : before + length].clone(), whole[before : before + length].clone()
     factors = torch.linspace(0.3, -0.2, len(columns))
-    in_use = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         add_gaussians_(piece, KEY, columns, factors, before)
     finally:
-        torch.set_num_threads(in_use)
+        torch.set_num_threads(threads_before)
     add_gaussians_(whole, KEY, columns, factors)
     assert torch.equal(piece, whole[before : before + length])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDFERRET_NATIVE", "0")
-        assert torch.equal(add_gaussians_(plain, KEY, columns, factors, before), piece)
+        assert torch.equal(add_gaussians_(fallback, KEY, columns, factors, before), piece)
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 4095, 4097, 300_001])
-def test_many_directions_at_once_are_one_after_the_other(path: str, size: int) -> None:
+def test_many_directions_at_once_have_the_bits_of_one_call_each(path: str, size: int) -> None:
     columns, factors = [9, 0, 9, 2**32 - 1, 77], torch.tensor([0.3, -1.7, 1e-6, 0.0, 2.5])
     at_once, one_by_one = torch.linspace(-1, 1, size), torch.linspace(-1, 1, size)
     add_gaussians_(at_once, KEY, columns, factors, 11)
@@ -137,26 +137,26 @@ def test_any_layout_is_read_in_row_major_order(path: str, dtype: torch.dtype) ->
     assert add_gaussian_(torch.zeros(0, 4, dtype=dtype), KEY, 2, 0.5).shape == (0, 4)
 
 
-def test_weights_that_learn_are_changed_in_place(path: str) -> None:
+def test_parameters_are_modified_in_place(path: str) -> None:
     parameter = torch.nn.Parameter(torch.zeros(600, 700))
     assert add_gaussian_(parameter, KEY, 1, 1.0) is parameter
     assert parameter.is_leaf and torch.equal(parameter.detach().view(-1), direction(1, 420_000))
 
 
-def test_a_tree_is_its_tensors_end_to_end(path: str) -> None:
+def test_positions_count_on_from_tensor_to_tensor_of_a_tree(path: str) -> None:
     tree = {"b": torch.zeros(3, 5), "a": torch.zeros(70_000), "c": torch.zeros(())}
     add_directions_(tree, KEY, [4, 5], torch.tensor([1.0, 2.0]))
     whole = add_gaussians_(torch.zeros(70_016), KEY, [4, 5], torch.tensor([1.0, 2.0]))
     assert torch.equal(torch.cat([tensor.reshape(-1) for tensor in tree.values()]), whole)
 
 
-def test_every_column_has_its_factor() -> None:
+def test_every_column_needs_a_factor() -> None:
     with pytest.raises(ValueError, match=r"3 columns came with factors of shape \(2,\)"):
         add_gaussians_(torch.zeros(4), KEY, [1, 2, 3], torch.ones(2))
 
 
-def test_the_law_is_the_normals_as_closely_as_it_says() -> None:
-    """Not sampled: the difference j of two 16-bit numbers has 65536 - |j| of the 2^32 words."""
+def test_the_distribution_is_as_close_to_the_normal_as_documented() -> None:
+    """Exact, not sampled: the difference j of two 16-bit integers has 65536 - |j| of the 2^32 words."""
     j = np.arange(-65_535, 65_536)
     share = (65_536 - np.abs(j)) / 2**32
     z = polynomial((j / 65_536).astype(np.float32)).astype(np.float64)
@@ -164,12 +164,12 @@ def test_the_law_is_the_normals_as_closely_as_it_says() -> None:
     assert abs(math.fsum(share * z**2) - 1) < 1e-7
     assert math.fsum(share * z**4) == pytest.approx(2.994, abs=1e-3)
     assert 3.8 < z.max() < 3.82
-    middle = np.cumsum(share) - share / 2  # of the distribution function's step at each value
+    middle = np.cumsum(share) - share / 2  # the middle of the distribution function's step at each value
     normal = np.array([NormalDist().cdf(value) for value in z[::7]])
     assert 0.0008 < np.abs(normal - middle[::7]).max() < 0.0009
 
 
-def test_a_million_draws_have_the_laws_moments() -> None:
+def test_a_million_draws_have_the_moments_of_the_distribution() -> None:
     z = direction(0, 1 << 20).double()
     for power, moment in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 2.994)):
         spread = float(z.pow(power).std()) / 2**10

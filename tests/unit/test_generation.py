@@ -1,4 +1,4 @@
-"""What a model writes is what greedy decoding is, whatever stands beside it in the batch."""
+"""A model's answers are those of greedy decoding, in any batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedferret.models import LanguageModel
 END = 2  # the tiny tokenizer's <eos>
 
 
-def talkative() -> LanguageModel:
-    """The tiny model with weights eight times as large: it no longer says the same token for ever."""
+def varied() -> LanguageModel:
+    """The tiny model with weights eight times as large, so that it does not repeat one token for ever."""
     language_model = models.load("tiny")
     with torch.no_grad():
         for parameter in language_model.model.parameters():
@@ -29,14 +29,14 @@ def talkative() -> LanguageModel:
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Of 5 to 61 tokens, in no order of length."""
+    """Prompts of 5 to 61 tokens, not sorted by length."""
     lengths = [5 + 7 * (5 * number % 9) for number in range(count)]
     drawn = (Key.of(3, number).uniform(length) * 256 for number, length in enumerate(lengths))
     return [[1, *(values.long() + 3).tolist()] for values in drawn]
 
 
 @torch.no_grad()
-def written_out(model: Any, prompt: list[int], count: int) -> tuple[int, ...]:
+def greedy(model: Any, prompt: list[int], count: int) -> tuple[int, ...]:
     """Greedy decoding in four lines: no batch, no cache."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count:
@@ -47,21 +47,21 @@ def written_out(model: Any, prompt: list[int], count: int) -> tuple[int, ...]:
     return tuple(ids[len(prompt) :])
 
 
-def test_a_batch_of_unequal_prompts_is_the_prompts_one_by_one() -> None:
-    model, asked = talkative().model, prompts(7)
-    expected = [written_out(model, prompt, 12) for prompt in asked]
+def test_a_batch_of_prompts_of_many_lengths_gives_the_answers_one_by_one() -> None:
+    model, asked = varied().model, prompts(7)
+    expected = [greedy(model, prompt, 12) for prompt in asked]
     assert len(set(expected)) > 5
     for batch_size in (1, 4):
         assert generate(model, asked, {END}, 12, batch_size) == expected
 
 
-def test_a_learned_prompt_comes_before_each_of_them() -> None:
-    """Batched, where peft's own generate would put padding between the learned vectors and the prompt."""
-    from fedferret.models.adapters import learned_prompt
+def test_a_learned_prompt_comes_before_each_prompt() -> None:
+    """In a batch, where peft's generate puts padding between the learned vectors and the prompt."""
+    from fedferret.models.adapters import LearnedPrompt
 
-    plain, asked = talkative().model, prompts(5)
+    plain, asked = varied().model, prompts(5)
     without = generate(plain, asked, {END}, 12)
-    model: Any = learned_prompt(plain, Key.of(1), tokens=5)
+    model: Any = LearnedPrompt(tokens=5).attach(plain, Key.of(1))
     with torch.no_grad():
         for parameter in model.prompt_encoder.parameters():
             parameter.mul_(8)
@@ -75,22 +75,22 @@ def test_a_learned_prompt_comes_before_each_of_them() -> None:
     assert generate(model, asked, {END}, 12, batch_size=4) == expected != without
 
 
-def test_a_checkpoints_own_settings_do_not_hold_and_stay_what_they_are() -> None:
-    model: Any = talkative().model
+def test_a_checkpoints_generation_config_has_no_effect_and_is_not_changed() -> None:
+    model: Any = varied().model
     asked, before = prompts(4), torch.get_rng_state()
     expected = generate(model, asked, {END}, 12)
-    own = model.generation_config
-    own.do_sample, own.temperature, own.repetition_penalty, own.num_beams = True, 3.0, 5.0, 3
-    own.suppress_tokens, own.forced_eos_token_id = [token for token in expected[0]], END
-    own.min_new_tokens, own.no_repeat_ngram_size = 12, 1
-    kept = own.to_dict()
+    config = model.generation_config
+    config.do_sample, config.temperature, config.repetition_penalty, config.num_beams = True, 3.0, 5.0, 3
+    config.suppress_tokens, config.forced_eos_token_id = [token for token in expected[0]], END
+    config.min_new_tokens, config.no_repeat_ngram_size = 12, 1
+    unchanged = config.to_dict()
     assert generate(model, asked, {END}, 12) == expected
-    assert model.generation_config is own and own.to_dict() == kept
+    assert model.generation_config is config and config.to_dict() == unchanged
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_answer_ends_before_the_first_stop_token() -> None:
-    model, asked = talkative().model, prompts(6)
+    model, asked = varied().model, prompts(6)
     whole = generate(model, asked, (), 12)
     assert all(len(answer) == 12 for answer in whole)
     stops = {whole[0][4], whole[1][0]}
@@ -99,31 +99,31 @@ def test_an_answer_ends_before_the_first_stop_token() -> None:
         assert cut == answer[:place]
 
 
-def test_a_tick_is_a_batch() -> None:
-    ticks: list[None] = []
-    generate(talkative().model, prompts(7), {END}, 2, batch_size=3, on_progress=lambda: ticks.append(None))
-    assert len(ticks) == 3
+def test_progress_is_called_once_per_batch() -> None:
+    calls: list[None] = []
+    generate(varied().model, prompts(7), {END}, 2, batch_size=3, on_progress=lambda: calls.append(None))
+    assert len(calls) == 3
 
 
-def test_answers_stop_where_training_and_the_checkpoint_end_them() -> None:
-    language_model: Any = talkative()
+def test_answers_stop_at_the_end_tokens_of_training_and_of_the_checkpoint() -> None:
+    language_model: Any = varied()
     model, tokenizer = language_model.model, language_model.tokenizer
     example = Example((Turn("user", "Why?"), Turn("assistant", "So.")))
     assert stop_tokens(model, template("chat"), tokenizer, example, 64) == {END}
     model.generation_config.eos_token_id = [END, 77]
     assert stop_tokens(model, template("chat"), tokenizer, example, 64) == {END, 77}
-    # a template that ends its turns with another mark than the end of the text
+    # a template that ends its turns with a token other than the end token
     tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<pad>")
     assert stop_tokens(model, template("chat"), tokenizer, example, 64) == {0, END, 77}
-    # a response that is cut shows no end
+    # a response that was cut has no end token
     assert stop_tokens(model, template("chat"), tokenizer, example, 3) == {END, 77}
 
 
-def test_prompts_leave_room_for_the_answer() -> None:
-    model = talkative().model  # of 2,048 positions
+def test_prompts_leave_positions_for_the_answer() -> None:
+    model = varied().model  # it has 2,048 positions
     assert prompt_room(model, 256, 128) == 256
     assert prompt_room(model, 2048, 128) == 1920
-    with pytest.raises(UserError, match=r"max_new_tokens=2048: the model has 2048 positions in all, lower it"):
+    with pytest.raises(UserError, match=r"max_new_tokens=2048: must be less than the model's 2048 positions"):
         prompt_room(model, 256, 2048)
 
 

@@ -1,4 +1,4 @@
-"""The shared randomness: its definition in plain integers, and that it behaves as if it were random."""
+"""Shared randomness: its definition in Python integers, and statistical tests of randomness."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def test_signs_do_not_depend_on_the_thread_count() -> None:
 def test_signs_and_uniforms_are_balanced() -> None:
     count = 1 << 20
     assert abs(signs(KEY, 0, count).mean()) < 4 / math.sqrt(count)
-    # every bit of a word and every lane on its own
+    # every bit of a word and every lane separately
     tiles = signs(KEY, 0, count).view(-1, 32, 256)
     for dims, each in (((0, 2), count / 32), ((0, 1), count / 256)):
         scores = tiles.mean(dim=dims) * math.sqrt(each)
         assert scores.abs().max() < 4.5
-        assert 0.5 < scores.square().mean() < 1.7  # two-sided: too even is as wrong as too uneven
+        assert 0.5 < scores.square().mean() < 1.7  # two-sided: too little variation is as wrong as too much
     values = uniforms(column_states(KEY, 0, 16), position_states(KEY, 0, 1 << 16)).double().view(-1)
     assert abs(values.mean()) < 4 * math.sqrt(1 / 3 / count)
     assert abs(values.square().mean() - 1 / 3) < 4 * math.sqrt(4 / 45 / count)
@@ -103,7 +103,7 @@ def test_signs_and_uniforms_are_balanced() -> None:
 
 
 def correlations(rows: torch.Tensor) -> torch.Tensor:
-    """Scores, standard normal for independent rows, of every pair of rows of zero mean and unit variance."""
+    """Scores of every pair of rows of zero mean and unit variance: standard normal for independent rows."""
     products = rows @ rows.T / math.sqrt(rows.shape[1])
     above = torch.triu_indices(len(rows), len(rows), 1)
     return products[above[0], above[1]]

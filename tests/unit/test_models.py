@@ -1,4 +1,4 @@
-"""Models by name: what comes out is fp32, tied once, padded right, the same bits every time; mistakes are one line."""
+"""Models by name: fp32, tied weights once, padding on the right, the same bits every time; errors are one line."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def tiny() -> models.LanguageModel:
 
 @pytest.fixture
 def folder(tiny: models.LanguageModel, tmp_path: Path) -> Path:
-    """The tiny model as a folder that a test may damage."""
+    """The tiny model saved in a folder, which a test may damage."""
     models.save_folder(tiny, tmp_path / "saved")
     return tmp_path / "saved"
 
 
-def edit(path: Path, **changes: object) -> None:
-    """Change fields of a JSON file; a change to None removes the field."""
-    content = json.loads(path.read_text()) | changes
+def edit(path: Path, **fields: object) -> None:
+    """Set fields of a JSON file; None removes a field."""
+    content = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
@@ -56,7 +56,7 @@ def test_the_catalogue_is_read_without_torch_or_transformers() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     assert all(getattr(models, name) for name in models.__all__)
     with pytest.raises(AttributeError):
         _ = models.no_such_name
@@ -91,7 +91,7 @@ def test_tiny_weights_depend_on_the_key_and_have_the_stated_spread(tiny: models.
             assert abs(ours.mean().item()) < 5 * 0.02 / math.sqrt(ours.numel())
 
 
-def test_no_load_moves_the_global_generator(folder: Path) -> None:
+def test_no_load_advances_the_global_generator(folder: Path) -> None:
     before = torch.get_rng_state()
     models.load("tiny")
     models.load(str(folder))
@@ -99,7 +99,7 @@ def test_no_load_moves_the_global_generator(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_tiny_starts_ignorant_and_learns(tiny: models.LanguageModel) -> None:
+def test_tiny_starts_at_the_uniform_loss_and_learns(tiny: models.LanguageModel) -> None:
     model = models.load("tiny").model
     tokens = torch.tensor([tiny.tokenizer("the quick brown fox jumps over the lazy dog").input_ids])
     losses = []
@@ -115,7 +115,7 @@ def test_tiny_starts_ignorant_and_learns(tiny: models.LanguageModel) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_right_padding_does_not_touch_the_real_positions(tiny: models.LanguageModel) -> None:
+def test_right_padding_does_not_change_the_logits_of_real_positions(tiny: models.LanguageModel) -> None:
     batch = tiny.tokenizer(["a long line of text", "short"], padding=True, return_tensors="pt")
     alone = tiny.tokenizer("short", return_tensors="pt")
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_missing_padding_token_becomes_the_end_token_and_that_token_still_lear
     assert loaded.model.get_input_embeddings().weight.grad[2].abs().sum() > 0
 
 
-def test_half_precision_folders_are_loaded_as_fp32(tiny: models.LanguageModel, tmp_path: Path) -> None:
+def test_half_precision_folders_load_as_fp32(tiny: models.LanguageModel, tmp_path: Path) -> None:
     halved = models.LanguageModel("half", tiny_model(Key.of(2)).to(torch.bfloat16), tiny.tokenizer, None)
     models.save_folder(halved, tmp_path / "half")
     loaded = models.load(str(tmp_path / "half")).model
@@ -194,7 +194,7 @@ def test_dropout_is_off_while_gradients_flow(tiny: models.LanguageModel, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("packaged:smollm", 'did you mean "packaged:smollm2"?'),
         ("packaged:", "no such packaged model"),
@@ -203,18 +203,18 @@ def test_dropout_is_off_while_gradients_flow(tiny: models.LanguageModel, tmp_pat
         ("two words", "no such folder"),
     ],
 )
-def test_a_name_that_cannot_be_a_model_is_refused_before_work(name: str, says: str) -> None:
+def test_an_invalid_model_name_is_refused_before_any_work(name: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         models.check(name)
-    assert name in one_line(error) and says in one_line(error)
+    assert name in one_line(error) and message in one_line(error)
 
 
 @pytest.mark.parametrize("name", ["tiny", "packaged:smollm2", "gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
-def test_a_name_that_may_be_a_model_passes_the_check(name: str) -> None:
+def test_a_valid_model_name_passes_the_check(name: str) -> None:
     models.check(name)
 
 
-def test_a_chat_template_is_found_wherever_a_folder_may_have_it(folder: Path) -> None:
+def test_a_chat_template_is_found_in_every_place_where_a_folder_may_have_it(folder: Path) -> None:
     assert (
         models.has_chat_template("tiny")
         and models.has_chat_template("packaged:smollm2")
@@ -238,7 +238,7 @@ def test_a_folder_without_or_with_a_broken_configuration_is_refused(folder: Path
 
 
 @pytest.mark.parametrize(
-    ("changes", "causal"),
+    ("fields", "causal"),
     [
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, False),
         ({"architectures": ["BertLMHeadModel"], "model_type": "bert"}, False),
@@ -250,8 +250,8 @@ def test_a_folder_without_or_with_a_broken_configuration_is_refused(folder: Path
         ({"architectures": None, "model_type": "t5"}, False),
     ],
 )
-def test_only_causal_architectures_are_accepted(folder: Path, changes: dict[str, object], causal: bool) -> None:
-    edit(folder / "config.json", **changes)
+def test_only_causal_architectures_are_accepted(folder: Path, fields: dict[str, object], causal: bool) -> None:
+    edit(folder / "config.json", **fields)
     if causal:
         models.check(str(folder))
         return
@@ -261,7 +261,7 @@ def test_only_causal_architectures_are_accepted(folder: Path, changes: dict[str,
         assert str(folder) in one_line(error)
 
 
-def test_weights_that_are_missing_or_damaged_are_refused_never_made_up(folder: Path) -> None:
+def test_missing_or_damaged_weights_are_refused_and_never_initialised(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = folder / "model.safetensors"
@@ -285,7 +285,7 @@ def test_weights_that_are_missing_or_damaged_are_refused_never_made_up(folder: P
     one_line(error)
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="Hugging Face hub") as error:
         models.load("nobody-here/nothing-here")
@@ -293,12 +293,12 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99", "", "CPU"])
-def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+def test_a_device_that_this_machine_does_not_have_is_refused(device: str) -> None:
     with pytest.raises(UserError, match="device") as error:
         models.check("tiny", device=device)
     one_line(error)
 
 
-def test_the_automatic_device_is_one_that_works() -> None:
+def test_the_device_auto_works() -> None:
     model = models.load("tiny", device="auto").model
     assert model(input_ids=torch.tensor([[5]], device=model.device)).logits.shape == (1, 1, 259)

@@ -1,4 +1,4 @@
-"""The compiled kernels against the plain path: additions bit for bit, sums to rounding, for every cut of the work."""
+"""The compiled kernels against the PyTorch fallback: equal additions, sums to rounding, for every split of the work."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Kind = Callable[..., Basis]
 
 compiled_only = pytest.mark.skipif(
     native.kernels(torch.device("cpu")) is None,
-    reason="no C compiler here, or FEDFERRET_NATIVE=0: the plain path serves",
+    reason="no C compiler, or FEDFERRET_NATIVE=0: only the PyTorch fallback can run",
 )
 
-# (weights, coordinates): one of everything, odd sizes, all there are, and both sides of where the work is cut otherwise
+# (weights, coordinates): one of each, odd sizes, a coordinate per weight, and both sides of where the split changes
 SIGN_SIZES = [
     (1, 1), (2, 1), (3, 2), (255, 7), (257, 257), (8191, 1), (8193, 4), (20_011, 20_011),
     (33_001, 4095), (33_001, 4096), (33_001, 4097), (40_007, 2049), (70_001, 32_767), (70_001, 32_769),
@@ -46,14 +46,15 @@ DENSE_SIZES = [
 CASES = [(SignBuckets, *case) for case in SIGN_SIZES] + [(TruncatedNormal, *case) for case in DENSE_SIZES]
 
 
-def numbers(size: int, *words: int) -> Tensor:
-    """Numbers of mean zero and very different magnitudes, as updates are."""
+def heavy_tailed(size: int, *words: int) -> Tensor:
+    """Values of mean zero and very different magnitudes, like those of updates."""
     uniform = 2 * Key.of(9, size, *words).uniform(size) - 1
     return (uniform**5).float()
 
 
 @contextmanager
-def plain_path() -> Iterator[None]:
+def fallback() -> Iterator[None]:
+    """Make the bases use the PyTorch fallback."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDFERRET_NATIVE", "0")
         yield
@@ -61,6 +62,7 @@ def plain_path() -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
+    """Set torch's number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -70,7 +72,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def assert_same_sums(actual: Tensor, expected: Tensor, kind: Basis, delta: Tensor, size: int) -> None:
-    """To rounding: 2e-6 of the norm of what each coordinate sums."""
+    """Equal to rounding: 2e-6 of the norm of the terms of each coordinate."""
     share = kind.unbiased_scale(size, len(expected)) / size**0.5 if isinstance(kind, TruncatedNormal) else 1.0
     norm = float(delta.double().norm()) * share
     if isinstance(kind, SignBuckets):
@@ -80,10 +82,10 @@ def assert_same_sums(actual: Tensor, expected: Tensor, kind: Basis, delta: Tenso
 
 @compiled_only
 @pytest.mark.parametrize(("kind", "size", "count"), CASES)
-def test_expand_is_bit_equal_to_the_plain_path(kind: Kind, size: int, count: int) -> None:
-    target, coordinates = numbers(size), numbers(count, 1)
+def test_expand_is_bit_equal_to_the_fallback(kind: Kind, size: int, count: int) -> None:
+    target, coordinates = heavy_tailed(size), heavy_tailed(count, 1)
     expected = target.clone()
-    with plain_path():
+    with fallback():
         kind().expand_(expected, coordinates, KEY, 0.37)
     for number in (1, 3):
         with threads(number):
@@ -92,9 +94,11 @@ def test_expand_is_bit_equal_to_the_plain_path(kind: Kind, size: int, count: int
 
 @compiled_only
 @pytest.mark.parametrize(("kind", "size", "count"), CASES)
-def test_project_agrees_with_the_plain_path_and_with_itself(kind: Kind, size: int, count: int) -> None:
-    delta = numbers(size)
-    with plain_path():
+def test_project_agrees_with_the_fallback_and_has_equal_bits_for_every_thread_count(
+    kind: Kind, size: int, count: int
+) -> None:
+    delta = heavy_tailed(size)
+    with fallback():
         expected = kind().project(delta, count, KEY)
     with threads(1):
         alone = kind().project(delta, count, KEY)
@@ -106,10 +110,10 @@ def test_project_agrees_with_the_plain_path_and_with_itself(kind: Kind, size: in
 
 @compiled_only
 @pytest.mark.parametrize("size", [1, 2, 255, 8193, 40_001, 1_200_007])
-def test_a_coordinate_a_weight_is_exact(size: int) -> None:
-    delta = numbers(size)
+def test_one_coordinate_per_weight_is_exact(size: int) -> None:
+    delta = heavy_tailed(size)
     coordinates = SignBuckets().project(delta, size, KEY)
-    with plain_path():
+    with fallback():
         assert torch.equal(coordinates, SignBuckets().project(delta, size, KEY))
     assert torch.equal(SignBuckets().expand_(torch.zeros(size), coordinates, KEY), delta)
 
@@ -119,13 +123,13 @@ def test_a_coordinate_a_weight_is_exact(size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_dtypes_and_layouts_are_read_as_fp32_and_rounded_once(kind: Kind, dtype: torch.dtype) -> None:
     size, count = (400_003, 20_001) if kind is SignBuckets else (70_001, 33)
-    wide = numbers(2 * size).to(dtype)
+    wide = heavy_tailed(2 * size).to(dtype)
     packed, strided = wide[::2].clone(), wide[::2]
-    coordinates, alone = numbers(count, 1), kind().project(packed.float(), count, KEY)
+    coordinates, alone = heavy_tailed(count, 1), kind().project(packed.float(), count, KEY)
     assert torch.equal(kind().project(packed, count, KEY), alone)
     assert torch.equal(kind().project(strided, count, KEY), alone)
     expected, untouched = packed.clone(), wide[1::2].clone()
-    with plain_path():
+    with fallback():
         kind().expand_(expected, coordinates, KEY, 0.1)
     assert torch.equal(kind().expand_(packed, coordinates, KEY, 0.1), expected)
     assert torch.equal(kind().expand_(strided, coordinates, KEY, 0.1), expected)
@@ -135,12 +139,12 @@ def test_other_dtypes_and_layouts_are_read_as_fp32_and_rounded_once(kind: Kind, 
 @compiled_only
 @pytest.mark.parametrize(("kind", "position"), [(SignBuckets, 2**35 + 12_345), (TruncatedNormal, 2**32 - 5000)])
 def test_positions_may_be_far_into_a_block(kind: Kind, position: int) -> None:
-    # beyond 32 bits for signs; up to the last one that a uniform's counter can number
+    # beyond 32 bits for signs; up to the last position of a uniform's 32-bit counter
     length, count = 5000, 77
-    size, delta, coordinates = position + length, numbers(length), numbers(count, 1)
+    size, delta, coordinates = position + length, heavy_tailed(length), heavy_tailed(count, 1)
     actual = kind().expand_(torch.zeros(length), coordinates, KEY, size=size, offset=position)
     sums = kind().project(delta, count, KEY, size=size, offset=position)
-    with plain_path():
+    with fallback():
         expected = kind().expand_(torch.zeros(length), coordinates, KEY, size=size, offset=position)
         expected_sums = kind().project(delta, count, KEY, size=size, offset=position)
     assert torch.equal(actual, expected)
@@ -164,12 +168,12 @@ def test_any_piece_of_any_block(
     size = before + length + after
     most = size if kind is SignBuckets else min(size, 80)
     count = 1 + int(share * (most - 1))
-    delta, coordinates, out = numbers(length).to(dtype), numbers(count, 1), numbers(count, 2)
+    delta, coordinates, out = heavy_tailed(length).to(dtype), heavy_tailed(count, 1), heavy_tailed(count, 2)
     with threads(number):
         sums = kind().project(delta, count, KEY, size=size, offset=before, out=torch.zeros(count))
         added = kind().project(delta, count, KEY, size=size, offset=before, out=out.clone())
         target = kind().expand_(delta.clone(), coordinates, KEY, 0.7, size=size, offset=before)
-    with plain_path():
+    with fallback():
         expected_sums = kind().project(delta, count, KEY, size=size, offset=before)
         expected = kind().expand_(delta.clone(), coordinates, KEY, 0.7, size=size, offset=before)
     assert torch.equal(target, expected)
@@ -179,7 +183,7 @@ def test_any_piece_of_any_block(
 
 @compiled_only
 @BOTH
-def test_weights_that_learn_are_changed_in_place_by_every_thread(kind: Kind) -> None:
+def test_parameters_are_modified_in_place_by_every_thread(kind: Kind) -> None:
     with threads(3):
         for dtype in (torch.float32, torch.bfloat16):
             parameter = torch.nn.Parameter(torch.zeros(600_000 if kind is SignBuckets else 60_000, dtype=dtype))
@@ -188,8 +192,8 @@ def test_weights_that_learn_are_changed_in_place_by_every_thread(kind: Kind) -> 
 
 
 @compiled_only
-def test_many_threads_may_project_at_once() -> None:
-    delta = numbers(600_000)
+def test_threads_may_project_concurrently() -> None:
+    delta = heavy_tailed(600_000)
     expected = SignBuckets().project(delta, 1000, KEY)
     with ThreadPoolExecutor(4) as pool:
         assert all(
@@ -199,12 +203,12 @@ def test_many_threads_may_project_at_once() -> None:
 
 
 @compiled_only
-def test_a_library_is_built_once_and_is_whole_when_many_build_it_at_once(tmp_path: Path) -> None:
+def test_a_library_is_built_once_and_complete_under_concurrent_builds(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(native.build, [tmp_path / "new" / "folder"] * 3))
     (path,) = paths
     assert list(path.parent.iterdir()) == [path]
-    delta, sums = numbers(1000), torch.zeros(7)
+    delta, sums = heavy_tailed(1000), torch.zeros(7)
     native.Kernels(path).sign_project(delta, sums, KEY, 0)
     assert torch.equal(sums, SignBuckets().project(delta, 7, KEY))
     built = path.stat().st_mtime_ns
@@ -225,7 +229,7 @@ sys.stdout.write(update.numpy().tobytes().hex())
 
 
 def update_in_a_process(folder: Path, **environment: str) -> tuple[bytes, list[str]]:
-    """The bits that both bases write in a process with an empty cache, and the lines that it logs."""
+    """The bits that both bases write in a process with an empty cache, and the lines that the process logs."""
     environment = {**os.environ, "FEDFERRET_CACHE": str(folder), "OMP_NUM_THREADS": "1", **environment}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", PROGRAM]
@@ -249,14 +253,15 @@ def compiler_that(folder: Path, script: str) -> str:
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_plain_path_serves_and_says_so_once(tmp_path: Path) -> None:
+def test_without_a_compiler_the_fallback_is_used_and_logged_once(tmp_path: Path) -> None:
     update, lines = update_in_a_process(tmp_path, PATH=str(tmp_path))
     assert update == expected_update()
-    assert len(lines) == 1 and "(there is no cc, gcc or clang); install a C compiler" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("projections use the PyTorch fallback")
+    assert "(there is no cc, gcc or clang); install a C compiler" in lines[0]
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_is_asked_once_and_quoted(tmp_path: Path) -> None:
+def test_a_failing_compiler_is_called_once_and_quoted(tmp_path: Path) -> None:
     path = compiler_that(tmp_path / "tools", "[ $1 = --version ] && exit; echo called >&2; echo 'no space' >&2; exit 1")
     update, lines = update_in_a_process(tmp_path, PATH=path)
     assert update == expected_update()
@@ -265,7 +270,7 @@ def test_a_compiler_that_fails_is_asked_once_and_quoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_can_be_turned_off(tmp_path: Path) -> None:
+def test_the_environment_turns_the_kernels_off(tmp_path: Path) -> None:
     update, lines = update_in_a_process(tmp_path, FEDFERRET_NATIVE="0")
     assert update == expected_update() and lines == []
     assert list(tmp_path.iterdir()) == []
@@ -273,7 +278,7 @@ def test_it_can_be_turned_off(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler called cc")
-def test_a_compiler_that_does_not_know_the_processor_writes_the_same_bits(tmp_path: Path) -> None:
+def test_a_compiler_without_march_native_gives_the_same_bits(tmp_path: Path) -> None:
     refusal = f'for each; do [ "$each" = -march=native ] && exit 1; done; exec {shutil.which("cc")} "$@"'
     update, lines = update_in_a_process(tmp_path, PATH=compiler_that(tmp_path / "tools", refusal))
     assert update == expected_update() and lines == []

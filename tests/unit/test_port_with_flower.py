@@ -1,4 +1,4 @@
-"""The port with Flower's own SuperLink and SuperNodes at its two ends: who gets in, and to what."""
+"""The server's port with Flower's SuperLink and SuperNodes: which nodes reach which calls."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ def supernode(site: SiteCredentials, address: str, authority: Path, folder: Path
 
 
 def successes(folder: Path) -> int:
-    """How often the node, having lost the server, had it back; in its own words."""
+    """How often the node logged that it reached the server again."""
     return (folder / "supernode.log").read_text().count("Connection successful after")
 
 
 def misses(folder: Path) -> int:
-    """How often the site's forwarder found no server behind its port."""
+    """How often the site's forwarder logged that it could not reach the server."""
     return (folder / "site" / "forwarder.log").read_text().count("cannot be reached")
 
 
@@ -113,24 +113,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         control.close()
 
 
-def test_a_registered_node_gets_in_and_stays_over_a_restart_of_the_proxy(server: Server, tmp_path: Path) -> None:
+def test_a_registered_node_connects_and_stays_over_a_restart_of_the_proxy(server: Server, tmp_path: Path) -> None:
     with site(server, "ward-7", tmp_path / "site") as (known, port):
         command = supernode(known, f"127.0.0.1:{port}", known.folder / "loopback.crt", tmp_path)
-        with running(command, tmp_path, "supernode") as node:  # before there is a server: it goes on trying
+        with running(command, tmp_path, "supernode") as node:  # before there is a server: the node keeps trying
             wait_until(lambda: misses(tmp_path) > 0)
             with server.proxy():
                 wait_until(lambda: server.connected() == {"ward-7"})
                 before, missed = successes(tmp_path), misses(tmp_path)
-            # A proxy that is back between two of the node's calls is never missed, and then nothing is had back.
+            # If the proxy were back between two calls of the node, the node would not log a lost connection.
             wait_until(lambda: misses(tmp_path) > missed)
             with server.proxy():
                 wait_until(lambda: successes(tmp_path) > before)
                 assert node.poll() is None and server.connected() == {"ward-7"}
-                node.terminate()  # it takes its leave, and is heard
+                node.terminate()  # the node signs off, and the SuperLink records it
                 wait_until(lambda: server.connected() == set())
 
 
-def test_a_node_that_is_not_registered_is_refused_behind_a_good_certificate(server: Server, tmp_path: Path) -> None:
+def test_a_node_that_is_not_registered_is_refused_despite_a_valid_certificate(server: Server, tmp_path: Path) -> None:
     with server.proxy(), site(server, "ward-8", tmp_path / "site") as (known, port):
         command = supernode(known, f"127.0.0.1:{port}", known.folder / "loopback.crt", tmp_path)
         with running(command, tmp_path, "supernode") as node:
@@ -150,7 +150,9 @@ def test_a_registered_node_without_its_certificate_is_refused_before_flower(serv
     assert "400" in (server.folder / "nginx" / "refused.log").read_text() and server.connected() == set()
 
 
-def test_the_control_paths_answer_on_the_server_and_not_through_the_proxy(server: Server, tmp_path: Path) -> None:
+def test_the_control_paths_can_be_reached_on_the_server_and_not_through_the_proxy(
+    server: Server, tmp_path: Path
+) -> None:
     good = server.federation.pairs["ward-7"]
     with server.proxy(), site(server, "ward-7", tmp_path / "site") as (known, port):
         for address, authority, refused in (
@@ -169,7 +171,7 @@ def test_the_control_paths_answer_on_the_server_and_not_through_the_proxy(server
         unsigned = call(
             server.port, server.federation.ca, good, "/v1/fleet/pull-messages", Content_Type=PROTOBUF_MEDIA_TYPE
         )
-        assert unsigned[0] == 401, unsigned  # it reached SuperLink, which wants a node's signature
+        assert unsigned[0] == 401, unsigned  # it reached SuperLink, which requires a node's signature
         for path in ("/v1/control/start-run", "/v1/runtime/acquire-task", "/health", "/openapi.json"):
             assert call(server.port, server.federation.ca, good, path)[0] == 404
             assert call(server.superlink, server.federation.ca, good, path)[0] != 404

@@ -1,4 +1,4 @@
-"""The port, knocked at with real sockets and real nginx: a good site passes, and nobody else, and nothing else."""
+"""The server's port, with real sockets and real nginx: a valid site reaches a node's calls; nothing else passes."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
 def test_a_site_reaches_the_calls_of_a_node(federation: Federation, superlink: SuperLink, port: int, name: str) -> None:
     superlink.calls.clear()
     signed = {"flwr_public_key": "a2V5", "flwr_timestamp": "2026-11-23T12:00:00+00:00", "flwr_signature": "c2ln"}
-    status, answer = call(
-        port, federation.ca, federation.pairs["ward-7"], f"/v1/fleet/{name}", body=b"x" * 99, **signed
-    )
-    assert (status, answer) == (200, f"/v1/fleet/{name} xxxxxxxx".encode())
+    status, body = call(port, federation.ca, federation.pairs["ward-7"], f"/v1/fleet/{name}", body=b"x" * 99, **signed)
+    assert (status, body) == (200, f"/v1/fleet/{name} xxxxxxxx".encode())
     ((line, headers, size),) = superlink.calls
     assert (line, size) == (f"POST /v1/fleet/{name}", 99)
     assert {key.lower().replace("-", "_"): value for key, value in headers.items()}.items() >= signed.items()
@@ -93,7 +91,7 @@ def test_not_even_a_site_reaches_anything_else(
 @pytest.mark.parametrize(
     "spelling", ["/v1/control/../fleet/pull-messages", "/v1//fleet/./pull%2dmessages", "https://x" + PULL]
 )
-def test_what_is_passed_on_is_spelt_as_the_configuration_spells_it(
+def test_a_call_is_passed_on_under_the_path_in_the_configuration(
     federation: Federation, superlink: SuperLink, port: int, spelling: str
 ) -> None:
     superlink.calls.clear()
@@ -112,31 +110,31 @@ def test_a_request_hidden_in_another_is_not_passed_on(federation: Federation, su
     superlink.calls.clear()
     hidden = "POST /v1/control/start-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     begin = f"POST {PULL} HTTP/1.1\r\nHost: x\r\n"
-    for request, answers in (
+    for request, statuses in (
         (f"{begin}Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{hidden}", [b"400"]),
         (f"{begin}Content-Length: 0\r\nContent-Length: {len(hidden)}\r\n\r\n{hidden}", [b"400"]),
-        (f"{begin}Content-Length: 0\r\n\r\n{hidden}", [b"200", b"404"]),  # two honest ones in a row
+        (f"{begin}Content-Length: 0\r\n\r\n{hidden}", [b"200", b"404"]),  # two valid requests in a row
     ):
         line = outside.connection(port, federation.ca, federation.pairs["ward-7"])
         line.connect()
         line.sock.sendall(request.encode())
-        answer = b"".join(iter(lambda: line.sock.recv(1 << 16), b""))  # noqa: B023
+        response = b"".join(iter(lambda: line.sock.recv(1 << 16), b""))  # noqa: B023
         line.close()
-        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == answers
+        assert [part[:3] for part in response.split(b"HTTP/1.1 ")[1:]] == statuses
     assert [call for call, _, _ in superlink.calls] == [f"POST {PULL}"]
 
 
 @pytest.mark.parametrize("who", [None, "late", "stranger", "server", "stranger's server"])
-def test_who_shows_no_certificate_or_a_wrong_one_is_refused(
+def test_a_client_with_no_certificate_or_a_wrong_one_is_refused(
     federation: Federation, superlink: SuperLink, port: int, who: str | None
 ) -> None:
     superlink.calls.clear()
-    status, answer = call(port, federation.ca, federation.pairs[who] if who else None, PULL)
-    assert status == 400 and b"certificate" in answer.lower() and superlink.calls == []
-    assert b"nginx/" not in answer  # no version for those who look for one
+    status, body = call(port, federation.ca, federation.pairs[who] if who else None, PULL)
+    assert status == 400 and b"certificate" in body.lower() and superlink.calls == []
+    assert b"nginx/" not in body  # no version, which would help an attacker
 
 
-def test_each_refusal_is_a_line_for_the_operator_and_a_call_that_passed_is_none(
+def test_each_refusal_is_logged_and_a_call_that_passed_is_not(
     federation: Federation, superlink: SuperLink, tmp_path: Path
 ) -> None:
     number = outside.free_port()
@@ -166,25 +164,25 @@ def test_a_revoked_site_is_cut_off_while_the_proxy_runs(superlink: SuperLink, tm
         lines = {
             name: outside.connection(number, federation.ca, federation.pairs[name]) for name in ("ward-7", "ward-8")
         }
-        for line in lines.values():  # they stay open, as a node's do
+        for line in lines.values():  # they stay open, like those of a node
             line.request("POST", PULL)
             assert line.getresponse().read()
         again = federation.authority.folder / "again"
         again.mkdir()
         kept = tuple(again / path.name for path in federation.pairs["ward-7"])
         for path, copy in zip(federation.pairs["ward-7"], kept, strict=True):
-            copy.write_bytes(path.read_bytes())  # the site still has what is forgotten here
+            copy.write_bytes(path.read_bytes())  # the site still has the keys that are deleted here
         federation.authority.revoke("ward-7")
         wait_until(lambda: call(number, federation.ca, (kept[0], kept[1]), PULL)[0] == 400)
         assert call(number, federation.ca, federation.pairs["ward-8"], PULL)[0] == 200
-        assert lines["ward-7"].sock.recv(1) == b""  # the open line is closed, not served on
+        assert lines["ward-7"].sock.recv(1) == b""  # the open connection is closed
         renewed = federation.authority.issue("ward-7").with_suffix("")
         assert call(number, federation.ca, (renewed / "site.crt", renewed / "site.key"), PULL)[0] == 200
         for line in lines.values():
             line.close()
 
 
-def test_no_session_is_resumed_past_the_check(federation: Federation, port: int) -> None:
+def test_no_tls_session_is_resumed_without_checking_the_certificate(federation: Federation, port: int) -> None:
     context = ssl.create_default_context(cafile=str(federation.ca))
     context.load_cert_chain(*federation.pairs["ward-7"])
     session = None
@@ -201,7 +199,7 @@ def test_no_session_is_resumed_past_the_check(federation: Federation, port: int)
         session = None
 
 
-def test_old_tls_and_none_at_all_are_refused(federation: Federation, superlink: SuperLink, port: int) -> None:
+def test_old_tls_and_plain_http_are_refused(federation: Federation, superlink: SuperLink, port: int) -> None:
     superlink.calls.clear()
 
     def old(context: ssl.SSLContext) -> None:
@@ -216,9 +214,7 @@ def test_old_tls_and_none_at_all_are_refused(federation: Federation, superlink: 
     assert superlink.calls == []
 
 
-def test_superlink_itself_cannot_be_reached_from_outside(
-    federation: Federation, superlink: SuperLink, port: int
-) -> None:
+def test_superlink_cannot_be_reached_from_outside(federation: Federation, superlink: SuperLink, port: int) -> None:
     address = outside.own_address()
     if address is None:
         pytest.skip("this machine is on no network: there is no outside")
@@ -237,7 +233,9 @@ def test_a_superlink_that_the_authority_did_not_certify_is_sent_nothing(federati
         assert impostor.calls == []
 
 
-def test_a_body_has_a_limit_and_touches_no_disk(federation: Federation, superlink: SuperLink, tmp_path: Path) -> None:
+def test_a_body_has_a_limit_and_is_not_written_to_disk(
+    federation: Federation, superlink: SuperLink, tmp_path: Path
+) -> None:
     superlink.calls.clear()
     number, folder = outside.free_port(), tmp_path / "nginx"
     limits = nginx.Limits(body=8 << 20)
@@ -255,13 +253,13 @@ def test_a_body_has_a_limit_and_touches_no_disk(federation: Federation, superlin
     assert [size for _, _, size in superlink.calls] == [8 << 20]
 
 
-def test_without_a_superlink_the_caller_is_told_to_try_again(federation: Federation, tmp_path: Path) -> None:
+def test_without_a_superlink_the_response_is_502(federation: Federation, tmp_path: Path) -> None:
     number = outside.free_port()
     with Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{outside.free_port()}"):
-        assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 502  # Flower's nodes do
+        assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 502  # Flower's nodes then try again
 
 
-def test_nginx_runs_in_its_folder_and_its_workers_as_nobody_special(
+def test_nginx_runs_in_its_folder_and_its_workers_as_an_ordinary_user(
     federation: Federation, superlink: SuperLink, tmp_path: Path
 ) -> None:
     number, folder = outside.free_port(), tmp_path / "nginx"
@@ -274,9 +272,9 @@ def test_nginx_runs_in_its_folder_and_its_workers_as_nobody_special(
     assert {path.name for path in folder.iterdir()} == {"nginx.conf", "temporary", "error.log", "refused.log"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="where processes are, /proc says")
-@pytest.mark.parametrize("victim", ["starter", "keeper", "master", "worker"])
-def test_whoever_is_killed_nginx_comes_and_goes_as_one(
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("victim", ["starter", "watchdog", "master", "worker"])
+def test_nginx_ends_whichever_of_its_processes_is_killed(
     federation: Federation, superlink: SuperLink, tmp_path: Path, victim: str
 ) -> None:
     number, folder = outside.free_port(), tmp_path / "nginx"
@@ -292,11 +290,13 @@ def test_whoever_is_killed_nginx_comes_and_goes_as_one(
     everyone: list[int] = []
     try:
         assert starter.stdout.readline() == b"up\n"
-        (keeper,) = children(starter.pid)
+        (watchdog,) = children(starter.pid)
         master, worker = master_and_worker(folder, federation, number)
-        everyone = [keeper, master, worker]
-        os.kill({"starter": starter.pid, "keeper": keeper, "master": master, "worker": worker}[victim], signal.SIGKILL)
-        if victim == "worker":  # nginx starts another by itself
+        everyone = [watchdog, master, worker]
+        os.kill(
+            {"starter": starter.pid, "watchdog": watchdog, "master": master, "worker": worker}[victim], signal.SIGKILL
+        )
+        if victim == "worker":  # the master starts another
             wait_until(lambda: children(master) not in ([], [worker]))
             assert call(number, federation.ca, federation.pairs["ward-7"], PULL)[0] == 200
             starter.kill()
@@ -323,15 +323,15 @@ def test_a_port_that_another_process_has_is_one_line(federation: Federation, tmp
 def test_mistakes_are_one_line(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = federation.server
     for listen, superlink, words in (
-        ("8443", "127.0.0.1:1", "an address and a port are wanted"),
-        ("fed.example.org:8443", "127.0.0.1:1", "an address and a port are wanted"),
-        ("0.0.0.0:99999", "127.0.0.1:1", "an address and a port are wanted"),
+        ("8443", "127.0.0.1:1", "give an IP address and a port"),
+        ("fed.example.org:8443", "127.0.0.1:1", "give an IP address and a port"),
+        ("0.0.0.0:99999", "127.0.0.1:1", "give an IP address and a port"),
         ("0.0.0.0:8443", "192.0.2.7:1", "keep it on loopback"),
         ("0.0.0.0:8443", "0.0.0.0:1", "keep it on loopback"),
     ):
         with pytest.raises(UserError, match=words):
             Proxy(tmp_path, server, listen, superlink)
-    with pytest.raises(UserError, match="nginx needs a path without quotes"):
+    with pytest.raises(UserError, match=r"give a path without quotes, .* for nginx"):
         Proxy(tmp_path / 'a";user root', server, "0.0.0.0:8443", "127.0.0.1:1").prepare()
     (tmp_path / "a folder with spaces").mkdir(mode=0o700)
     Proxy(tmp_path / "a folder with spaces", server, "[::]:8443", "[::1]:1").prepare()
@@ -340,7 +340,7 @@ def test_mistakes_are_one_line(federation: Federation, tmp_path: Path, monkeypat
         Proxy(tmp_path / "b", server, "0.0.0.0:8443", "127.0.0.1:1").prepare()
 
 
-def test_the_calls_are_those_of_flowers_nodes_but_for_registering() -> None:
+def test_the_calls_are_those_of_flowers_nodes_except_registering() -> None:
     translation = pytest.importorskip("flwr.supercore.protobuf.translation", reason="Flower is not installed")
     table = next(value for value in vars(translation).values() if isinstance(value, dict) and ("POST", PULL) in value)
     calls = {path.removeprefix("/v1/fleet/") for _, path in table if path.startswith("/v1/fleet/")}
@@ -348,9 +348,9 @@ def test_the_calls_are_those_of_flowers_nodes_but_for_registering() -> None:
 
 
 def master_and_worker(folder: Path, federation: Federation, port: int) -> tuple[int, int]:
-    """nginx's two processes, once the worker has answered a call.
+    """nginx's two processes, once the worker has responded to a call.
 
-    The port is the master's: it takes connections before there is a worker, and before that worker is nobody special.
+    The master opens the port: it takes connections before there is a worker, and before the worker changes its user.
     """
     assert call(port, federation.ca, federation.pairs["ward-7"], PULL)[0] == 200
     master = int((folder / "nginx.pid").read_text())

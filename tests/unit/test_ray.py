@@ -1,10 +1,10 @@
-"""Ray actors: the same bits as one process, on loopback alone, and a lost worker's clients run again."""
+"""Ray actors: the same bits as one process, on loopback only; a lost worker's clients run again; rounds of hundreds."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,13 +15,18 @@ from typing import Any
 import pytest
 
 from fedferret.core.errors import UserError
-from fedferret.core.rounds import RoundRecord
 from fedferret.experiment import Experiment
 from fedferret.runner import run
-from site_folders import FERRET, alive, log_of, wait_until
+from site_folders import alive, log_of, wait_until
 from tiny_runs import silent, tiny_recipe
 
 ROUNDS = 3
+SMALL_REPLIES = {
+    "name": "ferret",
+    "preset": "one-bit",  # shared directions: replies add up, and one entry comes down for all 300
+    "coordinates": 64,
+    "training": {"learning_rate": 0.1, "steps": 1, "batch_size": 1},
+}
 
 
 def test_without_ray_the_recipe_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,80 +64,48 @@ def listening(processes: set[int]) -> set[str]:
 
 @pytest.mark.slow
 def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, algorithm=FERRET, clients={"per_round": 4})
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"path": str(many_rows(tmp_path)), "held_out_fraction": 0.01},
+        algorithm=SMALL_REPLIES,
+        clients={"per_round": 300},
+    )
     run(recipe, tmp_path / "one", silent)
     several = replace(recipe, execution=replace(recipe.execution, engine="ray", workers=2, worker_cpus=0.5))
     experiment = Experiment.load(several, tmp_path / "several", silent)
     state = experiment.initial_state()
-    heard: list[Any] = []
-    engine: Any = experiment.engine(state, record=heard.append)
+    recorded: list[Any] = []
+    engine: Any = experiment.engine(state, on_message=recorded.append)
     processes: set[int] = set()
     try:
-        for record in experiment.play(state, engine):
-            assert record.failures == ()
+        for record in experiment.run_rounds(state, engine):
+            assert record.failures == () and len(record.metrics) == 300
             processes |= children(os.getpid())
             if record.round == 1:
                 assert listening(processes | {os.getpid()}) == {"127.0.0.1"}
             if record.round == 2:
-                (lost, *_) = {event["process"] for event in heard if event["what"] == "ok" and event["round"] == 2}
+                (lost, *_) = {event["process"] for event in recorded if event["what"] == "done" and event["round"] == 2}
                 os.kill(lost, signal.SIGKILL)
     finally:
         engine.close()
     assert log_of(tmp_path / "several", ROUNDS) == log_of(tmp_path / "one", ROUNDS)
     workers: dict[int, set[int]] = defaultdict(set)
-    for event in heard:
-        if event["what"] == "ok":
+    for event in recorded:
+        if event["what"] == "done":
             workers[event["round"]].add(event["process"])
     assert workers[1] == workers[2] and len(workers[1]) == 2  # resident: the model was loaded once
     assert lost not in workers[3]
     wait_until(lambda: not any(alive(process) for process in processes))
 
 
-@pytest.mark.slow
-def test_a_round_may_have_500_clients(ray: Any, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {
-        "data": {"path": str(many_rows(tmp_path)), "held_out_fraction": 0.01},
-        "algorithm": {
-            "name": "ferret",
-            "preset": "one-bit",  # shared directions: replies add up, and one entry comes down for all 500
-            "coordinates": 64,
-            "training": {"learning_rate": 0.1, "steps": 1, "batch_size": 1},
-        },
-    }
-    small = play(tiny_recipe(tmp_path, rounds=12, clients={"per_round": 2}, **changes), tmp_path / "small")
-    large = play(tiny_recipe(tmp_path, rounds=2, clients={"per_round": 500}, **changes), tmp_path / "large")
-    assert all(len(record.metrics) == 500 and record.failures == () for record in large)
-    # with one worker, what a round takes beyond its clients' training is all that the engine adds
-    beyond = [record.seconds - record.seconds_local for record in small[2:]]
-    print(
-        f"2 clients: {1000 * statistics.median(beyond):.1f} ms a round beyond training, worst {1000 * max(beyond):.1f}"
-    )
-    last = large[-1]
-    print(f"500 clients: {last.seconds:.2f} s, of which {last.seconds_local:.2f} s training")
-
-
-def play(recipe: Any, folder: Path) -> list[RoundRecord]:
-    """The run's rounds, on one actor."""
-    execution = replace(recipe.execution, engine="ray", workers=1)
-    experiment = Experiment.load(replace(recipe, execution=execution), folder, silent)
-    state = experiment.initial_state()
-    engine = experiment.engine(state)
-    try:
-        return list(experiment.play(state, engine))
-    finally:
-        engine.close()
-
-
 def many_rows(folder: Path) -> Path:
-    """Two rows for each of 500 people."""
-    import json
-
+    """Two rows for each of 300 people."""
     path = folder / "many.jsonl"
     path.write_text(
         "".join(
             json.dumps({"who": f"person-{number // 2:03d}", "instruction": "The cup?", "response": f"Cup {number}."})
             + "\n"
-            for number in range(1010)
+            for number in range(610)
         )
     )
     return path

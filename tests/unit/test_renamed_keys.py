@@ -45,3 +45,21 @@ def test_both_names_of_a_key_are_one_line(tmp_path: Path) -> None:
     tables = tiny_tables(tmp_path, clients={"per_round": 2, "min_answers": 1, "min_clients": 1})
     with pytest.raises(UserError, match=r"clients.min_answers: this is the old name of clients.min_clients"):
         from_tables(tables)
+
+
+def test_the_preset_that_became_a_method_is_that_method(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"coordinates": 12, "training": {"learning_rate": 0.1}}
+    old = tiny_tables(tmp_path, algorithm={"name": "ferret", "preset": "paper-code", **settings})
+    new = tiny_tables(tmp_path, algorithm={"name": "ferret-published", **settings})
+    with caplog.at_level(logging.WARNING):
+        assert from_tables(old) == from_tables(new)
+    assert ['"paper-code" of ferret is the method "ferret-published"' in line for line in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize(
+    "gone", [{"budget": "total"}, {"coordinate_clip": 1.0}, {"keys": "fixed-pool"}, {"scale": "published-code"}]
+)
+def test_a_setting_that_is_gone_names_what_to_do(gone: dict[str, object], tmp_path: Path) -> None:
+    tables = tiny_tables(tmp_path, algorithm={"name": "ferret", **gone})
+    with pytest.raises(UserError, match=rf"algorithm.{next(iter(gone))}.*set algorithm.name=\"ferret-published\""):
+        from_tables(tables)

@@ -1,4 +1,4 @@
-"""The report says what happened, for any state of a run, and lets nothing from the data become markup."""
+"""The report shows a run in any state, and escapes everything from the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 class Reader(HTMLParser):
-    """Reads a page strictly: every tag closed in order. Keeps the text, the tags and the attributes."""
+    """Parses a page strictly: every tag is closed in order. Collects the text, the tags and the attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Reader(HTMLParser):
         self.words: list[str] = []
         self.feed(page)
         self.close()
-        assert self.open == [], f"never closed: {self.open}"
+        assert self.open == [], f"not closed: {self.open}"
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -48,14 +48,15 @@ def report(folder: Path) -> Reader:
     return Reader(write_report(folder).read_text())
 
 
-def test_the_report_tells_the_run(tmp_path: Path) -> None:
+def test_the_report_shows_the_run(tmp_path: Path) -> None:
     write_run(tmp_path)
     text = report(tmp_path).text
     for piece in (
-        "Ferret tuned tiny (1,000 weights) on toy, held by 9 clients that keep it: 4 of 4 rounds; seed 1.",
+        "Ferret tuned tiny (1,000 weights) on toy, held by 9 clients: 4 of 4 rounds; seed 1.",
         "finished",
         "5.000 → 4.000",
-        "this run is 0.500 better",  # than local-only
+        "baseline: local-only 4.500 this run is 0.500 better",
+        "up, per client and round",
         "FedAvg: 4.00 KB",
         "FedAvg: 92.0 KB, 470× as much",
         "bob lost <b>power</b>",
@@ -66,7 +67,7 @@ def test_the_report_tells_the_run(tmp_path: Path) -> None:
         assert piece in text, piece
 
 
-def test_the_report_is_one_file_with_a_picture_of_each_kind(tmp_path: Path) -> None:
+def test_the_report_is_one_file_with_every_plot(tmp_path: Path) -> None:
     write_run(tmp_path)
     page = report(tmp_path)
     assert [attributes["id"] for tag, attributes in page.tags if tag == "figure"] == [
@@ -114,15 +115,15 @@ def test_a_name_in_any_script_is_drawn(tmp_path: Path) -> None:
 
 
 def test_the_same_events_give_the_same_plots(tmp_path: Path) -> None:
-    pictures = []
+    plots = []
     for name in ("a", "b"):
         write_run(tmp_path / name)
         write_report(tmp_path / name)
-        pictures.append([path.read_bytes() for path in sorted((tmp_path / name / "plots").iterdir())])
-    assert pictures[0] == pictures[1]
+        plots.append([path.read_bytes() for path in sorted((tmp_path / name / "plots").iterdir())])
+    assert plots[0] == plots[1]
 
 
-def test_a_run_under_way_is_told_so_far(tmp_path: Path) -> None:
+def test_an_unfinished_run_has_a_report_of_the_rounds_so_far(tmp_path: Path) -> None:
     write_run(tmp_path, rounds=2, finished=False)
     text = report(tmp_path).text
     assert "in progress after round 2 of 4" in text
@@ -150,7 +151,7 @@ def test_a_diverged_run_has_a_report(tmp_path: Path) -> None:
     assert "none → none" in report(tmp_path).text
 
 
-def test_thousands_of_clients_and_hundreds_of_rounds_stay_light(tmp_path: Path) -> None:
+def test_a_plot_of_thousands_of_clients_and_hundreds_of_rounds_is_small(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     start(log, rounds=200, clients=4000)
     for number in range(1, 201):
@@ -159,10 +160,10 @@ def test_thousands_of_clients_and_hundreds_of_rounds_stay_light(tmp_path: Path) 
     report(tmp_path)
     assert (tmp_path / "plots" / "sampled.svg").stat().st_size < 500_000
     shown = (tmp_path / "plots" / "sampled.svg").read_text()
-    assert re.search(r"clients, \d+ a cell", shown)
+    assert re.search(r"clients, \d+ per cell", shown)
 
 
-def test_a_folder_without_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_and_not_changed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run folder"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []

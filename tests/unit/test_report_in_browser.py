@@ -1,4 +1,4 @@
-"""The report as a reader meets it: opened from disk in Chromium, on a phone and on a desk."""
+"""The report as a reader sees it: opened from disk in Chromium, at the widths of a phone and a desktop."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_the_plots_follow_a_dark_theme(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "error"),
     [
         (("</h1>", "</h1><script>console.error('oh')</script>"), "script"),
-        (("</h1>", '</h1><img src="http://example.invalid/a.png" alt="">'), "Content Security Policy|asks for"),
+        (("</h1>", '</h1><img src="http://example.invalid/a.png" alt="">'), "Content Security Policy|requests"),
         (("</h1>", '</h1><div style="width: 500px">wide</div>'), "px wide"),
         (("</h1>", '</h1><p style="font-size: 11px">small</p>'), "text of 11"),
         (('id="plot-sampled"', 'id="plot-time"'), "used twice"),
@@ -45,13 +45,11 @@ def test_the_plots_follow_a_dark_theme(tmp_path: Path) -> None:
         (("font-size: 11px;", "font-size: 5px;"), "has text of"),
     ],
 )
-def test_the_check_sees_what_a_reader_would_stumble_over(
-    tmp_path: Path, damage: tuple[str, str], complaint: str
-) -> None:
+def test_the_check_finds_what_makes_a_report_unreadable(tmp_path: Path, damage: tuple[str, str], error: str) -> None:
     write_run(tmp_path)
     path = write_report(tmp_path)
     page = path.read_text()
     assert damage[0] in page and NASTY not in page
     path.write_text(page.replace(*damage))
-    with pytest.raises(AssertionError, match=complaint):
+    with pytest.raises(AssertionError, match=error):
         assert_report_is_readable(path)

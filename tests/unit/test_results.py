@@ -1,4 +1,4 @@
-"""docs/results.md says what comparisons measured."""
+"""docs/results.md has the results of the comparisons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unit.written_grid import cell_of, write_cell, written, written_grid
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_the_tables_of_the_results_are_what_was_measured(tmp_path: Path) -> None:
+def test_the_tables_of_the_results_match_the_comparisons(tmp_path: Path) -> None:
     shutil.copytree(DOCS / "results", tmp_path / "results")
     page = tmp_path / "results.md"
     page.write_text((DOCS / "results.md").read_text())
@@ -41,16 +41,16 @@ def test_a_comparison_becomes_a_table_of_the_results(tmp_path: Path) -> None:
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     assert lines[4].startswith("| **A** | 1 | 4.000 | 1.00 KB | 1.00 KB | 4.00 KB |")
-    assert len(lines) == 7  # B has not been played
+    assert len(lines) == 7  # B has no run
     assert "#fff" in (tmp_path / "results" / "two" / "loss-by-bytes.svg").read_text()
 
 
-def test_a_row_is_told_how_far_it_is_behind_and_when_it_was_level(tmp_path: Path) -> None:
+def test_every_row_is_compared_with_the_baseline_row_seed_by_seed(tmp_path: Path) -> None:
     comparison = json.loads(as_json(written(tmp_path)))
     first, second = behind(comparison, "B")
     assert first == (
-        "A, seed 1: 0: 0.000 1: -0.500 2: -1.000; 200.0% of the drop; "
-        "level after 1 rounds and 5 s, where it took 2 rounds and 10 s"
+        "A, seed 1: 0: 0.000 1: -0.500 2: -1.000; loss reduction relative to B 200.0%; "
+        "level after 1 rounds and 5 s, B after 2 rounds and 10 s"
     )
-    assert second.startswith("A, seed 2: ") and "133.3% of the drop; level after 2 rounds" in second
+    assert second.startswith("A, seed 2: ") and "relative to B 133.3%; level after 2 rounds" in second
     assert all(line.endswith("; never level") for line in behind(comparison, "A"))

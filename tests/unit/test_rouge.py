@@ -1,4 +1,4 @@
-"""Rouge-L is the papers' to the last digit: the figures here are what the package ``rouge`` 1.0.1 gives."""
+"""Rouge-L equals the papers' to the last digit: the package ``rouge`` 1.0.1 gave the figures here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECORDED: list[tuple[str, str, float]] = [
     ("lol that is so true! what do you do for fun?", "haha yeah. what do you like to do for fun?", 0.5263157844875347),
     ("a b. c d. a c", "a c. b d. d a. ", 0.8888888839506174),
     ("x. . y", "x.y. ", 0.999999995),
-    ("c a c", "c c a", 0.999999995),  # of several longest subsequences, the package's own
+    ("c a c", "c c a", 0.999999995),  # of several longest subsequences, the one that the package finds
 ]
 
 
@@ -33,22 +33,22 @@ def test_the_papers_figure(answer: str, reference: str, expected: float) -> None
     assert rouge_l(answer, reference) == expected
 
 
-def test_a_word_counts_once_however_often_it_is_said() -> None:
+def test_a_word_counts_once_however_often_it_occurs() -> None:
     assert rouge_l("no no no no", "no") == rouge_l("no", "no") == pytest.approx(1)
     assert rouge_l_google("no no no no", "no") == pytest.approx(0.4)
 
 
-def test_case_and_punctuation_are_part_of_a_word_for_the_papers_alone() -> None:
+def test_case_and_punctuation_count_in_the_papers_figure_alone() -> None:
     assert rouge_l("Yes, Paris!", "yes paris") == 0.0
     assert rouge_l_google("Yes, Paris!", "yes paris") == 1.0
 
 
-def test_a_thousand_words_are_no_trouble() -> None:
+def test_a_thousand_words_are_scored() -> None:
     text = " ".join(f"w{number}" for number in range(1000))
     assert rouge_l(text, text) == pytest.approx(1)
 
 
-def test_without_its_package_googles_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rouge_l_google_without_its_package_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     rouge._google.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(UserError, match=r'metric "rouge-l-google" needs a package: pip install "fedferret\[rouge\]"'):

@@ -1,4 +1,4 @@
-"""Settings: from plain values to dataclasses and back, strict about names and types."""
+"""Settings: from TOML tables to dataclasses and back, strict about names and types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedferret.settings import build, table_of
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    """Something nested."""
+    """Nested settings."""
 
     rate: float = 0.5
     limit: int | None = 3
@@ -28,7 +28,7 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """One field of each kind."""
+    """A field of each kind."""
 
     name: str
     count: int = 1
@@ -80,12 +80,12 @@ def test_every_preset_is_valid_and_can_be_overridden(name: str) -> None:
         ({"count": "none"}, r'outer\.count="none": input should be a valid integer'),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_the_setting(change: dict[str, Any], message: str) -> None:
+def test_an_invalid_setting_is_an_error_of_one_line_that_names_it(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         build(Outer, {**FULL, **change}, "outer")
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_setting_is_named() -> None:
     with pytest.raises(UserError, match=r"outer\.name.*required"):
         build(Outer, {}, "outer")

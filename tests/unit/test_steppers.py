@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fedferret import models
-from fedferret.core.algorithm import Task
 from fedferret.core.keys import Key
+from fedferret.core.task import Task
 from fedferret.data.batches import Batch
 from fedferret.local.first_order import FirstOrder
-from fedferret.local.response_loss import ResponseLoss
 from fedferret.local.steppers import StepAfterBackward
+from fedferret.objectives.next_token import NextToken
 
 
 class Sentences:
@@ -38,8 +38,8 @@ class Sentences:
 def trained(**settings: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tiny model's weights (its embedding is tied) after some steps, and what training said."""
     model = models.load("tiny").model
-    task = Task(model, ResponseLoss(model), 1)
-    said = FirstOrder(learning_rate=0.05, steps=4, **settings).train(task, Sentences(), Key.of(1))
+    task = Task.of(model, NextToken(), 1)
+    said = FirstOrder(learning_rate=0.05, steps=4, **settings).train(task, Sentences(), Key.of(1)).metrics
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}, said
 
 
@@ -51,8 +51,8 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def test_gradients_applied_as_they_come_give_the_bits_of_gradients_collected_first(monkeypatch: Any) -> None:
     at_once, said = trained(clip=None)
 
-    def collected(self: FirstOrder, weights: dict[str, nn.Parameter], anchor: Any, proximal: float) -> Any:
-        return StepAfterBackward(weights, torch.optim.SGD(weights.values(), 0.05), None, None, 0.0)
+    def collected(self: FirstOrder, weights: dict[str, nn.Parameter], *others: Any) -> Any:
+        return StepAfterBackward(weights, torch.optim.SGD(weights.values(), 0.05), None)
 
     monkeypatch.setattr(FirstOrder, "_stepper", collected)
     afterwards, said_again = trained(clip=None)
@@ -62,11 +62,11 @@ def test_gradients_applied_as_they_come_give_the_bits_of_gradients_collected_fir
 
 def test_gradients_applied_as_they_come_leave_no_gradient_and_no_hook() -> None:
     model = models.load("tiny").model
-    task = Task(model, ResponseLoss(model), 1)
+    task = Task.of(model, NextToken(), 1)
     FirstOrder(clip=None, steps=1).train(task, Sentences(), Key.of(1))
     assert all(weight.grad is None for weight in model.parameters())
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    task.loss(model, next(Sentences().batches(4, Key.of(2)))).backward()
+    task.objective.loss(model, next(Sentences().batches(4, Key.of(2)))).backward()
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 

@@ -1,4 +1,4 @@
-"""Processes are kept running, said to be gone once, and never outlive their supervisor: real processes throughout."""
+"""The supervisor keeps real processes running, logs their end once, and never leaves one behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from fedferret.sites import supervisor as supervising
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
-PATIENCE = 60.0  # seconds for anything: other work may be running
+PATIENCE = 60.0  # seconds for anything: the machine may be busy
 FOR_EVER = "import time; print('up', flush=True); time.sleep(1000)"
 
 
@@ -28,14 +28,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def logged() -> list[str]:
     return []
 
 
 @pytest.fixture
-def supervisor(said: list[str]) -> Iterator[Supervisor]:
+def supervisor(logged: list[str]) -> Iterator[Supervisor]:
     with closing(
-        Supervisor(said.append, lambda part, code, words: f"{part.name} {ended(code)}: {words.strip()}")
+        Supervisor(logged.append, lambda part, code, output: f"{part.name} {ended(code)}: {output.strip()}")
     ) as it:
         yield it
 
@@ -51,7 +51,7 @@ def wait_until(so: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def tend_until(supervisor: Supervisor, so: Callable[[], object]) -> None:
+def poll_until(supervisor: Supervisor, so: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not so():
         assert time.monotonic() < end
@@ -67,20 +67,20 @@ def is_gone(process: int) -> bool:
     return state == "Z"
 
 
-def test_a_part_that_is_killed_is_said_to_be_gone_and_started_again(
-    supervisor: Supervisor, said: list[str], tmp_path: Path
+def test_the_end_of_a_killed_part_is_logged_and_the_part_started_again(
+    supervisor: Supervisor, logged: list[str], tmp_path: Path
 ) -> None:
     supervisor.start(python("one", FOR_EVER, tmp_path / "one.log"))
-    tend_until(supervisor, lambda: "up" in supervisor.words("one"))
+    poll_until(supervisor, lambda: "up" in supervisor.output("one"))
     first = supervisor.process("one")
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    tend_until(supervisor, lambda: supervisor.process("one") not in (None, first))
-    assert said == ["one was ended by SIGKILL: up"]
+    poll_until(supervisor, lambda: supervisor.process("one") not in (None, first))
+    assert logged == ["one was ended by SIGKILL: up"]
 
 
-def test_a_part_that_ends_again_and_again_is_said_to_once_and_waited_for_longer(
-    supervisor: Supervisor, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_part_that_keeps_ending_is_logged_once_and_started_after_longer_pauses(
+    supervisor: Supervisor, logged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(supervising, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -88,27 +88,27 @@ def test_a_part_that_ends_again_and_again_is_said_to_once_and_waited_for_longer(
     supervisor.start(python("one", "import sys; print('no'); sys.exit(3)", tmp_path / "one.log"))
     pauses = []
     for _ in range(5):
-        wait_until(lambda: supervisor.code("one") is not None)
-        supervisor.poll()  # notes that it ended
+        wait_until(lambda: supervisor.exit_code("one") is not None)
+        supervisor.poll()  # records that it ended
         since = clock[0]
-        while supervisor.code("one") is None and supervisor.process("one") is None and clock[0] - since < 100:
+        while supervisor.exit_code("one") is None and supervisor.process("one") is None and clock[0] - since < 100:
             clock[0] += 0.5
             supervisor.poll()
         pauses.append(clock[0] - since)
     assert pauses == [2, 4, 8, 15, 15]
-    assert said == ["one ended with code 3: no"]
+    assert logged == ["one ended with code 3: no"]
 
 
-def test_one_that_is_well_again_may_be_said_to_be_gone_again(
-    supervisor: Supervisor, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_end_of_a_part_that_was_healthy_again_is_logged_again(
+    supervisor: Supervisor, logged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervising, "HEALTHY", 0.0)
     supervisor.start(python("one", "import sys; sys.exit(3)", tmp_path / "one.log"))
-    tend_until(supervisor, lambda: len(said) == 2)
-    assert said == ["one ended with code 3: "] * 2
+    poll_until(supervisor, lambda: len(logged) == 2)
+    assert logged == ["one ended with code 3: "] * 2
 
 
-def test_all_end_together_the_last_first_and_the_stubborn_by_force(
+def test_all_parts_end_together_in_reverse_order_and_by_sigkill_if_necessary(
     supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = tmp_path / "order"
@@ -123,7 +123,7 @@ def test_all_end_together_the_last_first_and_the_stubborn_by_force(
     for name in ("one", "two"):
         supervisor.start(python(name, polite, tmp_path / f"{name}.log", ORDER=str(order), WHO=name))
     supervisor.start(python("three", stubborn, tmp_path / "three.log"))
-    tend_until(supervisor, lambda: all("up" in supervisor.words(name) for name in ("one", "two", "three")))
+    poll_until(supervisor, lambda: all("up" in supervisor.output(name) for name in ("one", "two", "three")))
     processes = [supervisor.process(name) for name in ("one", "two", "three")]
     supervisor.stop("three", patience=0.2)
     supervisor.close()
@@ -131,7 +131,7 @@ def test_all_end_together_the_last_first_and_the_stubborn_by_force(
     assert all(process is not None and is_gone(process) for process in processes)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_a_supervisor_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
@@ -153,7 +153,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> No
         time.sleep(0.01)
 
 
-def test_a_log_beyond_its_limit_makes_way_at_the_next_start(
+def test_a_log_over_its_limit_is_renamed_at_the_next_start(
     supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervising, "LARGEST_LOG", 100)
@@ -161,20 +161,20 @@ def test_a_log_beyond_its_limit_makes_way_at_the_next_start(
     log.parent.mkdir()
     log.write_text("old " * 50)
     supervisor.start(python("one", FOR_EVER, log))
-    tend_until(supervisor, lambda: "up" in log.read_text())
+    poll_until(supervisor, lambda: "up" in log.read_text())
     assert log.with_name("one.log.old").read_text().startswith("old")
-    assert supervisor.words("one").strip() == "up"
+    assert supervisor.output("one").strip() == "up"
 
 
-def test_words_are_those_since_the_last_start(supervisor: Supervisor, tmp_path: Path) -> None:
+def test_output_is_what_was_logged_since_the_last_start(supervisor: Supervisor, tmp_path: Path) -> None:
     log = tmp_path / "one.log"
     log.write_text("of yesterday\n")
     supervisor.start(python("one", FOR_EVER, log))
-    tend_until(supervisor, lambda: "up" in log.read_text())
-    assert supervisor.words("one") == "up\n"
+    poll_until(supervisor, lambda: "up" in log.read_text())
+    assert supervisor.output("one") == "up\n"
 
 
-def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
+def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
     with alone_in(tmp_path / "ward-7", "a site"):
         program = (
             "import sys; from pathlib import Path; from fedferret.sites.supervisor import alone_in\n"
@@ -187,7 +187,7 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
         pass
 
 
-def test_a_service_manager_s_request_is_as_good_as_ctrl_c() -> None:
+def test_sigterm_acts_as_ctrl_c() -> None:
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt), terminable():
         timer.start()

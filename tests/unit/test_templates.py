@@ -1,4 +1,4 @@
-"""Laws of templates: an exact boundary, whole responses, the oldest turns cut first, the same prompt for generation."""
+"""Laws of templates: an exact boundary, whole responses, oldest turns removed first, the same prompt for generation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _split(example, name, max_tokens=10_000):
     return TOKENIZER.decode(tokens.ids[: tokens.response_start]), TOKENIZER.decode(tokens.ids[tokens.response_start :])
 
 
-def test_chat_is_the_models_own_template():
+def test_chat_is_the_models_chat_template():
     prompt, response = _split(_dialogue("Hi", "Hello", "Why?", "So."), "chat")
     assert prompt == "<bos>user\nHi<eos>\n<bos>assistant\nHello<eos>\n<bos>user\nWhy?<eos>\n<bos>assistant\n"
     assert response == "So.<eos>"
@@ -65,11 +65,11 @@ def test_a_jinja_file_is_a_chat_template(tmp_path):
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
-    # no end mark of its own: the end-of-text token ends the response
+    # the template has no end mark, so the end-of-text token ends the response
     assert _split(_dialogue("Why?", "So."), str(path)) == ("[user] Why?\n[assistant] ", "So.<eos>")
 
 
-def test_a_template_that_thinks_in_its_prompt_still_learns_the_response(tmp_path):
+def test_a_prompt_that_opens_a_thinking_block_keeps_the_response(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -99,14 +99,14 @@ def test_unknown_names_are_refused():
         template("alpacca")
 
 
-def test_a_model_without_a_chat_template_is_told_of_alpaca():
+def test_an_error_on_a_model_without_a_chat_template_suggests_alpaca():
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match='template = "alpaca"'):
         template("chat").encode(_dialogue("Why?", "So."), bare, 100)
 
 
-def test_a_template_that_refuses_is_one_line(tmp_path):
+def test_an_error_in_a_chat_template_is_one_line(tmp_path):
     path = tmp_path / "strict.jinja"
     path.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}")
     with pytest.raises(UserError, match="refuses turns system, user: no system turns"):
@@ -135,26 +135,26 @@ def test_the_limit_holds_and_the_response_is_whole_where_it_fits(example, name, 
     assert list(tokens.ids[tokens.response_start :]) == response[: max_tokens - 1]
     assert tokens.response_cut == (len(response) > max_tokens - 1)
     assert response[-1] == EOS
-    # what generation starts from is what training showed
+    # generation starts from the same prompt as training
     room = max_tokens - (len(tokens.ids) - tokens.response_start)
     assert chosen.prompt(example, TOKENIZER, room) == tokens.ids[: tokens.response_start]
 
 
 @settings(deadline=None, max_examples=50)
 @given(dialogues, st.sampled_from(["chat", "alpaca"]), st.integers(60, 300))
-def test_the_prompt_is_the_longest_that_fits_and_loses_its_oldest_turns(example, name, max_tokens):
+def test_the_prompt_is_the_longest_that_fits_without_the_oldest_turns(example, name, max_tokens):
     chosen = template(name)
     system = [turn for turn in example.turns[:1] if turn.role == "system"]
-    spoken = example.turns[len(system) : -1]
-    starts = [index for index, turn in enumerate(spoken) if turn.role == "user"] or [0]
-    rendered = [chosen.prompt_text(example, [*system, *spoken[start:]], TOKENIZER) for start in starts]
+    dialogue = example.turns[len(system) : -1]
+    starts = [index for index, turn in enumerate(dialogue) if turn.role == "user"] or [0]
+    rendered = [chosen.prompt_text(example, [*system, *dialogue[start:]], TOKENIZER) for start in starts]
     whole = [tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"]) for text in rendered]
     fitting = [ids for ids in whole if len(ids) <= max_tokens]
     expected = fitting[0] if fitting else whole[-1][-max_tokens:]
     assert chosen.prompt(example, TOKENIZER, max_tokens) == expected
 
 
-def test_the_system_turn_stays_when_old_turns_go():
+def test_the_system_turn_stays_when_old_turns_are_removed():
     example = _dialogue(*"abcdefgh", system="Be kind.")
     whole = template("chat").prompt(example, TOKENIZER, 10_000)
     text = TOKENIZER.decode(template("chat").prompt(example, TOKENIZER, len(whole) - 1))
@@ -164,15 +164,15 @@ def test_the_system_turn_stays_when_old_turns_go():
 def test_the_begin_token_is_put_before_plain_text_where_the_tokenizer_does_so():
     from tokenizers.processors import TemplateProcessing
 
-    beginning = tiny_tokenizer()
-    beginning.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
+    adds_bos = tiny_tokenizer()
+    adds_bos.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
     for limit in (10_000, 20):
-        ids = template("alpaca").encode(_dialogue("Why?", "So."), beginning, limit).ids
+        ids = template("alpaca").encode(_dialogue("Why?", "So."), adds_bos, limit).ids
         assert ids[0] == BOS and ids.count(BOS) == 1 and len(ids) <= limit
-    assert template("chat").encode(_dialogue("Why?", "So."), beginning, 100).ids.count(BOS) == 2  # one a turn
+    assert template("chat").encode(_dialogue("Why?", "So."), adds_bos, 100).ids.count(BOS) == 2  # one per turn
 
 
-def test_federated_tokens_are_made_once_and_counted_before():
+def test_federated_tokens_are_made_once_and_examples_are_counted_without_them():
     calls = []
 
     class Counting(type(template("alpaca"))):
@@ -194,6 +194,6 @@ def test_federated_tokens_are_made_once_and_counted_before():
     assert TOKENIZER.decode(batch.labels[0][batch.labels[0] >= 0]) == "So.<eos>"
 
 
-def test_a_limit_that_leaves_no_room_is_refused():
+def test_a_limit_of_one_token_is_refused():
     with pytest.raises(UserError, match="max_tokens is 1"):
         FederatedTokens(FederatedData({}, {}, "a test"), template("chat"), TOKENIZER, max_tokens=1)

@@ -1,4 +1,4 @@
-"""The diary of a run and what is computed from it: events, summary, environment, progress, TensorBoard."""
+"""The event log of a run and the files computed from it: summary, environment, progress, TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from rich.console import Console
 from fedferret.core.errors import UserError
 from fedferret.tracking import units
 from fedferret.tracking.environment import write_environment
-from fedferret.tracking.events import FILE, EventLog, read, read_events, round_fields
+from fedferret.tracking.events import FILE, FORMAT, EventLog, read, read_events, round_fields
 from fedferret.tracking.folder import FILES, explain
 from fedferret.tracking.progress import Progress
+from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import summarise, write_summary
 from fedferret.tracking.tensorboard import TensorBoard
-from unit.written_run import NASTY, PARAMETERS, evaluate, record, start, write_run
+from unit.written_run import NASTY, PARAMETERS, downgrade, evaluate, record, start, write_run
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -49,7 +50,32 @@ def test_every_line_is_a_json_object_with_its_kind_and_time(tmp_path: Path) -> N
         assert event["event"] and event["time"].endswith("+00:00")
 
 
-def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_the_start_event_has_the_format(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    first, *others = read_events(tmp_path)
+    assert (first["event"], first["format"]) == ("start", 2)
+    assert not any("format" in event for event in others)
+
+
+def test_the_event_log_of_fedferret_0_1_is_refused_with_the_version_that_reads_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    downgrade(tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    line = f'{tmp_path / FILE} was written by fedferret 0.1; pip install "fedferret==0.1.*" reads it'
+    for action in (read_events, read, write_summary, write_report, EventLog):
+        with pytest.raises(UserError) as refused:
+            action(tmp_path)
+        assert str(refused.value) == line
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_the_event_log_of_a_newer_fedferret_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps({"event": "start", "time": "", "format": FORMAT + 1}) + "\n")
+    with pytest.raises(UserError, match=r"written by a newer fedferret \(format 3; this one reads 2\)"):
+        read(tmp_path)
+
+
+def test_resuming_discards_events_after_the_checkpoint(tmp_path: Path) -> None:
     write_run(tmp_path, rounds=3, finished=False)
     log = EventLog(tmp_path)
     log.write("interrupted")
@@ -65,7 +91,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path: Path)
     assert run.ledger().up_by_round == [30, 10]
 
 
-def test_the_last_word_on_a_round_holds(tmp_path: Path) -> None:
+def test_the_last_event_of_a_kind_and_round_holds(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     start(log)
     evaluate(log, 0, 5.0)
@@ -73,7 +99,9 @@ def test_the_last_word_on_a_round_holds(tmp_path: Path) -> None:
     assert read(tmp_path).evaluations[0].loss == 4.0
 
 
-def test_a_torn_last_line_is_not_read_and_is_cut_off_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_is_skipped_and_cut_off_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_run(tmp_path)
     before = read_events(tmp_path)
     with (tmp_path / FILE).open("a") as file:
@@ -85,8 +113,10 @@ def test_a_torn_last_line_is_not_read_and_is_cut_off_aloud(tmp_path: Path, caplo
     assert read_events(tmp_path)[:-1] == before
 
 
-def test_a_damaged_line_within_is_refused_by_number(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text('{"event": "start", "time": ""}\n{"event": \n{"event": "end", "time": ""}\n')
+def test_a_damaged_line_is_refused_by_number(tmp_path: Path) -> None:
+    start(EventLog(tmp_path))
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"event": \n{"event": "end", "time": ""}\n')
     with pytest.raises(UserError, match=r"events\.jsonl, line 2 is not JSON"):
         read(tmp_path)
 
@@ -96,7 +126,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_numbers_that_json_lacks_are_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     start(log)
     log.write(
@@ -134,13 +164,13 @@ def test_the_peak_memory_of_a_resumed_run_is_the_largest_of_its_processes(tmp_pa
     assert write_summary(tmp_path)["peak_memory_bytes"] == 1_000_000_000_000_000
 
 
-def test_a_summary_before_the_first_round_is_empty_not_absent(tmp_path: Path) -> None:
+def test_before_the_first_round_there_is_a_summary_with_empty_lists(tmp_path: Path) -> None:
     start(EventLog(tmp_path))
     summary = write_summary(tmp_path)
     assert (summary["rounds"], summary["eval_loss"], summary["bytes_up"], summary["seconds"]) == (0, [], 0, 0)
 
 
-def test_clients_side_by_side_leave_no_negative_overhead() -> None:
+def test_parallel_clients_do_not_make_the_overhead_negative() -> None:
     fields = round_fields(record(1, cohort=tuple("abcdefgh")))
     assert (fields["seconds_local"], fields["seconds_overhead"]) == (8, 0)
 
@@ -170,12 +200,12 @@ def progress_output() -> str:
     return output.getvalue()
 
 
-def test_progress_into_a_file_is_plain_lines() -> None:
+def test_progress_in_a_file_is_plain_lines() -> None:
     lines = progress_output().splitlines()
     assert lines[0] == "round 0/2: held-out loss 5.000"
     assert lines[1] == "[bold]a name[/bold]"
     assert lines[2] == "round 1: client bob failed (local): bob lost <b>power</b>"
-    assert lines[3].startswith("round 1/2: 2 of 3 clients answered in 5 s, 51 B so far, ")
+    assert lines[3].startswith("round 1/2: 2 of 3 clients replied in 5 s, 51 B so far, ")
     assert lines[5].endswith("102 B so far, done")
     assert len(lines) == 6 and "\x1b" not in "".join(lines)
 
@@ -193,7 +223,7 @@ def test_progress_on_a_terminal_shows_round_client_step_and_loss() -> None:
         assert piece in output.getvalue(), piece
 
 
-def test_the_done_fraction_grows_with_every_step_and_counts_from_where_a_run_resumed() -> None:
+def test_the_done_fraction_grows_with_every_step_and_counts_from_the_checkpoint() -> None:
     progress = Progress(12, done=10, console=Console(file=io.StringIO()))
     seen = [progress.fraction]
     for number in (11, 12):
@@ -207,11 +237,11 @@ def test_the_done_fraction_grows_with_every_step_and_counts_from_where_a_run_res
     assert seen == [index / 8 for index in range(9)]
 
 
-def test_figures_are_written_as_their_examples_say() -> None:
+def test_the_examples_of_units_hold() -> None:
     assert doctest.testmod(units) == (0, 5)
 
 
-def test_tensorboard_holds_the_same_curves(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_curves(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = TensorBoard(tmp_path)
@@ -227,7 +257,9 @@ def test_tensorboard_holds_the_same_curves(tmp_path: Path) -> None:
     assert [point.value for point in curves.Scalars("bytes/up")] == [30, 60]
 
 
-def test_tensorboard_without_its_package_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_without_its_package_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         TensorBoard(tmp_path)

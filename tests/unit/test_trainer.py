@@ -14,13 +14,15 @@ import pytest
 from contract.methods import METHODS
 from fedferret.core import rounds
 from fedferret.core.errors import UserError
-from fedferret.core.log import Log, Update
+from fedferret.core.exchanges import Train
+from fedferret.core.log import Log, LogUpdate
+from fedferret.core.node import Node
 from fedferret.core.rounds import RunState
 from fedferret.engines.in_process import InProcess
-from fedferret.engines.resident import open_trainer
-from fedferret.engines.site import Site, check_data, read_site
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.transport import Request, Response
+from fedferret.resident.process import open_trainer
+from fedferret.resident.site import Site, check_data, read_site
 from fedferret.tracking.audit import Audit, read_audit
 from fedferret.wire import codec
 from toy_sites import BASE, RECIPE, simulate_sites, sites, toy_trainer
@@ -48,38 +50,34 @@ class Server:
     fingerprints: list[str]
 
     def request(self, version: int, since: int = 0, **changes: Any) -> bytes:
-        """The order that brings a site from ``since`` to ``version`` and has "a" play the round after it."""
+        """The request that brings a site from ``since`` to ``version`` and has "a" train in the round after it."""
         request = Request(
             run=RUN,
-            recipe=RECIPE,
-            base=BASE,
-            client="a",
+            epoch=0,
             round=version + 1,
             ticket="t",
+            client="a",
+            recipe=RECIPE,
+            base=BASE,
             version=version,
             fingerprint=self.fingerprints[version],
-            since=since,
             snapshot=b"",
             records=self.log.since(since).records[: version - since],
             counted=version,
             rebuild=False,
             private=b"",
+            body=Train(version + 1),
         )
         return codec.encode(replace(request, **changes))
 
 
 @pytest.fixture(scope="module")
 def server() -> Server:
-    from fedferret.core import tree
-    from fedferret.core.pooling import tensors
-
-    task = toy_task(ROUNDS, METHOD)
-    state: RunState = rounds.initial_state(task, METHOD, 3, Unfolded())
-    fingerprints = [tree.digest(tensors(state.public))]
-    engine = InProcess(DATA, codec)
-    for record in rounds.run(task, METHOD, engine, codec, list(DATA), state, rounds.Plan(3, ROUNDS, 3)):
-        engine.store.commit(record.round)
-        fingerprints.append(tree.digest(tensors(state.public)))
+    node, own = Node.start(toy_task(ROUNDS, METHOD), METHOD, 3, codec)
+    state = RunState(node, own, Unfolded())
+    fingerprints = [node.fingerprint()]
+    for _ in rounds.run(InProcess(DATA, codec), list(DATA), state, rounds.Plan(3, ROUNDS, 3)):
+        fingerprints.append(node.fingerprint())
     return Server(state.log, fingerprints)
 
 
@@ -90,8 +88,8 @@ def ask(trainer: Trainer, message: bytes) -> Response:
 
 
 def payload(response: Response) -> bytes:
-    """What a receipt brings, without how long it took."""
-    return codec.encode(codec.decode(response.content).payload)
+    """What a response brings, without how long it took."""
+    return codec.encode(codec.decode(response.reply).payload)
 
 
 def trainer(folder: Path | None, **options: Any) -> Trainer:
@@ -102,7 +100,7 @@ def test_an_answer_depends_on_nothing_but_the_order_and_the_sites_own_past(serve
     whole = [ask(site, server.request(version)) for site in [trainer(tmp_path / "one")] for version in range(3)]
     restarted = [ask(trainer(tmp_path / "two"), server.request(version)) for version in range(3)]
     assert [payload(response) for response in restarted] == [payload(response) for response in whole]
-    assert {response.outcome for response in whole} == {"ok"}
+    assert {response.status for response in whole} == {"done"}
     assert [response.fingerprint for response in whole] == server.fingerprints[:3]
 
 
@@ -110,25 +108,25 @@ def test_the_same_order_twice_has_the_same_answer_and_the_new_ticket(server: Ser
     site = trainer(tmp_path)
     first, second = ask(site, server.request(1)), ask(site, server.request(1, ticket="another"))
     fresh = ask(trainer(tmp_path), server.request(1))
-    assert first.content == second.content and payload(fresh) == payload(first)
+    assert first.reply == second.reply and payload(fresh) == payload(first)
     assert (first.ticket, second.ticket) == ("t", "another")
 
 
 def test_a_restarted_trainer_rebuilds_from_base_and_its_own_log(server: Server, tmp_path: Path) -> None:
     ask(trainer(tmp_path), server.request(3))
     again = ask(trainer(tmp_path), server.request(3, since=3, recipe=""))
-    assert (again.outcome, again.version, again.fingerprint) == ("ok", 3, server.fingerprints[3])
+    assert (again.status, again.version, again.fingerprint) == ("done", 3, server.fingerprints[3])
 
 
 def test_a_site_says_what_it_lacks_and_is_content_with_that(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
     assert ask(site, server.request(2, recipe="")).reason == "recipe"
     missing = ask(site, server.request(2, since=2))
-    assert (missing.outcome, missing.reason, missing.version) == ("missing", "records", 0)
-    assert ask(site, server.request(2)).outcome == "ok"
+    assert (missing.status, missing.reason, missing.version) == ("missing", "records", 0)
+    assert ask(site, server.request(2)).status == "done"
     missed = ask(site, server.request(4, since=3, recipe=""))
-    assert (missed.outcome, missed.reason, missed.version) == ("missing", "records", 2)
-    assert ask(site, server.request(4, since=1, recipe="")).outcome == "ok"  # records it has already do no harm
+    assert (missed.status, missed.reason, missed.version) == ("missing", "records", 2)
+    assert ask(site, server.request(4, since=1, recipe="")).status == "done"  # records it has already do no harm
 
 
 def test_a_private_state_is_the_one_of_the_round_that_was_counted(server: Server, tmp_path: Path) -> None:
@@ -159,12 +157,12 @@ def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server
         "emptied": b"",
     }
     record.write_bytes(damaged[kind])
-    site = trainer(tmp_path, record=events.append)
+    site = trainer(tmp_path, on_message=events.append)
     missing = ask(site, server.request(3, since=3, recipe=""))
     assert (missing.reason, missing.version) == ("records", 1)
     assert "000002.record is damaged" in events[-1]["note"]
     assert ask(site, server.request(3, since=1, recipe="")).fingerprint == server.fingerprints[3]
-    assert ask(trainer(tmp_path), server.request(3, since=3, recipe="")).outcome == "ok"
+    assert ask(trainer(tmp_path), server.request(3, since=3, recipe="")).status == "done"
 
 
 def test_a_damaged_private_state_is_named_and_begun_again(server: Server, tmp_path: Path) -> None:
@@ -172,22 +170,22 @@ def test_a_damaged_private_state_is_named_and_begun_again(server: Server, tmp_pa
     ask(trainer(tmp_path), server.request(0))
     (state,) = tmp_path.rglob("*.state")
     state.write_bytes(b"spoilt")
-    assert ask(trainer(tmp_path, record=events.append), server.request(1)).outcome == "ok"
+    assert ask(trainer(tmp_path, on_message=events.append), server.request(1)).status == "done"
     assert "the private state of round 1 is damaged" in events[-1]["note"]
 
 
 def test_another_base_is_named(server: Server, tmp_path: Path) -> None:
     response = ask(trainer(tmp_path, base="f" * 64), server.request(0))
-    assert response.outcome == "refused"
+    assert response.status == "refused"
     assert f"the base model here has SHA-256 ffffffffffff…, and the run began from {BASE[:12]}…" in response.reason
 
 
 def test_a_replica_with_another_hash_says_so_and_is_rebuilt_on_demand(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
     differing = ask(site, server.request(2, fingerprint="f" * 64))
-    assert (differing.outcome, differing.reason) == ("missing", "replica")
+    assert (differing.status, differing.reason) == ("missing", "replica")
     rebuilt = ask(site, server.request(2, rebuild=True))
-    assert (rebuilt.outcome, rebuilt.fingerprint) == ("ok", server.fingerprints[2])
+    assert (rebuilt.status, rebuilt.fingerprint) == ("done", server.fingerprints[2])
 
 
 def test_an_order_that_is_over_leaves_the_replica_alone(server: Server, tmp_path: Path) -> None:
@@ -195,22 +193,22 @@ def test_an_order_that_is_over_leaves_the_replica_alone(server: Server, tmp_path
     ask(site, server.request(3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     late = ask(site, server.request(1))
-    assert (late.outcome, late.version) == ("missing", 3)
+    assert (late.status, late.version) == ("missing", 3)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert ask(site, server.request(3, since=3)).outcome == "ok"
+    assert ask(site, server.request(3, since=3)).status == "done"
 
 
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
         (b"", "message of 0 bytes"),
-        (b"garbage that is no letter", "not a fedferret message"),
-        (codec.encode(7), "a int came where an Order was expected"),
+        (b"garbage that is no message", "not a fedferret message"),
+        (codec.encode(7), "a int came where a Request was expected"),
     ],
 )
-def test_what_is_no_order_is_refused_in_words(message: bytes, reason: str, tmp_path: Path) -> None:
+def test_what_is_no_request_is_refused_in_words(message: bytes, reason: str, tmp_path: Path) -> None:
     response = ask(trainer(tmp_path), message)
-    assert response.outcome == "refused" and reason in response.reason
+    assert response.status == "refused" and reason in response.reason
     assert not list(tmp_path.rglob("*.record"))
 
 
@@ -218,23 +216,23 @@ def test_what_is_no_order_is_refused_in_words(message: bytes, reason: str, tmp_p
     ("changes", "reason"),
     [
         ({"run": "../../etc"}, "names no run"),
-        ({"round": 0}, "names no run, round or version"),
-        ({"since": 9}, "names no run, round or version"),
+        ({"round": -1}, "names no run, round or version"),
+        ({"version": -1}, "names no run, round or version"),
         ({"records": "many"}, "records of a received Request is no tuple"),
         ({"records": (b"garbage, no record",), "version": 1}, "not a fedferret message"),
         ({"records": (7,), "version": 1}, "records of a received Request is no tuple[bytes, ...]"),
-        ({"recipe": "rounds = 1\n"}, "the recipe that came is not the one that the order names"),
-        ({"client": "b"}, "this site plays a, and the order is for b"),
+        ({"recipe": "rounds = 1\n"}, "the recipe that came is not the one that the request names"),
+        ({"client": "b"}, "this site works for a, and the request is for b"),
     ],
 )
-def test_an_order_that_cannot_be_is_refused_in_words(
+def test_a_request_that_cannot_be_is_refused_in_words(
     changes: Mapping[str, Any], reason: str, server: Server, tmp_path: Path
 ) -> None:
     site = trainer(tmp_path)
     request = codec.decode(server.request(0))
     response = ask(site, codec.encode(replace(request, **changes)))
-    assert response.outcome == "refused" and reason in response.reason
-    assert ask(site, server.request(1)).outcome == "ok"
+    assert response.status == "refused" and reason in response.reason
+    assert ask(site, server.request(1)).status == "done"
 
 
 def test_the_model_is_built_once_a_run(server: Server, tmp_path: Path) -> None:
@@ -250,22 +248,22 @@ def test_a_log_that_folds_leaves_one_snapshot_and_what_follows_it(name: str, tmp
     run: Simulation = simulate_sites(METHODS[name], 4, sites(METHODS[name], 4, tmp_path))
     log = tmp_path / "a" / "runs" / RUN[:16] / "log"
     held = Log.read(log, 3).since(0)
-    assert isinstance(held, Update)
+    assert isinstance(held, LogUpdate)
     assert len(list(log.glob("*.snapshot"))) == (name == "fedavg")
     assert run.public == simulate(METHODS[name], 4).public
     assert len(list(log.iterdir())) <= (1 if name == "fedavg" else 3)
 
 
 def test_the_audit_says_what_came_and_went_and_outlives_a_torn_line(server: Server, tmp_path: Path) -> None:
-    site = trainer(tmp_path, record=Audit(tmp_path))
+    site = trainer(tmp_path, on_message=Audit(tmp_path))
     message = server.request(1)
     size = len(site.handle(message))
     with (tmp_path / "audit.jsonl").open("ab") as file:
         file.write(b'{"what": "ord')
-    site.handle(b"garbage, no letter")
+    site.handle(b"garbage, no message")
     request, answer, refused = read_audit(tmp_path)
     assert (request["what"], request["framed_bytes"], request["round"]) == ("request", len(message), 2)
-    assert (answer["what"], answer["framed_bytes"], answer["version"]) == ("ok", size, 1)
+    assert (answer["what"], answer["framed_bytes"], answer["version"]) == ("done", size, 1)
     assert 0 < answer["payload_bytes"] < size and answer["data"] == "fingerprint of the data"
     assert refused["what"] == "refused" and "not a fedferret message" in refused["note"]
     assert {request["privacy"], answer["privacy"]} == {"none"}
@@ -273,11 +271,11 @@ def test_the_audit_says_what_came_and_went_and_outlives_a_torn_line(server: Serv
 
 def test_what_cannot_be_written_down_is_not_sent(server: Server, tmp_path: Path) -> None:
     def full(event: Mapping[str, Any]) -> None:
-        if event["what"] == "ok":
+        if event["what"] == "done":
             raise OSError(28, "No space left on device")
 
-    response = ask(trainer(tmp_path, record=full), server.request(0))
-    assert (response.outcome, response.content) == ("refused", b"")
+    response = ask(trainer(tmp_path, on_message=full), server.request(0))
+    assert (response.status, response.reply) == ("refused", b"")
     assert "cannot write its audit file: [Errno 28] No space left" in response.reason
 
 
@@ -343,7 +341,7 @@ def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
     ).identity_toml()
     site = open_trainer(folder)
     run = hashlib.sha256(plan.encode()).hexdigest()
-    request = Request(run, plan, "f" * 64, "w", 1, "t", 0, "", 0, b"", (), 0, False, b"")
+    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, False, b"", Train(1))
     base = ask(site, codec.encode(request))
     assert "the base model here has SHA-256" in base.reason
     from fedferret import models
@@ -351,6 +349,6 @@ def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
 
     fingerprint = tree.fingerprint(tree.parameters(models.load("tiny").model))
     sent = site.handle(codec.encode(replace(request, base=fingerprint)))
-    assert codec.decode(sent).outcome == "ok"
+    assert codec.decode(sent).status == "done"
     for word in (b"Secret", b"Xyzzy", b"plugh"):
         assert word not in sent and word not in (folder / "audit.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Letters on a local socket: whole or an error, never longer than asked for, and for their owner's eyes alone."""
+"""Messages on a local socket: whole or an error, within a limit and a time, and readable only by their owner."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from fedferret.core.errors import UserError
+from fedferret.core.exchanges import Train
 from fedferret.engines.relay import FrameError, address, call, receive, send
-from fedferret.engines.resident import listen, take
 from fedferret.engines.transport import Request, Response, check_fields
+from fedferret.resident.process import listen, take
 from fedferret.wire import codec
 
-ORDER = Request("r" * 64, "", "b", "a", 1, "t", 0, "f", 0, b"", (b"one", b"two"), 0, False, b"")
+REQUEST = Request("r" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one", b"two"), 0, False, b"", Train(1))
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def answering(path: Path, serve: Callable[[socket.socket], None]) -> Iterator[No
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 21) + 7])
-def test_a_letter_comes_back_as_it_went(size: int, tmp_path: Path) -> None:
+def test_a_message_comes_back_as_it_was_sent(size: int, tmp_path: Path) -> None:
     message = os.urandom(size)
     with answering(tmp_path / "trainer.sock", lambda connection: send(connection, receive(connection)[::-1])):
         assert call(tmp_path / "trainer.sock", message, 30) == message[::-1]
@@ -57,11 +58,11 @@ def test_a_frame_is_its_length_and_its_bytes(tmp_path: Path) -> None:
         assert right.recv(100) == bytes(7) + b"\x03abc"
 
 
-def test_an_empty_frame_is_over_with_its_header() -> None:
+def test_an_empty_frame_ends_with_its_header() -> None:
     left, right = socket.socketpair()
 
     class Impatient:
-        """Its reader answers and goes as soon as a frame is whole."""
+        """The reader closes the connection as soon as it has a whole frame."""
 
         def sendall(self, content: bytes) -> None:
             left.sendall(content)
@@ -72,7 +73,7 @@ def test_an_empty_frame_is_over_with_its_header() -> None:
         send(Impatient(), b"")  # type: ignore[arg-type]
 
 
-def test_a_frame_that_claims_too_much_is_refused_before_memory_is_taken() -> None:
+def test_a_frame_with_a_false_length_is_refused_before_memory_is_allocated() -> None:
     left, right = socket.socketpair()
     with left, right:
         left.sendall(struct.pack(">Q", 1 << 60))
@@ -89,7 +90,7 @@ def test_a_frame_that_breaks_off_is_an_error() -> None:
             receive(right)
 
 
-def test_a_silent_or_trickling_trainer_ends_in_a_timeout(tmp_path: Path) -> None:
+def test_a_slow_trainer_ends_in_a_timeout(tmp_path: Path) -> None:
     over = threading.Event()
 
     def trickle(connection: socket.socket) -> None:
@@ -104,26 +105,26 @@ def test_a_silent_or_trickling_trainer_ends_in_a_timeout(tmp_path: Path) -> None
     with answering(tmp_path / "trainer.sock", trickle):
         started = time.monotonic()
         with pytest.raises(TimeoutError):
-            call(tmp_path / "trainer.sock", b"letter", 0.3)
+            call(tmp_path / "trainer.sock", b"message", 0.3)
         over.set()
         assert 0.2 < time.monotonic() - started < 20
 
 
-def test_nobody_there_is_an_error_at_once(tmp_path: Path) -> None:
+def test_a_missing_socket_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        call(tmp_path / "trainer.sock", b"letter", 30)
+        call(tmp_path / "trainer.sock", b"message", 30)
 
 
 def test_a_folder_of_any_length_holds_a_socket(tmp_path: Path) -> None:
     folder = tmp_path / ("deep" * 30)
     folder.mkdir()
     with answering(folder / "trainer.sock", lambda connection: send(connection, receive(connection))):
-        assert call(folder / "trainer.sock", b"letter", 30) == b"letter"
+        assert call(folder / "trainer.sock", b"message", 30) == b"message"
     with address(folder / "trainer.sock") as name:
         assert len(name) < 100
 
 
-def test_the_socket_is_its_owners_alone_and_the_folder_takes_one_resident(tmp_path: Path) -> None:
+def test_only_the_owner_reaches_the_socket_and_a_folder_has_one_resident(tmp_path: Path) -> None:
     folder = tmp_path / "site"
     with take(folder), listen(folder):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -133,7 +134,7 @@ def test_the_socket_is_its_owners_alone_and_the_folder_takes_one_resident(tmp_pa
     take(folder).close()
 
 
-def test_the_relay_imports_the_standard_library_alone() -> None:
+def test_the_relay_imports_the_standard_library_only() -> None:
     program = (
         "import sys; before = set(sys.modules); import fedferret.engines.relay;"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
@@ -142,20 +143,20 @@ def test_the_relay_imports_the_standard_library_alone() -> None:
     assert found == ["fedferret"]
 
 
-def test_a_sites_supervisor_has_no_use_for_torch_and_flower() -> None:
+def test_a_sites_supervisor_imports_neither_torch_nor_flower() -> None:
     pytest.importorskip("cryptography")
     program = (
         "import sys; from fedferret.cli import _site_commands; _site_commands(); import fedferret.sites.join; "
         "print([name for name in ('torch', 'transformers', 'flwr') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]", "it waits on a hospital's machine for weeks, in 41 MB instead of 320"
+    assert ran.stdout.strip() == "[]", "it runs on a hospital's machine for weeks, in 41 MB instead of 320"
 
 
-def test_letters_survive_the_codec_and_their_fields_are_checked() -> None:
-    assert codec.decode(codec.encode(ORDER)) == ORDER
-    check_fields(ORDER)
-    response = Response("r", 1, "t", "a", "ok", 0, "f", 1, b"", "", b"")
-    for field, value in [("run", 1), ("round", True), ("content", "text"), ("version", 1.0), ("private", None)]:
+def test_messages_survive_the_codec_and_their_fields_are_checked() -> None:
+    assert codec.decode(codec.encode(REQUEST)) == REQUEST
+    check_fields(REQUEST)
+    response = Response("r", 0, 1, "t", "a", "done", 0, "f", 1, b"", "", b"")
+    for field, value in [("run", 1), ("round", True), ("reply", "text"), ("version", 1.0), ("private", None)]:
         with pytest.raises(ValueError, match=f"{field} of a received Response is no "):
             check_fields(Response(**{**vars(response), field: value}))

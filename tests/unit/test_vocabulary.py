@@ -45,7 +45,13 @@ def test_the_words_are_the_fields() -> None:
 
 
 def test_the_search_finds_a_word_that_is_put_in(tmp_path: Path) -> None:
-    examples = ["a run that is played again", "the yardstick", "nats a token", "a site whose data stays", "it lacks records"]
+    examples = [
+        "a run that is played again",
+        "the yardstick",
+        "nats a token",
+        "a site whose data stays",
+        "it lacks records",
+    ]
     assert all(any(re.search(pattern, example) for pattern in words()) for example in examples)
 
 

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedferret.bases.gaussian import add_gaussian_
 from fedferret.core import tree
-from fedferret.core.algorithm import Task
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.core.task import Task
 from fedferret.estimate import estimate
 from fedferret.local.first_order import FirstOrder, TrainingRefused, endless, observing_steps
 from fedferret.local.zeroth_order import ZerothOrder
 from tiny_runs import tiny_recipe
-from toys import Rows, ToyData, squared_error, toy_clients, toy_model, toy_task
+from toys import Given, Rows, SquaredError, ToyData, toy_clients, toy_model, toy_task
 
 DATA: Any = toy_clients()["b"]  # 12 rows
 KEY, DIRECTIONS = Key.of(1, "train"), Key.of(1, "directions")
@@ -43,13 +43,13 @@ def loss_at(weights_D: Tensor, rows: Rows) -> float:
     """In fp64, where a difference of losses is exact enough to compare with."""
     model = toy_model().double()
     nn.utils.vector_to_parameters(weights_D, model.parameters())
-    return squared_error(model, Rows(rows.x.double(), rows.y.double())).item()
+    return SquaredError().loss(model, Rows(rows.x.double(), rows.y.double())).item()
 
 
 def gradient() -> Tensor:
     """Of the loss on all rows, fp64 (97,)."""
     model = toy_model().double()
-    squared_error(model, Rows(DATA.x.double(), DATA.y.double())).backward()
+    SquaredError().loss(model, Rows(DATA.x.double(), DATA.y.double())).backward()
     return torch.cat([weight.grad.reshape(-1) for weight in model.parameters() if weight.grad is not None])
 
 
@@ -80,7 +80,7 @@ def test_a_walk_is_the_textbooks(difference: Any, weight_decay: float) -> None:
 @pytest.mark.parametrize("difference", ["central", "forward"])
 def test_there_and_back_returns_the_weights_to_two_units_in_the_last_place(difference: Any) -> None:
     """With a loss that never changes a step is +ε, -2ε, +ε (or +ε, -ε) alone."""
-    task = Task(toy_model(), lambda model, rows: torch.tensor(1.0), 1)
+    task = Task.of(toy_model(), Given(lambda model, rows: torch.tensor(1.0)), 1)
     start = flat(task.model)
     for step in range(1, 30):
         training = ZerothOrder(perturbation=1e-3, steps=1, difference=difference)
@@ -92,9 +92,9 @@ def test_there_and_back_returns_the_weights_to_two_units_in_the_last_place(diffe
     torch.testing.assert_close(flat(task.model), start, rtol=2e-6, atol=2e-8)
 
 
-@pytest.mark.parametrize(("steps", "times"), [(97, 12), (485, 4)])
-def test_the_mean_of_g_z_points_along_the_gradient(steps: int, times: int) -> None:
+def test_the_mean_of_g_z_points_along_the_gradient() -> None:
     """cos = √(n / (n + d + 1)): along the gradient the mean is 1, and |z|² g² - 1 = d + 1 of noise falls as 1/n."""
+    steps, times = 97, 12
     true = gradient()
     cosines = []
     for start in range(0, times * steps, steps):
@@ -152,7 +152,7 @@ def test_nothing_of_the_models_size_is_made(native: str, monkeypatch: pytest.Mon
 
     data = ToyData(torch.ones(2, 1), torch.ones(2, 1))
     with Largest() as largest:
-        ZerothOrder(steps=2, weight_decay=0.1).train(Task(model, mean_square, 1), data, KEY)
+        ZerothOrder(steps=2, weight_decay=0.1).train(Task.of(model, Given(mean_square), 1), data, KEY)
     assert 0 < largest.elements < 100_000
 
 
@@ -182,13 +182,13 @@ def test_another_key_walks_along_other_directions() -> None:
 
 def test_an_observer_hears_of_every_step_and_dropout_is_off() -> None:
     heard: list[tuple[int, int]] = []
-    task = Task(nn.Sequential(toy_model(), nn.Dropout(0.5)).train(), squared_error, 1)
+    task = Task.of(nn.Sequential(toy_model(), nn.Dropout(0.5)).train(), SquaredError(), 1)
     before = torch.get_rng_state()
     with observing_steps(lambda step, total: heard.append((step, total))):
-        metrics = ZerothOrder(steps=3).train(task, DATA, KEY)
+        metrics = ZerothOrder(steps=3).train(task, DATA, KEY).metrics
     assert heard == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert metrics["loss"] == ZerothOrder(steps=3).train(toy_task(1), DATA, KEY)["loss"]
+    assert metrics["loss"] == ZerothOrder(steps=3).train(toy_task(1), DATA, KEY).metrics["loss"]
 
 
 @pytest.mark.parametrize("difference", ["central", "forward"])
@@ -197,10 +197,10 @@ def test_a_loss_that_is_not_finite_is_refused_at_its_step(difference: Any, bad: 
     calls = iter(range(1, 9))
 
     def explodes(model: nn.Module, rows: Rows) -> Tensor:
-        return squared_error(model, rows) * (torch.inf if next(calls) == bad else 1)
+        return SquaredError().loss(model, rows) * (torch.inf if next(calls) == bad else 1)
 
     with pytest.raises(TrainingRefused, match=f"the loss is inf at step {(bad + 1) // 2}: lower the learning rate"):
-        ZerothOrder(steps=3, difference=difference).train(Task(toy_model(), explodes, 1), DATA, KEY)
+        ZerothOrder(steps=3, difference=difference).train(Task.of(toy_model(), Given(explodes), 1), DATA, KEY)
 
 
 def test_an_empty_client_is_refused() -> None:
@@ -236,7 +236,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 def test_an_estimate_counts_two_forward_passes_a_step_and_no_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedferret.estimate._matrix_rate", lambda: 1.0)
+    monkeypatch.setattr("fedferret.estimate._rates", lambda rows, width: (0.0, 1.0))
     training = {"steps": 100_000, "batch_size": 4}  # beside which evaluation takes no time
     first, zeroth = (
         estimate(tiny_recipe(tmp_path, algorithm={"name": name, "training": training}))

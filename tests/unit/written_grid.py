@@ -1,4 +1,4 @@
-"""A grid whose runs are written through the interface that runs write with, figures made up."""
+"""A grid of runs with invented figures, written through the interface that runs use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fedferret.comparison.commands import gather
 from fedferret.comparison.grid import Cell, Grid, resolve
 from fedferret.comparison.results import Comparison, RowResult
-from fedferret.comparison.run_status import note
+from fedferret.comparison.run_status import record_outcome
 from fedferret.comparison.worker import Outcome
 from fedferret.core.files import write_atomically
 from fedferret.tracking.environment import write_environment
@@ -24,7 +24,7 @@ TRAINING = {"learning_rate": 0.1, "steps": 2}
 
 
 def grid_tables(folder: Path, methods: Mapping[str, Mapping[str, Any]], **changes: Any) -> dict[str, Any]:
-    """A grid of these methods, their algorithm tables by label, on the tiny task."""
+    """A grid of these methods (algorithm tables by label) on the tiny task."""
     tables = tiny_tables(folder, rounds=2, algorithm={"training": TRAINING})
     del tables["seed"], tables["evaluation"]
     tables["algorithm"].pop("name"), tables["algorithm"].pop("coordinates")
@@ -33,7 +33,7 @@ def grid_tables(folder: Path, methods: Mapping[str, Mapping[str, Any]], **change
 
 
 def written_grid(folder: Path, labels: Sequence[str], **changes: Any) -> Grid:
-    """The grid of these labels, each FedAvg with a step of its own, in ``folder``."""
+    """A grid in ``folder`` with a row of FedAvg per label, each with another server learning rate."""
     folder.mkdir(exist_ok=True)
     methods = {
         label: {"name": "fedavg", "server_learning_rate": 1 / (number + 1)} for number, label in enumerate(labels)
@@ -42,24 +42,26 @@ def written_grid(folder: Path, labels: Sequence[str], **changes: Any) -> Grid:
 
 
 def write_cell(
-    cell: Cell, losses: Mapping[int, float], each: int = 100, threads: int = 1, cohort: str = "ann", **begin: Any
+    cell: Cell, losses: Mapping[int, float], each: int = 100, threads: int = 1, cohort: str = "ann", **changes: Any
 ) -> None:
-    """A finished run with these losses by round, ``each`` bytes up and as many down for each of two clients."""
+    """A finished run with these losses by round, ``each`` bytes up and as many down for each of two clients.
+
+    ``changes`` are fields of the start event.
+    """
     log = EventLog(cell.folder)
     write_atomically(cell.folder / "recipe.toml", cell.recipe.to_toml())
     write_environment(cell.folder)
-    start(log, **{"seed": cell.seed, "base": "b" * 64, "data_fingerprint": "d" * 64, **begin})
+    start(log, **{"seed": cell.seed, "base": "b" * 64, "data_fingerprint": "d" * 64, **changes})
     for number in range(max(losses) + 1):
         if number:
             clients = (cohort, "bob")
-            played = record(number, clients)
-            moved = dict.fromkeys(clients, each)
-            log.write("round", **round_fields(replace(played, bytes_up=moved, bytes_down=moved)))
+            sent = dict.fromkeys(clients, each)
+            log.write("round", **round_fields(replace(record(number, clients), bytes_up=sent, bytes_down=sent)))
         if number in losses:
             evaluate(log, number, losses[number])
     log.write("end", rounds=max(losses))
     write_summary(cell.folder)
-    note(cell, Outcome("finished"), threads, 12.0)
+    record_outcome(cell, Outcome("finished"), threads, 12.0)
 
 
 def cell_of(grid: Grid, out: Path, label: str, seed: int) -> Cell:
@@ -84,7 +86,7 @@ EACH = {"A": 1000, "B": 10}
 
 
 def written(tmp_path: Path, **changes: Any) -> Comparison:
-    """Two methods and two seeds with the losses above; method A moves a hundred times as much."""
+    """Two methods and two seeds with the losses above; method A sends a hundred times as much."""
     grid = written_grid(tmp_path, ["A", "B"], **changes)
     for (label, seed), losses in LOSSES.items():
         write_cell(cell_of(grid, tmp_path, label, seed), losses, EACH[label])

@@ -1,14 +1,15 @@
-"""A run folder written through the same interface that a run writes it with, figures made up."""
+"""A run folder with invented figures, written through the interface that a run uses."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from fedferret.core.rounds import Failure, RoundRecord
 from fedferret.tracking.environment import write_environment
-from fedferret.tracking.events import EventLog, round_fields
+from fedferret.tracking.events import FILE, FORMAT, EventLog, round_fields
 from fedferret.tracking.folder import explain
 
 NASTY = '<script>alert("$x$ & co")</script>'
@@ -16,29 +17,29 @@ PARAMETERS = 1000
 
 
 def record(number: int, cohort: tuple[str, ...] = ("ann", NASTY, "bob"), failing: tuple[str, ...] = ()) -> RoundRecord:
-    """A round in which everyone but ``failing`` answered: 10 bytes up and 7 down a client."""
-    answered = [client for client in cohort if client not in failing]
+    """A round in which every client but ``failing`` replied: 10 bytes up and 7 down per client."""
+    replied = [client for client in cohort if client not in failing]
     return RoundRecord(
         number,
         cohort,
-        {client: {"loss": 4.0 - 0.1 * number, "seconds": 1.0} for client in answered},
+        {client: {"loss": 4.0 - 0.1 * number, "seconds": 1.0} for client in replied},
         tuple(Failure(client, "local", f"{client} lost <b>power</b>") for client in failing),
-        dict.fromkeys(answered, 10),
+        dict.fromkeys(replied, 10),
         dict.fromkeys(cohort, 7),
         f"fingerprint{number}" if number % 2 == 0 else "",
         seconds=5.0,
-        seconds_local=float(len(answered)),
+        seconds_local=float(len(replied)),
     )
 
 
 def start(log: EventLog, **changes: Any) -> None:
-    """The event that a run begins with."""
+    """The first event of a run."""
     fields = {"method": "ferret", "model": "tiny", "data": "toy", "rounds": 4, "clients": 9, "seed": 1}
     log.write("start", **{**fields, "parameters": PARAMETERS, **changes})
 
 
 def evaluate(log: EventLog, number: int, loss: float) -> None:
-    """Scores on two held-out sets, the first being the main one; 2 seconds."""
+    """An evaluation of 2 seconds on two held-out sets; the first is the main set."""
     results = {
         name: {"loss": value, "perplexity": math.exp(value), "tokens": 100}
         for name, value in (("held-out rows", loss), ("held-out people", loss + 0.5))
@@ -47,7 +48,7 @@ def evaluate(log: EventLog, number: int, loss: float) -> None:
 
 
 def write_run(folder: Path, rounds: int = 4, finished: bool = True) -> None:
-    """A run of ``rounds`` rounds; one client fails in round 2, and one client has a name to be afraid of."""
+    """A run of ``rounds`` rounds. One client fails in round 2, and one client's name contains markup."""
     log = EventLog(folder)
     (folder / "recipe.toml").write_text(f"seed = 1\n# {NASTY}\n")
     write_environment(folder)
@@ -60,3 +61,11 @@ def write_run(folder: Path, rounds: int = 4, finished: bool = True) -> None:
         evaluate(log, number, 5.0 - 0.25 * number)
     if finished:
         log.write("end", rounds=rounds)
+
+
+def downgrade(folder: Path) -> None:
+    """Make the event log in ``folder`` one of fedferret 0.1: its start event has no format."""
+    log = folder / FILE
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert events[0].pop("format") == FORMAT
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -1,4 +1,4 @@
-"""FedAvg: the weighted mean of the clients' changes to all weights.
+"""FedAvg: the weighted mean of the clients' updates of all weights.
 
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas. "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, arXiv 1602.05629.
@@ -6,14 +6,14 @@ Decentralized Data", AISTATS 2017, arXiv 1602.05629.
     client j:  w_j <- T local steps from w        Δ_j = w - w_j
     server:    Δ = Σ_j n_j Δ_j / Σ_j n_j          everybody: w <- w - η Δ
 
-Wire: 4 d bytes up per client and round; 4 d down. Deviations: the change travels instead of the weights, which
+Wire: 4 d bytes up per client and round; 4 d down. Deviations: the update travels instead of the weights, which
 is the same sum and lets the log hold entries; η (the server's learning rate, 1 in the paper) is explicit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -21,13 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
+from fedferret.algorithms.full_model import check_tensors, deltas, loaded, norm
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
+from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
-from fedferret.local.first_order import FirstOrder
+from fedferret.local.first_order import FirstOrder, Trained
 
 
 @state
@@ -38,15 +39,15 @@ class FedAvgPublic:
 
 
 @message
-class Delta(Payload):
-    """A client's change, w - w_j."""
+class Delta(Payload["Delta"]):
+    """A client's update, w - w_j, by the model's names and shapes, fp32."""
 
     delta: dict[str, Tensor]
 
 
 @message
 class FedAvgEntry:
-    """The mean change and the step to take along it."""
+    """The mean update and the step to take along it."""
 
     delta: dict[str, Tensor]
     learning_rate: float
@@ -54,23 +55,29 @@ class FedAvgEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
-    """The weighted mean of all weights' changes."""
+    """The weighted mean of the clients' updates of all weights."""
 
     name: ClassVar[str] = "fedavg"
     server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
     weighting: Weighting = "examples"  # the paper's n_j; "equal" counts every client once
     training: FirstOrder = field(default_factory=FirstOrder)
 
-    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """Four bytes a weight, both ways."""
         weights = 4 * sum(math.prod(shape) for shape in shapes.values())
-        return WireCost(weights, weights)
+        return WireCost.exact(weights, weights)
 
     def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
-        """Refuse a change of other tensors or shapes."""
-        expected = {name: (weight.shape, torch.float32) for name, weight in public.weights.items()}
-        if {name: (delta.shape, delta.dtype) for name, delta in payload.delta.items()} != expected:
-            raise ValueError("the change's tensors are not the model's: another model or version sent it")
+        """Refuse an update of other names, shapes or data types."""
+        check_tensors(public.weights, payload.delta, torch.float32)
+
+    def accept_sum(self, task: Task, public: FedAvgPublic, sum: Delta) -> None:
+        """Refuse a sum of other names or shapes."""
+        check_tensors(public.weights, sum.delta, None)
+
+    def update_norm(self, task: Task, public: FedAvgPublic, payload: Delta) -> float:
+        """η ‖Δ_j‖."""
+        return self.server_learning_rate * norm(payload.delta.values())
 
     def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""
@@ -79,13 +86,13 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
     def client_update(
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, Delta]:
-        """Train on the client's data; send the change."""
+        """Train on the client's data; send the update."""
         with loaded(task, public.weights) as model:
-            metrics = self.train(task, public, data, key.fold("train"))
-            delta = Delta(dict(change(public.weights, model)))
-        return ClientReply(delta, weight_of(data, self.weighting), None, metrics)
+            trained = self.train(task, public, data, key.fold("train"))
+            delta = Delta(dict(deltas(public.weights, model)))
+        return ClientReply(delta, None, trained.metrics)
 
-    def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> dict[str, float]:
+    def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> Trained:
         """The local steps, in place in ``task.model``; FedProx differs here alone."""
         return self.training.train(task, data, key)
 

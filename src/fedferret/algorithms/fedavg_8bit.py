@@ -1,7 +1,7 @@
-"""FedAvg in 8 bits a weight, both ways: changes rounded at random, so that they stay right in the mean.
+"""FedAvg in 8 bits a weight, both ways: updates rounded at random, so that they stay right in the mean.
 
 Alistarh, Grubic, Li, Tomioka, Vojnovic. "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding",
-NIPS 2017, arXiv 1610.02132, section 3, on the change of a client's local training. Below 8 bits: DRIVE and EDEN, see
+NIPS 2017, arXiv 1610.02132, section 3, on the update of a client's local training. Below 8 bits: DRIVE and EDEN, see
 ``bases/quantise.py``.
 
     client j:  Δ_j = w - w_j after T local steps       send Q(Δ_j), ``bits`` bits a weight and a scale a chunk
@@ -15,65 +15,70 @@ fewer levels are left unused; no entropy code; what the server sends is rounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import FedAvgPublic
-from fedferret.algorithms.full_model import Weighting, change, loaded, weight_of
+from fedferret.algorithms.full_model import deltas, loaded, norm
 from fedferret.bases.chunks import Chunked, num_bytes, num_scales, pack_tensors
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
+from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder
 
 
 @message
 class DecodedDelta:
-    """A change of every tensor, flat, fp32: what adds up."""
+    """An update of every tensor, flat, fp32: the form that adds up."""
 
     tensors: tuple[Tensor, ...]
 
 
 @message
-class QuantizedDelta(Payload):
-    """A client's change in few bits."""
+class QuantizedDelta(Payload[DecodedDelta]):
+    """A client's update in few bits."""
 
-    change: Chunked
+    delta: Chunked
 
-    def decoded(self) -> DecodedDelta:  # type: ignore[override]
-        """The numbers behind the bits."""
-        return DecodedDelta(self.change.unpack())
+    def decoded(self) -> DecodedDelta:
+        """The values behind the bits."""
+        return DecodedDelta(self.delta.unpack())
+
+    def encoded(self, sum: DecodedDelta, key: Key) -> QuantizedDelta:
+        """Another update in as many bits."""
+        return QuantizedDelta(pack_tensors(sum.tensors, self.delta.bits, key))
 
 
 @message
 class QuantizedEntry:
-    """The mean change in few bits, and the step to take along it."""
+    """The mean update in few bits, and the step to take along it."""
 
-    change: Chunked
+    delta: Chunked
     learning_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDelta]):
-    """The weighted mean of changes of 8 bits a weight."""
+    """The weighted mean of updates in 8 bits a weight."""
 
     name: ClassVar[str] = "fedavg-8bit"
-    bits: Literal[8, 4, 2, 1] = 8  # of a weight's change, on its way up
-    entry_bits: Literal[8, 4, 2, 1] = 8  # of a weight's change, on its way down
+    bits: Literal[8, 4, 2, 1] = 8  # of a weight's update, up
+    entry_bits: Literal[8, 4, 2, 1] = 8  # of a weight's update, down
     server_learning_rate: float = 1.0  # FedAvg's
     weighting: Weighting = "examples"  # FedAvg's n_j; "equal" counts every client once
     training: FirstOrder = field(default_factory=FirstOrder)
 
-    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """The bits of all weights, each tensor in whole bytes, and the chunks' scales."""
         sizes = [math.prod(shape) for shape in shapes.values()]
         up, down = (num_bytes(sizes, bits) + 4 * num_scales(sizes, bits) for bits in (self.bits, self.entry_bits))
-        return WireCost(up, down)
+        return WireCost.exact(up, down)
 
     def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""
@@ -82,30 +87,39 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
     def client_update(
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, QuantizedDelta]:
-        """Train on the client's data; send the change, rounded."""
+        """Train on the client's data; send the update, rounded."""
         with loaded(task, public.weights) as model:
-            metrics = self.training.train(task, data, key.fold("train"))
-            deltas = (delta for _, delta in change(public.weights, model))
-            rounded = QuantizedDelta(pack_tensors(deltas, self.bits, key.fold("rounding")))
-        return ClientReply(rounded, weight_of(data, self.weighting), None, metrics)
+            trained = self.training.train(task, data, key.fold("train"))
+            tensors = (delta for _, delta in deltas(public.weights, model))
+            rounded = QuantizedDelta(pack_tensors(tensors, self.bits, key.fold("rounding")))
+        return ClientReply(rounded, None, trained.metrics)
 
     def accept(self, task: Task, public: FedAvgPublic, payload: QuantizedDelta) -> None:
-        """Refuse a change of other tensors or in other bits."""
-        expected = (tuple(weight.numel() for weight in public.weights.values()), self.bits)
-        if (payload.change.sizes, payload.change.bits) != expected:
-            raise ValueError("the change's tensors are not the model's: another model or setting sent it")
+        """Refuse an update of other tensors or in other bits."""
+        delta, sizes = payload.delta, tuple(weight.numel() for weight in public.weights.values())
+        if not isinstance(delta, Chunked) or (delta.sizes, delta.bits) != (sizes, self.bits):
+            raise ValueError("the update's tensors are not the model's: another model or setting sent it")
+        delta.check()
+
+    def accept_sum(self, task: Task, public: FedAvgPublic, sum: DecodedDelta) -> None:
+        """Refuse a sum of other sizes."""
+        if [tuple(tensor.shape) for tensor in sum.tensors] != [(weight.numel(),) for weight in public.weights.values()]:
+            raise ValueError("the update's tensors are not the model's: another model or setting sent it")
+
+    def update_norm(self, task: Task, public: FedAvgPublic, payload: QuantizedDelta) -> float:
+        """η ‖Δ_j‖."""
+        return self.server_learning_rate * norm(payload.delta.unpack())
 
     def server_update(
-        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[QuantizedDelta], key: Key
+        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[DecodedDelta], key: Key
     ) -> tuple[None, QuantizedEntry]:
         """The mean, rounded once more."""
-        mean: Any = pooled.only  # of what opened() gave
-        rounded = pack_tensors(mean.tensors, self.entry_bits, key.fold("rounding"))
+        rounded = pack_tensors(pooled.only.tensors, self.entry_bits, key.fold("rounding"))
         return None, QuantizedEntry(rounded, self.server_learning_rate)
 
     def apply(self, task: Task, public: FedAvgPublic, entry: QuantizedEntry) -> None:
         """w <- w - η Δ, element by element."""
-        for weight, delta in zip(public.weights.values(), entry.change.unpack(), strict=True):
+        for weight, delta in zip(public.weights.values(), entry.delta.unpack(), strict=True):
             weight.sub_(delta.to(weight.device).view_as(weight) * entry.learning_rate)
 
     @contextmanager

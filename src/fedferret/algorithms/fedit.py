@@ -1,4 +1,4 @@
-"""FedIT: FedAvg of LoRA's factors. A frozen model gets small matrices A and B beside its linear maps; they are tuned.
+"""FedIT: FedAvg of LoRA factors: small matrices A and B that are added to the linear maps of a frozen model.
 
 Zhang, Vahidian, Kuo, Li, Zhang, Wang, Chen. "Towards Building the Federated GPT: Federated Instruction Tuning",
 ICASSP 2024, arXiv 2305.05644, Algorithm 1. LoRA: Hu et al., ICLR 2022, arXiv 2106.09685.
@@ -12,7 +12,7 @@ Wire: 4 d bytes up per client and round, 4 d down, with d = Σ r (inputs + outpu
 The mean of the products B A, which clients' models stand for, is not the product of the means; ``product_gap`` measures
 the difference. It is zero where all A are equal, which ``freeze_a`` sees to (Sun et al., ICLR 2024, arXiv 2403.12313).
 
-Deviations: no dropout on the way into A (the paper's code has 0.05), since it draws from the global generator; changes
+Deviations: no dropout on the way into A (the paper's code has 0.05), since it draws from the global generator; updates
 travel instead of factors, which gives the same mean. Adam is AdamW without weight decay.
 """
 
@@ -51,7 +51,7 @@ def _sgd() -> FirstOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class FedIT(FedAvg):
-    """The weighted mean of LoRA's factors."""
+    """The weighted mean of LoRA factors."""
 
     name: ClassVar[str] = "fedit"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -74,15 +74,18 @@ class FedIT(FedAvg):
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """The model with its factors."""
-        return adapters.low_rank(
-            model, key, rank=self.rank, alpha=self.alpha, modules=self.modules, freeze_a=self.freeze_a
-        )
+        """The model with LoRA factors."""
+        lora = adapters.LoRA(rank=self.rank, alpha=self.alpha, modules=self.modules, freeze_a=self.freeze_a)
+        return lora.attach(model, key)
+
+    def release(self, model: nn.Module) -> nn.Module:
+        """The factors merged into the base weights."""
+        return adapters.released(model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedITSGD(FedIT):
-    """FedIT whose clients take plain gradient steps."""
+    """FedIT with plain gradient steps at the clients."""
 
     name: ClassVar[str] = "fedit-sgd"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"training": _ONE_BY_ONE}}

@@ -21,81 +21,26 @@ takes up to K passes over them; a late client gets the entries it missed. The po
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import Weighting, loaded, weight_of
+from fedferret.algorithms.fedkseed_messages import DecodedWalk, FedKSeedEntry, FedKSeedPublic, FedKSeedServer, Walk
+from fedferret.algorithms.full_model import loaded
 from fedferret.bases.gaussian import add_directions_
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Examples, Payload, Pooled, Task, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.core.messages import message, state
-from fedferret.core.tree import Tree
+from fedferret.core.task import Examples, Task
 from fedferret.local.zeroth_order import ZerothOrder
 
-_HISTORY_CLIP = 1000.0  # the paper's bound on |g| in Pro's history
 _SHORT = 2**15  # numbers below it take two bytes
-
-
-@state
-class FedKSeedPublic:
-    """All weights, and the pool that led to them."""
-
-    weights: Tree
-    pool: Tensor  # (K,): what each direction was walked in all rounds, in units of -η
-    magnitudes: Tensor  # (K,): Pro's m; zeros otherwise
-    seed: int  # of the directions
-
-
-@state
-class FedKSeedServer:
-    """Pro's history: the sums of |g| and the numbers of steps (K,), both weighted."""
-
-    magnitudes: Tensor
-    steps: Tensor
-
-
-@message
-class DecodedWalk:
-    """Sums over a client's steps by seed, fp32 (K,): of g, of |g| up to the history's bound, and of 1. What adds up."""
-
-    gradients: Tensor
-    magnitudes: Tensor
-    steps: Tensor
-
-
-@message
-class Walk(Payload):
-    """A client's T steps in order: seeds' numbers, int16 or int32 (T,), and projected gradients, fp32 (T,)."""
-
-    seeds: Tensor
-    gradients: Tensor
-    pool_size: int
-
-    def decoded(self) -> DecodedWalk:  # type: ignore[override]
-        """The steps by seed."""
-        magnitudes = self.gradients.abs().clamp(max=_HISTORY_CLIP)
-        by_seed = [
-            torch.zeros(self.pool_size).index_add_(0, self.seeds.long(), values)
-            for values in (self.gradients, magnitudes, torch.ones_like(magnitudes))
-        ]
-        return DecodedWalk(*by_seed)
-
-
-@message
-class FedKSeedEntry:
-    """What is new of M seeds: their numbers in ascending order, int16 or int32 (M,), none where they are all K; fp32
-    (1 or 2, M): the growth of the pool and, with Pro, m.
-    """
-
-    seeds: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +61,13 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
                 f"training.weight_decay={self.training.weight_decay}: no sum of directions decays; set it to 0"
             )
 
-    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """(4 + i) T up; down the most it can be: every step of the cohort on a seed of its own."""
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
+        """(4 + i) T up; down from one seed for all steps to one for every step of the cohort."""
         number, steps = self._number.itemsize, self.training.steps
         each = 4 if self.sampling == "uniform" else 8
+        up, all_seeds = (4 + number) * steps, each * self.pool_size
         most_used = min(self.pool_size, cohort * steps)
-        return WireCost((4 + number) * steps, min((each + number) * most_used, each * self.pool_size))
+        return WireCost(up, up, min(each + number, all_seeds), min((each + number) * most_used, all_seeds))
 
     def init(self, task: Task, key: Key) -> tuple[FedKSeedPublic, FedKSeedServer]:
         """The base weights, an empty pool, no history."""
@@ -138,23 +84,33 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
             directions = Key(public.seed)
             gradients, metrics = self.training.walk(task, data, key.fold("train"), directions, seeds.tolist())
         walk = Walk(seeds.to(self._number), torch.tensor(gradients, dtype=torch.float32), self.pool_size)
-        return ClientReply(walk, weight_of(data, self.weighting), None, metrics)
+        return ClientReply(walk, None, metrics)
 
     def accept(self, task: Task, public: FedKSeedPublic, payload: Walk) -> None:
         """Refuse steps of the wrong number or kind; those that are not finite are refused when they pool."""
         steps = (self.training.steps,)
         if (payload.seeds.shape, payload.gradients.shape, payload.pool_size) != (steps, steps, self.pool_size):
-            raise ValueError("the walk has another length or pool: the client plays with other settings")
+            raise ValueError("the walk has another length or pool: the client has other settings")
         if (payload.seeds.dtype, payload.gradients.dtype) != (self._number, torch.float32):
             raise ValueError(f"seeds of {payload.seeds.dtype} and gradients of {payload.gradients.dtype} came")
         if not 0 <= int(payload.seeds.min()) <= int(payload.seeds.max()) < self.pool_size:
             raise ValueError(f"seeds came that are not among the pool's {self.pool_size}")
 
+    def accept_sum(self, task: Task, public: FedKSeedPublic, sum: DecodedWalk) -> None:
+        """Refuse sums over another pool."""
+        if {tuple(part.shape) for part in (sum.gradients, sum.magnitudes, sum.steps)} != {(self.pool_size,)}:
+            raise ValueError(f"sums came that are not over the pool's {self.pool_size} seeds")
+
+    def update_norm(self, task: Task, public: FedKSeedPublic, payload: Walk) -> float:
+        """η √(d Σ_s a(s)²), the expectation over directions: those of different seeds are nearly orthogonal."""
+        squares = float(payload.decoded().gradients.double().square().sum())
+        return self.training.learning_rate * math.sqrt(tree.size(public.weights) * squares)
+
     def server_update(
-        self, task: Task, public: FedKSeedPublic, server: FedKSeedServer, pooled: Pooled[Walk], key: Key
+        self, task: Task, public: FedKSeedPublic, server: FedKSeedServer, pooled: Pooled[DecodedWalk], key: Key
     ) -> tuple[FedKSeedServer, FedKSeedEntry]:
         """The mean walk, and with Pro the new history, of the seeds that were used."""
-        mean: Any = pooled.only  # of OpenWalk: what pools is the opened form
+        mean = pooled.only
         rows = [mean.gradients]
         if self.sampling == "magnitude":
             clients = len(pooled.weights)

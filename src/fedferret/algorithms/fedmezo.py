@@ -1,4 +1,4 @@
-"""FedMeZO: FedAvg whose clients train with forward passes alone.
+"""FedMeZO: FedAvg of clients that train with forward passes alone.
 
 Ling, Chen, Yao, Li, Shen. "On the Convergence of Zeroth-Order Federated Tuning for Large Language Models", KDD 2024,
 arXiv 2402.05926, Algorithm 1. Client j walks along Gaussian directions z by the central difference

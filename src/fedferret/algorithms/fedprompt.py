@@ -45,5 +45,9 @@ class FedPrompt(FedAvg):
             raise UserError(f"virtual_tokens={self.virtual_tokens}: must be at least 1")
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """The model behind its prompt."""
-        return adapters.learned_prompt(model, key, tokens=self.virtual_tokens)
+        """The model behind a prompt."""
+        return adapters.LearnedPrompt(tokens=self.virtual_tokens).attach(model, key)
+
+    def release(self, model: nn.Module) -> nn.Module:
+        """The frozen model: a prompt has no place in the plain architecture."""
+        return adapters.released(model)

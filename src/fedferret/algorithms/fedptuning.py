@@ -49,5 +49,9 @@ class FedPTuning(FedAvg):
                 raise UserError(f"{name}={value}: must be at least 1")
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """The model behind its prompt and the prompt's encoder."""
-        return adapters.encoded_prompt(model, key, tokens=self.virtual_tokens, width=self.encoder_width)
+        """The model behind a prompt and the prompt's encoder."""
+        return adapters.EncodedPrompt(tokens=self.virtual_tokens, width=self.encoder_width).attach(model, key)
+
+    def release(self, model: nn.Module) -> nn.Module:
+        """The frozen model: a prompt has no place in the plain architecture."""
+        return adapters.released(model)

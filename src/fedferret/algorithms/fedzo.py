@@ -1,4 +1,4 @@
-"""FedZO: FedAvg whose clients train with forward passes alone, one perturbation a step.
+"""FedZO: FedAvg of clients that train with forward passes alone, one perturbation a step.
 
 Fang, Yu, Jiang, Shi, Jones, Zhou. "Communication-Efficient Stochastic Zeroth-Order Optimization for Federated
 Learning", IEEE Transactions on Signal Processing 70, 2022, arXiv 2201.09531, Algorithm 1, with b_2 = 1 direction a

@@ -1,18 +1,16 @@
-"""What methods that tune all weights share: the public weights, the model that holds them, a client's change."""
+"""What methods that average weights share: the model loaded with weights, a client's update, checks and norms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Examples, Task
-
-Weighting: TypeAlias = Literal["examples", "equal"]
+from fedferret.core.task import Task
 
 
 class UpdateRefused(RuntimeError):
@@ -26,8 +24,16 @@ def loaded(task: Task, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     yield task.model
 
 
-def change(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The pairs (name, before - after) of a client's training, fp32. Raises UpdateRefused."""
+def deltas(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The update of a client's training: pairs (name, before - after), fp32, one tensor at a time.
+
+    Args:
+        before: the weights that training began from.
+        after: the trained model.
+
+    Raises:
+        UpdateRefused: a tensor holds NaN or infinity.
+    """
     for name, delta in tree.difference(before, tree.parameters(after)):
         # NaN and infinity survive into the sum, which needs no mask of the tensor's size; there, large numbers overflow
         if not math.isfinite(float(delta.sum())) and not delta.isfinite().all():
@@ -35,6 +41,32 @@ def change(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str
         yield name, delta
 
 
-def weight_of(data: Examples, weighting: Weighting) -> float:
-    """A client's share in the mean."""
-    return float(len(data)) if weighting == "examples" else 1.0
+def check_finite(norms: Iterable[float], before: Mapping[str, Tensor], after: nn.Module) -> None:
+    """Look at an update again where its norms are not finite: NaN and infinity survive into them.
+
+    Raises:
+        UpdateRefused: names the tensor.
+    """
+    if not all(map(math.isfinite, norms)):
+        for _ in deltas(before, after):
+            pass
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Refuse, with a ValueError, tensors of other names, order, shapes or data types than a model's.
+
+    Args:
+        expected: of the model.
+        found: that a client sent.
+        dtype: None where any is right.
+    """
+    wanted = [(name, tuple(weight.shape)) for name, weight in expected.items()]
+    came = [(name, tuple(tensor.shape)) for name, tensor in found.items()]
+    kinds = {tensor.dtype for tensor in found.values()}
+    if came != wanted or (dtype is not None and kinds != {dtype}):
+        raise ValueError("the update's tensors are not the model's: another model or version sent it")
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm over all of them."""
+    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(tensor.double())) ** 2 for tensor in tensors))

@@ -12,11 +12,16 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, tuple[str, str, str]] = {
     "ferret": ("ferret", "Ferret", "all weights, first-order steps, kilobytes: updates on shared random directions"),
+    "ferret-published": (
+        "ferret_published",
+        "FerretPublished",
+        "Ferret with the choices of the published code, for comparison",
+    ),
     "fedavg": ("fedavg", "FedAvg", "all weights, first-order steps, gigabytes: the mean of the clients' updates"),
     "fedprox": ("fedprox", "FedProx", "FedAvg with clients pulled towards the global weights"),
-    "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest changes; the rest waits its turn"),
+    "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest values; the rest waits"),
     "fedavg-8bit": ("fedavg_8bit", "FedAvg8Bit", "FedAvg in 8 bits a weight, both ways"),
-    "fedkseed": ("fedkseed", "FedKSeed", "all weights, forward passes, kilobytes: walks along shared directions"),
+    "fedkseed": ("fedkseed", "FedKSeed", "all weights, forward passes, kilobytes: steps along shared directions"),
     "fedkseed-pro": ("fedkseed", "FedKSeedPro", "FedKSeed that prefers directions along which the loss changes most"),
     "fedzo": ("fedzo", "FedZO", "FedAvg of clients that train by forward passes alone, with forward differences"),
     "fedmezo": ("fedmezo", "FedMeZO", "FedAvg of clients that train by forward passes alone, with central differences"),

@@ -1,1 +1,1 @@
-"""Random bases shared by key: how an update of d weights becomes K numbers, and K numbers become an update again."""
+"""Random bases that a key defines: they map an update of d weights to K coordinates, and coordinates to an update."""

@@ -1,11 +1,12 @@
 """A basis: a random d x K matrix V that is never built, only multiplied by.
 
-``project`` measures an update Δ as c = s Vᵀ Δ and ``expand_`` adds V c to the weights: an adjoint pair up to the scale
-s, which makes the average of V c over keys equal Δ (Ferret, arXiv 2409.06277, section 4.1). A block of several tensors
-is never concatenated: each tensor is passed alone, with its ``offset`` in the block, and projections add up in ``out``.
+``project`` computes the coordinates c = s Vᵀ Δ of an update Δ. ``expand_`` adds V c to the weights. The two are adjoint
+up to the scale s, which makes the average of V c over keys equal Δ (Ferret, arXiv 2409.06277, section 4.1). A block of
+several tensors is never concatenated: each tensor is passed alone, with its ``offset`` in the block, and the
+projections of the tensors add up in ``out``.
 
-Reconstruction uses elementwise fp32 operations in a fixed order only: ``expand_`` gives the same bits on every device
-and for every chunk size, split of the block and thread count. Coordinates are sums: a split may change their last bits.
+``expand_`` uses elementwise fp32 operations in a fixed order only, so it gives the same bits on every device and for
+every chunk size, split of the block and thread count. Coordinates are sums: a split may change their last bits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedferret.core.errors import UserError, nearest
+from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 
 
 class Basis(ABC):
-    """A family of random matrices; subclasses are frozen dataclasses whose fields change speed, never values."""
+    """A family of random matrices. Subclasses are frozen dataclasses; their fields change speed, never values."""
 
     name: ClassVar[str]
     max_size: ClassVar[int]
@@ -36,11 +37,21 @@ class Basis(ABC):
         offset: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The coordinates s Vᵀ Δ, fp32 (num_coordinates,), summed in fp32; added to ``out`` where it is given.
+        """Compute the coordinates c = s Vᵀ Δ of an update (Ferret, section 4.1).
 
-        ``delta`` is a piece of a block in any float dtype, shape and layout, read in row-major order; it starts at
-        element ``offset`` of the block's ``size`` elements (default: the piece is the block). Every piece of a block
-        takes the same ``key``. Raises ``UserError`` unless 1 <= num_coordinates <= size.
+        Args:
+            delta: a piece of a block, any float dtype, shape and layout, read in row-major order.
+            num_coordinates: K.
+            key: of the block; the same for every piece of the block.
+            size: number of elements of the block; default: of ``delta``.
+            offset: position in the block of the first element of ``delta``.
+            out: fp32, shape (K,); where given, the coordinates are added to it in place.
+
+        Returns:
+            The coordinates, fp32, shape (K,), summed in fp32: ``out`` where it is given.
+
+        Raises:
+            UserError: unless 1 <= K <= size <= max_size.
         """
         size = self._checked_size(delta, size, num_coordinates)
         with torch.no_grad():
@@ -59,10 +70,21 @@ class Basis(ABC):
         size: int | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """Add V (scale c) to ``target`` in place and return it; ``target`` is a piece of a block as in ``project``.
+        """Add V (scale c) to a tensor in place. V c is formed in fp32; the sum is rounded once to the target's dtype.
 
-        ``scale`` (rounded to fp32) multiplies the coordinates, V c is formed in fp32, and the sum is rounded once to
-        the target's dtype.
+        Args:
+            target: a piece of a block, any float dtype, shape and layout, in row-major order.
+            coordinates_K: c, any float dtype, shape (K,).
+            key: of the block; the same for every piece of the block.
+            scale: factor on the coordinates, rounded to fp32.
+            size: number of elements of the block; default: of ``target``.
+            offset: position in the block of the first element of ``target``.
+
+        Returns:
+            ``target`` itself, changed in place.
+
+        Raises:
+            UserError: unless 1 <= K <= size <= max_size.
         """
         size = self._checked_size(target, size, coordinates_K.numel())
         with torch.no_grad():
@@ -77,21 +99,60 @@ class Basis(ABC):
 
     @abstractmethod
     def unbiased_scale(self, size: int, num_coordinates: int) -> float:
-        """The s that ``project`` applies: 1 over the expected squared norm of a row of V."""
+        """The s that ``project`` applies.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K.
+
+        Returns:
+            1 over the expected squared norm of a row of V.
+        """
 
     @abstractmethod
     def error_energy(self, size: int, num_coordinates: int) -> float:
-        """The expected squared reconstruction error |V s Vᵀ Δ - Δ|² in units of |Δ|²."""
+        """The squared error of an unbiased reconstruction V s Vᵀ Δ.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K.
+
+        Returns:
+            |V s Vᵀ Δ - Δ|² in units of |Δ|², in expectation over keys.
+        """
 
     def shrinkage(self, size: int, num_coordinates: int) -> float:
-        """The factor on an unbiased reconstruction that minimises its error, <Δ̃, Δ> / |Δ̃|² in expectation."""
+        """The factor on an unbiased reconstruction Δ̃ that minimises the expected squared error.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K.
+
+        Returns:
+            <Δ̃, Δ> / |Δ̃|² in expectation, which is 1 / (1 + ``error_energy``).
+        """
         return 1 / (1 + self.error_energy(size, num_coordinates))
 
-    @abstractmethod
-    def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None: ...
+    def expanded_energy(self, size: int, coordinates_K: Tensor) -> float:
+        """The energy of V c: a column of V has a squared norm of d / (s K) on average.
+
+        Args:
+            size: d, number of weights of the block.
+            coordinates_K: c, float64, shape (K,).
+
+        Returns:
+            |V c|² in expectation over keys.
+        """
+        count = coordinates_K.numel()
+        return size / (self.unbiased_scale(size, count) * count) * float(coordinates_K.square().sum())
 
     @abstractmethod
-    def _expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, size: int, offset: int) -> None: ...
+    def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
+        """Add the coordinates of ``delta_N`` to ``out_K``."""
+
+    @abstractmethod
+    def _expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, size: int, offset: int) -> None:
+        """Add V times fp32 ``coordinates_K`` to ``target_N``."""
 
     def _checked_size(self, piece: Tensor, size: int | None, num_coordinates: int) -> int:
         size = piece.numel() if size is None else size
@@ -100,34 +161,8 @@ class Basis(ABC):
                 f"a block of {size:,} weights cannot have {num_coordinates:,} coordinates: give it 1 to {size:,}"
             )
         if size > self.max_size:
-            raise UserError(f"a block of {size:,} weights is over the {self.max_size:,} that {self.name} can number")
+            raise UserError(
+                f"a block of {size:,} weights is too large for {self.name}, which takes at most {self.max_size:,}: "
+                f"choose another basis"
+            )
         return size
-
-
-def basis(name: str) -> Basis:
-    """The basis called ``name``: "sign-buckets" or "truncated-normal"; ``UserError`` naming the nearest otherwise."""
-    from fedferret.bases.sign_buckets import SignBuckets  # here, because both modules import this one
-    from fedferret.bases.truncated_normal import TruncatedNormal
-
-    bases: dict[str, type[Basis]] = {kind.name: kind for kind in (SignBuckets, TruncatedNormal)}
-    if name not in bases:
-        raise UserError(f'there is no basis "{name}": {nearest(name, bases)}')
-    return bases[name]()
-
-
-def add_rounded_(target_N: Tensor, increment_N: Tensor) -> None:
-    """Add an fp32 increment to a tensor of any float dtype: the sum is formed in fp32 and rounded once."""
-    if target_N.dtype == torch.float32:
-        target_N += increment_N
-    else:
-        target_N.copy_(target_N.float().add_(increment_N))
-
-
-def fold_rows_(values_RN: Tensor) -> Tensor:
-    """The sum over rows as a fixed tree of elementwise additions: the same bits for every thread count. In place."""
-    rows = values_RN.shape[0]
-    while rows > 1:
-        half = rows // 2
-        values_RN[:half] += values_RN[rows - half : rows]
-        rows -= half
-    return values_RN[0]

@@ -1,15 +1,19 @@
-"""Tensors in 8, 4, 2 or 1 bits a number, in chunks that each have a scale.
+"""Tensors in 8, 4, 2 or 1 bits per element, in chunks with one scale each.
 
-    8 bits      stochastic rounding to 255 levels over the largest magnitude of 1,024 neighbours: unbiased
-    4, 2, 1     65,536 neighbours are rotated together and rounded as ``bases/quantise.py`` does
+    8 bits      chunks of 1,024 elements: stochastic rounding to 255 levels over the largest magnitude, unbiased
+    4, 2, 1     chunks of 65,536 elements, rotated together and rounded as in ``bases/quantise.py``
 
-Chunks never span tensors. An update is heavy-tailed (the largest of a tensor's 5 SGD steps on SmolLM2 is 61 times its
-root mean square in the median, 1,013 times at most), and 255 levels over a whole tensor would spend most of them on
-nothing. Relative error energy of that update at 8 bits: 0.068 with a scale a tensor, 0.026 a 65,536 numbers, 0.008 a
-4,096, 0.0040 a 1,024, 0.0016 a 256. After AdamW, whose steps are all alike, 4e-5 whatever the chunk.
+Chunks never span tensors. Updates are heavy-tailed: after 5 SGD steps on SmolLM2 the largest element of a tensor's
+update is 61 times its root mean square in the median, 1,013 times at most. With one scale per tensor, most of the 255
+levels would stay unused. For that update at 8 bits:
 
-Cost: ceil(n bits / 8) bytes and 4 for each chunk of every tensor of n numbers, and 1 to 4 for n itself. Unpacking is
-elementwise and bit-equal everywhere.
+    elements per scale       whole tensor   65,536   4,096    1,024      256
+    relative error energy           0.068    0.026   0.008   0.0040   0.0016
+
+After AdamW, where all steps are about equally large, the relative error energy is 4e-5 for every chunk size.
+
+Cost of a tensor of n elements: ceil(n bits / 8) bytes, 4 bytes per chunk, and 1 to 4 bytes for n. Unpacking is
+elementwise and bit-equal on every node.
 """
 
 from __future__ import annotations
@@ -20,37 +24,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedferret.bases.quantise import Packed, pack_vector
+from fedferret.bases.quantise import Packed, is_code, is_seed, pack_vector
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 
 BITS = (8, 4, 2, 1)
-_ROW = 1024  # numbers that share a scale at 8 bits: 0.4% more bytes
-_PIECE = 65_536  # numbers that are packed at once, and rotated together below 8 bits: they stay in a core's cache
+_ROW = 1024  # elements that share a scale at 8 bits: 0.4% more bytes
+_PIECE = 65_536  # elements packed at once, and rotated together below 8 bits: they fit in a core's cache
 
 
 @message
 class Chunked:
-    """Flat tensors of ``sizes`` numbers as they cross the wire; needs nothing else to be read."""
+    """Flat tensors as they cross the wire. The message is enough to decode them."""
 
     codes: Tensor
-    """uint8, tensor after tensor, each of whole bytes."""
+    """uint8, shape (num_bytes(sizes, bits),): tensor after tensor, each of whole bytes."""
     scales: Tensor
-    """fp32, one for each chunk."""
+    """fp32, shape (num_scales(sizes, bits),): one per chunk."""
     sizes: tuple[int, ...]
+    """Number of elements per tensor."""
     bits: int
+    """Per element: 8, 4, 2 or 1."""
     seed: int
-    """64 bits that key the rotations; 0 where there are none."""
+    """64 bits that key the rotations; 0 at 8 bits, where there are none."""
 
-    def unpack(self) -> tuple[Tensor, ...]:
-        """The numbers, fp32 (n,) for every tensor. ``UserError`` if the fields contradict each other."""
-        expected = (num_bytes(self.sizes, self.bits), num_scales(self.sizes, self.bits)) if self.bits in BITS else None
-        if (self.codes.numel(), self.scales.numel()) != expected or self.scales.dtype != torch.float32:
+    def check(self) -> None:
+        """Refuse fields that contradict each other, or a scale or a seed out of range.
+
+        Raises:
+            UserError: as said.
+        """
+        known = (
+            type(self.bits) is int and self.bits in BITS and all(type(size) is int and size >= 0 for size in self.sizes)
+        )
+        counts = (num_bytes(self.sizes, self.bits), num_scales(self.sizes, self.bits)) if known else (-1, -1)
+        fits = known and is_code(self.codes, counts[0], counts[0]) and is_seed(self.seed, 64)
+        scales_fit = self.scales.dtype == torch.float32 and self.scales.shape == (counts[1],)
+        if not (fits and scales_fit and bool((self.scales >= 0).all() and torch.isfinite(self.scales).all())):
             raise UserError(
-                f"{self.codes.numel():,} bytes and {self.scales.numel():,} scales are not {sum(self.sizes):,} numbers "
+                f"{self.codes.numel():,} bytes and {self.scales.numel():,} scales are not {sum(self.sizes):,} values "
                 f"in {self.bits} bits: the sender's version or the transport is at fault"
             )
+
+    def unpack(self) -> tuple[Tensor, ...]:
+        """The tensors' values.
+
+        Returns:
+            Per tensor of n elements, fp32, shape (n,).
+        Raises:
+            UserError: where the fields contradict each other.
+        """
+        self.check()
         tensors, byte, scale, index = [], 0, 0, 0
         for size in self.sizes:
             whole = torch.empty(size)
@@ -68,7 +93,13 @@ class Chunked:
 
 
 def pack_tensors(tensors: Iterable[Tensor], bits: int, key: Key) -> Chunked:
-    """Pack finite fp32 ``tensors`` of any shapes, one at a time; ``key`` draws the rounding or the rotations."""
+    """Pack tensors, one at a time.
+
+    Args:
+        tensors: finite, fp32, any shapes.
+        bits: per element: 8, 4, 2 or 1.
+        key: of the rounding (8 bits) or of the rotations (fewer).
+    """
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     sizes: list[int] = []
@@ -95,21 +126,31 @@ def pack_tensors(tensors: Iterable[Tensor], bits: int, key: Key) -> Chunked:
 
 
 def num_bytes(sizes: Iterable[int], bits: int) -> int:
-    """Of the codes of tensors with so many numbers."""
-    return sum(-(-size * bits // 8) for size in sizes)  # a piece is a whole number of bytes, but a tensor's last
+    """Bytes of the codes of tensors.
+
+    Args:
+        sizes: number of elements per tensor.
+        bits: per element.
+    """
+    return sum(-(-size * bits // 8) for size in sizes)  # only a tensor's last piece may end within a byte
 
 
 def num_scales(sizes: Iterable[int], bits: int) -> int:
-    """Chunks of tensors with so many numbers."""
+    """Number of scales of tensors: one per chunk.
+
+    Args:
+        sizes: number of elements per tensor.
+        bits: per element.
+    """
     chunk = _ROW if bits == 8 else _PIECE
     return sum(-(-size // chunk) for size in sizes)
 
 
 def _round_rows(piece: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-    """Codes, and each row's step; as ``pack_vector`` at 8 bits, many rows at a time."""
+    """Codes, and each row's step: as ``pack_vector`` at 8 bits, for many rows at a time."""
     rows_RC = functional.pad(piece, (0, -len(piece) % _ROW)).view(-1, _ROW)
     largest_R = rows_RC.abs().amax(dim=1)
-    # rounded up, so that no value is above 127 steps and none needs clamping
+    # rounded up: no value is above 127 steps, so none needs clamping
     steps_R = torch.nextafter(largest_R / 127, torch.tensor(torch.inf, device=piece.device))
     noise_RC = key.uniform(rows_RC.numel()).to(piece.device).view_as(rows_RC)
     codes_RC = noise_RC.add_(rows_RC / steps_R.double()[:, None]).floor_().add_(128).to(torch.uint8)

@@ -1,8 +1,8 @@
 """The published code's directions: one pool of columns for the whole run, the same for every block.
 
-Each projection draws which K_l columns of the pool it uses; the columns themselves never change, so training
-stays in a subspace of at most ``pool`` directions per block. Kept for comparison: fresh directions cost nothing more.
-Cost: O(d K_l), whatever the basis.
+Each projection draws which K_l columns of the pool it uses. The columns never change, so training stays in a subspace
+of at most ``pool`` directions per block. This basis exists for comparison: new directions in every round cost no more.
+Cost: O(d K_l), for every inner basis.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedferret.core.keys import Key
 
 @dataclass(frozen=True)
 class FixedPool(Basis):
-    """Columns of ``basis``, one coordinate each, from a pool of ``pool`` columns that ``pool_key`` names."""
+    """Columns of ``basis``, one coordinate each, from a pool of ``pool`` columns that ``pool_key`` defines."""
 
     name: ClassVar[str] = "fixed-pool"
     basis: Basis
@@ -27,18 +27,29 @@ class FixedPool(Basis):
 
     @property
     def max_size(self) -> int:  # type: ignore[override]
-        """The inner basis's limit."""
+        """The limit of the inner basis."""
         return self.basis.max_size
 
     def unbiased_scale(self, size: int, num_coordinates: int) -> float:
-        """That of independent columns."""
+        """The scale for independent columns.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K_l.
+        """
         return self.basis.unbiased_scale(size, 1) / num_coordinates
 
     def error_energy(self, size: int, num_coordinates: int) -> float:
-        """That of independent columns."""
+        """The error energy of independent columns.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K_l.
+        """
         return self.basis.error_energy(size, 1) / num_coordinates
 
     def _columns(self, count: int, key: Key) -> list[Key]:
+        """Keys of the ``count`` columns that ``key`` draws from the pool."""
         return [self.pool_key.fold("column", index) for index in key.sample(range(self.pool), count)]
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:

@@ -1,18 +1,19 @@
-/* The inner loops of the bases, for the compiler to vectorise: hashing.py defines every bit of the randomness.
+/* The inner loops of the bases, written for the compiler to vectorise. hashing.py defines every bit of the randomness.
 
-   Additions to a weight follow the plain path operation by operation (compile with -ffp-contract=off), so its bits do
-   too. Sums are taken in an order that depends on positions alone, never on how the work is cut into calls: accumulator
-   c of sign_project takes its weights in order of position, and dense_project cuts positions into CHUNKs. Every function
-   works on one piece of a block whose first element is at position `start`, and calls no other library. */
+   Additions to a weight follow the PyTorch fallback operation by operation (compile with -ffp-contract=off), so they
+   give the same bits. The order of a sum depends on positions only, never on how the work is split into calls:
+   accumulator c of sign_project adds its weights in order of position, and dense_project splits positions into CHUNKs.
+   Every function works on one piece of a block, with the first element at position `start`, and calls no other
+   library. */
 
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 256  /* neighbours that take the same bit of as many words */
+#define LANES 256  /* neighbouring positions that take the same bit of LANES words */
 #define TILE (32 * LANES)
-#define CHUNK 4096 /* positions whose hashed states and deltas stay in the first cache while all columns pass */
-#define GROUP 64   /* columns whose sum is one fixed tree */
-#define WIDTH 64   /* positions worked on side by side: some vectors of any machine */
+#define CHUNK 4096 /* positions: their hashed states and deltas stay in the L1 cache during the loop over columns */
+#define GROUP 64   /* columns that one fixed tree sums */
+#define WIDTH 64   /* positions handled in parallel: several vector registers on every machine */
 
 static inline uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -27,7 +28,7 @@ static inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef struct {
     uint32_t low, high;
-    int64_t tile; /* whose words are held; -1 for none */
+    int64_t tile; /* the tile of `words`; -1 for none */
     uint32_t words[LANES];
 } Signs;
 
@@ -103,7 +104,7 @@ static inline __attribute__((always_inline)) float element(uint32_t state, uint3
     return odd_series(u, coefficients, terms);
 }
 
-/* the sum over a padded chunk of elements of one column times delta: WIDTH sums side by side, then a tree of them */
+/* the sum over a padded chunk of the elements of one column times delta: WIDTH parallel sums, then a tree over them */
 static inline __attribute__((always_inline)) float column_sum(const uint32_t *restrict states,
                                                               const float *restrict delta, int64_t padded,
                                                               uint32_t column, const float *coefficients, int terms) {
@@ -123,7 +124,7 @@ static inline __attribute__((always_inline)) void column_products(float *restric
     for (int i = 0; i < WIDTH; i++) values[i] = element(states[i], column, coefficients, terms) * coordinate;
 }
 
-/* long series belong to small blocks only; the usual lengths are constants to the compiler, which unrolls them */
+/* only small blocks have long series; the usual lengths are compile-time constants, so that loops are unrolled */
 #define FOR_EACH_LENGTH(terms, CALL) \
     switch (terms) {                 \
         case 1: CALL(1); break;      \
@@ -150,7 +151,7 @@ void dense_project(const float *delta, int64_t count, uint32_t start, double *to
     }
 }
 
-/* the sum of `rows` rows, left in the first: basis.py's fold_rows_ */
+/* the sum of `rows` rows, left in the first row: fold_rows_ of arithmetic.py */
 static inline void fold(float (*values)[WIDTH], int rows) {
     while (rows > 1) {
         const int half = rows / 2;
@@ -185,8 +186,8 @@ void dense_expand(float *target, int64_t count, uint32_t start, const float *coo
 
 /* ---- Gaussian directions ---- */
 
-/* target[p] += factors[k] z(p, columns[k]) for every k in order; gaussian.py defines z and its five coefficients. A chunk
-   of the target stays in the first cache while all columns pass. */
+/* target[p] += factors[k] z(p, columns[k]) for every k in order; gaussian.py defines z and its five coefficients. A
+   chunk of the target stays in the L1 cache during the loop over columns. */
 void gaussian_add(float *target, int64_t count, uint32_t start, const uint32_t *columns, const float *factors,
                   int64_t number, const float *coefficients, uint32_t low, uint32_t high) {
     uint32_t states[CHUNK];

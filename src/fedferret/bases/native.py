@@ -1,16 +1,18 @@
-"""The bases' inner loops as machine code: ``kernels.c``, compiled where a C compiler is at hand.
+"""The inner loops of the bases in machine code: ``kernels.c``, compiled where there is a C compiler.
 
-At first use (never at import) the machine's ``cc`` builds a library into the cache, named by a hash of the source, the
-flags, the compiler and the processor; later processes load it. ctypes lets go of Python's lock during a call, so pieces
-of one tensor run on a pool of torch's number of threads. No OpenMP: torch brings its own runtime, and two would fight.
+At first use (never at import) the machine's ``cc`` builds a library into the cache. Its name is a hash of the source,
+the flags, the compiler and the processor; later processes load it. ctypes releases Python's lock during a call, so
+pieces of one tensor run on a pool of as many threads as torch uses. The code uses no OpenMP, because torch has an
+OpenMP runtime already and two in one process conflict.
 
-Bits: additions to weights have the plain path's, element for element. Coordinates are sums in another order and agree
-to rounding (in units of their bucket's or column's norm, about 1e-7 times the square root of the terms added one after
-another). How work is cut follows from sizes alone, so results do not depend on the number of threads.
+Additions to weights give the same bits as the PyTorch fallback, element by element. Coordinates are sums in another
+order and agree to rounding (in units of the norm of their bucket or column, about 1e-7 times the square root of the
+number of sequential additions). Sizes alone determine how work is split, so results do not depend on the number of
+threads.
 
-Without a compiler, or where ``FEDFERRET_NATIVE=0`` is set, the plain path serves. A build that fails is tried once
-per process and said once, through ``logging``. The cache is ``$FEDFERRET_CACHE/kernels``, or ``fedferret/kernels`` in
-``$XDG_CACHE_HOME`` or in ``~/.cache``.
+Without a compiler, or with ``FEDFERRET_NATIVE=0``, the bases use the PyTorch fallback. A process tries a failing build
+once and logs the failure once, through ``logging``. The cache is ``$FEDFERRET_CACHE/kernels``, or ``fedferret/kernels``
+in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
 """
 
 from __future__ import annotations
@@ -34,19 +36,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedferret.bases.basis import fold_rows_
+from fedferret.bases.arithmetic import fold_rows_
 from fedferret.core.files import build_atomically, cache_folder
 from fedferret.core.keys import Key
 
 _REQUIRED = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
-_TUNED = (("-march=native",), ())  # the first that is accepted
+_TUNED = (("-march=native",), ())  # the first that the compiler accepts is used
 
 _MOST_PIECES = 64
-_CONVERTED = 1 << 15  # elements of another dtype that are held in fp32; torch starts no threads of its own for so few
-_FEW_BUCKETS = 1 << 12  # fewer are repeated, so that one run of neighbours is long enough for vectors
-_COLUMN_BLOCK = 1 << 14  # buckets that stay in a core's cache
-_SIGN_PIECE = 1 << 17  # weights worth a thread's attention, some 20 microseconds
-_DENSE_PIECE = 1 << 20  # elements of V for a few hundred microseconds
+_CONVERTED = 1 << 15  # elements of another dtype converted to fp32 at a time: torch starts no threads for so few
+_FEW_BUCKETS = 1 << 12  # fewer buckets are repeated, so that runs of positions are long enough for vector instructions
+_COLUMN_BLOCK = 1 << 14  # buckets that fit in a core's cache
+_SIGN_PIECE = 1 << 17  # weights that repay starting a thread: about 20 microseconds of work
+_DENSE_PIECE = 1 << 20  # elements of V: a few hundred microseconds of work
 _CHUNK, _GROUP = 4096, 64  # as in kernels.c
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ _lock = threading.Lock()
 
 
 def kernels(device: torch.device) -> Kernels | None:
-    """The compiled kernels for tensors on ``device``; None where the plain path serves."""
+    """The compiled kernels for tensors on ``device``; None where the bases use the PyTorch fallback."""
     if device.type != "cpu" or os.environ.get("FEDFERRET_NATIVE") == "0":
         return None
     with _lock:
@@ -68,19 +70,24 @@ def _load() -> Kernels | None:
     try:
         return Kernels(build(cache_folder() / "kernels"))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
+        reason = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
         _log.warning(
-            "projections run on their plain path, several times slower: kernels.c could not be compiled (%s); "
-            "install a C compiler, or set FEDFERRET_NATIVE=0 to choose this",
-            " ".join(said.split())[:200],
+            "projections use the PyTorch fallback, several times slower: kernels.c could not be compiled (%s); "
+            "install a C compiler, or set FEDFERRET_NATIVE=0 to use the fallback without this warning",
+            " ".join(reason.split())[:200],
         )
         return None
 
 
 def build(folder: Path) -> Path:
-    """The library in ``folder``, compiled unless it is there. Processes that build it at once all get a whole one.
+    """The path of the library in ``folder``, compiled if missing. Concurrent builds all get a complete library.
 
-    Raises FileNotFoundError without a compiler, CalledProcessError if it refuses, OSError if the folder does.
+    Args:
+        folder: created if missing.
+    Raises:
+        FileNotFoundError: without a compiler.
+        subprocess.CalledProcessError: where the compiler fails.
+        OSError: where the folder cannot be written.
     """
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
@@ -95,6 +102,7 @@ def build(folder: Path) -> Path:
 
 
 def _compile(compiler: str, source: bytes, target: Path) -> None:
+    """Write the library to ``target``, with the first tuning flags that the compiler accepts."""
     refused: subprocess.CalledProcessError | None = None
     for tuned in _TUNED:
         command = [compiler, *_REQUIRED, *tuned, "-x", "c", "-", "-o", str(target)]
@@ -108,7 +116,7 @@ def _compile(compiler: str, source: bytes, target: Path) -> None:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by unlike machines."""
+    """What ``-march=native`` depends on: machines with different processors may share a cache."""
     description = [platform.system(), platform.machine(), platform.processor()]
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -118,7 +126,7 @@ def _processor() -> str:
 
 
 class Kernels:
-    """The loops over one piece of a block, whose first element is at position ``offset`` of the block."""
+    """The loops over one piece of a block; the piece's first element is at position ``offset`` of the block."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -138,13 +146,21 @@ class Kernels:
         self._library = library
 
     def sign_project(self, delta_N: Tensor, out_K: Tensor, key: Key, offset: int) -> None:
-        """Add the bucket sums of ``delta_N``, any float dtype, to ``out_K``, fp32."""
+        """Add the signed bucket sums of a piece to ``out_K``.
+
+        Args:
+            delta_N: any float dtype, shape (N,).
+            out_K: fp32, shape (K,), changed in place.
+            key: of the block.
+            offset: position in the block of the first element of ``delta_N``.
+        """
         count, repeats = delta_N.numel(), _repeats(delta_N.numel(), out_K.numel())
         buckets = repeats * out_K.numel()
         cached = _clamp(buckets // _COLUMN_BLOCK, _MOST_PIECES)
-        blocks = cached if _is_plain(delta_N) else 1  # where buckets are cut changes no sum; where positions are does
+        # the split of buckets changes no sum, the split of positions does
+        blocks = cached if _is_contiguous_fp32(delta_N) else 1
         pieces = _clamp(count // max(64 * buckets, _SIGN_PIECE), _MOST_PIECES // cached)
-        # one sum per bucket is added to where it belongs; with K = d it is exact
+        # sums are added to out_K directly; with K = d this is exact
         direct = repeats == pieces == 1 and out_K.is_contiguous()
         sums_PR = out_K[None] if direct else torch.zeros(pieces, buckets)
 
@@ -160,7 +176,14 @@ class Kernels:
             out_K += fold_rows_(sums_PR.view(-1, out_K.numel()))
 
     def sign_expand_(self, target_N: Tensor, coordinates_K: Tensor, key: Key, offset: int) -> None:
-        """Add to every weight of ``target_N``, any float dtype, its signed coordinate (fp32)."""
+        """Add to every weight the coordinate of its bucket, with the weight's sign.
+
+        Args:
+            target_N: any float dtype, shape (N,), changed in place.
+            coordinates_K: fp32, shape (K,).
+            key: of the block.
+            offset: position in the block of the first element of ``target_N``.
+        """
         count = target_N.numel()
         coordinates_R = coordinates_K.repeat(_repeats(count, coordinates_K.numel()))
 
@@ -174,7 +197,17 @@ class Kernels:
     def dense_project(
         self, delta_N: Tensor, num_columns: int, key: Key, offset: int, coefficients: Sequence[float]
     ) -> Tensor:
-        """The sums over positions of V times ``delta_N``, any float dtype, unscaled: fp64 (num_columns,)."""
+        """Vᵀ Δ of a piece, unscaled.
+
+        Args:
+            delta_N: any float dtype, shape (N,).
+            num_columns: K.
+            key: of the block.
+            offset: position in the block of the first element of ``delta_N``.
+            coefficients: of the odd power series of an element, at least one.
+        Returns:
+            fp64, shape (K,).
+        """
         count, groups = delta_N.numel(), -(-num_columns // _GROUP)
         tasks = _clamp(count * num_columns // _DENSE_PIECE, _MOST_PIECES)
         blocks = min(tasks, groups)
@@ -197,7 +230,15 @@ class Kernels:
     def dense_expand_(
         self, target_N: Tensor, coordinates_K: Tensor, key: Key, offset: int, coefficients: Sequence[float]
     ) -> None:
-        """Add V times ``coordinates_K`` (fp32) to ``target_N``, any float dtype."""
+        """Add V c to a piece.
+
+        Args:
+            target_N: any float dtype, shape (N,), changed in place.
+            coordinates_K: c, fp32, shape (K,).
+            key: of the block.
+            offset: position in the block of the first element of ``target_N``.
+            coefficients: of the odd power series of an element, at least one.
+        """
         count, coordinates_K = target_N.numel(), coordinates_K.contiguous()
         series = _as_argument(coefficients)
 
@@ -218,7 +259,16 @@ class Kernels:
         offset: int,
         coefficients: Sequence[float],
     ) -> None:
-        """Add factors (fp32, contiguous) times the Gaussian directions ``columns`` to ``target_N``, any float dtype."""
+        """Add factors times Gaussian directions to a piece of one segment.
+
+        Args:
+            target_N: any float dtype, shape (N,), changed in place.
+            columns: K indices from 0 to 2^32 - 1.
+            factors_K: fp32, contiguous, shape (K,).
+            key: of the segment.
+            offset: position in the segment of the first element of ``target_N``.
+            coefficients: the five of ``gaussian.COEFFICIENTS``.
+        """
         count, number = target_N.numel(), len(columns)
         series, _ = _as_argument(coefficients)
         directions = ((ctypes.c_uint32 * number)(*columns), factors_K.data_ptr(), number, series)
@@ -240,24 +290,25 @@ def _clamp(count: int, most: int) -> int:
 
 
 def _repeats(count: int, num_coordinates: int) -> int:
-    """How often to lay few buckets out side by side: to _FEW_BUCKETS, but never to more than the weights repay."""
+    """How often to repeat few buckets: up to _FEW_BUCKETS in all, and up to an eighth of the weights."""
     return max(1, min(_FEW_BUCKETS, count // 8) // num_coordinates)
 
 
 def _split(count: int, parts: int) -> list[tuple[int, int]]:
+    """(start, stop) of ``parts`` consecutive, about equal parts of ``count``."""
     return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
-def _is_plain(values_N: Tensor) -> bool:
+def _is_contiguous_fp32(values_N: Tensor) -> bool:
     return values_N.dtype == torch.float32 and values_N.is_contiguous()
 
 
 def _in_fp32(values_N: Tensor, start: int, stop: int, write_back: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """Positions ``start`` to ``stop - 1`` as contiguous fp32, each stretch with its start: one, or converted ones."""
-    if _is_plain(values_N):
+    """(start, values) of positions ``start`` to ``stop - 1``, contiguous fp32: in one part, or converted in several."""
+    if _is_contiguous_fp32(values_N):
         yield start, values_N[start:stop]
         return
-    values_N = values_N.detach()  # torch.no_grad holds for the thread that entered it alone
+    values_N = values_N.detach()  # torch.no_grad holds only for the thread that entered it
     for first in range(start, stop, _CONVERTED):
         original = values_N[first : min(stop, first + _CONVERTED)]
         converted = original.to(torch.float32).contiguous()
@@ -273,11 +324,11 @@ def _for_each(work: Callable[[T], None], tasks: Sequence[T]) -> None:
         for task in tasks:
             work(task)
     else:
-        # consumed, because errors only show then
+        # consumed, because errors are raised only then
         deque(_pool(torch.get_num_threads(), os.getpid()).map(work, tasks), maxlen=0)
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """The threads of this ``process``: a fork inherits none."""
+    """The threads of ``process``: a fork inherits none."""
     return ThreadPoolExecutor(threads, thread_name_prefix="fedferret-bases")

@@ -1,12 +1,12 @@
-"""Which k of d numbers are meant, in few bytes: sorted positions from 0 to d - 1.
+"""Sorted positions of k out of d values in few bytes: integers from 0 to d - 1.
 
     k = d       nothing
-    otherwise   the shortest of a bitmap, ceil(d/8) bytes, and Elias and Fano's code for some b: the b low bits of every
-                position as they are, and a bitmap whose bit (p_i >> b) + i is set for the i-th position p_i,
+    otherwise   the shortest of a bitmap, ceil(d/8) bytes, and the Elias-Fano code with the best b: the b low bits of
+                every position unchanged, and a bitmap with bit (p_i >> b) + i set for the i-th position p_i,
                 ceil(k b/8) + ceil((k + (d-1 >> b)) / 8) bytes
 
-Elias, "Efficient Storage and Retrieval by Content and Address of Static Files", JACM 1974; Fano 1971. That is under
-2 + log2(d/k) bits a position: 1.1 bytes at k = d/100, where an int32 takes 4. The layout follows from k and d.
+Elias, "Efficient Storage and Retrieval by Content and Address of Static Files", JACM 1974; Fano 1971. The code takes
+under 2 + log2(d/k) bits per position: 1.1 bytes at k = d/100, where an int32 takes 4. The layout follows from k and d.
 """
 
 from __future__ import annotations
@@ -20,23 +20,29 @@ from fedferret.core.errors import UserError
 from fedferret.core.messages import message
 
 _Bits = npt.NDArray[np.uint8]
-_MOST_LOW_BITS = 40  # a model of 2^40 weights is far away
+_MOST_LOW_BITS = 40  # enough for a model of 2^40 weights
 
 
 @message
 class Positions:
-    """``count`` ascending positions of ``length``, as they cross the wire."""
+    """``count`` ascending positions below ``length``, as they cross the wire."""
 
     codes: Tensor
-    """uint8 (num_bytes(count, length),): the low bits, then the bitmap; low bits of a byte first."""
+    """uint8, shape (num_bytes(count, length),): the low bits, then the bitmap; low bits of a byte first."""
     count: int
     length: int
 
     def unpack(self) -> Tensor:
-        """The positions, ascending int64 (count,). ``UserError`` where the fields contradict each other."""
+        """The positions, ascending.
+
+        Returns:
+            int64, shape (count,).
+        Raises:
+            UserError: where the fields contradict each other.
+        """
         codes, count, length = self.codes.cpu().numpy(), self.count, self.length
         if not 0 <= count <= length or codes.shape != (num_bytes(count, length),) or codes.dtype != np.uint8:
-            raise self._refusal("bytes and counts do not fit")
+            raise self._refusal("the number of bytes does not match")
         if count in (0, length):
             return torch.arange(count)
         low_bits = _low_bits(count, length)
@@ -47,14 +53,15 @@ class Positions:
             low_KB = _bits(codes[:border], count * low_bits).reshape(count, low_bits)
             high = np.flatnonzero(_bits(codes[border:], count + (length - 1 >> low_bits)))
             if len(high) != count:
-                raise self._refusal(f"{len(high):,} positions came")
+                raise self._refusal(f"they encode {len(high):,}")
             weights = 1 << np.arange(low_bits, dtype=np.int64)
             found = (high - np.arange(count) << low_bits) + low_KB @ weights
         if len(found) != count or found[-1] >= length or (np.diff(found) <= 0).any():
-            raise self._refusal("they do not ascend")
+            raise self._refusal("the positions do not ascend")
         return torch.from_numpy(found.astype(np.int64))
 
     def _refusal(self, what: str) -> UserError:
+        """The error for fields that contradict each other in ``what``."""
         return UserError(
             f"{self.codes.numel():,} bytes are not {self.count:,} positions of {self.length:,} ({what}): the sender's "
             f"version or the transport is at fault"
@@ -62,7 +69,12 @@ class Positions:
 
 
 def pack_positions(positions_K: Tensor, length: int) -> Positions:
-    """Pack ascending, distinct int64 positions below ``length``."""
+    """Pack positions in the shortest of the layouts.
+
+    Args:
+        positions_K: int64, ascending, distinct, from 0 to ``length - 1``, shape (K,).
+        length: d, number of values that the positions refer to.
+    """
     positions = positions_K.cpu().numpy()
     count = len(positions)
     codes: _Bits = np.zeros(0, np.uint8)
@@ -83,7 +95,12 @@ def pack_positions(positions_K: Tensor, length: int) -> Positions:
 
 
 def num_bytes(count: int, length: int) -> int:
-    """What ``count`` positions of ``length`` cost; it grows with the count until all of them are meant."""
+    """Bytes of packed positions: they grow with ``count``, except that all positions cost nothing.
+
+    Args:
+        count: k, number of positions.
+        length: d, number of values that the positions refer to.
+    """
     if count in (0, length):
         return 0
     low_bits = _low_bits(count, length)
@@ -91,12 +108,13 @@ def num_bytes(count: int, length: int) -> int:
 
 
 def _low_bits(count: int, length: int) -> int | None:
-    """How many bits of each position are written as they are; None: the bitmap of all positions is shortest."""
+    """Low bits per position in the shortest Elias-Fano code; None where the bitmap of all positions is shorter."""
     best = min(range(_MOST_LOW_BITS), key=lambda low_bits: _num_coded_bytes(count, length, low_bits))
     return best if _num_coded_bytes(count, length, best) < -(-length // 8) else None
 
 
 def _num_coded_bytes(count: int, length: int, low_bits: int) -> int:
+    """Bytes of the Elias-Fano code with ``low_bits``."""
     return _num_low_bytes(count, low_bits) + -(-(count + (length - 1 >> low_bits)) // 8)
 
 
@@ -105,10 +123,12 @@ def _num_low_bytes(count: int, low_bits: int) -> int:
 
 
 def _bytes(set_bits: npt.NDArray[np.int64], count: int) -> _Bits:
+    """A bitmap of ``count`` bits with ``set_bits`` set, packed."""
     bits = np.zeros(count, np.uint8)
     bits[set_bits] = 1
     return np.packbits(bits, bitorder="little")
 
 
 def _bits(codes: _Bits, count: int) -> _Bits:
+    """The first ``count`` bits of ``codes``, one per element."""
     return np.unpackbits(codes, count=count, bitorder="little")

@@ -1,10 +1,12 @@
-"""A whole model's change as K coordinates, block by block, one tensor at a time.
+"""The update of a whole model as K coordinates, block by block, one tensor at a time.
 
-    blocks    consecutive tensors, packed (blocks.py)         counts    K_l per block, Σ K_l = K, from the norms ‖Δ_l‖
-    measure   c = concatenation of s V_lᵀ Δ_l                  rebuild   Δ̃_l = f_l V_l c_l, f_l = 1 or the shrinkage
+    blocks         consecutive tensors, packed (blocks.py)
+    counts         K_l per block, Σ K_l = K, from the norms ‖Δ_l‖
+    project        c = concatenation of s V_lᵀ Δ_l
+    reconstruct_   Δ̃_l = f_l V_l c_l, f_l = 1 or the shrinkage
 
-Block l's basis is drawn from ``key.fold(l)``: independent between blocks (the published code resets one seed
-for all of them). Nothing of size d is concatenated and nothing of size d K exists.
+The basis of block l is drawn from ``key.fold(l)``, independently for every block (the published code resets one seed
+for all blocks). Nothing of size d is concatenated and nothing of size d K exists.
 """
 
 from __future__ import annotations
@@ -23,10 +25,9 @@ from fedferret.bases.blocks import Block, allocate, pack
 from fedferret.core.keys import Key
 
 Allocation: TypeAlias = Literal["norm", "norm-sqrt-dim", "norm-squared", "uniform"]
-Scale: TypeAlias = Literal["unbiased", "shrunk", "published-code"]
-Budget: TypeAlias = Literal["total", "largest-block"]
+Scale: TypeAlias = Literal["unbiased", "shrunk"]
 
-# exact fractions take milliseconds, and the cohort, the server and every apply ask the same question
+# exact fractions take milliseconds, and every client, the server and every apply need the same allocation
 _allocated = lru_cache(maxsize=256)(allocate)
 
 
@@ -37,19 +38,18 @@ def _packed(sizes: tuple[tuple[str, int], ...]) -> tuple[Block, ...]:
 
 @lru_cache(maxsize=64)
 def _block_keys(key: Key, count: int) -> tuple[Key, ...]:
-    """With shared keys, one answer for the whole cohort."""
+    """Keys of the blocks; with shared keys all clients of a round use the cached ones."""
     return tuple(key.fold(number) for number in range(count))
 
 
 @dataclass(frozen=True)
 class Projector:
-    """How changes of a model of the given tensor ``sizes`` become ``coordinates`` numbers, and become changes again."""
+    """The map from updates of a model to coordinates, and from coordinates to updates."""
 
-    sizes: Mapping[str, int]  # elements per tensor, in the model's order
+    sizes: Mapping[str, int]  # number of weights per tensor, in the model's order
     basis: Basis
-    coordinates: int
+    coordinates: int  # K
     allocation: Allocation
-    budget: Budget = "total"
     scale: Scale = "unbiased"
 
     @cached_property
@@ -58,24 +58,33 @@ class Projector:
         return _packed(tuple(self.sizes.items()))
 
     def counts(self, norms_L: Sequence[float]) -> tuple[int, ...]:
-        """Coordinates per block for updates with these norms."""
-        block_sizes = [block.size for block in self.blocks]
-        if self.budget == "total":
-            return _allocated(self.allocation, tuple(block_sizes), tuple(norms_L), self.coordinates)
-        # the published code: K is the share of the block with the largest norm, and no block has fewer than two
-        largest = max(norms_L) or 1.0
-        return tuple(
-            min(size, max(2, math.floor(self.coordinates * norm / largest)))
-            for size, norm in zip(block_sizes, norms_L, strict=True)
-        )
+        """Share the coordinates among the blocks by ``allocation``.
+
+        Args:
+            norms_L: ‖Δ_l‖ per block, length L.
+
+        Returns:
+            K_l per block, length L, summing to K.
+        """
+        block_sizes = tuple(block.size for block in self.blocks)
+        return _allocated(self.allocation, block_sizes, tuple(norms_L), self.coordinates)
 
     def project(
-        self, change: Iterable[tuple[str, Tensor]], counts: Sequence[int], key: Key
+        self, deltas: Iterable[tuple[str, Tensor]], counts: Sequence[int], key: Key
     ) -> tuple[Tensor, list[float]]:
-        """Coordinates (K,) fp32 and block norms (L,) of a change streamed as (name, tensor) in the model's order."""
+        """Project an update, block by block.
+
+        Args:
+            deltas: the update as (name, tensor), in the model's order, any float dtype; read once.
+            counts: K_l per block, length L.
+            key: of the directions; every block's key is derived from it.
+
+        Returns:
+            Coordinates, fp32, shape (K,), and ‖Δ_l‖ per block, length L.
+        """
         coordinates: list[Tensor] = []
         tensor_norms: list[Tensor] = []
-        tensors = iter(change)
+        tensors = iter(deltas)
         keys = _block_keys(key, len(self.blocks))
         for block, count, block_key in zip(self.blocks, counts, keys, strict=True):
             offset = 0
@@ -89,12 +98,19 @@ class Projector:
             coordinates.append(out)
         return torch.cat(coordinates), self._block_norms(tensor_norms)
 
-    def norms(self, change: Iterable[tuple[str, Tensor]]) -> list[float]:
-        """Block norms (L,) alone."""
-        return self._block_norms([torch.linalg.vector_norm(delta) for _, delta in change])
+    def norms(self, deltas: Iterable[tuple[str, Tensor]]) -> list[float]:
+        """The block norms of an update, without a projection.
+
+        Args:
+            deltas: the update as (name, tensor), in the model's order, any float dtype; read once.
+
+        Returns:
+            ‖Δ_l‖ per block, length L.
+        """
+        return self._block_norms([torch.linalg.vector_norm(delta) for _, delta in deltas])
 
     def _block_norms(self, tensor_norms: Sequence[Tensor]) -> list[float]:
-        """From those of all tensors in the model's order, fetched at once: one wait for a GPU, not one a tensor."""
+        """Block norms from tensor norms in the model's order, fetched together: one GPU wait, not one per tensor."""
         energies = iter([norm**2 for norm in torch.stack(list(tensor_norms)).tolist()])
         return [math.sqrt(sum(next(energies) for _ in block.names)) for block in self.blocks]
 
@@ -106,8 +122,16 @@ class Projector:
         key: Key,
         factor: float = 1.0,
     ) -> None:
-        """Add ``factor`` times the reconstructed change to ``targets``, in place."""
-        # to the weights' device at once: one wait for a GPU, not one a tensor
+        """Add ``factor`` times the reconstructed update Δ̃ to a model's tensors in place.
+
+        Args:
+            targets: the model's tensors by name, any float dtype.
+            coordinates_K: c, any float dtype, shape (K,).
+            counts: K_l per block, length L, summing to K.
+            key: of the directions, as in ``project``.
+            factor: on the update.
+        """
+        # moved to the weights' device together: one GPU wait, not one per tensor
         parts = torch.split(coordinates_K.to(next(iter(targets.values())).device), list(counts))
         keys = _block_keys(key, len(self.blocks))
         for block, part_K, block_key in zip(self.blocks, parts, keys, strict=True):
@@ -119,18 +143,23 @@ class Projector:
                 offset += target.numel()
 
     def _scale(self, size: int, count: int) -> float:
+        """f_l of a block of ``size`` weights with ``count`` coordinates."""
         if self.scale == "shrunk":
             return self.basis.shrinkage(size, count)
-        if self.scale == "published-code":  # d/K where the unbiased scale is 1/(ρK)
-            return size / count / self.basis.unbiased_scale(size, count)
         return 1.0
 
-    def clip_bounds(self, bound: float, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Lowest and highest coordinates (K,) for which one coordinate moves the weights by at most ``bound``."""
-        highest = [
-            # a column of V has norm √(d / (s K)) on average
-            bound / (math.sqrt(block.size / self.basis.unbiased_scale(block.size, count) / count))
-            for block, count in zip(self.blocks, counts, strict=True)
-        ]
-        bounds = torch.repeat_interleave(torch.tensor(highest), torch.tensor(list(counts)))
-        return -bounds, bounds
+    def reconstructed_norm(self, coordinates_K: Tensor, counts: Sequence[int]) -> float:
+        """The norm of the reconstructed update, from its coordinates alone.
+
+        Args:
+            coordinates_K: c, fp32, shape (K,).
+            counts: K_l per block, length L, summing to K.
+
+        Returns:
+            ‖Δ̃‖: exact for sign buckets, in expectation over keys for columns.
+        """
+        energies = []
+        for block, part_K in zip(self.blocks, torch.split(coordinates_K.double(), list(counts)), strict=True):
+            scale = self._scale(block.size, part_K.numel())
+            energies.append(scale**2 * self.basis.expanded_energy(block.size, part_K))
+        return math.sqrt(math.fsum(energies))

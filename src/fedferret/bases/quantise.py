@@ -1,15 +1,18 @@
-"""Coordinates in 32, 16, 8, 4, 2 or 1 bits, with a mean that stays right.
+"""Coordinates in 32, 16, 8, 4, 2 or 1 bits, unbiased.
 
-* 32 bits: the fp32 numbers. 16: fp16 of the values over a power of two.
-* 8: stochastic rounding to 255 levels over the largest magnitude: unbiased for every vector.
-* 4, 2, 1: coordinates are heavy-tailed, so they are first rotated (see :mod:`fedferret.bases.rotation`), after which
-  they look Gaussian, and rounded to the best levels for a Gaussian. The scale ‖y‖²/<y, Q(y)> makes the result's
-  component along the input exactly the input (1 bit: DRIVE, Vargaftik et al. 2021; more: EDEN, 2022).
+* 32 bits: the fp32 values. 16 bits: fp16 of the values divided by a power of two.
+* 8 bits: stochastic rounding to 255 levels over the largest magnitude, unbiased for every vector.
+* 4, 2, 1 bits: coordinates are heavy-tailed, so they are first rotated (see :mod:`fedferret.bases.rotation`), which
+  makes their distribution close to Gaussian, and then rounded to the optimal levels for a Gaussian. The scale
+  ‖y‖²/<y, Q(y)> makes the component of the result along the input exactly the input (1 bit: DRIVE, Vargaftik et al.
+  2021; more: EDEN, 2022).
 
 Relative error energy for long vectors, D/(1 - D) with D the distortion of the levels: 0.5708 (π/2 - 1), 0.1331 and
-0.009592 at 1, 2 and 4 bits. Below 8 bits the rotation is a Hadamard transform, not a uniformly random one: unbiased
-for vectors that many entries share; where one entry is nearly all, the small ones come out smaller than they are.
-Cost: ceil(K bits / 8) bytes, and O(K log K) time below 8 bits. Unpacking is elementwise and bit-equal everywhere.
+0.009592 at 1, 2 and 4 bits. Below 8 bits the rotation is a Hadamard transform, not a uniformly random rotation. It is
+unbiased for vectors with the energy spread over many entries; where one entry has nearly all of the energy, the small
+entries are shrunk towards zero.
+
+Cost: ceil(K bits / 8) bytes, and O(K log K) time below 8 bits. Unpacking is elementwise and bit-equal on every node.
 """
 
 from __future__ import annotations
@@ -45,24 +48,43 @@ _LEVELS = {
 
 @message
 class Packed:
-    """A vector of ``length`` numbers as it crosses the wire; needs nothing else to be read."""
+    """A vector of ``length`` values as it crosses the wire. The message is enough to decode it."""
 
     codes: Tensor
-    """uint8 (ceil(length * bits / 8),). Low bits of a byte come first, low bytes of a number first."""
+    """uint8, shape (ceil(length * bits / 8),): low bits of a byte first, low bytes of a value first."""
     scale: float
-    """An fp32 number by which the codes' levels are multiplied."""
+    """An fp32 value, the factor on the codes' levels."""
     bits: int
+    """Per value: 32, 16, 8, 4, 2 or 1."""
     length: int
+    """Number of values."""
     seed: int
-    """32 bits that key the rotation; 0 where there is none."""
+    """32 bits that key the rotation; 0 at 8 bits and more, where there is none."""
 
-    def unpack(self) -> Tensor:
-        """The numbers, fp32 (length,), bit-equal on every node. ``UserError`` if the fields contradict each other."""
-        if self.bits not in BITS or self.length < 0 or self.codes.numel() != num_bytes(self.length, self.bits):
+    def check(self) -> None:
+        """Refuse fields that contradict each other, or a scale or seed out of range.
+
+        Raises:
+            UserError: as said.
+        """
+        fits = type(self.bits) is int and self.bits in BITS
+        fits = fits and is_code(self.codes, self.length, num_bytes(self.length, self.bits))
+        if not (fits and is_scale(self.scale) and is_seed(self.seed, 32)):
             raise UserError(
-                f"a packed vector of {self.codes.numel():,} bytes is not one of {self.length:,} numbers in "
+                f"a packed vector of {self.codes.numel():,} bytes is not one of {self.length:,} values in "
                 f"{self.bits} bits: the sender's version or the transport is at fault"
             )
+
+    def unpack(self) -> Tensor:
+        """The values, bit-equal on every node.
+
+        Returns:
+            fp32, shape (length,).
+
+        Raises:
+            UserError: where the fields contradict each other.
+        """
+        self.check()
         if self.bits == 32:
             return self.codes.clone().view(torch.float32)
         scale = torch.tensor(self.scale, dtype=torch.float32)
@@ -75,9 +97,18 @@ class Packed:
 
 
 def pack_vector(values_K: Tensor, bits: int, key: Key) -> Packed:
-    """Pack 1-D ``values_K`` (any float dtype) at ``bits`` bits a number; ``key`` draws the rounding or the rotation.
+    """Pack values in ``bits`` bits each.
 
-    ``UserError`` for another number of bits and for values that are not finite fp32 numbers.
+    Args:
+        values_K: any float dtype, shape (K,).
+        bits: 32, 16, 8, 4, 2 or 1.
+        key: of the rounding (8 bits) or of the rotation (fewer).
+
+    Returns:
+        The message, with codes on the device of ``values_K``.
+
+    Raises:
+        UserError: for another number of bits, and for values that are NaN, infinite or too large for fp32.
     """
     if bits not in BITS:
         raise UserError(f"coordinates cannot have {bits} bits: allowed are {', '.join(map(str, BITS))}")
@@ -89,22 +120,72 @@ def pack_vector(values_K: Tensor, bits: int, key: Key) -> Packed:
     return _pack_rotated(values, bits, seed=key.words[0])
 
 
+def is_code(codes: Tensor, length: int, count: int) -> bool:
+    """Check the codes of a received message.
+
+    Args:
+        codes: as received.
+        length: number of values, as the message states it.
+        count: the bytes that the codes of so many values have.
+
+    Returns:
+        Whether ``codes`` are uint8 of shape (count,) and ``length`` is an integer of at least 0.
+    """
+    return type(length) is int and length >= 0 and codes.dtype == torch.uint8 and codes.shape == (count,)
+
+
+def is_scale(scale: float) -> bool:
+    """Check the scale of a received message.
+
+    Args:
+        scale: as received.
+
+    Returns:
+        Whether ``scale`` is a float from 0 to the largest finite fp32 value.
+    """
+    return type(scale) is float and 0 <= scale <= torch.finfo(torch.float32).max
+
+
+def is_seed(seed: int, bits: int) -> bool:
+    """Check the seed of a received message.
+
+    Args:
+        seed: as received.
+        bits: of a valid seed.
+
+    Returns:
+        Whether ``seed`` is an integer from 0 to 2^bits - 1.
+    """
+    return type(seed) is int and 0 <= seed < 2**bits
+
+
 def finite_fp32(values_K: Tensor) -> Tensor:
-    """The values in fp32, contiguous. ``UserError`` where one is NaN, infinite or too large for fp32."""
+    """Convert coordinates to fp32, and refuse those of a diverged update.
+
+    Args:
+        values_K: any float dtype, shape (K,).
+
+    Returns:
+        fp32, shape (K,), contiguous and detached.
+
+    Raises:
+        UserError: where a value is NaN, infinite or too large for fp32.
+    """
     values = values_K.detach().float().contiguous()
     if not bool(torch.isfinite(values).all()):
-        raise UserError("coordinates hold NaN or infinity: the update that gave them diverged, lower the learning rate")
+        raise UserError("coordinates contain NaN or infinity: the update diverged, lower the learning rate")
     return values
 
 
 def _pack_against_largest(values: Tensor, bits: int, key: Key) -> Packed:
+    """Pack in 16 or 8 bits, with a scale from the largest magnitude."""
     largest = float(values.abs().max()) if values.numel() else 0.0
     if bits == 16:
-        # a power of two is exact to divide by; the result, in [-2, 2], keeps clear of fp16's overflow
+        # division by a power of two is exact, and results in [-2, 2] cannot overflow fp16
         scale = math.ldexp(1.0, max(math.frexp(largest)[1] - 1, -126))
         codes = (values / scale).half().view(torch.uint8)
         return Packed(codes, scale, bits, values.numel(), 0)
-    # rounded up, so that no value is above 127 steps and none needs clamping
+    # rounded up: no value is above 127 steps, so none needs clamping
     step = float(torch.nextafter(torch.tensor(largest, dtype=torch.float32) / 127, torch.tensor(torch.inf)))
     noise = key.uniform(values.numel()).to(values.device)
     codes = (values.double() / step + noise).floor_().add_(128).to(torch.uint8)
@@ -112,7 +193,8 @@ def _pack_against_largest(values: Tensor, bits: int, key: Key) -> Packed:
 
 
 def _pack_rotated(values: Tensor, bits: int, seed: int) -> Packed:
-    # in fp64 the squares of the largest and smallest fp32 numbers neither overflow nor vanish
+    """Pack in 4, 2 or 1 bits, after a rotation."""
+    # in fp64 the squares of the largest and smallest fp32 values neither overflow nor underflow
     rotated = rotate(values, Key(seed)).double()
     energy = float(rotated.square().sum())
     if energy == 0:
@@ -126,17 +208,34 @@ def _pack_rotated(values: Tensor, bits: int, seed: int) -> Packed:
 
 
 def _levels(bits: int, device: torch.device) -> Tensor:
+    """All 2^bits levels, ascending, fp32."""
     positive = _LEVELS[bits]
     return torch.tensor([*(-level for level in reversed(positive)), *positive], dtype=torch.float32, device=device)
 
 
 def num_bytes(length: int, bits: int) -> int:
-    """Bytes of ``length`` codes of 1, 2, 4 or 8 bits, or numbers of 16 or 32."""
+    """The cost of a packed vector.
+
+    Args:
+        length: number of values.
+        bits: per value: 32, 16, 8, 4, 2 or 1.
+
+    Returns:
+        Bytes of the codes: ceil(length * bits / 8).
+    """
     return -(-length * bits // 8)
 
 
 def join_bytes(codes_K: Tensor, bits: int) -> Tensor:
-    """Codes of 1, 2, 4 or 8 bits as uint8 (num_bytes,), low bits of a byte first."""
+    """Pack codes into bytes, low bits of a byte first.
+
+    Args:
+        codes_K: integers below 2^bits, shape (K,).
+        bits: per code: 8, 4, 2 or 1.
+
+    Returns:
+        uint8, shape (num_bytes(K, bits),).
+    """
     per_byte = 8 // bits
     padded = torch.zeros(num_bytes(codes_K.numel(), bits) * per_byte, dtype=torch.uint8, device=codes_K.device)
     padded[: codes_K.numel()] = codes_K.to(torch.uint8)
@@ -147,12 +246,28 @@ def join_bytes(codes_K: Tensor, bits: int) -> Tensor:
 
 
 def split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
-    """The inverse of ``join_bytes``: int64 (length,)."""
+    """The inverse of ``join_bytes``.
+
+    Args:
+        joined: uint8, shape (num_bytes(length, bits),).
+        bits: per code: 8, 4, 2 or 1.
+        length: number of codes.
+
+    Returns:
+        int64, shape (length,).
+    """
     shifts = torch.arange(0, 8, bits, device=joined.device)
     codes: Tensor = (joined.long()[:, None] >> shifts) & (2**bits - 1)
     return codes.view(-1)[:length]
 
 
 def rounded_to_fp32(value: float) -> float:
-    """The nearest fp32 number."""
+    """Round a number to fp32.
+
+    Args:
+        value: any float.
+
+    Returns:
+        The nearest fp32 value; infinity, with the sign of ``value``, beyond the range of fp32.
+    """
     return float(torch.tensor(value, dtype=torch.float32))

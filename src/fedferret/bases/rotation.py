@@ -1,10 +1,11 @@
-"""A keyed random rotation of K numbers in O(K log K): random signs, then fast Hadamard transforms.
+"""A keyed random rotation of K values in O(K log K): random signs, then fast Hadamard transforms.
 
-For K = 2^m: signs from :mod:`fedferret.bases.hashing`, then the orthonormal Hadamard transform. For other K the
-transform of length 2^m < K is applied, each time after fresh signs, to four windows of the K numbers closed to a ring:
-the first 2^m, the last 2^m, and both again half a window further, so that energy in one corner spreads over all.
-The inverse undoes the steps in reverse order. All steps are butterflies in a fixed order and elementwise products, so
-both directions give the same bits on every node (DRIVE, Vargaftik et al., NeurIPS 2021, section 6).
+For K = 2^m: signs from :mod:`fedferret.bases.hashing`, then the orthonormal Hadamard transform. For other K, the K
+values are treated as a ring, and the transform of length 2^m < K is applied to four windows in turn, each time after
+new signs: the first 2^m values, the last 2^m, and both again half a window further. Four windows spread the energy of
+a few neighbours over all values. The inverse undoes the steps in reverse order. All steps are butterflies in a fixed
+order and elementwise products, so both directions give the same bits on every node (DRIVE, Vargaftik et al., NeurIPS
+2021, section 6).
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from fedferret.core.keys import Key
 
 
 def rotate(values_K: Tensor, key: Key) -> Tensor:
-    """Fp32 (K,): 1-D ``values_K`` rotated; the norm is kept to rounding."""
+    """The values rotated; the norm stays the same to rounding.
+
+    Args:
+        values_K: any float dtype, shape (K,).
+        key: of the rotation.
+    Returns:
+        fp32, shape (K,).
+    """
     rotated = values_K.float()
     for number, start in enumerate(_windows(values_K.numel())):
         ring = flip_signs(rotated.roll(-start), key.fold("rotation", number), 0)
@@ -28,7 +36,14 @@ def rotate(values_K: Tensor, key: Key) -> Tensor:
 
 
 def rotate_back(rotated_K: Tensor, key: Key) -> Tensor:
-    """The inverse of ``rotate`` with the same key, to rounding."""
+    """The inverse of ``rotate`` with the same key, to rounding.
+
+    Args:
+        rotated_K: any float dtype, shape (K,).
+        key: of the rotation.
+    Returns:
+        fp32, shape (K,).
+    """
     values = rotated_K.float()
     for number, start in reversed(list(enumerate(_windows(rotated_K.numel())))):
         ring = _transform_first(values.roll(-start))
@@ -37,7 +52,13 @@ def rotate_back(rotated_K: Tensor, key: Key) -> Tensor:
 
 
 def hadamard(values_K: Tensor) -> Tensor:
-    """The orthonormal Hadamard transform of fp32 (2^m,), its own inverse; a fresh tensor."""
+    """The orthonormal Hadamard transform, which is an involution.
+
+    Args:
+        values_K: fp32, shape (2^m,).
+    Returns:
+        A new tensor, fp32, shape (2^m,).
+    """
     length = values_K.numel()
     result = values_K.clone()
     half = 1
@@ -49,12 +70,13 @@ def hadamard(values_K: Tensor) -> Tensor:
 
 
 def _transform_first(ring_K: Tensor) -> Tensor:
+    """The values with the Hadamard transform applied to the first window."""
     length = _window_length(ring_K.numel())
     return torch.cat((hadamard(ring_K[:length]), ring_K[length:]))
 
 
 def _windows(count: int) -> tuple[int, ...]:
-    """Where on the ring each window starts: one window for a power of two, else four; none for no numbers."""
+    """Where on the ring each window starts: one window for a power of two, else four; none for zero values."""
     if count == 0:
         return ()
     length = _window_length(count)

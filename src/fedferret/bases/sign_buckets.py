@@ -1,14 +1,15 @@
 """Sign buckets: every weight gets a random sign and falls into the bucket of its position modulo K.
 
-V has one ±1 in each row, in column p mod K, so a coordinate is its bucket's signed sum and a reconstructed weight is
-its bucket's coordinate with the weight's own sign. This is the limit of Ferret's block-wise reconstruction (arXiv
-2409.06277, section 4.2) in which every block has one coordinate, with strided blocks and signs for the dense columns.
+Row p of V has one non-zero element, ±1 in column p mod K. A coordinate is the signed sum of its bucket. A reconstructed
+weight is the coordinate of its bucket with the weight's sign. This is the limit of Ferret's block-wise reconstruction
+(arXiv 2409.06277, section 4.2) in which every block has one coordinate, with strided blocks and with signs instead of
+the dense columns.
 
-Unbiased with s = 1. In a bucket of n weights the error energy is n - 1 times the bucket's own, so d/K - 1 in all for
-equal buckets, and at K = d projection and expansion are each other's exact inverse.
+Unbiased with s = 1. In a bucket of n weights the error energy is n - 1 times the energy of the bucket, so d/K - 1 in
+total for equal buckets. At K = d, projection and expansion are exact inverses.
 
-Cost: one pass over d numbers whatever K is, 4 d bytes read to project, 8 d moved to expand, O(chunk + K) extra memory.
-Compiled where the machine can (native.py), in chunks of torch's operations elsewhere.
+Cost: one pass over d weights for every K, 4 d bytes read to project, 8 d moved to expand, O(chunk + K) extra memory.
+Compiled where there is a C compiler (native.py), torch operations on chunks elsewhere.
 """
 
 from __future__ import annotations
@@ -21,35 +22,58 @@ import torch
 from torch import Tensor
 
 from fedferret.bases import native
-from fedferret.bases.basis import Basis, add_rounded_, fold_rows_
+from fedferret.bases.arithmetic import add_rounded_, fold_rows_
+from fedferret.bases.basis import Basis
 from fedferret.bases.hashing import MAX_SIGN_POSITION, TILE, flip_signs
 from fedferret.core.keys import Key
 
-_CHUNK = 1 << 18  # elements that the plain path holds at a time: they fit a processor's cache
-_CHUNK_ELSEWHERE = 1 << 24  # many enough that starting kernels takes no time: 40 times as fast on a GPU as 2^18
+_CHUNK = 1 << 18  # elements per chunk of the PyTorch fallback: they fit in a processor's cache
+_CHUNK_ACCELERATOR = 1 << 24  # so many that the time to launch kernels is negligible: 40 times as fast as 2^18 on a GPU
 
 
 @dataclass(frozen=True)
 class SignBuckets(Basis):
-    """One signed entry a row. ``chunk_elements``: how much the plain path works on at a time, if not what suits."""
+    """One signed element per row of V."""
 
     name: ClassVar[str] = "sign-buckets"
     max_size: ClassVar[int] = MAX_SIGN_POSITION
 
-    chunk_elements: int | None = None
+    chunk_elements: int | None = None  # per chunk of the PyTorch fallback; None: chosen by device
 
     def unbiased_scale(self, size: int, num_coordinates: int) -> float:
-        """1: every row of V has unit norm."""
+        """1, because every row of V has unit norm.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K.
+        """
         return 1.0
 
     def error_energy(self, size: int, num_coordinates: int) -> float:
-        """d/K - 1 when K divides d. Otherwise r = d mod K buckets hold one weight more than the others, and the figure
-        is the mean over directions of Δ, d/K - 1 + r (K - r)/(d K); one Δ's own lies between floor(d/K) - 1 and
-        ceil(d/K) - 1.
+        """The error energy, d/K - 1 where K divides d.
+
+        Otherwise r = d mod K buckets have one weight more than the others. The value is then the mean over directions
+        of Δ, d/K - 1 + r (K - r)/(d K); that of a single Δ lies between floor(d/K) - 1 and ceil(d/K) - 1.
+
+        Args:
+            size: d, number of weights of the block.
+            num_coordinates: K.
         """
         smaller, larger_buckets = divmod(size, num_coordinates)
         squares = (num_coordinates - larger_buckets) * smaller**2 + larger_buckets * (smaller + 1) ** 2
         return squares / size - 1
+
+    def expanded_energy(self, size: int, coordinates_K: Tensor) -> float:
+        """The squared norm |V c|² = Σ n_k c_k², exactly: bucket k has n_k weights.
+
+        Args:
+            size: d, number of weights of the block.
+            coordinates_K: c, float64, shape (K,).
+        """
+        count = coordinates_K.numel()
+        sizes_K = torch.full((count,), size // count, dtype=torch.float64)
+        sizes_K[: size % count] += 1
+        return float((sizes_K * coordinates_K.cpu().square()).sum())
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
         if compiled := native.kernels(delta_N.device):
@@ -65,7 +89,7 @@ class SignBuckets(Basis):
             return
         step = self._step(target_N.device)
         longest_run = min(step, target_N.numel())
-        # few coordinates are repeated until a whole chunk is one slice; many wrap at most once a chunk as they are
+        # few coordinates are repeated so that a whole chunk is one slice; many wrap at most once per chunk unrepeated
         few = coordinates_K.numel() < longest_run
         buckets = coordinates_K.repeat(1 + -(-longest_run // coordinates_K.numel())) if few else coordinates_K
         for chunk_start, chunk_stop in _chunks(target_N.numel(), offset, step):
@@ -78,12 +102,13 @@ class SignBuckets(Basis):
                 start = stop
 
     def _step(self, device: torch.device) -> int:
-        chunk = self.chunk_elements or (_CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE)
+        """Positions per chunk, a whole number of tiles."""
+        chunk = self.chunk_elements or (_CHUNK if device.type == "cpu" else _CHUNK_ACCELERATOR)
         return max(TILE, chunk // TILE * TILE)
 
 
 def _chunks(count: int, offset: int, step: int) -> Iterator[tuple[int, int]]:
-    """``count`` positions from ``offset`` on, in chunks that end with a tile of signs, so none is hashed twice."""
+    """(start, stop) of ``count`` positions from ``offset`` on; chunks end with a tile, so no tile is hashed twice."""
     start, end = offset, offset + count
     while start < end:
         stop = min(end, (start // step + 1) * step)
@@ -92,7 +117,7 @@ def _chunks(count: int, offset: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _add_to_buckets_(out_K: Tensor, signed_N: Tensor, start: int) -> None:
-    """Add ``signed_N``, whose first element is at position ``start`` of the block, to its buckets. Overwrites it."""
+    """Add signed values of positions ``start`` onwards to their buckets; overwrites ``signed_N``."""
     buckets, count = out_K.numel(), signed_N.numel()
     column = start % buckets
     head = min(count, (buckets - column) % buckets)

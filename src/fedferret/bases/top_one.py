@@ -1,16 +1,17 @@
-"""Coordinates in less than a bit each: of every 8 or 128, only the largest travels, as its place and its sign.
+"""Coordinates in less than a bit each, top-1 of 8 or of 128: per group, the index and the sign of the largest.
 
-The K coordinates are rotated twice (:mod:`fedferret.bases.rotation`), after which they look like independent Gaussians,
-and cut into groups of g = 2^m. A group's code is m bits for the place of its largest magnitude and one for its sign;
-the value is the same for all groups, ‖y‖²/Σ max|y|, so that the result's component along the input is exactly the
-input, as with the fewest bits of :mod:`fedferret.bases.quantise`.
+The K coordinates are rotated twice (:mod:`fedferret.bases.rotation`), which makes them close to independent Gaussians,
+and split into groups of g = 2^m. The code of a group is m bits for the index of the largest magnitude and one bit for
+its sign. Its magnitude is the same for all groups, ‖y‖²/Σ max|y|, which makes the component of the result along the
+input exactly the input, as at 4, 2 and 1 bits in :mod:`fedferret.bases.quantise`.
 
-Relative error energy for long vectors: g/m_g² - 1, with m_g the mean of the largest of g standard half-normal numbers,
-1.515 for g = 8 and 15.01 for g = 128. What counts is the whole error at equal bytes, the basis's d/K included: the same
-bytes hold g/(m + 1) times as many coordinates as at one bit, and for K far below d the whole error energy is then
-(m + 1) (2/π)/m_g² of one bit's, 0.80 and 0.64. No code of B bits has less than 1/(2^(2B/d) - 1), which is 0.46 of it.
+Relative error energy for long vectors: g/m_g² - 1, with m_g the mean of the maximum of g standard half-normal values,
+1.515 for g = 8 and 15.01 for g = 128. Codes are compared by the total error at equal bytes, which includes the d/K of
+the basis. The same bytes hold g/(m + 1) times as many coordinates as at one bit. For K far below d the total error
+energy is then (m + 1) (2/π)/m_g² times that of one bit, 0.80 and 0.64. No code of B bits has less than
+1/(2^(2B/d) - 1), which is 0.46 of that of one bit.
 
-Wire: ceil(ceil(K/g) (m + 1) / 8) bytes: half a bit a coordinate for g = 8, a sixteenth for g = 128. Time O(K log K).
+Wire: ceil(ceil(K/g) (m + 1) / 8) bytes: 1/2 bit per coordinate for g = 8, 1/16 for g = 128. Time O(K log K).
 """
 
 from __future__ import annotations
@@ -18,35 +19,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedferret.bases.quantise import finite_fp32, join_bytes, num_bytes, rounded_to_fp32, split_bytes
+from fedferret.bases.quantise import (
+    finite_fp32,
+    is_code,
+    is_scale,
+    is_seed,
+    join_bytes,
+    num_bytes,
+    rounded_to_fp32,
+    split_bytes,
+)
 from fedferret.bases.rotation import rotate, rotate_back
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 
-GROUPS = (8, 128)
+GROUP_SIZES = (8, 128)
 
 
 @message
 class TopOneCode:
-    """A vector of ``length`` numbers of which one in ``group`` crossed the wire; needs nothing else to be read."""
+    """A vector of ``length`` values, top-1 of ``group``, as it crosses the wire. The message is enough to decode it."""
 
     codes: Tensor
-    """uint8: a group's place times two, and one more if it is positive, in 4 bits (low bits of a byte first) or 8."""
+    """uint8: per group 2 · index + (1 if positive), in 4 bits (low bits of a byte first) or 8."""
     scale: float
-    """An fp32 number: the magnitude of what was picked."""
+    """An fp32 value: the magnitude of every group's largest."""
     group: int
+    """Values per group: 8 or 128."""
     length: int
+    """Number of values."""
     seed: int
-    """32 bits that key the rotation."""
+    """32 bits that key the rotations."""
 
-    def unpack(self) -> Tensor:
-        """The numbers, fp32 (length,), bit-equal on every node. ``UserError`` if the fields contradict each other."""
-        if self.group not in GROUPS or self.length < 0 or self.codes.numel() != top_one_bytes(self.length, self.group):
+    def check(self) -> None:
+        """Refuse fields that contradict each other, or a scale or seed out of range.
+
+        Raises:
+            UserError: as said.
+        """
+        known = type(self.group) is int and self.group in GROUP_SIZES
+        fits = known and is_code(self.codes, self.length, top_one_bytes(self.length, self.group))
+        if not (fits and is_scale(self.scale) and is_seed(self.seed, 32)):
             raise UserError(
-                f"{self.codes.numel():,} bytes are not the largest of every {self.group} of {self.length:,} numbers: "
+                f"{self.codes.numel():,} bytes are not the top-1 of {self.group} code of {self.length:,} values: "
                 f"the sender's version or the transport is at fault"
             )
+
+    def unpack(self) -> Tensor:
+        """The values, bit-equal on every node.
+
+        Returns:
+            fp32, shape (length,).
+        Raises:
+            UserError: where the fields contradict each other.
+        """
+        self.check()
         groups = -(-self.length // self.group)
         codes_G = split_bytes(self.codes, _bits(self.group), groups).long()
         signs_G = (codes_G % 2 * 2 - 1).float()
@@ -56,38 +84,52 @@ class TopOneCode:
         return rotate_back(rotate_back(rotated.view(-1)[: self.length], second), first)
 
 
-def encode_top_one(values_K: Tensor, group: int, key: Key) -> TopOneCode:
-    """Pack 1-D ``values_K`` (any float dtype) as the largest of every ``group``; ``key`` draws the rotation.
+def encode_top_one(values_K: Tensor, group_size: int, key: Key) -> TopOneCode:
+    """Pack values as the largest of each group.
 
-    ``UserError`` for another size of group and for values that are not finite fp32 numbers.
+    Args:
+        values_K: any float dtype, shape (K,).
+        group_size: 8 or 128.
+        key: of the rotations.
+    Raises:
+        UserError: for another group size, and for values that are NaN, infinite or too large for fp32.
     """
-    if group not in GROUPS:
-        raise UserError(f"coordinates cannot be picked from {group}: allowed are {', '.join(map(str, GROUPS))}")
+    if group_size not in GROUP_SIZES:
+        raise UserError(f"group_size cannot be {group_size}: allowed are {', '.join(map(str, GROUP_SIZES))}")
     seed, length = key.words[0], values_K.numel()
     first, second = _rotations(seed)
     rotated = rotate(rotate(finite_fp32(values_K), first), second)
-    groups = -(-length // group)
-    padded = torch.zeros(groups * group, device=rotated.device)
+    groups = -(-length // group_size)
+    padded = torch.zeros(groups * group_size, device=rotated.device)
     padded[:length] = rotated
-    rows = padded.view(groups, group)
-    places_G = rows.abs().argmax(dim=1)
-    largest_G = rows.gather(1, places_G[:, None]).view(-1).double()
-    # in fp64 the squares of the largest and smallest fp32 numbers neither overflow nor vanish
-    energy, reached = float(rotated.double().square().sum()), float(largest_G.abs().sum())
-    codes = join_bytes(places_G * 2 + (largest_G > 0), _bits(group))
-    return TopOneCode(codes, rounded_to_fp32(energy / reached) if energy else 0.0, group, length, seed)
+    rows = padded.view(groups, group_size)
+    indices_G = rows.abs().argmax(dim=1)
+    largest_G = rows.gather(1, indices_G[:, None]).view(-1).double()
+    # in fp64 the squares of the largest and smallest fp32 values neither overflow nor underflow
+    energy, largest_sum = float(rotated.double().square().sum()), float(largest_G.abs().sum())
+    codes = join_bytes(indices_G * 2 + (largest_G > 0), _bits(group_size))
+    return TopOneCode(codes, rounded_to_fp32(energy / largest_sum) if energy else 0.0, group_size, length, seed)
 
 
-def top_one_bytes(length: int, group: int) -> int:
-    """Bytes of the codes."""
-    return num_bytes(-(-length // group), _bits(group))
+def top_one_bytes(length: int, group_size: int) -> int:
+    """Bytes of the codes of a packed vector.
+
+    Args:
+        length: number of values.
+        group_size: 8 or 128.
+    """
+    return num_bytes(-(-length // group_size), _bits(group_size))
 
 
 def _rotations(seed: int) -> tuple[Key, Key]:
-    """Two: after one, a vector that is nearly all one entry has equal magnitudes, and the rest picks among them."""
+    """Keys of two rotations.
+
+    After one rotation, a vector with nearly all of its energy in one entry has almost equal magnitudes, and the small
+    entries would decide which is largest.
+    """
     return Key(seed), Key(seed).fold("again")
 
 
-def _bits(group: int) -> int:
-    """Of one group's code: its place and its sign."""
-    return group.bit_length()
+def _bits(group_size: int) -> int:
+    """Bits of the code of one group: index and sign."""
+    return group_size.bit_length()

@@ -1,4 +1,4 @@
-"""Several methods on one task: a grid of runs, a table of what each cost and reached, a page to look at."""
+"""Several methods on one task: a grid of runs, a table of losses and costs, and a page with the plots."""
 
 from __future__ import annotations
 
@@ -21,14 +21,25 @@ def compare(
     table_only: bool = False,
     also: Sequence[str | Path] = (),
 ) -> list[RowResult]:
-    """Play what is left of the grid in the file ``grid``, and write its table and page into the folder ``out``.
+    """Run the unfinished part of a grid, and write its table and page.
 
-    ``overrides`` are settings of the base such as ``"rounds=5"``; ``only`` names the rows to play, ``jobs`` is how many
-    runs play at once; ``also`` are other such folders, whose runs need not be played here. Returns the table's rows,
-    the lowest loss first. Raises UserError for a wrong grid before any work, Interrupted after Ctrl-C, RunError for
-    runs that the table had to leave out because their task was another.
+    Args:
+        grid: the grid file.
+        out: the folder for the runs, the table and the page.
+        overrides: settings of the base, such as ``"rounds=5"``.
+        only: labels of the methods or rows to run; all if empty.
+        jobs: runs at a time.
+        retry_failed: run failed and diverged runs again.
+        table_only: run nothing.
+        also: other folders of this grid. Their runs are imported instead of run.
+    Returns:
+        The rows of the table, the lowest loss first.
+    Raises:
+        UserError: for an invalid grid or a folder of fedferret 0.1, before any work.
+        Interrupted: after Ctrl-C.
+        RunError: if the table leaves out runs of another task.
     """
-    from fedferret.comparison.commands import compare as carry_out  # torch is imported when there is work
+    from fedferret.comparison.commands import compare as compare_grid  # imports torch
 
     folders = [Path(folder) for folder in also]
-    return carry_out(Path(grid), Path(out), overrides, only, jobs, retry_failed, table_only, folders)
+    return compare_grid(Path(grid), Path(out), overrides, only, jobs, retry_failed, table_only, folders)

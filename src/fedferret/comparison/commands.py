@@ -1,4 +1,4 @@
-"""What ``fedferret compare`` does: resolve and check the grid, play what is left, write the table and the page."""
+"""``fedferret compare``: resolve and check the grid, run its unfinished cells, write the table and the page."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
+from fedferret.build import check
 from fedferret.comparison import grid as grids
 from fedferret.comparison.comparability import differing, remarks
 from fedferret.comparison.grid import Cell, Grid
-from fedferret.comparison.imported_runs import measured
+from fedferret.comparison.imported_runs import import_runs
 from fedferret.comparison.page import write_page
-from fedferret.comparison.results import Comparison, RowResult, RunResult, measure, rows_of, target_of
-from fedferret.comparison.run_grid import play
+from fedferret.comparison.results import Comparison, RowResult, RunResult, result_of, rows_of, target_of
+from fedferret.comparison.run_grid import run_grid
 from fedferret.comparison.run_status import RunStatus, run_status
-from fedferret.comparison.table import absences, as_rich, notes, write_tables
+from fedferret.comparison.table import as_rich, missing_runs, notes, write_tables
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
 from fedferret.estimate import Estimate, estimate
-from fedferret.experiment import check
 from fedferret.recipe_file import read_tables
 from fedferret.runner import belongs
+from fedferret.tracking.events import check_format
 from fedferret.tracking.units import as_bytes, as_duration
 
 FILE = "grid.toml"
@@ -41,12 +42,30 @@ def compare(
     also: Sequence[Path] = (),
     console: Console | None = None,
 ) -> list[RowResult]:
-    """See ``fedferret.comparison.compare``."""
+    """Carry out ``fedferret.comparison.compare``, with the same arguments.
+
+    Args:
+        path: the grid file.
+        out: the folder for the runs, the table and the page.
+        overrides: settings of the base.
+        only: labels of the methods or rows to run; all if empty.
+        jobs: runs at a time.
+        retry_failed: run failed and diverged runs again.
+        table_only: run nothing.
+        also: folders with runs to import.
+        console: for progress and the table; standard output by default.
+    Returns:
+        The rows of the table, the lowest loss first.
+    Raises:
+        UserError: for an invalid grid or a folder of fedferret 0.1, before any work.
+        Interrupted: after Ctrl-C.
+        RunError: if the table leaves out runs of another task.
+    """
     console = console or Console()
     if jobs < 1:
         raise UserError(f"jobs={jobs}: must be at least 1")
     grid = resolve(path, out, overrides)
-    chosen, imported_runs = grid.chosen(only), measured(grid, out, also)
+    chosen, imported = grid.chosen(only), import_runs(grid, out, also)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
@@ -54,18 +73,18 @@ def compare(
             write_atomically(out / FILE, grid.to_toml())
             try:
                 if not table_only:
-                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell.name not in imported_runs]
-                    play([cell for cell in cells if is_left(cell, retry_failed)], jobs, console)
+                    cells = [cell for cell in grid.cells(out) if cell.row in chosen and cell.name not in imported]
+                    run_grid([cell for cell in cells if is_left(cell, retry_failed)], jobs, console)
             finally:
-                comparison = gather(grid, out, imported_runs)
+                comparison = gather(grid, out, imported)
                 write_tables(comparison)
                 write_page(comparison)
     except Timeout:
-        raise UserError(f"{out} is being played by another process: wait for it, or give another folder") from None
+        raise UserError(f"{out} is in use by another process: wait for it, or give another folder") from None
     show(comparison, console)
     if comparison.left_out:
         raise RunError(
-            f"left out of the table: {'; '.join(comparison.left_out)}; delete a run's folder and it is played again"
+            f"left out of the table: {'; '.join(comparison.left_out)}; to repeat such a run, delete its folder"
         )
     return list(comparison.rows)
 
@@ -78,22 +97,41 @@ def plan(
     also: Sequence[Path] = (),
     console: Console | None = None,
 ) -> None:
-    """Show the runs of a grid, how far they are, and what is left will cost. Writes nothing."""
+    """Print the runs of a grid, their status, and the cost of the unfinished ones. Writes no file.
+
+    Args:
+        path: the grid file.
+        out: the folder of the runs.
+        overrides: settings of the base.
+        only: labels of the methods or rows; all if empty.
+        also: folders with runs to import.
+        console: standard output by default.
+    Raises:
+        UserError: for an invalid grid or a folder of fedferret 0.1.
+    """
     console = console or Console()
     grid = resolve(path, out, overrides)
-    chosen, imported_runs, seconds = grid.chosen(only), measured(grid, out, also), 0.0
+    chosen, imported, seconds = grid.chosen(only), import_runs(grid, out, also), 0.0
     for row in chosen:
-        cells = [cell for cell in grid.cells(out) if cell.row is row and cell.name not in imported_runs]
+        cells = [cell for cell in grid.cells(out) if cell.row is row and cell.name not in imported]
         if not cells:
             continue
         cost, left = estimate(row.recipe), [cell for cell in cells if is_left(cell, False)]
         seconds += cost.seconds * len(left)
         console.print(Text(_planned(cells, cost)), soft_wrap=True)
-    console.print(f"Left to play: about {as_duration(seconds)}, one run at a time (a rough estimate)", soft_wrap=True)
+    console.print(f"Left to run: about {as_duration(seconds)}, one run at a time (a rough estimate)", soft_wrap=True)
 
 
 def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
-    """The grid in a file, with everything checked that can be known before work. Raises UserError."""
+    """The grid in a file, with every check that needs no training.
+
+    Args:
+        path: the grid file.
+        out: the folder of the runs.
+        overrides: settings of the base.
+    Raises:
+        UserError: for an invalid grid, a folder with other contents, or runs of fedferret 0.1.
+    """
     grid = grids.resolve(read_tables(path, overrides))
     for row in grid.rows:
         try:
@@ -103,53 +141,74 @@ def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
     if out.exists() and not (out / FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no grid: choose another folder with --out")
     for cell in grid.cells(out):
+        check_format(cell.folder)
         belongs(cell.recipe, cell.folder)
     return grid
 
 
 def is_left(cell: Cell, retry_failed: bool) -> bool:
-    """Whether this cell is still to be played."""
-    now = run_status(cell)
-    return not now.over or (retry_failed and now.state != "finished")
+    """Whether this cell is still to run.
+
+    Args:
+        cell: of the grid.
+        retry_failed: also run a failed or diverged cell.
+    """
+    status = run_status(cell)
+    return not status.over or (retry_failed and status.state != "finished")
 
 
-def gather(grid: Grid, out: Path, imported_runs: Mapping[str, RunResult] | None = None) -> Comparison:
-    """What the runs in the grid's folder say so far, and for cells that are not over here those measured elsewhere."""
+def gather(grid: Grid, out: Path, imported: Mapping[str, RunResult] | None = None) -> Comparison:
+    """The results of the grid so far.
+
+    Args:
+        grid: resolved.
+        out: the folder of the runs.
+        imported: results by cell name, used for cells that are not over in ``out``.
+    Raises:
+        UserError: if the event log of a finished run cannot be read.
+    """
     cells = grid.cells(out)
     statuses = {cell: run_status(cell) for cell in cells}
-    runs = {cell: measure(cell) for cell in cells if statuses[cell].state == "finished"}
-    taken = imported_runs or {}
-    runs |= {cell: taken[cell.name] for cell in cells if cell.name in taken and not statuses[cell].over}
-    unlike = differing({cell: run.task for cell, run in runs.items()})
-    same = {cell: runs[cell] for cell in cells if cell in runs and cell not in unlike}
-    others = {cell: now for cell, now in statuses.items() if cell not in same}
-    others |= {cell: RunStatus("left out", why) for cell, why in unlike.items()}
-    target = target_of(grid, list(same.values()))
-    rows = rows_of(grid, list(same.values()), others.items(), target)
-    left_out = tuple(f"{cell.name} {why}" for cell, why in unlike.items())
-    return Comparison(grid, out, tuple(rows), target, (*remarks(list(same), statuses), *_origins(same)), left_out)
+    runs = {cell: result_of(cell) for cell in cells if statuses[cell].state == "finished"}
+    found = imported or {}
+    runs |= {cell: found[cell.name] for cell in cells if cell.name in found and not statuses[cell].over}
+    different = differing({cell: run.task for cell, run in runs.items()})
+    comparable = {cell: runs[cell] for cell in cells if cell in runs and cell not in different}
+    others = {cell: status for cell, status in statuses.items() if cell not in comparable}
+    others |= {cell: RunStatus("left out", why) for cell, why in different.items()}
+    target = target_of(grid, list(comparable.values()))
+    rows = rows_of(grid, list(comparable.values()), others.items(), target)
+    left_out = tuple(f"{cell.name} {why}" for cell, why in different.items())
+    checks = (*remarks(list(comparable), statuses), *_origins(comparable))
+    return Comparison(grid, out, tuple(rows), target, checks, left_out)
 
 
 def _origins(runs: Mapping[Cell, RunResult]) -> list[str]:
-    """A line on every other folder that runs were taken from."""
-    counts = Counter(str(run.imported_runs) for run in runs.values() if run.imported_runs)
-    return [f"{count} of the runs were measured elsewhere: {folder}." for folder, count in counts.items()]
+    """A line for every folder that runs were imported from."""
+    counts = Counter(str(run.imported_from) for run in runs.values() if run.imported_from)
+    return [f"{count} of the runs were imported from {folder}." for folder, count in counts.items()]
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the table, what a reader has to know, and where the rest is."""
+    """Print the table, its notes, and the path of the page.
+
+    Args:
+        comparison: to print.
+        console: to print on.
+    """
     wide = console if console.is_terminal else Console(file=console.file, width=180)  # a file's lines may be long
     wide.print(as_rich(comparison))
-    for line in (*notes(comparison), *comparison.remarks, *absences(comparison)):
+    for line in (*notes(comparison), *comparison.remarks, *missing_runs(comparison)):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"Page: {comparison.out / 'comparison.html'}"), soft_wrap=True)
 
 
 def _planned(cells: Sequence[Cell], cost: Estimate) -> str:
     states = ", ".join(f"seed {cell.seed} {run_status(cell).state}" for cell in cells)
-    kept = f"{as_bytes(cost.bytes_kept)} of disk for each client that takes part, " if cost.bytes_kept else ""
+    held = as_bytes(cost.client_state_bytes)
+    disk = f"{held} of disk per participating client, " if cost.client_state_bytes else ""
     return (
         f"{cells[0].row.label}: {cells[0].recipe.rounds} rounds, {as_bytes(cost.bytes_up)} up and "
-        f"{as_bytes(cost.bytes_down)} down a client and round, {as_bytes(cost.memory)} of memory, {kept}"
-        f"{as_duration(cost.seconds)} a run; {states}"
+        f"{as_bytes(cost.bytes_down)} down per client and round, {as_bytes(cost.memory)} of memory, {disk}"
+        f"{as_duration(cost.seconds)} per run; {states}"
     )

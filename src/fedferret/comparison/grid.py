@@ -1,10 +1,10 @@
 """The grid of a comparison: one task, several methods, several seeds.
 
     grid file = the tables of a recipe (the base)  +  seeds, target_loss, budget_bytes, [[methods]]
-    a row     = the base, a [[methods]] entry laid over it, and one combination of the values in its [methods.grid]
-    a cell    = a row with one seed: an ordinary recipe, played in OUT/runs/<row>/seed-<seed>
+    a row     = the base, overridden by a [[methods]] entry and one combination of the values in its [methods.grid]
+    a cell    = a row with one seed: an ordinary recipe, run in OUT/runs/<row>/seed-<seed>
 
-What makes the task (model, data, text, clients) belongs to the base alone: no method can change it for itself.
+The base alone sets the task (model, data, text, clients). A method cannot override the task.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fedferret.config import Recipe, from_tables, merged
 from fedferret.core.errors import UserError, nearest
 
 TASK = ("model", "data", "text", "clients")
-OWN = ("rounds", "algorithm", "evaluation", "execution")  # what a method may say for itself
+PER_METHOD = ("rounds", "algorithm", "pool", "evaluation", "execution")  # what a method may override
 _GRID = ("seeds", "target_loss", "budget_bytes", "methods")
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the table: a method with its settings. ``entry`` is the label of the entry that it comes from."""
+    """One line of the table: a method with its settings. ``entry`` is the label of its [[methods]] entry."""
 
     label: str
     entry: str
@@ -35,13 +35,13 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """The label as the name of a folder."""
+        """The label as a folder name."""
         return re.sub(r"[^a-z0-9._=+]+", "-", self.label.lower()).strip("-.")
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run of the grid. ``folder`` is its run folder; what else belongs to it lies beside, under the same name."""
+    """One run of the grid. ``folder`` is the run folder. The run's other files are next to it, under the same name."""
 
     row: Row
     recipe: Recipe
@@ -49,33 +49,33 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """The run's seed."""
         return self.recipe.seed
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name in messages."""
         return f"{self.row.label}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A resolved grid file; ``tables`` is what it says."""
+    """A resolved grid file."""
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
-    target_loss: float | None
-    budget_bytes: float | None  # both ways, of one place in the cohort, over the run
-    tables: Mapping[str, Any]
+    target_loss: float | None  # nats per token
+    budget_bytes: float | None  # up and down, per sampled client, summed over the rounds
+    tables: Mapping[str, Any]  # the file's TOML tables
 
     def to_toml(self) -> str:
-        """The grid as a file's text."""
+        """The grid as TOML."""
         import tomli_w
 
         return tomli_w.dumps(self.tables)
 
     def cells(self, out: Path) -> list[Cell]:
-        """Every run, in the order of playing: all rows with the first seed, then with the next."""
+        """Every run, in the order of execution: all rows with the first seed, then with the next."""
         return [
             Cell(row, replace(row.recipe, seed=seed), out / "runs" / row.slug / f"seed-{seed}")
             for seed in self.seeds
@@ -83,7 +83,11 @@ class Grid:
         ]
 
     def chosen(self, labels: Sequence[str]) -> list[Row]:
-        """The rows with these labels or from the entries with these labels; all of them where none is given."""
+        """The rows with these labels, or from the entries with these labels; all rows if ``labels`` is empty.
+
+        Raises:
+            UserError: for an unknown label.
+        """
         known = {label for row in self.rows for label in (row.label, row.entry)}
         for label in labels:
             if label not in known:
@@ -92,19 +96,23 @@ class Grid:
 
 
 def resolve(tables: Mapping[str, Any]) -> Grid:
-    """The grid that these TOML tables say. Raises UserError."""
-    allowed = ("seed", *_GRID, *TASK, *OWN)
+    """The grid in these TOML tables.
+
+    Raises:
+        UserError: for an invalid setting.
+    """
+    allowed = ("seed", *_GRID, *TASK, *PER_METHOD)
     for name in tables:
         if name not in allowed:
             raise UserError(f"{name}: there is no such setting in a grid; {nearest(name, allowed)}")
     base = {name: value for name, value in tables.items() if name not in _GRID}
-    # yardsticks are not in the table, and would take as long as another method
+    # the table does not show the local-only baseline, which takes as long as another method
     base["evaluation"] = {"local_only_clients": 0, **_table(base.get("evaluation", {}), "evaluation")}
     seeds = _seeds(tables)
     rows: list[Row] = []
     for number, entry in enumerate(_entries(tables), start=1):
         rows += _rows({**base, "seed": seeds[0]}, entry, f"methods[{number}]")
-    _refuse_twins(rows)
+    _refuse_same_folder(rows)
     target = _above_zero(tables, "target_loss", "a loss above 0")
     budget = _above_zero(tables, "budget_bytes", "bytes above 0, such as 500_000")
     return Grid(tuple(rows), seeds, target, budget, tables)
@@ -114,11 +122,11 @@ def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterato
     label = entry.get("label")
     if not isinstance(label, str) or not label.strip():
         raise UserError(f"{where}.label={label!r}: must be a name for the table")
-    own = {name: value for name, value in entry.items() if name not in ("label", "grid")}
-    for name in own:
-        _refuse_shared(name, f"{where}.{name}", ("label", "grid", *OWN))
+    overrides = {name: value for name, value in entry.items() if name not in ("label", "grid")}
+    for name in overrides:
+        _refuse_shared(name, f"{where}.{name}", ("label", "grid", *PER_METHOD))
     for settings in _combinations(entry.get("grid", {}), f"{where}.grid"):
-        tables = _laid_over(base, own)
+        tables = _overridden(base, overrides)
         for name, value in settings.items():
             tables = merged(tables, _nested(name, value))
         full = ", ".join([label, *(f"{short}={_shown(value)}" for short, value in _shortened(settings))])
@@ -129,21 +137,20 @@ def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterato
         yield Row(full, label, recipe)
 
 
-def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with a method's tables over it. The settings of another algorithm are not the method's, except how
-    clients train."""
-    algorithm = _table(own.get("algorithm", {}), "methods.algorithm")
+def _overridden(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The base overridden by a method's tables. Of another algorithm's settings a method inherits only the training."""
+    algorithm = _table(overrides.get("algorithm", {}), "methods.algorithm")
     shared = _table(base.get("algorithm", {}), "algorithm")
     if algorithm.get("name", shared.get("name")) != shared.get("name"):
         base = {**base, "algorithm": {name: value for name, value in shared.items() if name == "training"}}
-    return merged(base, own)
+    return merged(base, overrides)
 
 
 def _combinations(grid: Any, where: str) -> Iterator[dict[str, Any]]:
     for name, values in _table(grid, where).items():
-        _refuse_shared(name.partition(".")[0], f'{where}."{name}"', OWN)
+        _refuse_shared(name.partition(".")[0], f'{where}."{name}"', PER_METHOD)
         if not isinstance(values, list) or not values:
-            raise UserError(f'{where}."{name}"={values!r}: must be a list of values, a row each')
+            raise UserError(f'{where}."{name}"={values!r}: must be a list of values, one per row')
     yield from (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
 
 
@@ -153,11 +160,11 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def _shortened(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Each setting by its last word, or whole where two end alike."""
-    last = [name.rpartition(".")[2] for name in settings]
+    """Each setting by its key alone, or by its dotted name if two keys are equal."""
+    keys = [name.rpartition(".")[2] for name in settings]
     return [
-        (word if last.count(word) == 1 else name, value)
-        for word, (name, value) in zip(last, settings.items(), strict=True)
+        (key if keys.count(key) == 1 else name, value)
+        for key, (name, value) in zip(keys, settings.items(), strict=True)
     ]
 
 
@@ -167,25 +174,25 @@ def _shown(value: Any) -> str:
 
 def _refuse_shared(name: str, where: str, allowed: Iterable[str]) -> None:
     if name in TASK or name in ("seed", "seeds"):
-        raise UserError(f"{where}: all methods of a grid play the same task; set {name} once, for the whole grid")
+        raise UserError(f"{where}: all methods of a grid have the same task; set {name} once, for the whole grid")
     if name not in allowed:
         raise UserError(f"{where}: there is no such setting; {nearest(name, allowed)}")
 
 
-def _refuse_twins(rows: Sequence[Row]) -> None:
+def _refuse_same_folder(rows: Sequence[Row]) -> None:
     known: dict[str, Row] = {}
     for row in rows:
         if not row.slug:
-            raise UserError(f'"{row.label}": a label needs a letter or a digit, its folder is called after it')
+            raise UserError(f'"{row.label}": a label needs one of a-z or 0-9, because the run folder is named after it')
         if row.slug in known:
-            raise UserError(f'"{row.label}" and "{known[row.slug].label}" share a folder: give them unlike labels')
+            raise UserError(f'"{row.label}" and "{known[row.slug].label}" share a folder: make the labels differ more')
         known[row.slug] = row
 
 
 def _entries(tables: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     entries = tables.get("methods")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UserError("[[methods]]: this list of tables is missing; a grid has one for each method")
+        raise UserError("[[methods]]: this list of tables is missing; a grid has one table per method")
     return entries
 
 

@@ -1,11 +1,12 @@
-"""Runs of a grid that were measured in another folder, perhaps on another machine: read from what compare wrote there.
+"""Runs of a grid that are imported from another comparison folder, perhaps of another machine.
 
-    taken      a run of a row and seed that this folder has not finished, whose recipe is this grid's, by that
-               folder's grid.toml; how it was carried out (engine, device, memory) may differ
-    not taken  one with other settings; one of a row that this grid has not
-    checked    like any run: same weights, data and clients as the others of its seed (``sameness``)
+    imported      a run of a row and seed that this folder has not finished, if the other folder's grid.toml gives it
+                  the same recipe; [execution] (engine, device, memory) may differ
+    not imported  a run with other settings, or of a row that this grid does not have
+    checked       like any run: same weights, data and clients as the other runs of its seed (``comparability``)
 
-So a grid can be played in parts, and its table holds all of them. Seconds are those of the machine that played.
+So a grid can run in parts, and its table holds all of them. Seconds are those of the machine that ran the run.
+Only grid.toml and comparison.json of the other folder are read. A comparison.json of fedferret 0.1 is read too.
 """
 
 from __future__ import annotations
@@ -24,20 +25,27 @@ from fedferret.core.errors import UserError
 from fedferret.recipe_file import read_tables
 
 
-def measured(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, RunResult]:
-    """The runs of this grid's cells, by the cells' names, that those folders hold; of several the first folder's.
+def import_runs(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, RunResult]:
+    """The results of this grid's cells in other comparison folders.
 
-    Raises UserError for a folder that holds no comparison.
+    Args:
+        grid: resolved.
+        out: the folder of this grid's runs.
+        folders: to import from; where several have a run, the first one counts.
+    Returns:
+        Results by the cells' names.
+    Raises:
+        UserError: for a folder without a comparison.
     """
     found: dict[str, RunResult] = {}
     for folder in folders:
-        theirs, comparison = _read(folder)
-        recipes = {(cell.row.label, cell.seed): cell.recipe.identity() for cell in theirs.cells(folder)}
-        held = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
+        other, comparison = _read(folder)
+        recipes = {(cell.row.label, cell.seed): cell.recipe.identity() for cell in other.cells(folder)}
+        runs = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
         for cell in grid.cells(out):
-            place = (cell.row.label, cell.seed)
-            if place in held and cell.name not in found and recipes.get(place) == cell.recipe.identity():
-                found[cell.name] = _result(cell, folder, held[place])
+            key = (cell.row.label, cell.seed)
+            if key in runs and cell.name not in found and recipes.get(key) == cell.recipe.identity():
+                found[cell.name] = _result(cell, folder, runs[key])
     return found
 
 
@@ -47,7 +55,7 @@ def _read(folder: Path) -> tuple[Grid, dict[str, Any]]:
         return resolve_grid(read_tables(folder / "grid.toml", ())), comparison
     except FileNotFoundError as error:
         raise UserError(
-            f"--also {folder}: {error.filename} is missing; a folder of `fedferret compare` has it"
+            f"--also {folder}: {error.filename} is missing; give a folder that `fedferret compare` wrote"
         ) from None
     except ValueError as error:
         raise UserError(f"--also {folder}: comparison.json cannot be read ({error})") from None
@@ -55,13 +63,13 @@ def _read(folder: Path) -> tuple[Grid, dict[str, Any]]:
 
 def _result(cell: Cell, folder: Path, run: dict[str, Any]) -> RunResult:
     try:
-        numbers = {name: math.nan if value is None else float(value) for name, value in run["figures"].items()}
+        figures = {name: math.nan if value is None else float(value) for name, value in run["figures"].items()}
         scores = set(run.get("scores", ()))
         return RunResult(
             cell,
             tuple(Point(*(float(point[name]) for name in Point._fields)) for point in run["curve"]),
-            {name: value for name, value in numbers.items() if name not in scores},
-            {name: value for name, value in numbers.items() if name in scores},
+            {name: value for name, value in figures.items() if name not in scores},
+            {name: value for name, value in figures.items() if name in scores},
             Task(**run["task"]),
             folder,
         )

@@ -1,4 +1,4 @@
-"""``comparison.html``: a comparison on one page, in the report's style and under its rules: one file, no script."""
+"""``comparison.html``: a comparison on one page. Like the report, the page is one file without a script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from fedferret.comparison.plots import COLOURS, Style, draw, styles
 from fedferret.comparison.results import Comparison, RowResult
-from fedferret.comparison.table import FRONT, absences, cells, headings, notes
+from fedferret.comparison.table import PARETO_MARK, cells, headings, missing_runs, notes
 from fedferret.core.files import write_atomically
 from fedferret.tracking.plots import DARK, LIGHT
 from fedferret.tracking.report import Figure, environment_of, templates
@@ -20,34 +20,34 @@ FILE = "comparison.html"
 
 @dataclass(frozen=True)
 class Link:
-    """A run's own report, relative to the page."""
+    """The report of a run, as a path relative to the page."""
 
     text: str
     path: str
 
 
 def write_page(comparison: Comparison) -> Path:
-    """Write ``comparison.html`` and the plots' files; returns the page's path."""
+    """Write ``comparison.html`` and the plots' files, and return the page's path."""
     rows, styled = comparison.rows, styles(comparison)
     runs = [run for row in rows for run in row.runs]
-    own = [run for run in runs if run.imported_runs is None]
+    local = [run for run in runs if run.imported_from is None]
     template = templates(Path(__file__).parent).get_template("comparison.html.jinja")
     page = template.render(
         title=_title(comparison),
         status=f"{comparison.over} of {len(comparison.grid.rows) * len(comparison.grid.seeds)} runs done",
         sentence=_sentence(comparison),
         figures=_figures(comparison),
-        plots=[(plot.name, plot.title, plot.text, Markup(plot.svg)) for plot in draw(comparison)],  # our own markup
+        plots=[(plot.name, plot.title, plot.text, Markup(plot.svg)) for plot in draw(comparison)],  # safe: made here
         legend=[(row.row.label, swatch(styled[row.row.label]), row.pareto_optimal) for row in rows if row.runs],
         headings=headings(comparison),
         rows=[cells(comparison, row) for row in rows],
         notes=notes(comparison),
         remarks=comparison.remarks if runs else (),
-        absences=absences(comparison),
+        missing_runs=missing_runs(comparison),
         links=[(row.row.label, _links(comparison, row)) for row in rows if row.runs],
         grid=comparison.grid.to_toml(),
-        environment=environment_of(own[0].cell.folder) if own else [],
-        front=FRONT,
+        environment=environment_of(local[0].cell.folder) if local else [],
+        pareto_mark=PARETO_MARK,
         light={**LIGHT, **{name: light for name, (light, _) in COLOURS.items()}},
         dark={**DARK, **{name: dark for name, (_, dark) in COLOURS.items()}},
     )
@@ -56,7 +56,7 @@ def write_page(comparison: Comparison) -> Path:
 
 
 def swatch(style: Style) -> Markup:
-    """A piece of a row's line with its mark, as SVG."""
+    """A piece of a row's line with the row's mark, as SVG."""
     shapes = {
         "o": '<circle cx="18" cy="7" r="4"/>',
         "s": '<rect x="14" y="3" width="8" height="8"/>',
@@ -80,12 +80,12 @@ def _sentence(comparison: Comparison) -> str:
     length = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"The same model, data, clients and batch order for all: {recipe.data_source}, {recipe.clients.per_round} "
-        f"clients a round, {length} rounds, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+        f"clients per round, {length} rounds, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
     )
 
 
 def _figures(comparison: Comparison) -> list[Figure]:
-    """The numbers at the head: the lowest loss, the fewest bytes, the least time to the target."""
+    """The figures at the head of the page: the lowest loss, the fewest bytes and the least time to the target."""
     rows = [row for row in comparison.rows if row.runs]
     if not rows:
         return []
@@ -109,5 +109,5 @@ def _links(comparison: Comparison, row: RowResult) -> list[Link]:
     return [
         Link(f"seed {run.cell.seed}", (run.cell.folder / "report.html").relative_to(comparison.out).as_posix())
         for run in row.runs
-        if run.imported_runs is None
+        if run.imported_from is None
     ]

@@ -1,7 +1,8 @@
-"""The plots of a comparison, in the report's style: a colour, a dash and a mark for every row, a band over its seeds.
+"""The plots of a comparison, in the report's style: a colour, a dash and a mark per row, a band over the seeds.
 
-A row keeps its style in all plots: it follows from its place in the grid, not from how well it did. In the page the
-legend is text beside the plot, which a phone can show; the files in plots/ carry their own, and are PNG too.
+A row has the same style in all plots. The style follows from the row's position in the grid, not from its results.
+In the page the legend is text below the plot, which a phone can show. The files in plots/ are SVG and PNG and contain
+the legend.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedferret.core.files import build_atomically, write_atomically
 from fedferret.tracking.plots import LIGHT, SIZE, Plot, bytes_axis, drawn
 from fedferret.tracking.units import as_bytes, as_loss
 
-COLOURS = {  # light, dark; neighbours in the list differ in lightness too, for those who see few hues
+COLOURS = {  # light, dark; neighbours in the list differ in lightness too, for colour-blind readers
     "series-1": ("#1765b3", "#5aa9f0"),
     "series-2": ("#d9660a", "#ffa24d"),
     "series-3": ("#2b8a3e", "#6fd086"),
@@ -31,31 +32,31 @@ COLOURS = {  # light, dark; neighbours in the list differ in lightness too, for 
     "series-7": ("#8a5a2b", "#c99a66"),
     "series-8": ("#d6409f", "#ff8fd0"),
 }
-MARKS = (("o", ""), ("s", "5 2.5"), ("^", "1.5 2"))  # with the dash of the line, in widths of 2 points
+MARKS = (("o", ""), ("s", "5 2.5"), ("^", "1.5 2"))  # the mark, and the dash of the line in units of 2 points
 _LONGEST_LABEL = 44
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a row looks: one of the colours, then the next mark."""
+    """The style of a row. Rows use all colours with the first mark, then with the next."""
 
-    colour: str  # its name
+    colour: str  # a name in ``COLOURS``
     mark: str
     dash: str
 
     @property
     def light(self) -> str:
-        """The colour itself, on white."""
+        """The colour on white, as hexadecimal digits."""
         return COLOURS[self.colour][0]
 
     @property
     def line(self) -> Any:
-        """The dash as matplotlib has it."""
+        """The dash as a matplotlib line style."""
         return (0, tuple(float(part) for part in self.dash.split())) if self.dash else "-"
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """The style of every row by its label, in the order of the grid. Beyond 24 rows styles come again."""
+    """The style of every row by label, in the order of the grid. Beyond 24 rows the styles repeat."""
     names = list(COLOURS)
     return {
         row.label: Style(names[number % len(names)], *MARKS[number // len(names) % len(MARKS)])
@@ -64,7 +65,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Every plot there is data for, without legends; beside, plots/NAME.svg and plots/NAME.png with them."""
+    """Every plot with data, without legends. Also writes plots/NAME.svg and plots/NAME.png with legends."""
     plots = []
     for name, title, paint in (
         ("loss-by-round", "Loss against rounds", _loss_by_round),
@@ -102,6 +103,7 @@ def _write(comparison: Comparison, name: str, title: str, paint: Callable[[Axes]
 
     def save(figure: Figure) -> None:
         path = comparison.out / "plots" / f"{name}.png"
+        figure.set_layout_engine("none")  # it is laid out: savefig would draw everything once more to see
         build_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160, facecolor="white"))
 
     size = (1.3 * SIZE[0], 1.2 * SIZE[1] + 0.2 * len(shown))
@@ -113,16 +115,16 @@ def _loss_by_round(comparison: Comparison, axes: Axes) -> str:
     _curves(comparison, axes, lambda point: point.round)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
-    return f"Held-out loss against rounds, the mean over the seeds and the band between them: {_ends(comparison)}."
+    return f"Held-out loss against rounds, with the mean and the range over the seeds: {_ends(comparison)}."
 
 
 def _loss_by_bytes(comparison: Comparison, axes: Axes) -> str:
     counts = _curves(comparison, axes, lambda point: point.bytes, logarithmic=True)
     if counts:
         bytes_axis(axes, min(counts), max(counts))
-    axes.set_xlabel("bytes up and down, one place in the cohort")
+    axes.set_xlabel("bytes up and down, per sampled client")
     return (
-        "Held-out loss against the bytes of one place in the cohort so far, logarithmic: "
+        "Held-out loss against cumulative bytes per sampled client, logarithmic: "
         f"{_ends(comparison, lambda row: as_bytes(row.mean['bytes']))}."
     )
 
@@ -131,12 +133,12 @@ def _loss_by_seconds(comparison: Comparison, axes: Axes) -> str:
     longest = max(point.seconds for row in comparison.rows for point in row.curve())
     scale, unit = (3600, "hours") if longest > 10_000 else (60, "minutes") if longest > 180 else (1, "seconds")
     _curves(comparison, axes, lambda point: point.seconds / scale)
-    axes.set_xlabel(f"{unit} of rounds, evaluation left out")
-    return f"Held-out loss against time in rounds, of {unit}: {_ends(comparison)}."
+    axes.set_xlabel(f"{unit} of rounds, without evaluation")
+    return f"Held-out loss against {unit} of rounds: {_ends(comparison)}."
 
 
 def _front(comparison: Comparison, axes: Axes) -> str:
-    """Where every row ended; the line joins those that no other row beats in both bytes and loss."""
+    """The final loss and bytes of every row. The line joins the Pareto-optimal rows."""
     styled = styles(comparison)
     rows = [row for row in comparison.rows if row.runs and row.mean["bytes"] > 0]
     front = sorted((row.mean["bytes"], row.loss) for row in rows if row.pareto_optimal)
@@ -157,29 +159,27 @@ def _front(comparison: Comparison, axes: Axes) -> str:
         )
     if rows:
         bytes_axis(axes, min(row.mean["bytes"] for row in rows), max(row.mean["bytes"] for row in rows))
-    axes.set_xlabel("bytes up and down, one place in the cohort")
-    axes.set_ylabel("final loss (nats a token)")
+    axes.set_xlabel("bytes up and down, per sampled client")
+    axes.set_ylabel("final loss (nats per token)")
     names = ", ".join(row.row.label for row in sorted(rows, key=lambda row: row.mean["bytes"]) if row.pareto_optimal)
-    return f"Final loss against bytes. Filled and joined, no other has both fewer bytes and a lower loss: {names}."
+    return f"Final loss against bytes. Pareto-optimal rows have filled marks and are joined: {names}."
 
 
-def _curves(
-    comparison: Comparison, axes: Axes, place: Callable[[Point], float], logarithmic: bool = False
-) -> list[float]:
-    """Draw every row's curve; returns where on the horizontal axis its points are."""
-    styled, places, losses = styles(comparison), [], []
+def _curves(comparison: Comparison, axes: Axes, x: Callable[[Point], float], logarithmic: bool = False) -> list[float]:
+    """Draw every row's curve and return the points' horizontal coordinates."""
+    styled, coordinates, losses = styles(comparison), [], []
     for row in comparison.rows:
         style = styled[row.row.label]
-        points = [pair for pair in zip(row.curve(), row.band(), strict=True) if place(pair[0]) > 0 or not logarithmic]
+        points = [pair for pair in zip(row.curve(), row.band(), strict=True) if x(pair[0]) > 0 or not logarithmic]
         if not points:
             continue
-        across, mean = [place(point) for point, _ in points], [point.loss for point, _ in points]
+        xs, mean = [x(point) for point, _ in points], [point.loss for point, _ in points]
         low, high = zip(*(band for _, band in points), strict=True)
         mark = style.mark if len(points) <= 40 else ""
         if len(row.runs) > 1:
-            axes.fill_between(across, low, high, color=style.light, alpha=0.15, linewidth=0)
+            axes.fill_between(xs, low, high, color=style.light, alpha=0.15, linewidth=0)
         axes.plot(
-            across,
+            xs,
             mean,
             linestyle=style.line,
             marker=mark,
@@ -188,26 +188,26 @@ def _curves(
             color=style.light,
             label=row.row.label,
         )
-        places += across
+        coordinates += xs
         losses += mean
     if losses:
         _fit(axes, comparison, losses)
-    axes.set_ylabel("loss (nats a token)")
-    return places
+    axes.set_ylabel("loss (nats per token)")
+    return coordinates
 
 
 def _fit(axes: Axes, comparison: Comparison, losses: list[float]) -> None:
-    """Let a row that went far up leave the plot, instead of pressing the others flat."""
+    """Cut off rows far above the untuned loss, so that the differences between the others stay visible."""
     untuned = [row.curve()[0].loss for row in comparison.rows if row.runs and row.curve()]
     best, first = min(losses), min(untuned)
-    gain = first - best
-    if gain > 0 and max(losses) > first + 0.5 * gain:
-        axes.set_ylim(best - 0.08 * gain, first + 0.5 * gain)
+    reduction = first - best
+    if reduction > 0 and max(losses) > first + 0.5 * reduction:
+        axes.set_ylim(best - 0.08 * reduction, first + 0.5 * reduction)
 
 
-def _ends(comparison: Comparison, beside: Callable[[RowResult], str] = lambda row: "") -> str:
+def _ends(comparison: Comparison, cost: Callable[[RowResult], str] = lambda row: "") -> str:
     return "; ".join(
-        f"{row.row.label} ends at {as_loss(row.loss)}{f' after {beside(row)}' if beside(row) else ''}"
+        f"{row.row.label} ends at {as_loss(row.loss)}{f' after {cost(row)}' if cost(row) else ''}"
         for row in comparison.rows
         if row.runs
     )

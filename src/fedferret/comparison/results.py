@@ -1,12 +1,12 @@
-"""What the runs of a grid measured, row by row: the numbers behind the table and the page.
+"""The results of a grid's runs, row by row: the values in the table and the page.
 
     curve      after every evaluated round r: loss, Σ_{i≤r} (up_i + down_i) / sampled_i, Σ_{i≤r} seconds_i
-    target     given, or untuned − 0.9 (untuned − best): nine tenths of what the best row gained, means over seeds
-    budget     bytes of one place in the cohort: the loss after the last evaluated round that kept within it
-    figures    of every run; a row has their means and sample deviations over its seeds
+    target     given, or untuned − 0.9 (untuned − best): nine tenths of the best row's loss reduction, means over seeds
+    budget     bytes per sampled client: the loss after the last evaluated round within the budget
+    figures    of every run; a row has their means and sample standard deviations over the seeds
 
-A byte is a byte of the encoded messages as the ledger counts them, catching up included. Bytes are of one place in
-the cohort, so that grids with other cohorts compare. Seconds are of the rounds, evaluation left out.
+Bytes are those of the encoded messages as the ledger counts them, catching up included. Totals are per sampled client,
+so that grids with other cohort sizes are comparable. Seconds are those of the rounds, without evaluation.
 """
 
 from __future__ import annotations
@@ -24,49 +24,48 @@ from fedferret.comparison.run_status import RunStatus
 from fedferret.tracking.events import Run, headline, read
 from fedferret.tracking.summary import read_summary, summarise
 
-SHARE_OF_GAIN = 0.9  # the usual target is this share of the way from the untuned loss to the best one
+TARGET_REDUCTION = 0.9  # the default target is this share of the best row's loss reduction
 
 
 class Point(NamedTuple):
-    """A run after one of its evaluated rounds, or the mean of several runs there."""
+    """A run after an evaluated round, or the mean of several runs after that round."""
 
     round: float
-    loss: float
-    bytes: float  # up and down, of one place in the cohort, so far
+    loss: float  # nats per token
+    bytes: float  # up and down, per sampled client, summed over the rounds so far
     seconds: float  # of all rounds so far
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. ``figures`` are the numbers of the table by their names in comparison.csv; ``scores`` what else
-    was measured of the main held-out set at the end, such as ``task-score``."""
+    """A finished run."""
 
     cell: Cell
     curve: tuple[Point, ...]
-    figures: dict[str, float]
-    scores: dict[str, float]
+    figures: dict[str, float]  # by their column in comparison.csv
+    scores: dict[str, float]  # extra metrics of the main held-out set at the end, such as ``task-score``
     task: Task
-    imported_runs: Path | None = None  # the folder of another `fedferret compare` that has it; None: this one
+    imported_from: Path | None = None  # another comparison folder; None for a run of this one
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row of the table. ``missing`` says for every seed that has no part in the means why."""
+    """A row of the table."""
 
     row: Row
     runs: tuple[RunResult, ...]
-    missing: dict[int, RunStatus]
+    missing: dict[int, RunStatus]  # by seed: the runs that the means leave out
     mean: dict[str, float] = field(default_factory=dict)
     deviation: dict[str, float] = field(default_factory=dict)  # sample standard deviation; NaN for one run
     pareto_optimal: bool = False  # no row has both fewer bytes and a lower loss
 
     @property
     def loss(self) -> float:
-        """The mean final loss; infinite where no run has one, so that such rows sort last."""
+        """The mean final loss; infinite without a run, so that such rows sort last."""
         return self.mean.get("loss", math.inf)
 
     def curve(self) -> list[Point]:
-        """The mean over the runs, after every round that all of them evaluated."""
+        """The mean over the runs, after every round that all runs evaluated."""
         return [Point(*map(statistics.fmean, zip(*points, strict=True))) for points in self._points()]
 
     def band(self) -> list[tuple[float, float]]:
@@ -81,23 +80,27 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the table and the page tell."""
+    """The content of the table and the page."""
 
     grid: Grid
     out: Path
     rows: tuple[RowResult, ...]  # the lowest loss first
     target: float | None
-    remarks: tuple[str, ...]  # what held for all runs
-    left_out: tuple[str, ...]  # finished runs that played another task
+    remarks: tuple[str, ...]  # what is equal in all runs
+    left_out: tuple[str, ...]  # finished runs of another task
 
     @property
     def over(self) -> int:
-        """Runs that have come to an end, whatever end."""
-        return sum(len(row.runs) + sum(now.over for now in row.missing.values()) for row in self.rows)
+        """The number of runs that ended: finished, diverged, failed or left out."""
+        return sum(len(row.runs) + sum(status.over for status in row.missing.values()) for row in self.rows)
 
 
-def measure(cell: Cell) -> RunResult:
-    """The curve and the figures of the finished run in this cell's folder, but those that need the target."""
+def result_of(cell: Cell) -> RunResult:
+    """The curve and the figures of the finished run in a cell's folder, without those that need the target.
+
+    Raises:
+        UserError: if the event log cannot be read.
+    """
     run = read(cell.folder)
     last = run.evaluations[max(run.evaluations)] if run.evaluations else None
     scores = headline(next(iter(last.results.values()))) if last else {}
@@ -117,7 +120,14 @@ def measure(cell: Cell) -> RunResult:
 
 
 def target_of(grid: Grid, runs: Sequence[RunResult]) -> float | None:
-    """The loss whose price the table names: the grid's own, or nine tenths of the best row's gain. None: no gain."""
+    """The target loss: the grid's, or untuned loss minus nine tenths of the best row's loss reduction.
+
+    Args:
+        grid: resolved.
+        runs: finished.
+    Returns:
+        Nats per token; None if no row lowered the loss.
+    """
     if grid.target_loss is not None:
         return grid.target_loss
     first: dict[str, list[float]] = {}
@@ -128,43 +138,52 @@ def target_of(grid: Grid, runs: Sequence[RunResult]) -> float | None:
             last.setdefault(run.cell.row.label, []).append(run.figures["loss"])
     if not first:
         return None
-    # the lowest: a prompt that is put before the text makes a model worse before it is tuned
+    # the lowest untuned loss: an untuned prompt before the text raises the loss
     untuned, best = (min(map(statistics.fmean, losses.values())) for losses in (first, last))
-    return untuned - SHARE_OF_GAIN * (untuned - best) if best < untuned else None
+    return untuned - TARGET_REDUCTION * (untuned - best) if best < untuned else None
 
 
 def rows_of(
     grid: Grid, runs: Sequence[RunResult], others: Iterable[tuple[Cell, RunStatus]], target: float | None
 ) -> list[RowResult]:
-    """The rows, the lowest loss first; ``others`` are the cells that have no part in the means."""
+    """The rows of the table.
+
+    Args:
+        grid: resolved.
+        runs: finished runs of the same task.
+        others: the other cells, which the means leave out.
+        target: target loss, nats per token.
+    Returns:
+        The rows, the lowest loss first.
+    """
     missing: dict[str, dict[int, RunStatus]] = {}
-    for cell, now in others:
-        missing.setdefault(cell.row.label, {})[cell.seed] = now
+    for cell, status in others:
+        missing.setdefault(cell.row.label, {})[cell.seed] = status
     rows = []
     for row in grid.rows:
-        own = tuple(_with_prices(run, target, grid.budget_bytes) for run in runs if run.cell.row.label == row.label)
-        numbers = [{**run.figures, **run.scores} for run in own]
-        columns = {name: [each.get(name, math.nan) for each in numbers] for name in (numbers[0] if own else {})}
-        # NaN where one is: a mean over the seeds that reached the target alone would flatter
+        of_row = tuple(_with_costs(run, target, grid.budget_bytes) for run in runs if run.cell.row.label == row.label)
+        figures = [{**run.figures, **run.scores} for run in of_row]
+        columns = {name: [each.get(name, math.nan) for each in figures] for name in (figures[0] if of_row else {})}
+        # NaN if one value is NaN: a mean over only the seeds that reached the target would be biased
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         deviation = {name: _deviation(values) for name, values in columns.items()}
-        rows.append(RowResult(row, own, missing.get(row.label, {}), mean, deviation))
+        rows.append(RowResult(row, of_row, missing.get(row.label, {}), mean, deviation))
     rows = [_marked(row, rows) for row in rows]
     return sorted(rows, key=lambda row: row.loss)
 
 
 def _marked(row: RowResult, rows: Sequence[RowResult]) -> RowResult:
-    """The row, told whether it is on the Pareto front of bytes and loss."""
+    """The row, marked if it is Pareto-optimal in bytes and loss."""
     if not row.runs:
         return row
-    here = (row.mean["bytes"], row.mean["loss"])
-    places = [(other.mean["bytes"], other.mean["loss"]) for other in rows if other.runs]
-    beaten = any(place != here and place[0] <= here[0] and place[1] <= here[1] for place in places)
-    return replace(row, pareto_optimal=not beaten)
+    point = (row.mean["bytes"], row.mean["loss"])
+    points = [(other.mean["bytes"], other.mean["loss"]) for other in rows if other.runs]
+    dominated = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+    return replace(row, pareto_optimal=not dominated)
 
 
-def _with_prices(run: RunResult, target: float | None, budget: float | None) -> RunResult:
-    """The run with what the target cost it and what the budget bought it."""
+def _with_costs(run: RunResult, target: float | None, budget: float | None) -> RunResult:
+    """The run with its costs to the target and its loss within the budget."""
     reached = next((point for point in run.curve if target is not None and point.loss <= target), None)
     figures = {
         **run.figures,
@@ -191,7 +210,7 @@ def _curve(run: Run) -> list[Point]:
 
 
 def _bytes_by_round(run: Run) -> list[float]:
-    """Bytes of one place in the cohort, up and down, after every round."""
+    """Cumulative bytes per sampled client, up and down, after every round."""
     total, counts = 0.0, []
     for _, entry in sorted(run.rounds.items()):
         total += (sum(entry.bytes_up.values()) + sum(entry.bytes_down.values())) / max(1, len(entry.clients))

@@ -1,7 +1,7 @@
-"""Play the cells of a grid that are left: one after the other or several at a time, each in a process of its own.
+"""Run cells of a grid, one or several at a time, each in a separate process.
 
-cores / jobs threads for every run; a failure is written down and the others go on
-Ctrl-C: every run at work stops after what is safely on disk, and the same command goes on from there
+Every run has cores / jobs threads. A failure is recorded, and the other runs continue.
+After Ctrl-C every busy run stops and leaves a resumable folder. The same command then continues.
 """
 
 from __future__ import annotations
@@ -17,41 +17,60 @@ from rich.live import Live
 from rich.text import Text
 
 from fedferret.comparison.grid import Cell
-from fedferret.comparison.run_status import note, output_of, run_status
+from fedferret.comparison.run_status import output_of, record_outcome, run_status
 from fedferret.comparison.worker import Outcome, Worker
 from fedferret.runner import Interrupted
 from fedferret.tracking.summary import read_summary
 from fedferret.tracking.units import as_duration, as_loss
 
 
-def play(cells: Sequence[Cell], jobs: int, console: Console) -> None:
-    """Play these cells, ``jobs`` at a time. Raises Interrupted after Ctrl-C."""
+def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
+    """Run these cells.
+
+    Args:
+        cells: in the order of execution.
+        jobs: runs at a time.
+        console: for progress.
+    Raises:
+        Interrupted: after Ctrl-C.
+    """
     if cells:
         jobs = min(jobs, len(cells))
         session = Session(cells, [Worker(threads_of(jobs)) for _ in range(jobs)], threads_of(jobs), console)
-        session.play()
+        session.run()
 
 
 def threads_of(jobs: int) -> int:
-    """How many threads a run has when so many play at once."""
+    """The number of threads of a run if ``jobs`` runs share the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // jobs)
 
 
 class Session:
-    """One command's part in playing a grid."""
+    """One execution of the command.
+
+    Args:
+        cells: in the order of execution.
+        workers: one per job.
+        threads: of each run.
+        console: for progress.
+    """
 
     def __init__(self, cells: Sequence[Cell], workers: Sequence[Worker], threads: int, console: Console) -> None:
         self._cells, self._workers, self._threads = cells, workers, threads
         self._waiting = deque(cells)
-        self._busy: dict[Worker, tuple[Cell, float]] = {}  # with the time at which it began
+        self._busy: dict[Worker, tuple[Cell, float]] = {}  # the run's cell and start time
         self._over = 0
         self._console = console
         self._live = Live(self, console=console, refresh_per_second=1, transient=True)
         self._started = time.monotonic()
 
-    def play(self) -> None:
-        """Until no cell is left, or to Ctrl-C."""
+    def run(self) -> None:
+        """Run all cells.
+
+        Raises:
+            Interrupted: after Ctrl-C.
+        """
         if self._console.is_terminal:
             self._live.start()
         try:
@@ -59,11 +78,11 @@ class Session:
         except KeyboardInterrupt:
             for worker in self._busy:
                 worker.interrupt()
-            self._log("Stopping: the runs at work finish what they are writing. Ctrl-C again ends them at once.")
+            self._log("Stopping: busy runs finish what they are writing. Ctrl-C again ends them at once.")
             self._wait_for_the_busy()
             done = sum(run_status(cell).over for cell in self._cells)
             raise Interrupted(
-                f"stopped with {done} of {len(self._cells)} runs done; the same command goes on from there"
+                f"stopped with {done} of {len(self._cells)} runs done; the same command continues from there"
             ) from None
         finally:
             for worker in self._workers:
@@ -87,9 +106,9 @@ class Session:
             for worker in ready:
                 cell, started = self._busy.pop(worker)
                 outcome = worker.finish()
-                if outcome.outcome == "failed":  # of a run that was told to stop, that says nothing
+                if outcome.outcome == "failed":  # after an interrupt this is not the run's fault
                     outcome = Outcome("interrupted")
-                note(cell, outcome, self._threads, time.monotonic() - started)
+                record_outcome(cell, outcome, self._threads, time.monotonic() - started)
 
     def _begin(self, worker: Worker, cell: Cell) -> None:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +118,10 @@ class Session:
     def _end(self, worker: Worker) -> None:
         cell, started = self._busy.pop(worker)
         outcome, seconds = worker.finish(), time.monotonic() - started
-        note(cell, outcome, self._threads, seconds)
+        record_outcome(cell, outcome, self._threads, seconds)
         self._over += 1
-        now = run_status(cell)
-        result = f"loss {_loss(cell)}" if now.state == "finished" else str(now)
+        status = run_status(cell)
+        result = f"loss {_loss(cell)}" if status.state == "finished" else str(status)
         self._log(
             f"[{self._over}/{len(self._cells)}] {cell.name}: {result}, {as_duration(seconds)}; {self._time_left()}"
         )
@@ -116,7 +135,7 @@ class Session:
         self._console.print(Text(text), soft_wrap=True)  # Text: a label is never read as markup
 
     def __rich__(self) -> Group:
-        """A line for every run at work."""
+        """A line for every busy run."""
         lines = []
         for cell, started in list(self._busy.values()):
             summary = read_summary(cell.folder)

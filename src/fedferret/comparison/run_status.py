@@ -1,8 +1,8 @@
-"""How far a cell of the grid has come: read from its run folder and from the record beside it.
+"""The status of a cell of the grid, from its run folder and the record next to it.
 
-runs/ferret-1-bit/seed-1/       the run, as `fedferret run` leaves it
-runs/ferret-1-bit/seed-1.json   how its processes went: outcome and reason of the last, threads and seconds of each
-runs/ferret-1-bit/seed-1.txt    what they printed
+runs/ferret-1-bit/seed-1/       the run folder, as `fedferret run` writes it
+runs/ferret-1-bit/seed-1.json   the record of the run's processes: last outcome and reason, threads and seconds of each
+runs/ferret-1-bit/seed-1.txt    the output of these processes
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from fedferret.tracking.summary import read_summary
 
 @dataclass(frozen=True)
 class RunStatus:
-    """``waiting``: not begun; ``unfinished``: stopped on the way, to be gone on with; the others are ends.
-    ``left out``: finished, but with another task than the other runs."""
+    """The status of a run.
+
+    ``waiting``: not begun. ``unfinished``: begun and resumable. ``left out``: finished, but with another task than the
+    other runs.
+    """
 
     state: Literal["waiting", "unfinished", "finished", "diverged", "failed", "left out"]
     reason: str = ""
-    threads: tuple[int, ...] = ()  # of each process that had a part in the run
+    threads: tuple[int, ...] = ()  # of each process of the run
     seconds: float = 0.0  # wall-clock, loading and reporting included
 
     @property
     def over(self) -> bool:
-        """Whether playing it again would change nothing, or bring the same failure."""
+        """Whether the run ended. Repeating it would change nothing, or fail in the same way."""
         return self.state not in ("waiting", "unfinished")
 
     def __str__(self) -> str:
@@ -38,7 +41,7 @@ class RunStatus:
 
 
 def run_status(cell: Cell) -> RunStatus:
-    """Of this cell, from its files."""
+    """The status of a cell."""
     record = _read(cell)
     parts = record.get("parts", [])
     threads, seconds = tuple(part["threads"] for part in parts), sum(part["seconds"] for part in parts)
@@ -52,8 +55,15 @@ def run_status(cell: Cell) -> RunStatus:
     return RunStatus("unfinished" if cell.folder.exists() else "waiting", "", threads, seconds)
 
 
-def note(cell: Cell, outcome: Outcome, threads: int, seconds: float) -> None:
-    """Add to the record how one process of the cell's run went."""
+def record_outcome(cell: Cell, outcome: Outcome, threads: int, seconds: float) -> None:
+    """Add one process of a run to the cell's record.
+
+    Args:
+        cell: of the run.
+        outcome: of the process.
+        threads: of the process.
+        seconds: of the process, wall-clock.
+    """
     part = {"outcome": outcome.outcome, "threads": threads, "seconds": round(seconds, 3)}
     record = {
         "label": cell.row.label,
@@ -66,12 +76,12 @@ def note(cell: Cell, outcome: Outcome, threads: int, seconds: float) -> None:
 
 
 def record_of(cell: Cell) -> Path:
-    """Where the record is."""
+    """The path of the cell's record."""
     return cell.folder.with_name(f"{cell.folder.name}.json")
 
 
 def output_of(cell: Cell) -> Path:
-    """Where what the run prints is."""
+    """The path of the run's output."""
     return cell.folder.with_name(f"{cell.folder.name}.txt")
 
 

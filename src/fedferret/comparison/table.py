@@ -1,7 +1,7 @@
 """The table of a comparison: on the terminal, as comparison.md for pages, comparison.csv and comparison.json for tools.
 
-A cell is mean ± sample standard deviation over the seeds; CSV and JSON have the plain numbers: losses in nats a token,
-bytes, seconds, rounds.
+A cell is mean ± sample standard deviation over the seeds. CSV and JSON have unformatted values: losses in nats per
+token, bytes, seconds, rounds.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 
 from rich.table import Table
 
-from fedferret.comparison.results import SHARE_OF_GAIN, Comparison, RowResult
+from fedferret.comparison.results import TARGET_REDUCTION, Comparison, RowResult
 from fedferret.core.files import write_atomically
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
-FRONT = "◆"
+PARETO_MARK = "◆"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One of the table's figures, and how people read it."""
+    """A column of the table."""
 
-    name: str
+    name: str  # in comparison.csv
     heading: str
-    written: Callable[[float], str]
+    formatted: Callable[[float], str]
 
 
 COLUMNS = (
     Column("loss", "loss", as_loss),
     Column("bytes_up", "up", as_bytes),
     Column("bytes_down", "down", as_bytes),
-    Column("bytes", "up and down in all", as_bytes),
+    Column("bytes", "total up and down", as_bytes),
     Column("seconds_local", "local time", as_duration),
     Column("seconds_overhead", "overhead", as_duration),
     Column("peak_memory_bytes", "peak memory", as_bytes),
@@ -52,7 +52,7 @@ def write_tables(comparison: Comparison) -> None:
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """Those of every comparison, and after the loss what else its runs measured of the main held-out set."""
+    """The columns of every comparison. After the loss come the extra metrics of the main held-out set."""
     scores = dict.fromkeys(name for row in comparison.rows for run in row.runs for name in run.scores)
     loss, *others = COLUMNS
     budget = comparison.grid.budget_bytes
@@ -61,67 +61,75 @@ def columns(comparison: Comparison) -> list[Column]:
 
 
 def headings(comparison: Comparison) -> list[str]:
-    """Of the columns, in order."""
+    """The headings of the columns, in order."""
     return ["method", "seeds", *(column.heading for column in columns(comparison))]
 
 
-def cells(comparison: Comparison, row: RowResult, beside: str = " ") -> list[str]:
-    """A row as text; ``beside`` stands between a mean and its deviation."""
+def cells(comparison: Comparison, row: RowResult, separator: str = " ") -> list[str]:
+    """A row as text.
+
+    Args:
+        comparison: of the row.
+        row: to format.
+        separator: between a mean and its deviation.
+    """
     planned = len(comparison.grid.seeds)
-    label = f"{row.row.label} {FRONT}" if row.pareto_optimal else row.row.label
+    label = f"{row.row.label} {PARETO_MARK}" if row.pareto_optimal else row.row.label
     if not row.runs:
-        states = sorted({now.state for now in row.missing.values()})
+        states = sorted({status.state for status in row.missing.values()})
         return [label, f"0 of {planned}", ", ".join(states), *[""] * (len(columns(comparison)) - 1)]
     seeds = f"{len(row.runs)} of {planned}" if len(row.runs) < planned else str(planned)
-    return [label, seeds, *(_cell(row, column, beside) for column in columns(comparison))]
+    return [label, seeds, *(_cell(row, column, separator) for column in columns(comparison))]
 
 
-def _cell(row: RowResult, column: Column, beside: str) -> str:
+def _cell(row: RowResult, column: Column, separator: str) -> str:
     mean, deviation = row.mean.get(column.name, math.nan), row.deviation.get(column.name, math.nan)
     if math.isnan(mean):
         reached = sum(not math.isnan(run.figures.get(column.name, math.nan)) for run in row.runs)
         return f"reached by {reached} of {len(row.runs)}" if reached else "-"
     if math.isnan(deviation):
-        return f"{column.written(mean)}{beside}± -" if column.name == "loss" else column.written(mean)
-    return f"{column.written(mean)}{beside}± {column.written(deviation)}"
+        return f"{column.formatted(mean)}{separator}± -" if column.name == "loss" else column.formatted(mean)
+    return f"{column.formatted(mean)}{separator}± {column.formatted(deviation)}"
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader has to know, a sentence or two each."""
+    """The notes below the table."""
     grid, target = comparison.grid, comparison.target
     lines = [
-        "Mean ± sample standard deviation over the seeds. Loss: held-out, nats a token, after the last round; the "
-        "table is sorted by it.",
-        "Up and down: a client's encoded messages in a round, catching up included, the base model not. Up and down "
-        "in all, and bytes to target: those of one place in the cohort, both ways, since the first round.",
-        "Local time: the clients' training, all rounds. Overhead: the rest of the rounds, evaluation left out. Peak "
+        "Mean ± sample standard deviation over the seeds. Loss: held-out, nats per token, after the last round. Rows "
+        "are sorted by loss.",
+        "Up, down: encoded messages per client and round, catching up included, the base model excluded. Total up and "
+        "down, bytes to target: per sampled client, summed over the rounds.",
+        "Local time: the clients' training, all rounds. Overhead: the rest of the rounds, without evaluation. Peak "
         "memory: of the run's process.",
     ]
     if target is None:
         lines.append("Target: none; no row lowered the loss.")
     elif grid.target_loss is not None:
-        lines.append(f"Target: loss {as_loss(target)}, as the grid says, at the first evaluated round that reached it.")
+        lines.append(f"Target: loss {as_loss(target)}, from the grid, at the first evaluated round that reached it.")
     else:
         lines.append(
-            f"Target: loss {as_loss(target)}, the untuned loss less {SHARE_OF_GAIN:.0%} of what the best row gained, "
-            "at the first evaluated round that reached it."
+            f"Target: loss {as_loss(target)}, the untuned loss minus {TARGET_REDUCTION:.0%} of the best row's loss "
+            "reduction, at the first evaluated round that reached it."
         )
     if grid.budget_bytes is not None:
         lines.append(
-            f"Loss within {as_bytes(grid.budget_bytes)}: after the last evaluated round by which one place in the "
-            "cohort had sent and received no more; where one round is dearer, that is the untuned model's."
+            f"Loss within {as_bytes(grid.budget_bytes)}: after the last evaluated round with at most that total up and "
+            "down per sampled client; the untuned model's if one round takes more."
         )
-    lines.append(f"{FRONT}: no other row has both fewer bytes in all and a lower loss.")
+    lines.append(f"{PARETO_MARK}: Pareto-optimal, no other row has both fewer total bytes and a lower loss.")
     return lines
 
 
-def absences(comparison: Comparison) -> list[str]:
-    """The runs that have no part in the means, a line each."""
-    return [f"{row.row.label}, seed {seed}: {now}" for row in comparison.rows for seed, now in row.missing.items()]
+def missing_runs(comparison: Comparison) -> list[str]:
+    """The runs that the means leave out, one line each."""
+    return [
+        f"{row.row.label}, seed {seed}: {status}" for row in comparison.rows for seed, status in row.missing.items()
+    ]
 
 
 def as_rich(comparison: Comparison) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     table = Table(title=f"{comparison.out}", title_justify="left")
     for number, heading in enumerate(headings(comparison)):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
@@ -131,10 +139,10 @@ def as_rich(comparison: Comparison) -> Table:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """A table that a page can take in, with its notes."""
+    """The table and its notes as Markdown."""
     lines = [_markdown_row(headings(comparison)), "|---|" + "---:|" * (len(columns(comparison)) + 1)]
     lines += [_markdown_row(cells(comparison, row)) for row in comparison.rows]
-    for title, texts in (("", notes(comparison) + list(comparison.remarks)), ("Left out:", absences(comparison))):
+    for title, texts in (("", notes(comparison) + list(comparison.remarks)), ("Left out:", missing_runs(comparison))):
         if texts:
             lines += ["", *([title, ""] if title else []), *(f"* {text}" for text in texts)]
     return "\n".join(lines) + "\n"
@@ -145,7 +153,7 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line for each row: plain numbers, empty where there is none."""
+    """The table as CSV: a line per row, unformatted values, an empty field for NaN."""
     names = list(dict.fromkeys(name for row in comparison.rows for name in row.mean))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -153,14 +161,14 @@ def as_csv(comparison: Comparison) -> str:
         ["method", "seeds", "seeds_planned", "pareto_optimal", *(n for name in names for n in (name, f"{name}_std"))]
     )
     for row in comparison.rows:
-        numbers = [values.get(name, math.nan) for name in names for values in (row.mean, row.deviation)]
+        figures = [values.get(name, math.nan) for name in names for values in (row.mean, row.deviation)]
         start = [row.row.label, len(row.runs), len(comparison.grid.seeds), int(row.pareto_optimal)]
-        writer.writerow([*start, *("" if math.isnan(number) else repr(number) for number in numbers)])
+        writer.writerow([*start, *("" if math.isnan(figure) else repr(figure) for figure in figures)])
     return text.getvalue()
 
 
 def as_json(comparison: Comparison) -> str:
-    """Everything: rows, runs, curves, checks."""
+    """The comparison as JSON: rows, runs, curves, checks."""
     plain = {
         "seeds": list(comparison.grid.seeds),
         "target_loss": comparison.target,
@@ -179,11 +187,11 @@ def _plain_row(comparison: Comparison, row: RowResult) -> dict[str, Any]:
         "pareto_optimal": row.pareto_optimal,
         "mean": row.mean,
         "std": row.deviation,
-        "missing": {str(seed): str(now) for seed, now in row.missing.items()},
+        "missing": {str(seed): str(status) for seed, status in row.missing.items()},
         "runs": [
             {
                 "seed": run.cell.seed,
-                "folder": None if run.imported_runs else run.cell.folder.relative_to(comparison.out).as_posix(),
+                "folder": None if run.imported_from else run.cell.folder.relative_to(comparison.out).as_posix(),
                 "task": asdict(run.task),
                 "figures": {**run.figures, **run.scores},
                 "scores": list(run.scores),

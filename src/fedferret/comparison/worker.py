@@ -1,16 +1,16 @@
-"""Where the runs of a grid happen: a worker pays for the imports once and forks for every run.
+"""The processes of a grid's runs: a worker imports once and forks a child for every run.
 
-    grid's process                 worker                            its child, one a run
+    grid's process                 worker                            child, one per run
     {recipe, folder, output} --->  import what the run needs
-                                   fork ---------------------------> play the run; its words go to ``output``
+                                   fork ---------------------------> run; standard output and error go to ``output``
     {outcome, reason} <----------  wait <--------------------------- {outcome, reason}
 
-So each run has a process of its own, with its own peak of memory, and no crash reaches the grid or another run. The
-worker trains nothing and starts no threads: forking it is safe, as forking whoever calls ``compare`` is not.
-Where forking is not dependable (macOS's own libraries start threads) every run gets a worker of its own.
+So each run has a separate process, with a separate peak memory, and no crash reaches the grid or another run. The
+worker trains nothing and starts no threads, so forking the worker is safe. Forking the caller of ``compare`` is not.
+Where forking is unreliable (libraries of macOS start threads), every run gets a separate worker.
 
-A worker has a session of its own, so that Ctrl-C in a terminal reaches the grid alone, which tells the workers. It
-ends when its standard input does: when the grid's process is gone, however it went.
+A worker has a separate session: Ctrl-C in a terminal reaches only the grid's process, which interrupts the workers.
+A worker ends when its standard input ends, that is, when the grid's process ends in any way.
 """
 
 from __future__ import annotations
@@ -28,28 +28,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
+from fedferret.core.imports import quick_imports
+
 FORKS = sys.platform == "linux"
-_NOT_FINITE = re.compile(r"loss is -?(nan|inf)|NaN or infinity")  # as clients and the pool put it
+_NOT_FINITE = re.compile(r"loss is -?(nan|inf)|NaN or infinity")  # in messages of clients and of the pool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run's process ended, and why if it failed."""
+    """The end of a run's process, with the reason of a failure."""
 
     outcome: Literal["finished", "diverged", "failed", "interrupted"]
     reason: str = ""
 
 
 class Worker:
-    """The grid's end. ``select`` can wait for it; then ``finish`` says how the run went."""
+    """A worker, as the grid's process sees it. ``select`` can wait for its run to end."""
 
     def __init__(self, threads: int, forks: bool = FORKS) -> None:
-        """``threads``: how many torch and its libraries may use in a run."""
+        """Start no process yet.
+
+        Args:
+            threads: that torch and its libraries may use in a run.
+            forks: whether the worker forks a child for every run.
+        """
         self._threads, self._forks = threads, forks
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, recipe: str, folder: Path, output: Path) -> None:
-        """Begin the run of that recipe, as TOML, in that folder; what it prints is added to the file ``output``."""
+        """Start a run.
+
+        Args:
+            recipe: as TOML.
+            folder: the run folder.
+            output: file to which the run's standard output and error are appended.
+        """
         if self._process is None:
             command = [sys.executable, "-P", "-m", __name__, *([] if self._forks else ["--once"])]
             self._process = subprocess.Popen(
@@ -65,11 +78,11 @@ class Worker:
         pipe.flush()
 
     def fileno(self) -> int:
-        """Readable when the run is over."""
+        """The file descriptor that is readable when the run is over."""
         return self._pipe("stdout").fileno()
 
     def finish(self) -> Outcome:
-        """How the run that was started went; waits for it."""
+        """Wait for the started run and return its outcome."""
         assert self._process is not None
         line = self._pipe("stdout").readline()
         if not line:
@@ -79,12 +92,12 @@ class Worker:
         return Outcome(**json.loads(line))
 
     def interrupt(self) -> None:
-        """Ctrl-C for the run: it leaves its folder resumable and is over soon."""
+        """Interrupt the run, as Ctrl-C does. The run leaves a resumable folder and ends soon."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
-        """End the worker, and at once whatever it is at."""
+        """End the worker and its run at once."""
         if self._process is not None:
             if not self._forks:
                 self._process.kill()
@@ -104,30 +117,32 @@ class Worker:
 
 
 class Server:
-    """The worker's end. The grid's process interrupts the worker alone, which passes it on to the run."""
+    """The worker process. It passes an interrupt of the grid's process on to the run."""
 
     def __init__(self) -> None:
         self._child: int | None = None
         self._stopping = False
 
     def outcome(self, job: Mapping[str, Any]) -> Outcome:
-        """Play the job's run in a child. Should the grid's process end meanwhile, so do the child and this one."""
+        """Run a job in a child. If the grid's process ends meanwhile, the child and this process end too."""
         _import_for(job)
         reading, writing = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both sides know what to do with it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have their handlers
         if not self._stopping:
             self._child = os.fork()
             if self._child == 0:
                 _child(job, writing)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         os.close(writing)
-        answer = _read(reading, self._end)
+        outcome = _read(reading, self._end)
         os.close(reading)
         if self._child is None:
             return Outcome("interrupted")
         child, self._child = self._child, None
         _, status = os.waitpid(child, 0)
-        return Outcome(**json.loads(answer)) if answer else Outcome("failed", _ended(os.waitstatus_to_exitcode(status)))
+        if not outcome:
+            return Outcome("failed", _ended(os.waitstatus_to_exitcode(status)))
+        return Outcome(**json.loads(outcome))
 
     def interrupt(self, *_: object) -> None:
         """The handler of Ctrl-C."""
@@ -142,8 +157,8 @@ class Server:
         sys.exit()
 
 
-def carry_out(job: Mapping[str, Any]) -> Outcome:
-    """Play the job's run in this process."""
+def run_job(job: Mapping[str, Any]) -> Outcome:
+    """Run a job in this process."""
     import tomllib
 
     import torch
@@ -159,7 +174,7 @@ def carry_out(job: Mapping[str, Any]) -> Outcome:
                 os.dup2(output.fileno(), stream)
         run(from_tables(tomllib.loads(job["recipe"])), Path(job["folder"]))
         return Outcome("finished")
-    except KeyboardInterrupt:  # the runner's own Interrupted too
+    except KeyboardInterrupt:  # the runner's Interrupted is one
         return Outcome("interrupted")
     except (RunError, UserError) as error:
         reason = " ".join(str(error).split())
@@ -178,7 +193,7 @@ def _child(job: Mapping[str, Any], writing: int) -> NoReturn:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            outcome = carry_out(job)
+            outcome = run_job(job)
         except KeyboardInterrupt:
             outcome = Outcome("interrupted")
         os.write(writing, json.dumps(asdict(outcome)).encode())
@@ -188,36 +203,36 @@ def _child(job: Mapping[str, Any], writing: int) -> NoReturn:
 
 
 def _read(pipe: int, ended: Callable[[], NoReturn]) -> bytes:
-    """All that comes out of ``pipe``; calls ``ended`` should standard input end before."""
-    answer = b""
+    """Read ``pipe`` to its end; call ``ended`` if standard input ends first."""
+    data = b""
     while True:
         ready, _, _ = select.select([0, pipe], [], [])
-        if 0 in ready:  # no job comes before this one is answered
+        if 0 in ready:  # the end of standard input: no job arrives while another one runs
             ended()
         piece = os.read(pipe, 1 << 16)
         if not piece:
-            return answer
-        answer += piece
+            return data
+        data += piece
 
 
 def _import_for(job: Mapping[str, Any]) -> None:
-    """Import what the run will need, its model's code too: children have it for nothing.
+    """Import what the run needs, the model's code included, so that children need not.
 
-    The device is left to the child: to ask for one starts the GPU's driver, which does not outlive a fork.
+    Only the child looks for its device, because that starts the GPU's driver, which does not survive a fork.
     """
     import tomllib
     from dataclasses import replace
 
-    import torch
+    with quick_imports():
+        import torch
 
-    import fedferret.runner
-    import fedferret.tracking.plots  # noqa: F401
-    from fedferret.config import from_tables
-    from fedferret.experiment import check
+        import fedferret.runner
+        import fedferret.tracking.plots  # noqa: F401
+        from fedferret.build import check
+        from fedferret.config import from_tables
 
-    torch.set_num_threads(
-        1
-    )  # a fork inherits no threads, only OpenMP's belief that it has some: it would wait for ever
+    # a fork inherits OpenMP's record of its threads but not the threads, and would wait for them for ever
+    torch.set_num_threads(1)
     recipe = from_tables(tomllib.loads(job["recipe"]))
     check(replace(recipe, execution=replace(recipe.execution, device="cpu")))
 
@@ -226,18 +241,18 @@ def _ended(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"its process was ended by {name}{', memory may have run out' if name == 'SIGKILL' else ''}"
-    return f"its process ended with code {code} and without a word"
+    return f"its process ended with code {code} and without a message"
 
 
 def main() -> None:
-    """Serve jobs, a line of JSON each, until standard input ends."""
+    """Serve jobs, one line of JSON each, until standard input ends."""
     once, server = "--once" in sys.argv, Server()
     signal.signal(signal.SIGINT, signal.default_int_handler if once else server.interrupt)
-    with os.fdopen(os.dup(1), "w") as answers:  # what a run prints is no answer
+    with os.fdopen(os.dup(1), "w") as outcomes:  # a copy, because a run redirects standard output
         while line := sys.stdin.readline():
             job = json.loads(line)
-            outcome = carry_out(job) if once else server.outcome(job)
-            print(json.dumps(asdict(outcome)), file=answers, flush=True)
+            outcome = run_job(job) if once else server.outcome(job)
+            print(json.dumps(asdict(outcome)), file=outcomes, flush=True)
             if once:
                 return
 

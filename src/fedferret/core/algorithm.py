@@ -1,176 +1,350 @@
 """The contract of a federated method.
 
-A method is a frozen dataclass. Its fields are its hyper-parameters; its functions change nothing in
-``self``. Three memories and one wire:
+A method is a frozen dataclass. Its fields are its hyper-parameters; its functions change nothing in ``self``. Three
+memories and one wire:
 
     public   server and every client, bit for bit the same, rebuilt from the log     (weights, momentum, ...)
     server   the server alone                                                        (seed probabilities, ...)
     client   one client alone, never on the wire                                     (error feedback, ...)
 
-                entry ==wire==> apply ----------------+
-    server  ---/                                      v
-      ^                                  client: local(model, private, data, key)
-      |                                               |
-    update <------------- pool <=========wire====== reply
+                    entry ==wire==> apply ------------------+
+    server  ------/                                         v
+      ^                          client: client_update(public, private, data, key)
+      |                                                     |
+    server_update <----- pool <----- accept <==wire====== payload
 
-Only the entry (down) and the reply's payload (up) cross the wire; both are messages (see ``messages.py``).
+Only the entry (down) and the payload (up) cross the wire; both are messages (``core/messages.py``). The server sets
+every client's weight (``core/weighting.py``); a client states how many examples it holds and no weight.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedferret.core import tree
 from fedferret.core.keys import Key
-from fedferret.core.tree import Tree
+from fedferret.core.task import Examples, Task
 
-Public = TypeVar("Public")  # what everybody knows, bit for bit
-Server = TypeVar("Server")  # what the server keeps to itself
-Client = TypeVar("Client")  # what one client keeps to itself
+Public = TypeVar("Public")  # what every node knows, bit for bit
+Server = TypeVar("Server")  # what the server alone knows
+Client = TypeVar("Client")  # what one client alone knows
 Entry = TypeVar("Entry")  # what a round adds to the log; a message
-Up = TypeVar("Up", bound="Payload")  # what a client sends; a message
+Up = TypeVar("Up", bound="Payload[Any]")  # what a client sends; a message
+Sum = TypeVar("Sum")  # the form of a payload that adds up
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of the tensors that a method tunes
+Weighting: TypeAlias = Literal["examples", "equal"]
 
 
 class Pooling(StrEnum):
     """How the payloads of a round combine."""
 
-    MEAN = "mean"  # weighted mean, folded in one at a time
-    SUM = "sum"  # plain sum, weights ignored
+    MEAN = "mean"  # weighted mean
+    SUM = "sum"  # plain sum, weights ignored; integers add up too
     EACH = "each"  # kept apart, in client order
 
 
-class Payload:
-    """Base of what a client sends. Subclasses are messages; their float tensors and floats are what pools."""
+class Payload(Generic[Sum]):
+    """Base of what a client sends. Subclasses are messages."""
 
-    pooling: ClassVar[Pooling] = Pooling.MEAN
+    def decoded(self) -> Sum:
+        """The form in which this payload adds up with others.
 
-    def decoded(self) -> Payload:
-        """The form that adds up; differs from the wire's form where that is compressed."""
-        return self
+        Returns:
+            A dataclass of tensors that pools act on; in this base class the payload itself.
+        """
+        return cast(Sum, self)
+
+    def encoded(self, sum: Sum, key: Key) -> Payload[Sum]:
+        """A payload of this one's form (bits, group size, ...) that carries another sum.
+
+        Args:
+            sum: of the same names and shapes as ``self.decoded()``.
+            key: draws roundings and rotations where the form has any.
+
+        Returns:
+            A new payload of this type; in this base class ``sum`` itself.
+        """
+        return cast("Payload[Sum]", sum)
 
 
 @dataclass(frozen=True)
-class Pooled(Generic[Up]):
-    """A round's payloads, combined: one opened payload (MEAN, SUM) or all of them (EACH), in client order."""
+class Pooled(Generic[Sum]):
+    """A round's sums, combined: one of them (MEAN, SUM and robust pools) or every client's (EACH), in client order."""
 
-    payloads: tuple[Up, ...]
-    weights: tuple[float, ...]  # one per reply, in client order
+    sums: tuple[Sum, ...]
+    weights: tuple[float, ...]  # one per client, in client order
 
     @property
-    def only(self) -> Up:
-        """The combined payload of a MEAN or SUM."""
-        (payload,) = self.payloads
-        return payload
+    def only(self) -> Sum:
+        """The combined sum."""
+        (only,) = self.sums
+        return only
 
 
 @dataclass(frozen=True)
 class ClientReply(Generic[Client, Up]):
-    """What ``local`` returns. ``payload``, ``weight`` and ``metrics`` travel; ``client`` stays."""
+    """What ``client_update`` returns. ``payload`` and ``metrics`` travel, ``client`` stays at the client."""
 
     payload: Up
-    weight: float  # share in a MEAN: the number of examples, or 1
     client: Client | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WireCost:
-    """Bytes per client and round that a method's formula gives, framing left out; and what it keeps on each client."""
+    """Bytes per client in one round by a method's formula, framing left out, and what the method keeps on each client.
 
-    up: float
-    down: float
-    client_state_bytes: float = 0.0  # a client's private state, from one of its rounds to its next
-
-
-class Examples(Protocol):
-    """One client's data, as much as a method may know of it."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int, key: Key) -> Iterator[Any]:
-        """One pass over all examples in batches of at most ``size``, in an order drawn by ``key``."""
-        ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is tuned and how it is scored; the same for every method.
-
-    ``model`` is the one working replica of a process: its weights between calls mean nothing, a method
-    writes the ones it wants. ``loss`` maps (model, batch) to the mean loss over the batch's targets.
+    The least and the most differ where the length varies: entropy codes, chosen layers, unions of positions.
     """
 
-    model: nn.Module
-    loss: Callable[[nn.Module, Any], Tensor]
-    rounds: int  # planned in all: schedules are functions of round / rounds
-    store: Callable[[Mapping[str, Tensor]], Tree] = tree.clone  # where public weights live: in memory or in a file
+    up_least: float
+    up_most: float
+    down_least: float
+    down_most: float
+    client_state_bytes: float = 0.0  # a client's private state, from one of the client's rounds to the next
 
-    @property
-    def device(self) -> torch.device:
-        """Where the working replica computes."""
-        return next(self.model.parameters()).device
+    @classmethod
+    def exact(cls, up: float, down: float, client_state_bytes: float = 0.0) -> WireCost:
+        """The cost of messages of one length.
+
+        Args:
+            up: bytes from a client to the server.
+            down: bytes from the server to a client.
+            client_state_bytes: bytes of a client's private state.
+
+        Returns:
+            A cost with equal least and most bytes in each direction.
+        """
+        return cls(up, up, down, down, client_state_bytes)
 
 
 class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
-    """A federated method. Frozen dataclass; see the module's docstring for who may know what."""
+    """A federated method. A frozen dataclass; the module's docstring says which memory holds what."""
 
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> None:
-        """Refuse impossible settings before any work: ``shapes`` are the trainable parameters'. Raises UserError."""
+    @property
+    def pooling(self) -> Pooling:
+        """How this method's payloads combine."""
+        return Pooling.MEAN
+
+    def pooling_at(self, public: Public) -> Pooling:
+        """How the payloads of one round combine; stages may differ.
+
+        Args:
+            public: the public state before that round.
+
+        Returns:
+            The kind of pooling; ``self.pooling`` where every round has the same.
+        """
+        return self.pooling
+
+    def weighting_at(self, public: Public) -> Weighting:
+        """How the server weights clients in one round.
+
+        Args:
+            public: the public state before that round.
+
+        Returns:
+            The field ``weighting``, or ``"equal"`` where the method has no such field.
+        """
+        return cast(Weighting, getattr(self, "weighting", "equal"))
+
+    def check(self, model: nn.Module, rounds: int) -> None:
+        """Refuse impossible settings before any work.
+
+        Args:
+            model: the prepared model on the meta device: names and shapes, no values.
+            rounds: rounds planned.
+
+        Raises:
+            UserError: the settings fit no such model or number of rounds.
+        """
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """What this method tunes of a base model: all of it, or an adapter's weights beside a frozen rest.
+        """Attach what this method tunes, such as an adapter.
 
-        Every node calls this once, before ``Task``, with the same key, and gets the same bits. May change ``model`` in
-        place. A model on the meta device stays there: its shapes are what ``check`` and ``wire_cost`` see. Raises
-        UserError where the model lacks what the method needs.
+        Every node calls this once, before ``Task``, with the same key, and gets the same bits. A model on the meta
+        device stays there.
+
+        Args:
+            model: the base model; may be changed in place.
+            key: draws an adapter's first values.
+
+        Returns:
+            ``model`` itself, or ``model`` frozen with an adapter attached.
+
+        Raises:
+            UserError: the model has not what the method needs.
+        """
+        return model
+
+    def release(self, model: nn.Module) -> nn.Module:
+        """Merge the adapter, or detach the adapter where it cannot be merged.
+
+        Args:
+            model: what ``prepare`` returned; may be changed in place.
+
+        Returns:
+            A model of the plain architecture; ``model`` itself where the method attaches no adapter.
         """
         return model
 
     @abstractmethod
-    def wire_cost(self, shapes: Mapping[str, tuple[int, ...]], cohort: int) -> WireCost:
-        """The formula in the module's docstring, for a model of these trainable tensors and so many clients a round."""
+    def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
+        """The formula in the module's docstring.
+
+        Args:
+            shapes: of the tensors that are tuned in this round, by parameter name.
+            cohort: clients in a round.
+            round: from 1.
+
+        Returns:
+            Bytes per client in this round, up and down, and bytes of a client's private state.
+        """
+
+    def update_norm(self, task: Task, public: Public, payload: Up) -> float | None:
+        """The Euclidean norm of what ``payload`` alone would add to the public weights.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            payload: of one client, after ``accept``.
+
+        Returns:
+            The norm, or its expectation where it depends on random directions; None where it has no meaning.
+        """
+        return None
 
     @abstractmethod
     def init(self, task: Task, key: Key) -> tuple[Public, Server]:
-        """The state before round 1, from the weights in ``task.model``. The public part is equal on every node."""
+        """The state before round 1.
 
-    def init_client(self, task: Task, data: Examples, key: Key) -> Client | None:
-        """A client's private state before its first round: the only place where one is born."""
+        Args:
+            task: its model has the weights to begin from.
+            key: of the run, equal on every node.
+
+        Returns:
+            The public state, equal on every node, and the server's own state.
+        """
+
+    def init_client(self, task: Task, public: Public, data: Examples, key: Key) -> Client | None:
+        """A client's private state before the client's first round; no other place makes one.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            data: the client's examples.
+            key: of this client.
+
+        Returns:
+            The state, which never leaves the client; None where the method keeps none.
+        """
         return None
 
     @abstractmethod
     def client_update(
         self, task: Task, public: Public, client: Client | None, data: Examples, key: Key
     ) -> ClientReply[Client, Up]:
-        """One client's work in one round. Changes neither ``public`` nor ``client``."""
+        """One client's work in one round. Changes neither ``public`` nor ``client``.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            client: the client's private state.
+            data: the client's examples.
+            key: of this client in this round.
+
+        Returns:
+            The payload and metrics for the server, and the client's new private state.
+        """
 
     def accept(self, task: Task, public: Public, payload: Up) -> None:
-        """Refuse, with an exception, a payload that cannot belong to this round: of a wrong type or shape, say."""
+        """Check everything that a payload claims: types, bits, groups, lengths, ranges.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            payload: as it came from a client, so possibly malformed.
+
+        Raises:
+            ValueError: the payload cannot belong to this round.
+        """
+
+    def accept_sum(self, task: Task, public: Public, sum: Any) -> None:
+        """Check the names and shapes of a sum that came in no payload: masked, or unmasked by a guard.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            sum: of the type that ``Payload.decoded`` returns; under a mask its tensors are int64.
+
+        Raises:
+            ValueError: no payload of this round decodes to such a sum.
+        """
 
     @abstractmethod
     def server_update(
-        self, task: Task, public: Public, server: Server, pooled: Pooled[Up], key: Key
+        self, task: Task, public: Public, server: Server, pooled: Pooled[Any], key: Key
     ) -> tuple[Server, Entry]:
-        """The server's work in one round: what to remember and what to tell everybody. Changes no argument."""
+        """The server's work in one round. Changes no argument.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+            server: the server's own state.
+            pooled: the clients' sums, combined.
+            key: of the server in this round.
+
+        Returns:
+            The server's new state, and the entry that every node will apply.
+        """
 
     @abstractmethod
     def apply(self, task: Task, public: Public, entry: Entry) -> None:
-        """Bring ``public`` up to date, in place; the server and every client run this same code."""
+        """Bring ``public`` up to date, in place; the server and every client run this same code.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before; changed.
+            entry: of this round, decoded from the log.
+        """
 
     @abstractmethod
     def model(
         self, task: Task, public: Public, client: Client | None = None
     ) -> AbstractContextManager[nn.Module | None]:
-        """What this holder can run, for evaluation and export. None: no global model, clients evaluate their own."""
+        """The model to evaluate or export.
+
+        Args:
+            task: its working model may be overwritten.
+            public: the public state of the version to evaluate.
+            client: the private state of the client to evaluate; None selects the global model.
+
+        Returns:
+            A context that gives the model. It gives None where there is no global model and every client has a model.
+        """
+
+
+AnyAlgorithm: TypeAlias = Algorithm[Any, Any, Any, Any, Any]
+
+
+def framing_bytes(shapes: Shapes) -> int:
+    """The most bytes of a client's message beyond ``WireCost.up_most``: type names, lengths, tensors' names.
+
+    Args:
+        shapes: of the tensors that are tuned, by parameter name.
+
+    Returns:
+        512 bytes, plus 32 bytes and the length of the name for each tensor.
+    """
+    return 512 + sum(32 + len(name) for name in shapes)

@@ -11,18 +11,25 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (too few clients answered, the disk is full). What is done so far stays resumable."""
+    """A run that cannot go on (too few clients replied, the disk is full). What is done stays resumable."""
 
 
 class TooFewClients(RunError):
-    """A round that fewer clients answered than the plan asks for: played again later, it may go well."""
+    """A round with fewer client updates than the plan asks for: a later try may go well."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """A hint for a misspelt name: the closest allowed one, or all of them when none is close.
+    """A hint for a misspelt name.
 
     >>> nearest("ferett", ["fedavg", "ferret"])
     'did you mean "ferret"?'
+
+    Args:
+        given: the name as the user wrote it.
+        allowed: the valid names, in any order.
+
+    Returns:
+        The closest valid name as a question, or all valid names in alphabetical order where none is close.
     """
     allowed = sorted(allowed)
     close = difflib.get_close_matches(given, allowed, n=1)

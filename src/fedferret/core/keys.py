@@ -34,11 +34,26 @@ class Key:
 
     @classmethod
     def of(cls, seed: int, *words: int | str) -> Key:
-        """The key of a run's ``seed`` and the words that name the purpose."""
+        """The key of one purpose in one run.
+
+        Args:
+            seed: of the run; any integer.
+            words: name the purpose, such as ``"local", round, client``.
+
+        Returns:
+            A key that depends on the seed and on every word, in order.
+        """
         return cls(0).fold(seed, *words)
 
     def fold(self, *words: int | str) -> Key:
-        """A new key that depends on this one and on every word, in order."""
+        """Derive a key for a narrower purpose.
+
+        Args:
+            words: name the purpose; the integer 7 and the string "7" differ.
+
+        Returns:
+            A new key that depends on this one and on every word, in order.
+        """
         value = self.value
         for word in words:
             # the tag keeps the word 7 apart from the word "7"
@@ -53,7 +68,14 @@ class Key:
         return self.value & 0xFFFFFFFF, self.value >> 32
 
     def bits(self, count: int) -> Tensor:
-        """``count`` independent int64 values, uniform over all 64 bits."""
+        """Draw random bits.
+
+        Args:
+            count: number of values; a larger count extends the same stream.
+
+        Returns:
+            Independent values, uniform over all 64 bits, int64 on the CPU, shape (count,).
+        """
         signed = self.value - 2**64 if self.value >= 2**63 else self.value
         x = torch.arange(1, count + 1, dtype=torch.int64) * _GOLDEN + signed
         x = (x ^ _shift_right(x, 30)) * _MIX_1
@@ -61,15 +83,37 @@ class Key:
         return x ^ _shift_right(x, 31)
 
     def uniform(self, count: int) -> Tensor:
-        """``count`` float64 values in [0, 1), each a multiple of 2^-53."""
+        """Draw real numbers.
+
+        Args:
+            count: number of values; a larger count extends the same stream.
+
+        Returns:
+            Values in [0, 1), each a multiple of 2^-53, fp64 on the CPU, shape (count,).
+        """
         return _shift_right(self.bits(count), 11).double() * 2.0**-53
 
     def permutation(self, count: int) -> list[int]:
-        """The numbers 0 to ``count - 1`` in an order drawn by this key."""
+        """Draw an order.
+
+        Args:
+            count: number of places.
+
+        Returns:
+            The numbers 0 to ``count - 1`` in an order drawn by this key.
+        """
         return torch.argsort(self.bits(count), stable=True).tolist()
 
     def sample(self, population: Sequence[T], count: int) -> list[T]:
-        """``count`` distinct members of ``population``, in the population's order."""
+        """Draw without replacement.
+
+        Args:
+            population: members to draw from; equal members count as different.
+            count: members to draw; a smaller population is returned whole.
+
+        Returns:
+            The drawn members, in the population's order.
+        """
         chosen = sorted(self.permutation(len(population))[:count])
         return [population[index] for index in chosen]
 

@@ -6,11 +6,11 @@
 * A node at version u receives ``since(u)``: the entries after u, or the snapshot and the entries after
   that, whichever is fewer bytes.
 * ``append`` folds: once the entries since the last snapshot weigh more than half a snapshot, a new one is
-  taken, so a newcomer never downloads more than one and a half models. A method whose entry is as large
+  taken, so a newcomer never downloads more than one and a half models. A method with an entry as large
   as the model (FedAvg) therefore folds every round; Ferret never does.
 * Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
-* On disk, what a fold makes superfluous goes only by ``prune``, when whoever holds the log has written down that
-  this version is reached: a crash in between finds the version before it whole.
+* On disk, what a fold makes superfluous goes only by ``prune``, after the checkpoint says that this version is
+  reached: a crash in between finds the version before it whole.
 
 The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
 each file whole or absent; without, it is in memory.
@@ -36,9 +36,16 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What brings a node from one version to the newest: at most one snapshot, then records, all encoded."""
+class LogUpdate:
+    """What brings a node to a version: at most one snapshot, then records, all encoded.
 
+    Attributes:
+        version: that the update leads to.
+        snapshot: the public state at the version before the first record; None where records are enough.
+        records: one a version, the last of them ``version``'s.
+    """
+
+    version: int
     snapshot: bytes | None
     records: tuple[bytes, ...]
 
@@ -52,6 +59,11 @@ class Log:
     """The entries that made the model what it is. Versions count from 0, the base."""
 
     def __init__(self, folder: Path | None = None) -> None:
+        """Start empty, at version 0.
+
+        Args:
+            folder: for the records, one file each; None keeps them in memory.
+        """
         self.version = 0
         self._folder = folder
         self._records: dict[int, bytes] = {}
@@ -60,7 +72,15 @@ class Log:
 
     @classmethod
     def read(cls, folder: Path, version: int) -> Log:
-        """The log in ``folder`` as it was at ``version``, to look at; the folder stays as it is."""
+        """Look at a log on disk; the folder stays as it is.
+
+        Args:
+            folder: of the log's files.
+            version: to stop at; later files are ignored.
+
+        Returns:
+            A log in memory, at ``version``.
+        """
         log = cls()
         for path in sorted(folder.glob("*.record")):
             if int(path.stem) <= version:
@@ -73,7 +93,15 @@ class Log:
 
     @classmethod
     def open(cls, folder: Path, version: int) -> Log:
-        """The log in ``folder`` as it was at ``version``, to go on with; what a crash left behind it is removed."""
+        """Go on with a log on disk; what a crash left after ``version`` is removed.
+
+        Args:
+            folder: of the log's files; further entries go there too.
+            version: that the checkpoint names.
+
+        Returns:
+            A log on disk, at ``version``.
+        """
         log = cls.read(folder, version)
         log._folder = folder
         newest = log._snapshot[0] if log._snapshot else 0
@@ -83,7 +111,13 @@ class Log:
         return log
 
     def append(self, record: bytes, snapshot_size: int, snapshot: Callable[[], bytes]) -> None:
-        """Add one encoded record. ``snapshot()`` encodes the public state that it leads to, ``snapshot_size`` bytes."""
+        """Add one record; fold where the module's docstring says so.
+
+        Args:
+            record: encoded, of the version after this one.
+            snapshot_size: bytes of the encoded public state.
+            snapshot: encodes the public state that the record leads to; called only to fold.
+        """
         self.version += 1
         self._records[self.version] = record
         if self._folder:
@@ -93,18 +127,25 @@ class Log:
             self._fold(snapshot())
 
     def prune(self) -> None:
-        """This version will not be gone back from: remove the files that only an older one needs."""
+        """Remove the files that only an older version needs; call it once the checkpoint names this version."""
         for path in self._superfluous:
             path.unlink(missing_ok=True)
         self._superfluous.clear()
 
-    def since(self, version: int) -> Update:
-        """What a node at ``version`` lacks, in the fewest bytes."""
+    def since(self, version: int) -> LogUpdate:
+        """What a node at ``version`` is missing.
+
+        Args:
+            version: that the node holds; 0 is the base.
+
+        Returns:
+            The records after ``version``, or the snapshot and the records after it, whichever has fewer bytes.
+        """
         options = []
         if all(number in self._records for number in range(version + 1, self.version + 1)):
-            options.append(Update(None, self._after(version)))
+            options.append(LogUpdate(self.version, None, self._after(version)))
         if self._snapshot and version < self._snapshot[0]:
-            options.append(Update(self._snapshot[1], self._after(self._snapshot[0])))
+            options.append(LogUpdate(self.version, self._snapshot[1], self._after(self._snapshot[0])))
         return min(options, key=lambda update: update.size)
 
     def _after(self, version: int) -> tuple[bytes, ...]:

@@ -1,4 +1,4 @@
-"""Public weights that wait in a file: a tree whose tensors are views of a shared memory mapping.
+"""Public weights that wait in a file: a tree of views of a shared memory mapping.
 
     memory = "lean":  the working replica is the one copy of the weights in RAM; the round's starting weights are
                       read back from here, one tensor at a time, and written here when an entry is applied

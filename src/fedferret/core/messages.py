@@ -17,20 +17,35 @@ _TYPES: dict[str, type] = {}
 
 @dataclass_transform(frozen_default=True)
 def message(cls: T) -> T:
-    """Make ``cls`` a frozen dataclass that the codec can carry; two types of one name are refused."""
+    """Make ``cls`` a frozen dataclass that the codec can carry; two types of one name are refused.
+
+    Returns:
+        ``cls`` itself, changed in place.
+    """
     dataclass(frozen=True)(cls)  # changes the class in place
     return _register(cls)
 
 
 @dataclass_transform()
 def state(cls: T) -> T:
-    """Make ``cls`` a mutable dataclass that the codec can write down; two types of one name are refused."""
+    """Make ``cls`` a mutable dataclass that the codec can write down; two types of one name are refused.
+
+    Returns:
+        ``cls`` itself, changed in place.
+    """
     dataclass(cls)
     return _register(cls)
 
 
 def message_type(name: str) -> type | None:
-    """The type of that name, or None if this process does not know it."""
+    """Look up a message or state type.
+
+    Args:
+        name: of the class, without its module.
+
+    Returns:
+        The class, or None if this process does not know the name.
+    """
     return _TYPES.get(name)
 
 

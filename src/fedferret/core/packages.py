@@ -12,17 +12,17 @@ from fedferret.core.errors import UserError
 _QUIET = ("--disable-pip-version-check", "--no-input", "--no-deps")
 
 
-def download_wheel(requirement: str, into: Path, whose: str, by_hand: str) -> Path:
+def download_wheel(requirement: str, into: Path, needed_by: str, by_hand: str) -> Path:
     """The wheel of ``requirement`` ("name==version"), in the folder ``into``; dependencies are left out.
 
-    Raises :class:`UserError`, a line that begins with ``whose`` needs it and ends with what to do ``by_hand``.
+    Raises :class:`UserError`, a line that begins with ``needed_by`` and ends with what to do ``by_hand``.
     """
     arguments = ["--quiet", "--only-binary", ":all:", requirement]
-    _download(arguments, requirement, into, whose, by_hand)
+    _download(arguments, requirement, into, needed_by, by_hand)
     return next(into.glob("*.whl"))
 
 
-def download_source(requirement: str, sha256: str, into: Path, whose: str, by_hand: str) -> Path:
+def download_source(requirement: str, sha256: str, into: Path, needed_by: str, by_hand: str) -> Path:
     """The source package of ``requirement``, in the empty folder ``into``; pip shows its progress on stderr.
 
     pip checks the hash, then unpacks the whole package (below ``into``) and runs its build script for the metadata:
@@ -32,12 +32,12 @@ def download_source(requirement: str, sha256: str, into: Path, whose: str, by_ha
     pinned = into / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     arguments = ["--no-binary", name, "--requirement", str(pinned)]
-    _download(arguments, requirement, into, whose, by_hand, shown=True)
+    _download(arguments, requirement, into, needed_by, by_hand, shown=True)
     return next(into.glob(f"{name}-*"))
 
 
 def _download(
-    arguments: list[str], requirement: str, into: Path, whose: str, by_hand: str, shown: bool = False
+    arguments: list[str], requirement: str, into: Path, needed_by: str, by_hand: str, shown: bool = False
 ) -> None:
     outcome = subprocess.run(
         [sys.executable, "-m", "pip", "download", *_QUIET, "--dest", str(into), *arguments],
@@ -50,5 +50,5 @@ def _download(
         lines = outcome.stderr.strip().splitlines() or ["no reason given"]
         complaint = [line for line in lines if line.startswith("ERROR")] or lines
         raise UserError(
-            f"{whose}: pip could not download {requirement} ({complaint[-1]}); check the network or {by_hand}"
+            f"{needed_by}: pip could not download {requirement} ({complaint[-1]}); check the network or {by_hand}"
         )

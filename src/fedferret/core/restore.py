@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fedferret.core.algorithm import Task
+from fedferret.core.task import Task
 
 
 def restore_tensors(task: Task, public: Any) -> Any:

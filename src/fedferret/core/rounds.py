@@ -1,10 +1,13 @@
 """The round loop: it knows no method, and no engine.
 
-    for each round:  cohort <- sample          replies <- engine.map(job, cohort)
-                     pooled <- pool in client order, whatever the order of arrival
-                     server, entry <- update   log <- entry   public <- apply(entry)
+    for each round:   cohort <- sample
+                      the exchanges of the run's guards, Train among them; without a guard, Train alone
+                      accept, weight and pool the updates in client order, whatever the order of arrival
+                      server, entry <- server_update     log <- entry     public <- apply(entry)
+                      save (the caller's checkpoint), then commit (the clients' private states)
 
-Everything that differs between one process, many GPUs and many organisations sits behind ``Engine.map``.
+``score`` runs after a commit. Whatever differs between one process, many GPUs and many organisations is behind
+``Engine``.
 """
 
 from __future__ import annotations
@@ -12,97 +15,73 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import nn
-
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Task
+from fedferret.core.algorithm import Shapes, framing_bytes
 from fedferret.core.errors import TooFewClients
+from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
+from fedferret.core.guard import TRAIN, exchanges_after, exchanges_before
+from fedferret.core.intake import Intake
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
-from fedferret.core.pooling import Pool, tensors
+from fedferret.core.node import Node
+from fedferret.core.robust_pooling import PoolSettings
+from fedferret.core.weighting import Bounds
 
 
-class Codec(Protocol):
-    """How messages become bytes; ``len(encode(x))`` is their cost."""
+@dataclass
+class RunState:
+    """All that a run is between two rounds.
 
-    def encode(self, value: Any) -> bytes: ...
-    def decode(self, data: bytes) -> Any: ...
-    def size(self, value: Any) -> int: ...
+    Attributes:
+        node: the server's node: model, method and public state.
+        server: the server's own state.
+        log: the entries.
+        round: the last finished round.
+        versions: the log's version that each client is known to hold; 0 is the base.
+    """
 
-
-@dataclass(frozen=True)
-class Job:
-    """What an engine needs for one round; it delivers ``log.since(...)`` or uses ``public`` where it is at hand."""
-
-    algorithm: Algorithm[Any, Any, Any, Any, Any]
-    task: Task
-    public: Any
+    node: Node
+    server: Any
     log: Log
-    round: int
-    seed: int
-    versions: Mapping[str, int] = field(default_factory=dict)  # as in RunState: what each client was last known to hold
+    round: int = 0
+    versions: dict[str, int] = field(default_factory=dict)
 
-
-def local_key(seed: int, round: int, client: str) -> Key:
-    """The key of one client's work in a round."""
-    return Key.of(seed, "local", round, client)
-
-
-@dataclass(frozen=True)
-class ClientUpdate:
-    """A client's reply as it came off the wire."""
-
-    client: str
-    payload: Any
-    weight: float
-    metrics: Mapping[str, float]
-    bytes_up: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A client that did not answer, or whose answer was refused."""
-
-    client: str
-    stage: str  # "local", "wire", "pool", ...
-    reason: str
+    @property
+    def public(self) -> Any:
+        """The public state."""
+        return self.node.public
 
 
 class Engine(Protocol):
     """Where clients run."""
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterable[ClientUpdate | Failure]:
-        """Let every client of the cohort work; outcomes may come in any order, one per client."""
+    def exchange(self, bodies: Mapping[str, Body], state: RunState) -> Iterable[Reply | Failure]:
+        """Let every client handle a body.
+
+        Args:
+            bodies: by client. Bodies differ where a guard's shares and masks do.
+            state: of the run, before the round; not changed.
+
+        Returns:
+            One outcome per client, in any order.
+        """
         ...
 
+    def commit(self, round: int, refused: Sequence[str]) -> None:
+        """Keep the clients' new private states, now that the round is saved.
 
-@dataclass
-class RunState:
-    """All that a run is between two rounds."""
+        Args:
+            round: number of the saved round.
+            refused: clients with a failure in this round; they keep the private states from before it.
+        """
+        ...
 
-    public: Any
-    server: Any
-    log: Log
-    round: int = 0
-    versions: dict[str, int] = field(default_factory=dict)  # the log's version that each client holds; 0: the base
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in a round. Byte counts per client include catching up."""
-
-    round: int
-    cohort: tuple[str, ...]
-    metrics: Mapping[str, Mapping[str, float]]  # per client that answered
-    failures: tuple[Failure, ...]
-    bytes_up: Mapping[str, int]
-    bytes_down: Mapping[str, int]
-    fingerprint: str
-    seconds: float
-    seconds_local: float  # spent in clients' training passes
+    def close(self) -> None:
+        """End whatever the engine started."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,117 +91,215 @@ class Plan:
     seed: int
     rounds: int
     per_round: int  # clients sampled
-    min_clients: int = 1  # fewer answers than this end the run
+    min_clients: int = 1  # fewer client updates than this end the run
     min_fraction: float = 0.0  # and so does a smaller share of those sampled
-    max_weight: float = math.inf  # a client that claims more, in examples, is refused: it would outweigh all others
+    bounds: Bounds | None = None  # on the weight that a claim of examples gives; None: claims are trusted
+    pool: PoolSettings = field(default_factory=PoolSettings)
     fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: only the last
 
 
-def prepare(algorithm: Algorithm[Any, Any, Any, Any, Any], model: nn.Module, seed: int) -> nn.Module:
-    """What the method tunes of the base ``model``: on every node of a run the same, to the bit."""
-    return algorithm.prepare(model, Key.of(seed, "prepare"))
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in a round. Byte counts per client include catching up."""
+
+    round: int
+    cohort: tuple[str, ...]
+    metrics: Mapping[str, Mapping[str, float]]  # per client with an update
+    failures: tuple[Failure, ...]
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+    fingerprint: str
+    seconds: float  # until the entry was applied; saving comes on top
+    seconds_local: float  # spent in clients' training passes
+    bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
+    seconds_saving: float = 0.0  # spent in writing events, checkpoint and clients' states
 
 
-def initial_state(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int, log: Log) -> RunState:
-    """The state before round 1, from the weights that ``task.model`` holds."""
-    public, server = algorithm.init(task, Key.of(seed, "begin"))
-    return RunState(public, server, log)
+def initial_state(node: Node, server: Any, log: Log) -> RunState:
+    """The state before round 1.
+
+    Args:
+        node: the server's, at version 0.
+        server: the server's own state, from ``Node.start``.
+        log: empty, at version 0.
+
+    Returns:
+        A state at round 0, in which every client holds the base.
+    """
+    return RunState(node, server, log)
 
 
 def run(
-    task: Task,
-    algorithm: Algorithm[Any, Any, Any, Any, Any],
     engine: Engine,
-    codec: Codec,
     clients: Sequence[str],
     state: RunState,
     plan: Plan,
-    on_reply: Callable[[ClientUpdate | Failure], None] = lambda outcome: None,
+    on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
+    save: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Iterator[RoundRecord]:
-    """Play the rounds after ``state.round``, yielding a record after each; ``state`` is then up to date.
+    """Run the rounds after ``state.round``.
 
-    Raises TooFewAnswers when fewer answered than the plan asks for; ``state`` is then as before that round.
+    Args:
+        engine: where clients run.
+        clients: all who may be sampled.
+        state: changed in place.
+        plan: how rounds are run.
+        on_outcome: called with every reply and failure, in client order.
+        save: called with the record before the engine commits; a round that it does not finish is run again.
+
+    Yields:
+        One record per round, after the engine has committed it; ``state`` is then up to date.
+
+    Raises:
+        TooFewClients: fewer updates came than the plan asks for; ``state`` is as before that round.
     """
     for number in range(state.round + 1, plan.rounds + 1):
+        record = _round(engine, clients, state, plan, number, on_outcome)
         started = time.perf_counter()
-        cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
-        held = {client: state.versions.get(client, 0) for client in cohort}
-        lacking = {version: state.log.since(version).size for version in set(held.values())}
-        bytes_down = {client: lacking[version] for client, version in held.items()}
-        job = Job(algorithm, task, state.public, state.log, number, plan.seed, dict(state.versions))
-        pool, answers, failures = collect(job, engine.map(job, cohort), cohort, on_reply, plan.max_weight)
-        needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
-        if len(pool) < needed:
-            known = reasons(failures)
-            raise TooFewClients(f"round {number}: {len(pool)} clients answered, {needed} are needed ({known})")
-        server, entry = algorithm.server_update(
-            task, state.public, state.server, pool.result(), Key.of(plan.seed, "update", number)
-        )
-        encoded = codec.encode(entry)
-        algorithm.apply(task, state.public, codec.decode(encoded))  # the server applies what the clients will receive
-        due = plan.fingerprint_every and number % plan.fingerprint_every == 0
-        takes_fingerprint = due or number == plan.rounds
-        fingerprint = tree.digest(tensors(state.public)) if takes_fingerprint else ""
-        state.log.append(
-            codec.encode(Record(number, encoded, fingerprint)),
-            codec.size(state.public),
-            lambda: codec.encode(state.public),
-        )
-        state.server, state.round = server, number
-        state.versions.update({answer.client: number - 1 for answer in answers})  # they trained on the state before
-        yield RoundRecord(
-            number,
-            tuple(cohort),
-            {answer.client: answer.metrics for answer in answers},
-            tuple(failures),
-            {answer.client: answer.bytes_up for answer in answers},
-            bytes_down,
-            fingerprint,
-            time.perf_counter() - started,
-            sum(answer.metrics.get("seconds", 0.0) for answer in answers),
-        )
+        save(record)
+        engine.commit(number, [failure.client for failure in record.failures])
+        yield replace(record, seconds_saving=time.perf_counter() - started)
 
 
-def collect(
-    job: Job,
-    outcomes: Iterable[ClientUpdate | Failure],
-    cohort: Sequence[str],
-    on_reply: Callable[[ClientUpdate | Failure], None],
-    max_weight: float = math.inf,
-) -> tuple[Pool[Any], list[ClientUpdate], list[Failure]]:
-    """Pool the answers in the cohort's order, holding back those that come early."""
-    pool: Pool[Any] = Pool()
-    answers: list[ClientUpdate] = []
+def score(
+    engine: Engine, clients: Sequence[str], state: RunState, batch_size: int
+) -> tuple[dict[str, dict[str, float]], list[Failure], dict[str, int]]:
+    """Score clients' models on what the clients hold out, after the last committed round; changes nothing.
+
+    Args:
+        engine: where clients run.
+        clients: whom to ask.
+        state: of the run.
+        batch_size: examples scored at once.
+
+    Returns:
+        The sums of each client that scored, the failures, and bytes per client, both ways.
+    """
+    bodies = bodies_of(Score(state.round, batch_size), list(clients))
+    sums: dict[str, dict[str, float]] = {}
     failures: list[Failure] = []
-    for outcome in in_order(outcomes, cohort):
-        if isinstance(outcome, ClientUpdate):
-            try:
-                if outcome.weight > max_weight:
-                    raise ValueError(f"claims {outcome.weight:,.0f} examples, more than the {max_weight:,.0f} allowed")
-                job.algorithm.accept(job.task, job.public, outcome.payload)
-                pool.add(outcome.payload, outcome.weight)
-                # the payload has been folded in; keeping it would cost a model per client
-                answers.append(ClientUpdate(outcome.client, None, outcome.weight, outcome.metrics, outcome.bytes_up))
-            except ValueError as error:
-                outcome = Failure(outcome.client, "pool", str(error))
-            except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:  # malformed
-                outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
-        if isinstance(outcome, Failure):
+    moved: dict[str, int] = {}
+    for outcome in in_order(engine.exchange(bodies, state), clients):
+        if isinstance(outcome, Reply) and isinstance(outcome.body, ClientScores):
+            sums[outcome.client] = dict(outcome.body.sums)
+            # the books stay as they are: what a client is sent in the next round does not depend on scoring
+            moved[outcome.client] = outcome.bytes_up + state.log.since(state.versions.get(outcome.client, 0)).size
+        elif isinstance(outcome, Reply):
+            failures.append(Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores"))
+        else:
             failures.append(outcome)
-        on_reply(outcome)
-    return pool, answers, failures
+    return sums, failures, moved
+
+
+def _round(
+    engine: Engine,
+    clients: Sequence[str],
+    state: RunState,
+    plan: Plan,
+    number: int,
+    on_outcome: Callable[[Reply | Failure], None],
+) -> RoundRecord:
+    started = time.perf_counter()
+    node = state.node
+    task, algorithm, codec = node.task, node.algorithm, node.codec
+    cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
+    missing = {version: state.log.since(version).size for version in {state.versions.get(each, 0) for each in cohort}}
+    bytes_down = {client: missing[state.versions.get(client, 0)] for client in cohort}
+    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(task.model).items()}
+    intake = Intake(node, plan, _longest_update(node, shapes, len(cohort), number))
+    alive, received = list(cohort), {}
+    exchanged: dict[str, int] = {}
+
+    def ask(name: str, bodies: Mapping[str, Body]) -> list[str]:
+        """One exchange with a guard's bodies; returns who replied."""
+        replies: dict[str, Any] = {}
+        for outcome in in_order(engine.exchange(bodies, state), list(bodies)):
+            if isinstance(outcome, Reply):
+                replies[outcome.client] = outcome.body
+                moved = outcome.bytes_up + codec.size(bodies[outcome.client])
+                exchanged[outcome.client] = exchanged.get(outcome.client, 0) + moved
+            else:
+                intake.failures.append(outcome)
+                on_outcome(outcome)
+        received[name] = replies
+        return list(replies)
+
+    for exchange in exchanges_before(node.guards):
+        alive = ask(exchange.name, exchange.bodies(number, alive, received))
+    for outcome in in_order(engine.exchange(bodies_of(Train(number), alive), state), alive):
+        on_outcome(intake.take(outcome))
+    received[TRAIN] = dict.fromkeys(intake.accepted)
+    answered = intake.clients
+    for exchange in exchanges_after(node.guards):
+        ask(exchange.name, exchange.bodies(number, answered, received))
+    needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
+    if len(answered) < needed:
+        known = reasons(intake.failures)
+        raise TooFewClients(f"round {number}: {len(answered)} clients replied, {needed} are needed ({known})")
+    pooled = intake.result()
+    for guard in reversed(node.guards):
+        pooled = guard.on_server(pooled, answered, received)
+    if node.guards:
+        for pooled_sum in pooled.sums:
+            algorithm.accept_sum(task, node.public, pooled_sum)
+    server, entry = algorithm.server_update(
+        task, node.public, state.server, pooled, Key.of(plan.seed, "update", number)
+    )
+    encoded = codec.encode(entry)
+    node.apply(codec.decode(encoded))  # the server applies what the clients will receive
+    due = plan.fingerprint_every and number % plan.fingerprint_every == 0
+    fingerprint = node.fingerprint() if due or number == plan.rounds else ""
+    record = codec.encode(Record(number, encoded, fingerprint))
+    state.log.append(record, codec.size(node.public), lambda: codec.encode(node.public))
+    state.server, state.round = server, number
+    state.versions.update(dict.fromkeys(answered, number - 1))  # they trained on the state before
+    return RoundRecord(
+        number,
+        tuple(cohort),
+        {client: update.metrics for client, update in intake.accepted.items()},
+        tuple(intake.failures),
+        {client: update.bytes_up + exchanged.get(client, 0) for client, update in intake.accepted.items()},
+        bytes_down,
+        fingerprint,
+        time.perf_counter() - started,
+        sum(update.metrics.get("seconds", 0.0) for update in intake.accepted.values()),
+        intake.bounded(),
+    )
+
+
+def _longest_update(node: Node, shapes: Shapes, cohort: int, round: int) -> float:
+    """Bytes that a client's update may have: by the method's formula; masked sums have eight a value."""
+    if any(guard.modulus is not None for guard in node.guards):
+        return math.inf  # the guard's own exchanges say what it is: names, shapes and modulus are checked
+    return node.algorithm.wire_cost(shapes, cohort, round).up_most + framing_bytes(shapes)
 
 
 def reasons(failures: Sequence[Failure], shown: int = 5) -> str:
-    """Who failed and why, on one line; of many, the first."""
-    told = [f"{failure.client}: {failure.reason}" for failure in failures[:shown]]
-    return "; ".join([*told, *([f"and {len(failures) - shown} more"] if len(failures) > shown else [])])
+    """Who failed and why, on one line.
+
+    Args:
+        failures: in the order in which they are named.
+        shown: the most failures to name.
+
+    Returns:
+        Names with reasons, separated by semicolons, and the number of failures left out; "" without failures.
+    """
+    named = [f"{failure.client}: {failure.reason}" for failure in failures[:shown]]
+    return "; ".join([*named, *([f"and {len(failures) - shown} more"] if len(failures) > shown else [])])
 
 
-def in_order(outcomes: Iterable[ClientUpdate | Failure], cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
-    """Yield one outcome per client in the cohort's order, each as soon as those before it have come."""
-    waiting: dict[str, ClientUpdate | Failure] = {}
-    expected = iter(cohort)
+def in_order(outcomes: Iterable[Reply | Failure], clients: Sequence[str]) -> Iterator[Reply | Failure]:
+    """Sort outcomes into the order of ``clients`` while they come.
+
+    Args:
+        outcomes: at most one per client, in any order.
+        clients: names in the order wanted, each once.
+
+    Yields:
+        One outcome per client, as soon as those before it have come; a failure for a client that has none.
+    """
+    waiting: dict[str, Reply | Failure] = {}
+    expected = iter(clients)
     client = next(expected, None)
     for outcome in outcomes:
         waiting[outcome.client] = outcome

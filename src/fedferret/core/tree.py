@@ -18,45 +18,112 @@ Tree: TypeAlias = MutableMapping[str, Tensor]
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters of ``model`` themselves (not copies), detached, tied weights once."""
+    """What training may change in a model; tied weights once.
+
+    Args:
+        model: parameters without ``requires_grad`` are left out.
+
+    Returns:
+        The parameters themselves by name, detached; writing to one changes ``model``.
+    """
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def clone(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy with memory of its own."""
+    """Copy a tree.
+
+    Args:
+        tree: tensors of any type and device, by name.
+
+    Returns:
+        Tensors of the same names, types and devices that share no memory with ``tree``.
+    """
     return {name: tensor.detach().clone() for name, tensor in tree.items()}
 
 
 def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Overwrite ``target``'s tensors with ``source``'s, name by name."""
+    """Overwrite ``target``'s tensors with ``source``'s, name by name.
+
+    Args:
+        target: tensors that keep their types and devices.
+        source: has at least the names of ``target``, in the same shapes.
+    """
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tree of zeros, fp32, of the same shapes."""
+    """Start an accumulator for a tree.
+
+    Args:
+        tree: gives names, shapes and devices.
+
+    Returns:
+        Zeros, fp32 whatever the types in ``tree``.
+    """
     return {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in tree.items()}
 
 
 def size(tree: Mapping[str, Tensor]) -> int:
-    """The number of elements, d."""
+    """Count the elements of a tree.
+
+    Args:
+        tree: tensors of any shapes, by name.
+
+    Returns:
+        d, the number of elements over all tensors.
+    """
     return sum(tensor.numel() for tensor in tree.values())
 
 
+def sizes(tree: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count the elements of each tensor.
+
+    Args:
+        tree: tensors of any shapes, by name.
+
+    Returns:
+        Numbers of elements by name, in the tree's order.
+    """
+    return {name: tensor.numel() for name, tensor in tree.items()}
+
+
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The pairs (name, before - after), one tensor at a time, in fp32."""
+    """Subtract trees, one tensor at a time.
+
+    Args:
+        before: tensors by name, of any type and device.
+        after: has at least the names of ``before``, in the same shapes.
+
+    Yields:
+        Each name with before - after, fp32, on the device of the tensor in ``after``.
+    """
     for name, tensor in before.items():
         trained = after[name]
         yield name, tensor.to(trained.device).float() - trained.float()
 
 
 def fingerprint(tree: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a tree in order of name: equal exactly when the weights are bit-equal."""
+    """Hash a tree, whatever the order of its names.
+
+    Args:
+        tree: tensors on any device, by name.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits, equal exactly when names, shapes, types and bits are equal.
+    """
     return digest((name, tree[name]) for name in sorted(tree))
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, types and bytes, in the order given, one tensor at a time."""
+    """Hash tensors in the order given, one tensor at a time.
+
+    Args:
+        tensors: pairs of name and tensor, on any device.
+
+    Returns:
+        SHA-256 over names, shapes, types and bytes, as 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name, value in tensors:
         tensor = value.detach().cpu().contiguous()

@@ -1,13 +1,14 @@
-"""Tokens to tensors: compact storage, and batches of like length so that little is padding.
+"""Tokens to tensors: compact storage, and batches of similar length, which need little padding.
 
-An epoch: shuffle by the key; within windows of 16 batches sort by length; cut into batches; shuffle the
-batches by the key. Every example comes exactly once. Storage: 4 bytes a token and 12 an example.
+An epoch: shuffle the examples with the key; sort each window of 16 batches by length; cut into batches; shuffle the
+batches with the key. Every example occurs exactly once. Storage: 4 bytes per token and 12 bytes per example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,72 +21,102 @@ from fedferret.data.templates import Template, Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # a label that no loss counts
-WINDOW = 16  # batches that are sorted by length together
+IGNORED = -100  # the label of a position that no loss counts
+WINDOW = 16  # batches per window that is sorted by length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, one row each, padded on the right to the longest, T tokens; all (B, T) int64.
+    """B examples, one row each, padded on the right to the longest example of T tokens.
 
-    ``labels[b, t]`` is ``input_ids[b, t]`` where t is in the response, else ``IGNORED``: masked by length, never by
-    id, because a model's padding token may be its end token. The mask is 1 on tokens, 0 on padding. A packed batch
-    has one row, its examples end to end, and no padding.
+    Every tensor is int64 of shape (B, T). ``labels[b, t]`` is ``input_ids[b, t]`` where t is in the response, else
+    ``IGNORED``. Labels are masked by position and never by token id, because a model's padding token may be its
+    end-of-text token. ``attention_mask`` is 1 on tokens and 0 on padding. A packed batch has one row, which
+    concatenates its examples, and no padding.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None  # None in a packed batch
     labels: Tensor
-    position_ids: Tensor | None = None  # a packed batch's, from 0 in each example: what keeps their attention apart
+    position_ids: Tensor | None = None  # packed batches only: from 0 in each example, which keeps their attention apart
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
 
 class TokenisedData:
-    """One client's or one held-out set's examples: a flat int32 tensor of all tokens, and where each example ends."""
+    """The examples of one client or one held-out set: a flat int32 tensor of tokens, and the end of each example."""
 
-    def __init__(self, examples: Sequence[Tokens], packed: bool = False, learn_prompts: bool = False) -> None:
+    def __init__(self, examples: Sequence[Tokens], packed: bool = False, train_on_prompts: bool = False) -> None:
+        """Store examples in compact form.
+
+        Args:
+            examples: tokenised examples.
+            packed: whether each training batch is one packed row.
+            train_on_prompts: whether all tokens but an example's first have labels; else only the response has labels.
+        """
         self._packed = packed
         self._ids = torch.tensor([token for each in examples for token in each.ids], dtype=torch.int32)
         self._lengths = torch.tensor([len(each.ids) for each in examples], dtype=torch.int32)
-        starts = [
-            1 if learn_prompts else each.response_start for each in examples
-        ]  # the first token has no predecessor
+        # the first token has no predecessor, so no label
+        starts = [1 if train_on_prompts else each.response_start for each in examples]
         self._response_starts = torch.tensor(starts, dtype=torch.int32)
         self._ends = self._lengths.cumsum(0)
-        self.num_cut = sum(each.response_cut for each in examples)  # responses that were longer than the limit
+        self.num_cut = sum(each.response_cut for each in examples)  # responses that max_tokens cut
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         lengths: list[int] = self._lengths.tolist()
         return lengths
 
     @property
     def longest_first(self) -> list[int]:
-        """The examples' numbers in the order of evaluation."""
+        """Indices of the examples in evaluation order: longest first."""
         lengths = self.lengths
         return sorted(range(len(self)), key=lambda row: -lengths[row])
 
     @property
     def num_tokens(self) -> int:
-        """All tokens, prompts included."""
+        """Number of tokens, prompts included."""
         return len(self._ids)
 
     @property
     def num_response_tokens(self) -> int:
-        """The tokens that have a label."""
+        """Number of tokens that have a label."""
         return int((self._lengths - self._response_starts).sum())
 
-    def batches(self, size: int, key: Key | None) -> Iterator[Batch]:
-        """Every example once, in batches of ``size`` (one may be smaller).
+    def take(self, rows: Sequence[int]) -> TokenisedData:
+        """Choose examples.
 
-        ``key`` draws who comes with whom and the order; None gives the order of evaluation, longest first, in
-        which the first batch already needs as much memory as any.
+        Args:
+            rows: indices from 0, which may repeat.
+
+        Returns:
+            A copy of the examples with these indices, in this order; ``num_cut`` still counts over all examples.
+        """
+        chosen = object.__new__(TokenisedData)
+        chosen._packed, chosen.num_cut = self._packed, self.num_cut
+        pieces = [self._ids[int(self._ends[row]) - int(self._lengths[row]) : int(self._ends[row])] for row in rows]
+        chosen._ids = torch.cat(pieces) if pieces else self._ids[:0]
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        chosen._lengths, chosen._response_starts = self._lengths[index], self._response_starts[index]
+        chosen._ends = chosen._lengths.cumsum(0)
+        return chosen
+
+    def batches(self, size: int, key: Key | None) -> Iterator[Batch]:
+        """One pass over the examples.
+
+        Args:
+            size: examples per batch.
+            key: draws which examples share a batch, and the order of the batches. None gives evaluation order, longest
+                first, so that no later batch needs more memory than the first.
+
+        Returns:
+            Every example once, in batches of ``size``; one batch may be smaller. Evaluation order is never packed.
         """
         for rows in self._grouped(size, key):
             yield self._pack(rows) if self._packed and key is not None else self._batch(rows)
@@ -108,7 +139,7 @@ class TokenisedData:
             length, response_start, end = int(self._lengths[row]), int(self._response_starts[row]), int(self._ends[row])
             ids = self._ids[end - length : end].long()
             scored = ids.clone()
-            scored[: max(1, response_start)] = IGNORED  # the first token's predecessor is another example's last
+            scored[: max(1, response_start)] = IGNORED  # the token before the first is another example's
             input_ids.append(ids)
             labels.append(scored)
             position_ids.append(torch.arange(length))
@@ -129,7 +160,7 @@ class TokenisedData:
 
 
 class FederatedTokens(Mapping[str, TokenisedData]):
-    """Client ids to their tokens, made on first use and kept; ``num_examples`` tokenises nothing."""
+    """Client ids to tokenised examples, made on first access and cached; ``num_examples`` tokenises nothing."""
 
     def __init__(
         self,
@@ -137,12 +168,25 @@ class FederatedTokens(Mapping[str, TokenisedData]):
         template: Template,
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
-        packed: bool = False,  # the clients' training batches; a held-out set has one row an example
-        learn_prompts: bool = False,  # in training; what is held out is scored on its responses
+        packed: bool = False,
+        train_on_prompts: bool = False,
     ) -> None:
+        """Remember how to tokenise; nothing is tokenised yet.
+
+        Args:
+            data: the examples of each client and held-out set.
+            template: turns an example into prompt and response tokens.
+            tokenizer: the model's.
+            max_tokens: tokens per example, prompt and response together, at least 2.
+            packed: whether the clients' training batches are packed; a held-out set has one row per example.
+            train_on_prompts: whether training labels include prompts; held-out sets are scored on responses only.
+
+        Raises:
+            UserError: if ``max_tokens`` is below 2.
+        """
         check_at_least("max_tokens", max_tokens, 2)
         self.data = data
-        self._packed, self._learn_prompts = packed, learn_prompts
+        self._packed, self._train_on_prompts = packed, train_on_prompts
         self._template, self._tokenizer, self._max_tokens = template, tokenizer, max_tokens
         self._clients: dict[str, TokenisedData] = {}
         self._held_out: dict[str, TokenisedData] = {}
@@ -150,7 +194,7 @@ class FederatedTokens(Mapping[str, TokenisedData]):
     def __getitem__(self, client: str) -> TokenisedData:
         if client not in self._clients:
             examples = self.data.clients[client]
-            self._clients[client] = self.encode(examples, self._packed, self._learn_prompts)
+            self._clients[client] = self.encode(examples, self._packed, self._train_on_prompts)
         return self._clients[client]
 
     def __iter__(self) -> Iterator[str]:
@@ -160,16 +204,71 @@ class FederatedTokens(Mapping[str, TokenisedData]):
         return len(self.data.clients)
 
     def held_out(self, name: str) -> TokenisedData:
-        """The held-out set of that name."""
+        """The examples of a held-out set.
+
+        Args:
+            name: of the set, as in ``data.held_out``.
+
+        Returns:
+            One row per example, labels on responses only; tokenised on first access and cached.
+        """
         if name not in self._held_out:
             self._held_out[name] = self.encode(self.data.held_out[name])
         return self._held_out[name]
 
+    @cached_property
+    def held_out_by_client(self) -> Mapping[str, TokenisedData]:
+        """What each client holds out, tokenised on first access; clients that hold nothing out are left out."""
+        return HeldOutByClient(self)
+
     def num_examples(self, client: str) -> int:
-        """How many examples a client holds."""
+        """How many examples a client trains on.
+
+        Args:
+            client: the client's id.
+
+        Returns:
+            The number of examples; nothing is tokenised.
+        """
         return len(self.data.clients[client])
 
-    def encode(self, examples: Sequence[Example], packed: bool = False, learn_prompts: bool = False) -> TokenisedData:
-        """Any examples, tokenised as the clients' are."""
+    def encode(
+        self, examples: Sequence[Example], packed: bool = False, train_on_prompts: bool = False
+    ) -> TokenisedData:
+        """Tokenise any examples with the template, tokenizer and ``max_tokens`` of the clients.
+
+        Args:
+            examples: the examples to tokenise.
+            packed: as in :class:`TokenisedData`.
+            train_on_prompts: as in :class:`TokenisedData`.
+
+        Returns:
+            The examples in the same order, not cached.
+        """
         tokens = [self._template.encode(each, self._tokenizer, self._max_tokens) for each in examples]
-        return TokenisedData(tokens, packed, learn_prompts)
+        return TokenisedData(tokens, packed, train_on_prompts)
+
+
+class HeldOutByClient(Mapping[str, TokenisedData]):
+    """Client ids to what the clients hold out; see ``FederatedData.client_held_out``."""
+
+    def __init__(self, tokens: FederatedTokens) -> None:
+        """Tokenise nothing yet.
+
+        Args:
+            tokens: of the run; encodes a client's examples when they are first asked for.
+        """
+        self._tokens = tokens
+        self._examples = tokens.data.client_held_out
+        self._cache: dict[str, TokenisedData] = {}
+
+    def __getitem__(self, client: str) -> TokenisedData:
+        if client not in self._cache:
+            self._cache[client] = self._tokens.encode(self._examples[client])
+        return self._cache[client]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)

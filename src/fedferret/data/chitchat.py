@@ -1,15 +1,16 @@
 """Real people's conversations: the ``chitchat-dataset`` package (BYU Chit-Chat Challenge). Client = person.
 
-1. Keep the conversations in which two people speak (4,018 of 7,168); a message is what one person sends in a
-   row, its lines joined by newlines, so speakers alternate without further merging.
-2. Draw the held-out people among those with enough messages. Every conversation with one of them leaves training.
-3. Draw the held-out conversations among the rest.
-4. A person's examples are their messages, each given all messages before it in that conversation (the
-   person's own as "assistant", the partner's as "user"); an opening message has nothing before it and is context only.
+1. Keep the conversations in which two people speak (4,018 of 7,168). Consecutive lines of one person are joined by
+   newlines to one message, so speakers alternate.
+2. Draw the held-out people among those with enough messages. Training uses no conversation with a held-out person.
+3. Draw the held-out conversations among the remaining conversations.
+4. A person's examples are the person's messages, each given all earlier messages of the conversation (the person's as
+   "assistant", the partner's as "user"). An opening message has no earlier message and is context only.
 5. Clients are the people who still have ``min_messages`` examples, or ``num_clients`` of them.
 
-Held-out sets: "conversations" (the clients' messages in step 3's) and "people" (step 2's messages).
-No message of either is in training, as target or as context. The file is read without importing the package.
+Held-out sets: "conversations" (the clients' messages in the conversations of step 3) and "people" (the messages of the
+people of step 2). Training contains no held-out message, as target or as context. The file is read without importing
+the package.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NOTICE = "chitchat-dataset, (c) 2019 Perception, Control and Cognition Lab, Brig
 @dataclass(frozen=True)
 class _Conversation:
     id: str
-    messages: tuple[tuple[str, str], ...]  # (person, text), speakers alternating
+    messages: tuple[tuple[str, str], ...]  # (person, text); speakers alternate
 
     @property
     def people(self) -> set[str]:
@@ -53,15 +54,15 @@ class _Conversation:
 
 @dataclass(frozen=True)
 class Chitchat:
-    """Settings; the defaults give about 350 people with 100,000 examples."""
+    """Settings of the source "chitchat"; the defaults give about 350 people with 100,000 examples."""
 
-    client: Literal["person", "everybody"] = "person"  # everybody: one client; training is central
+    client: Literal["person", "everybody"] = "person"  # everybody: one client, that is, centralised training
     min_messages: int = 30  # people with fewer training examples are left out
-    max_messages: int | None = None  # a person's training examples, drawn by the key; None: all
-    num_clients: int | None = None  # drawn by the key; None: everybody
+    max_messages: int | None = None  # training examples per person, drawn by the key; None: all
+    num_clients: int | None = None  # drawn by the key; None: all
     held_out_conversations: float = 0.1  # share of the conversations
     held_out_people: float = 0.05  # share of the people with enough messages
-    max_held_out: int | None = 256  # examples of each held-out set; None: all
+    max_held_out: int | None = 256  # examples per held-out set; None: all
 
     def __post_init__(self) -> None:
         check_fraction("held_out_conversations", self.held_out_conversations)
@@ -70,14 +71,18 @@ class Chitchat:
             check_at_least(name, getattr(self, name), 1)
 
     def load(self, key: Key) -> FederatedData:
-        """Read and divide; about two seconds."""
+        """Read the conversations and split them; about two seconds.
+
+        Raises:
+            UserError: if the package is missing, or fewer people than needed have ``min_messages`` training examples.
+        """
         conversations = _read()
-        regulars = _people(conversations, self.min_messages)
-        strangers = set(_draw(regulars, self.held_out_people, key.fold("held-out people")))
-        among_regulars = [each for each in conversations if not each.people & strangers]
-        withheld = _draw(among_regulars, self.held_out_conversations, key.fold("held-out conversations"))
-        withheld_ids = {each.id for each in withheld}
-        training = [each for each in among_regulars if each.id not in withheld_ids]
+        candidates = _people(conversations, self.min_messages)
+        unseen_people = set(_draw(candidates, self.held_out_people, key.fold("held-out people")))
+        remaining = [each for each in conversations if not each.people & unseen_people]
+        unseen = _draw(remaining, self.held_out_conversations, key.fold("held-out conversations"))
+        unseen_ids = {each.id for each in unseen}
+        training = [each for each in remaining if each.id not in unseen_ids]
 
         clients = _people(training, self.min_messages)
         if not clients:
@@ -90,17 +95,17 @@ class Chitchat:
                 )
             clients = key.fold("clients").sample(clients, self.num_clients)
         held_out = {
-            "conversations": _examples(withheld, set(clients)),
-            "people": _examples([each for each in conversations if each.people & strangers], strangers),
+            "conversations": _examples(unseen, set(clients)),
+            "people": _examples([each for each in conversations if each.people & unseen_people], unseen_people),
         }
-        holdings = {
+        examples_of = {
             person: at_most(examples, self.max_messages, key.fold("messages", person))
             for person, examples in _by_person(training, clients).items()
         }
         return FederatedData(
-            clients=holdings
+            clients=examples_of
             if self.client == "person"
-            else {"everybody": tuple(chain.from_iterable(holdings.values()))},
+            else {"everybody": tuple(chain.from_iterable(examples_of.values()))},
             held_out={
                 name: at_most(examples, self.max_held_out, key.fold("examples", name))
                 for name, examples in held_out.items()
@@ -122,9 +127,9 @@ def _read() -> list[_Conversation]:
     for identity in sorted(raw):
         lines = [line for message in raw[identity]["messages"] for line in message if line["text"].strip()]
         messages = tuple(
-            # eight hexadecimal digits keep all 1,315 people apart
-            (sender[:8], "\n".join(line["text"].strip() for line in said))
-            for sender, said in groupby(lines, key=lambda line: line["sender"])
+            # eight hexadecimal digits distinguish all 1,315 people
+            (sender[:8], "\n".join(line["text"].strip() for line in group))
+            for sender, group in groupby(lines, key=lambda line: line["sender"])
         )
         if len({person for person, _ in messages}) == 2:
             conversations.append(_Conversation(identity, messages))
@@ -132,7 +137,7 @@ def _read() -> list[_Conversation]:
 
 
 def _people(conversations: Sequence[_Conversation], min_messages: int) -> list[str]:
-    """Sorted people with at least that many examples: messages other than an opening one."""
+    """People with at least ``min_messages`` examples (messages that do not open a conversation), sorted."""
     counts = Counter(person for each in conversations for person, _ in each.messages[1:])
     return sorted(person for person, count in counts.items() if count >= min_messages)
 
@@ -142,7 +147,7 @@ def _draw(population: Sequence[T], share: float, key: Key) -> list[T]:
 
 
 def _by_person(conversations: Sequence[_Conversation], people: Sequence[str]) -> dict[str, list[Example]]:
-    """In the order of ``people``."""
+    """The examples of each person, in the order of ``people``."""
     examples: dict[str, list[Example]] = {person: [] for person in people}
     for each in conversations:
         for person in sorted(each.people & examples.keys()):

@@ -1,4 +1,4 @@
-"""What every source hands over: examples, and who holds them."""
+"""What every source returns: the examples of each client and of each held-out set."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROLES = ("system", "user", "assistant")
+OWNERS = ("client", "person", "task", "category")  # metadata that names an example's owner, the first that is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """At least two turns: the last is the response to learn, those before it are its prompt.
+    """At least two turns: the last is the response to train on, the others are the prompt.
 
     ``metadata`` is for scorers and summaries: ``category``; ``instruction`` and ``input`` where a prompt has
-    two parts; ``task`` where there are tasks; ``entry`` of reasoning-gym; ``person`` and ``conversation`` of chitchat;
-    ``answer`` of gsm8k; ``client`` and ``choices`` where rows have such columns.
+    two parts; ``task`` where there are tasks; ``entry`` from reasoning-gym; ``person`` and ``conversation`` from
+    chitchat; ``answer`` from gsm8k; ``client`` and ``choices`` where rows have such columns.
     """
 
     turns: tuple[Turn, ...]
@@ -39,70 +40,131 @@ class Example:
 
     @property
     def response(self) -> str:
-        """The text to learn."""
+        """The text to train on."""
         return self.turns[-1].content
+
+    @property
+    def owner(self) -> str | None:
+        """The client, person, task or category that the metadata names; None where it names none."""
+        return next((str(self.metadata[name]) for name in OWNERS if name in self.metadata), None)
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Who holds what. ``held_out`` sets are seen by no client; the first is the main one."""
+    """The examples of each client and of each held-out set; no client holds a held-out example."""
 
-    clients: Mapping[str, tuple[Example, ...]]  # in sorted order of ids
-    held_out: Mapping[str, tuple[Example, ...]]
+    clients: Mapping[str, tuple[Example, ...]]  # by client id, sorted
+    held_out: Mapping[str, tuple[Example, ...]]  # by name; the first is the main set
     source: str
-    notice: str | None = None  # the licence or benchmark notice that whoever passes the data on must keep
+    notice: str | None = None  # the licence or benchmark notice that must accompany every copy of the data
+
+    @property
+    def client_held_out(self) -> dict[str, tuple[Example, ...]]:
+        """What each client holds out: the examples of the main held-out set that the client owns."""
+        found: dict[str, list[Example]] = {}
+        for example in next(iter(self.held_out.values()), ()):
+            if example.owner in self.clients:
+                found.setdefault(str(example.owner), []).append(example)
+        return {client: tuple(examples) for client, examples in sorted(found.items())}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a template reads, by holder: equal exactly when everybody holds the same."""
+        """SHA-256 of all that a template reads; equal if and only if all clients and held-out sets hold the same."""
         digest = hashlib.sha256()
-        known: dict[int, bytes] = {}  # a conversation's examples share their turns: each is hashed once
-        for holders in (self.clients, self.held_out):
-            digest.update(_hashed(len(holders)))
-            for name, examples in holders.items():
+        known: dict[int, bytes] = {}  # examples of one conversation share turns; each turn is hashed once
+        for part in (self.clients, self.held_out):
+            digest.update(_hashed(len(part)))
+            for name, examples in part.items():
                 digest.update(_hashed(name, len(examples)))
                 for example in examples:
                     for turn in example.turns:
                         if id(turn) not in known:
                             known[id(turn)] = _hashed(turn.role, turn.content)
-                    parts = (example.metadata.get(part, "") for part in ("instruction", "input"))
-                    digest.update(b"".join(known[id(turn)] for turn in example.turns) + _hashed(*parts))
+                    fields = (example.metadata.get(name, "") for name in ("instruction", "input"))
+                    digest.update(b"".join(known[id(turn)] for turn in example.turns) + _hashed(*fields))
         return digest.hexdigest()
 
 
 class Source(Protocol):
-    """A frozen dataclass whose fields are the settings of one kind of data."""
+    """A data source: a frozen dataclass with the source's settings as fields."""
 
     def load(self, key: Key) -> FederatedData:
-        """The data; every random choice follows from ``key``."""
+        """Load and partition the data.
+
+        Args:
+            key: draws every random choice: shuffles, subsets, shares.
+
+        Returns:
+            The examples of each client, and of each held-out set by name; the first set is the main one.
+
+        Raises:
+            UserError: the settings do not fit the data, or the data cannot be read.
+        """
         ...
 
 
 def _hashed(*words: object) -> bytes:
+    """SHA-256 of the words, each preceded by its length."""
     text = "".join([f"{len(str(word))}:{word}" for word in words])
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
-def instructed(instruction: str, given: str, response: str, metadata: Mapping[str, Any]) -> Example:
-    """A prompt of two parts, where there is a second (``given``), and its response."""
-    if not given.strip():
+def instruction_example(instruction: str, input_text: str, response: str, metadata: Mapping[str, Any]) -> Example:
+    """Make an example of an instruction, an optional input and a response.
+
+    Args:
+        instruction: first part of the prompt.
+        input_text: second part of the prompt; none where it is blank.
+        response: text to train on.
+        metadata: of the example; "instruction" and "input" are added where there is an input.
+
+    Returns:
+        Two turns, of user and assistant; a blank line separates instruction and input.
+    """
+    if not input_text.strip():
         return Example((Turn("user", instruction), Turn("assistant", response)), metadata)
-    turns = (Turn("user", f"{instruction}\n\n{given}"), Turn("assistant", response))
-    return Example(turns, {**metadata, "instruction": instruction, "input": given})
+    turns = (Turn("user", f"{instruction}\n\n{input_text}"), Turn("assistant", response))
+    return Example(turns, {**metadata, "instruction": instruction, "input": input_text})
 
 
 def at_most(examples: Sequence[T], limit: int | None, key: Key) -> tuple[T, ...]:
-    """All of them, or ``limit`` drawn by ``key``, in their order."""
+    """Limit the number of examples.
+
+    Args:
+        examples: a sequence of any elements.
+        limit: the largest number to return; None: all.
+        key: draws the subset where there are more.
+
+    Returns:
+        All examples, or a subset of ``limit``; in the order of ``examples``.
+    """
     return tuple(examples if limit is None or len(examples) <= limit else key.sample(examples, limit))
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Refuse a share outside [0, 1)."""
+    """Refuse an impossible share.
+
+    Args:
+        name: of the setting, without "data.".
+        value: of the setting, a share of the data.
+
+    Raises:
+        UserError: ``value`` is outside [0, 1).
+    """
     if not 0 <= value < 1:
         raise UserError(f"data.{name} is {value}: give a share of the data, from 0 to below 1")
 
 
 def check_at_least(name: str, value: int | None, least: int) -> None:
-    """Refuse a count below ``least``; None stands for no limit."""
+    """Refuse a count that is too low.
+
+    Args:
+        name: of the setting, without "data.".
+        value: of the setting; None (no limit) is valid.
+        least: the smallest valid value.
+
+    Raises:
+        UserError: ``value`` is below ``least``.
+    """
     if value is not None and value < least:
         raise UserError(f"data.{name} is {value}: give a whole number of at least {least}")

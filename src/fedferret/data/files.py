@@ -19,19 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Files(Table):
-    """Rows of ``path``; those of ``held_out_path``, where given, are the held-out set "rows"."""
+    """Settings of the source "files": the rows of one file.
+
+    The rows of ``held_out_path``, where given, are the held-out set "rows".
+    """
 
     path: str
     held_out_path: str | None = None
 
     def load(self, key: Key) -> FederatedData:
-        """Read, check, withhold and deal out; ``UserError`` for every fault of a file, with its line or row."""
+        """Read the rows, check them, hold rows out and partition the others.
+
+        Raises:
+            UserError: for every fault of a file, with the line or row.
+        """
         held_out = None if self.held_out_path is None else read_rows(Path(self.held_out_path))
         return self.federate(read_rows(Path(self.path)), held_out, key, source=self.path)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file, by its suffix."""
+    """All rows of a file; the suffix gives the format.
+
+    Raises:
+        UserError: if the file is missing, empty or faulty, or has another suffix.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f'cannot read "{path}": files end in {", ".join(_READERS)}')
@@ -61,7 +72,7 @@ def _read_json(path: Path) -> list[Row]:
         return []
     array = _parse(text, f'"{path}"')
     if not isinstance(array, list):
-        raise UserError(f'"{path}" is not a JSON array of rows: one object a line belongs in a .jsonl file')
+        raise UserError(f'"{path}" is not a JSON array of rows: give a .jsonl file for one object per line')
     return [_row(value, f'"{path}", row {number}') for number, value in enumerate(array, start=1)]
 
 

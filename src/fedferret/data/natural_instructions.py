@@ -1,18 +1,18 @@
 """Natural Instructions v2.8: 1,600 tasks, each a definition and rows of input and outputs. Client = training task.
 
-Wang et al. "Super-NaturalInstructions", EMNLP 2022, arXiv 2204.07705. A clone of the repository is read:
+Wang et al. "Super-NaturalInstructions", EMNLP 2022, arXiv 2204.07705. The source reads a clone of the repository:
 ``tasks/*.json`` and the English lists ``splits/default/{train,test}_tasks.txt`` (757 and 119 tasks).
 
 As in the code of FedKSeed and Ferret:
-1. An instance whose input has ``max_input_characters`` or more is dropped.
-2. A training task with fewer than ``min_instances`` left is left out (738 tasks remain, the paper says); of the others'
-   instances a share of ``train_fraction`` is drawn, rounded down.
-3. Of a test task's instances a share of ``test_fraction`` is drawn, rounded down, but ``min_test_instances`` at least
-   where it has so many. They are the held-out set "tasks".
-4. Instruction: the task's first definition. Input: the instance's. Response: the first of its outputs.
+1. Drop the instances with inputs of ``max_input_characters`` or more.
+2. Leave out the training tasks with fewer than ``min_instances`` remaining (738 tasks remain, the paper says). Of the
+   instances of each other training task draw a share of ``train_fraction``, rounded down.
+3. Of the instances of each test task draw a share of ``test_fraction``, rounded down, but at least
+   ``min_test_instances`` where the task has so many. They are the held-out set "tasks".
+4. Instruction: the task's first definition. Input: the instance's. Response: the first of the instance's outputs.
 
-So the code says more than its papers: lengths are filtered first, in characters, by a setting meant for tokens (1,024),
-and test tasks have no least number of instances. Deviations from the code: draws are keyed, each task's on their own;
+The code specifies more than the papers: it filters lengths first, in characters, by a setting meant for tokens (1,024),
+and test tasks have no minimum number of instances. Deviations from the code: draws are keyed, independently per task;
 an instance with a blank output is dropped; a blank input has no section in the prompt.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
-from fedferret.data.examples import Example, FederatedData, at_most, check_at_least, instructed
+from fedferret.data.examples import Example, FederatedData, at_most, check_at_least, instruction_example
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -39,14 +39,14 @@ _CLONE = "git clone --depth 1 --branch v2.8 https://github.com/allenai/natural-i
 
 @dataclass(frozen=True)
 class NaturalInstructions:
-    """Settings; the defaults are the paper's."""
+    """Settings of the source "natural-instructions"; the defaults are the paper's."""
 
-    path: str  # the clone
-    max_input_characters: int = 1024
+    path: str  # a clone of the repository
+    max_input_characters: int = 1024  # inputs have fewer
     min_instances: int = 20  # a training task with fewer is left out
-    train_fraction: float = 0.2  # of a training task's instances
-    test_fraction: float = 0.02  # of a test task's instances
-    min_test_instances: int = 20
+    train_fraction: float = 0.2  # share of a training task's instances
+    test_fraction: float = 0.02  # share of a test task's instances
+    min_test_instances: int = 20  # per test task, whatever the share
     num_clients: int | None = None  # training tasks, drawn by the key; None: all, as in the paper
     max_held_out: int | None = None  # examples held out, drawn by the key; None: all, as in the paper
 
@@ -61,7 +61,11 @@ class NaturalInstructions:
                 )
 
     def load(self, key: Key) -> FederatedData:
-        """Read and draw; one file is in memory at a time."""
+        """Read the tasks and draw the instances; one file is in memory at a time.
+
+        Raises:
+            UserError: if the clone is not complete, or fewer than ``num_clients`` tasks qualify.
+        """
         clients = {}
         for task in sorted(self._tasks("train")):
             instances = self._instances(task)
@@ -100,9 +104,11 @@ class NaturalInstructions:
             content = json.loads(path.read_text(encoding="utf-8"))
             return list(_examples(task, content, self.max_input_characters))
         except OSError:
-            raise UserError(f'there is no file "{path}", which the list of tasks names: {_CLONE} {self.path}') from None
+            raise UserError(f'there is no file "{path}", which the task list names: {_CLONE} {self.path}') from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f'"{path}" is no task of Natural Instructions ({error!r:.80}): {_CLONE} anew') from None
+            raise UserError(
+                f'"{path}" is not a Natural Instructions task ({error!r:.80}): clone the repository again: {_CLONE}'
+            ) from None
 
 
 def _examples(task: str, content: Any, max_input_characters: int) -> Iterator[Example]:
@@ -110,7 +116,7 @@ def _examples(task: str, content: Any, max_input_characters: int) -> Iterator[Ex
     instruction = definition if isinstance(definition, str) else definition[0]
     metadata = {"task": task, "category": content["Categories"][0]}
     for instance in content["Instances"]:
-        given, outputs = instance["input"], instance["output"]
+        input_text, outputs = instance["input"], instance["output"]
         response = outputs if isinstance(outputs, str) else outputs[0]
-        if len(given) < max_input_characters and response.strip():
-            yield instructed(instruction, given, response, metadata)
+        if len(input_text) < max_input_characters and response.strip():
+            yield instruction_example(instruction, input_text, response, metadata)

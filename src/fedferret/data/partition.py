@@ -1,12 +1,13 @@
-"""One pool of rows dealt out to clients: flwr-datasets' partitioners, seeded by a key.
+"""Rows partitioned among clients by flwr-datasets' partitioners, seeded by a key.
 
     iid            equal shares of the shuffled rows
-    dirichlet      each category's rows in shares drawn from Dirichlet(alpha): small alpha, few categories a client
-    pathological   exactly ``classes`` categories a client
+    dirichlet      each category's rows by shares drawn from Dirichlet(alpha): small alpha, few categories per client
+    pathological   exactly ``classes`` categories per client
     linear, square, exponential   client i holds a share that grows as i, i squared, e to the i (IID otherwise)
-    natural        a column says whose row it is; used whenever ``client_column`` is set, so it has no kind here
+    natural        a column names the client of each row; used whenever ``client_column`` is set, so it has no kind here
 
-The sizes of iid and the last three are fixed; which rows a client gets is drawn. No global generator is used.
+The sizes of iid, linear, square and exponential shares are fixed; the key draws the rows of each client. No global
+generator is used.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ BY_CATEGORY = ("dirichlet", "pathological")
 
 @dataclass(frozen=True)
 class Partition:
-    """How to deal out rows that belong to nobody yet."""
+    """How rows without a client are partitioned."""
 
     kind: str = "iid"
     clients: int = 10
     alpha: float = 0.5  # dirichlet
-    balanced: bool = False  # dirichlet: who holds an average share gets no further category, as published code does
-    classes: int = 2  # pathological: categories a client
-    min_examples: int = 1  # 0 allows clients that hold nothing
+    balanced: bool = False  # dirichlet: a client with an average share gets no further category, as in published code
+    classes: int = 2  # pathological: categories per client
+    min_examples: int = 1  # per client; 0 allows clients without examples
 
     def __post_init__(self) -> None:
         if self.kind not in BY_SIZE + BY_CATEGORY:
@@ -49,16 +50,22 @@ class Partition:
                 raise UserError(f"partition.{name} is {value}: give {allowed}")
 
     def split(self, count: int, categories: Sequence[str] | None, key: Key) -> list[list[int]]:
-        """Row numbers of each client, ascending; every row at most once (pathological may leave categories unused).
+        """Assign each row to at most one client.
 
-        ``categories`` has ``count`` elements, or is None where rows have none. Raises ``UserError`` for more
-        clients than rows and for a client below ``min_examples``.
+        Args:
+            count: number of rows.
+            categories: of the rows, ``count`` elements; None where rows have none.
+            key: draws the shares and the rows of each client.
+        Returns:
+            The row indices of each client, ascending; "pathological" may leave categories unused.
+        Raises:
+            UserError: for more clients than rows, missing categories, or a client with fewer than ``min_examples``.
         """
         if self.clients > count:
             raise UserError(f"partition.clients is {self.clients} but there are {count} rows: ask for fewer clients")
         if self.kind in BY_CATEGORY and categories is None:
-            raise UserError(f'partition "{self.kind}" goes by category and the rows have none: set category_column')
-        # partitioners by size cut the rows as they stand, so the shuffle is ours
+            raise UserError(f'partition "{self.kind}" needs categories but the rows have none: set category_column')
+        # flwr's partitioners by size do not shuffle, so the rows are shuffled here
         rows = key.fold("rows").permutation(count)
         columns: dict[str, list[Any]] = {"row": rows}
         if self.kind in BY_CATEGORY and categories is not None:
@@ -68,18 +75,18 @@ class Partition:
                 f"partition.classes is {self.classes} but there are {len(set(columns['category']))} categories"
             )
         try:
-            parts = self._deal(columns, self.min_examples, key)
+            parts = self._assign(columns, self.min_examples, key)
         except ValueError as error:
             raise UserError(self._explain(error, columns, key)) from None
         self._check_sizes(parts)
         return parts
 
-    def _deal(self, columns: dict[str, list[Any]], min_examples: int, key: Key) -> list[list[int]]:
+    def _assign(self, columns: dict[str, list[Any]], min_examples: int, key: Key) -> list[list[int]]:
         import datasets
 
         partitioner = self._partitioner(min_examples, key.fold("shares").words[0])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning for every Dirichlet draw that is drawn again
+            warnings.simplefilter("ignore")  # flwr warns of every Dirichlet draw that it repeats
             partitioner.dataset = datasets.Dataset.from_dict(columns)
             return [sorted(partitioner.load_partition(client)["row"]) for client in range(self.clients)]
 
@@ -88,7 +95,7 @@ class Partition:
             from flwr_datasets import partitioner as flwr
         except ImportError:
             raise UserError(
-                'dealing rows to clients needs a package: pip install "fedferret[partition]", or name a client_column'
+                'partitioning rows needs a package: pip install "fedferret[partition]", or name a client_column'
             ) from None
 
         match self.kind:
@@ -115,9 +122,11 @@ class Partition:
     def _explain(self, error: ValueError, columns: dict[str, list[Any]], key: Key) -> str:
         if self.kind != "dirichlet":
             reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-            return f'partition "{self.kind}" cannot deal these rows to {self.clients} clients: {reason}; ask for fewer'
-        sizes = [len(part) for part in self._deal(columns, 0, key)]
-        return self._too_small(sizes.index(min(sizes)), min(sizes)) + " (no draw of 11 did better)"
+            return (
+                f'partition "{self.kind}" cannot split these rows among {self.clients} clients: {reason}; ask for fewer'
+            )
+        sizes = [len(part) for part in self._assign(columns, 0, key)]
+        return self._too_small(sizes.index(min(sizes)), min(sizes)) + " (11 draws failed)"
 
     def _check_sizes(self, parts: list[list[int]]) -> None:
         for client, part in enumerate(parts):

@@ -1,13 +1,14 @@
-"""Generated reasoning tasks with exact scorers: the ``reasoning-gym`` package. Client = task, or a share of all rows,
-dealt out by a partition whose categories are the tasks.
+"""Generated reasoning tasks with exact scorers: the ``reasoning-gym`` package. Client = task, or a share of all rows.
 
-Rows of a task follow from the key and the task's name. Questions are distinct: of the first ``rows`` plus
-``held_out_rows`` distinct ones the last are held out, so no held-out question is ever trained on.
-Held-out sets: "rows" (the clients' tasks, unseen questions) and "tasks" (tasks that no client has).
+A partition gives the shares of all rows; its categories are the tasks.
 
-The package reads and seeds the global generators of ``random`` and numpy, at import and in two tasks;
-every call here runs with both seeded and puts them back. Left out are six tasks whose scorer refuses
-their own answer and five whose rows change from process to process (they iterate over sets).
+The rows of a task follow from the key and the task's name. Questions are distinct: of the first ``rows`` plus
+``held_out_rows`` distinct questions the last are held out, so training uses no held-out question.
+Held-out sets: "rows" (unseen questions of the clients' tasks) and "tasks" (tasks that no client has).
+
+The package reads and seeds the global generators of ``random`` and numpy, at import and in two tasks. Every call here
+seeds both and restores them. Six tasks are left out because the scorer rejects the task's answer. Five are left out
+because the rows change from process to process (the generators iterate over sets).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NOTICE = "reasoning-gym, (c) 2025 Open-Thought; Apache License 2.0."
 _NO_ANSWER = {"boxnet", "composite", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 _NOT_REPEATABLE = {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 
-# Short questions, short answers, under a millisecond a row, hundreds of distinct questions.
+# Short questions, short answers, under a millisecond per row, hundreds of distinct questions.
 DEFAULT_TASKS = (
     *("aiw", "base_conversion", "basic_arithmetic", "bitwise_arithmetic", "caesar_cipher", "calendar_arithmetic"),
     *("chain_sum", "count_bits", "count_primes", "color_cube_rotation", "complex_arithmetic", "decimal_arithmetic"),
@@ -48,14 +49,14 @@ DEFAULT_TASKS = (
 
 @dataclass(frozen=True)
 class ReasoningGym:
-    """Settings; the defaults give 27 clients of 200 rows. ``tasks`` may be ("all",)."""
+    """Settings of the source "reasoning-gym"; the defaults give 27 clients of 200 rows."""
 
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    rows: int = 200
-    held_out_rows: int = 10  # a task
+    tasks: tuple[str, ...] = DEFAULT_TASKS  # or ("all",)
+    rows: int = 200  # training examples per task
+    held_out_rows: int = 10  # per task
     held_out_tasks: int = 4  # drawn by the key
-    max_held_out: int | None = 256  # examples of each held-out set; None: all
-    client: Literal["task", "partition"] = "task"  # a task each, as skewed as can be; or by ``partition``
+    max_held_out: int | None = 256  # examples per held-out set; None: all
+    client: Literal["task", "partition"] = "task"  # one task per client, the most skewed case; or by ``partition``
     partition: Partition = field(default_factory=Partition)  # its categories are the tasks
 
     def __post_init__(self) -> None:
@@ -65,24 +66,28 @@ class ReasoningGym:
         check_at_least("max_held_out", self.max_held_out, 1)
 
     def load(self, key: Key) -> FederatedData:
-        """Generate the rows; under a second for the defaults after the package's slow import."""
+        """Generate the rows; under a second for the defaults after the package's slow import.
+
+        Raises:
+            UserError: if the package is missing, a task cannot be used, or no task is left to train on.
+        """
         tasks = self._tasks()
         if self.held_out_tasks >= len(tasks):
             raise UserError(
                 f"data.held_out_tasks is {self.held_out_tasks} of {len(tasks)} tasks: leave one to train on"
             )
-        strange = set(key.fold("held-out tasks").sample(tasks, self.held_out_tasks))
+        unseen = set(key.fold("held-out tasks").sample(tasks, self.held_out_tasks))
         clients: dict[str, tuple[Example, ...]] = {}
         held_out: dict[str, list[Example]] = {"rows": [], "tasks": []}
         for task in tasks:
-            if task in strange:
+            if task in unseen:
                 held_out["tasks"].extend(_generate(task, self.held_out_rows, key.fold("rows", task)))
             else:
                 examples = _generate(task, self.rows + self.held_out_rows, key.fold("rows", task))
                 clients[task] = tuple(examples[: self.rows])
                 held_out["rows"].extend(examples[self.rows :])
         if self.client == "partition":
-            clients = self._dealt_out(clients, key.fold("partition"))
+            clients = self._partitioned(clients, key.fold("partition"))
         return FederatedData(
             clients=clients,
             held_out={
@@ -94,7 +99,7 @@ class ReasoningGym:
             notice=NOTICE,
         )
 
-    def _dealt_out(self, by_task: dict[str, tuple[Example, ...]], key: Key) -> dict[str, tuple[Example, ...]]:
+    def _partitioned(self, by_task: dict[str, tuple[Example, ...]], key: Key) -> dict[str, tuple[Example, ...]]:
         rows = [example for examples in by_task.values() for example in examples]
         parts = self.partition.split(len(rows), [example.metadata["task"] for example in rows], key)
         digits = len(str(len(parts) - 1))
@@ -109,20 +114,30 @@ class ReasoningGym:
                 raise UserError(f'reasoning-gym has no task "{task}": {nearest(task, known)}')
             if task in _NO_ANSWER:
                 raise UserError(
-                    f'reasoning-gym task "{task}" gives no answer text that its own scorer accepts: drop it'
+                    f'reasoning-gym task "{task}" gives no answer text that its scorer accepts: '
+                    "remove it from data.tasks"
                 )
             if task in _NOT_REPEATABLE:
-                raise UserError(f'reasoning-gym task "{task}" differs from process to process: drop it')
+                raise UserError(
+                    f'reasoning-gym task "{task}" differs from process to process: remove it from data.tasks'
+                )
         return sorted(set(self.tasks))
 
 
 def score(example: Example, answer: str) -> float:
-    """The task's own score of ``answer``, from 0 to 1 (1 is right)."""
+    """Score a generated answer with the scorer of the example's task.
+
+    Args:
+        example: of this source.
+        answer: the generated text.
+    Returns:
+        From 0 to 1; 1 is right.
+    """
     scorer = _scorer(example.metadata["task"])
     with _global_generators(0):
         try:
             return float(scorer(answer, example.metadata["entry"]))
-        except Exception:  # some scorers parse the answer and raise what they please where they cannot
+        except Exception:  # some scorers parse the answer and raise any exception where they cannot
             return 0.0
 
 
@@ -143,7 +158,7 @@ def _generate(task: str, count: int, key: Key) -> list[Example]:
     if len(found) < count:
         raise UserError(
             f'reasoning-gym task "{task}" has few distinct questions ({len(found)} in {tries} rows, {count} wanted): '
-            f"ask for fewer data.rows or drop it"
+            f"lower data.rows or remove it from data.tasks"
         )
     return list(found.values())
 
@@ -164,7 +179,7 @@ def _package() -> Any:
 
 @contextmanager
 def _global_generators(seed: int) -> Iterator[None]:
-    """Seed the global generators for code that reads them, and put back what was there."""
+    """Seed the global generators for code that reads them, then restore their states."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -1,4 +1,4 @@
-"""The sources of data by name; importing this module imports no library."""
+"""The data sources by name; importing this module imports no library."""
 
 from __future__ import annotations
 
@@ -33,12 +33,26 @@ _SOURCES: dict[str, tuple[str, str, str]] = {
 
 
 def catalogue() -> dict[str, str]:
-    """Every source's name with one line on it."""
+    """What can stand in a recipe as ``data.source``.
+
+    Returns:
+        A one-line description of every source by name.
+    """
     return {name: line for name, (_, _, line) in _SOURCES.items()}
 
 
 def source(name: str) -> type[Source]:
-    """The dataclass of that name's settings; ``UserError`` for a name that is none."""
+    """Import a data source.
+
+    Args:
+        name: a key of ``catalogue()``.
+
+    Returns:
+        The source's class, a frozen dataclass with the source's settings as fields.
+
+    Raises:
+        UserError: for an unknown name.
+    """
     if name not in _SOURCES:
         raise UserError(f'no data source is called "{name}": {nearest(name, _SOURCES)}')
     module, attribute, _ = _SOURCES[name]

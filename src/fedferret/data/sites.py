@@ -1,10 +1,10 @@
-"""Data that stays where it is: a run's list of sites, each with a file of its own.
+"""Data that stays at the sites: a run's list of sites, each with one file.
 
-    sites = ["ward-1", "ward-2"]                           who may take part: no other site is ever asked
-    files = {ward-1 = "a.jsonl", ward-2 = "b.jsonl"}       only where all of them are at hand: one machine, tests
+    sites = ["site-1", "site-2"]                           the sites that may take part; the server asks no other
+    files = {site-1 = "a.jsonl", site-2 = "b.jsonl"}       only where all files are local: one machine, tests
 
-Without ``files`` the sites hold the data, and an engine that reaches them plays the recipe. What the server evaluates
-on is a file of its own, ``held_out_path``; without one it evaluates nothing.
+Without ``files`` the sites hold the data, and the recipe runs in an engine that reaches the sites. The server evaluates
+on the file ``held_out_path``; without that file it evaluates nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sites(Columns):
-    """The sites of a run, and their files where they are at hand."""
+    """Settings of the source "sites": the sites of a run, and their files where these are local."""
 
     sites: tuple[str, ...]
-    files: Mapping[str, str] | None = None  # None: each site has its own
+    files: Mapping[str, str] | None = None  # path by site; None: the sites hold the files
     held_out_path: str | None = None  # None: the server evaluates nothing
 
     def __post_init__(self) -> None:
@@ -36,13 +36,17 @@ class Sites(Columns):
             raise UserError(f"data.sites={list(self.sites)}: name at least one site, and each once")
         for name in self.sites:
             if not name or not name.isprintable():
-                raise UserError(f"data.sites: {name!r} is no name for a site")
+                raise UserError(f"data.sites: {name!r} is not a valid name: use printable characters")
         for name in self.files or ():
             if name not in self.sites:
                 raise UserError(f'data.files: "{name}" is not in data.sites; {nearest(name, self.sites)}')
 
     def load(self, key: Key) -> FederatedData:
-        """The sites' examples; of a site whose file is not at hand, none."""
+        """The examples of each site; none for a site that holds its file.
+
+        Raises:
+            UserError: for every fault of a local file, with the line or row.
+        """
         files = self.files or {}
         clients = {name: self._read(files[name]) if name in files else () for name in sorted(self.sites)}
         held_out = {} if self.held_out_path is None else {"rows": self._read(self.held_out_path)}
@@ -55,10 +59,14 @@ class Sites(Columns):
 
 @dataclass(frozen=True)
 class SiteFile(Columns):
-    """One site's rows, all of them to train on: the table ``[data]`` of its ``site.toml``."""
+    """One site's rows, all for training: the table ``[data]`` of the site's ``site.toml``."""
 
     path: str
 
     def load(self) -> tuple[Example, ...]:
-        """Read and check. Raises UserError for every fault of the file, with its line or row."""
+        """Read the rows and check them.
+
+        Raises:
+            UserError: for every fault of the file, with the line or row.
+        """
         return self.examples(read_rows(Path(self.path)), self.path)

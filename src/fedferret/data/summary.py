@@ -1,4 +1,4 @@
-"""Who holds what: a table for the terminal and a plot for the report."""
+"""Examples, categories and tokens per client: a table for the terminal and a plot for the report."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SHOWN_CATEGORIES = 8
 
 @dataclass(frozen=True)
 class Group:
-    """The clients taken together, or one held-out set."""
+    """All clients together, or one held-out set."""
 
     name: str
     clients: int | None  # None for a held-out set
     examples: int
-    spread: tuple[int, float, int] | None  # examples a client: least, median, most
+    spread: tuple[int, float, int] | None  # examples per client: least, median, most
     response_tokens: int | None  # None where no tokenizer was given
-    categories: tuple[tuple[str, int], ...]  # the most frequent, with their examples
+    categories: tuple[tuple[str, int], ...]  # the most frequent, with their numbers of examples
 
     def cells(self) -> list[str]:
-        """As text, in the order of the fields; empty for what is not known."""
+        """The fields as texts, in order; empty for None."""
         numbers = [self.clients, self.examples, *(self.spread or (None,) * 3), self.response_tokens]
         categories = ", ".join(f"{name} {count:,}" for name, count in self.categories)
         return [self.name, *("" if number is None else f"{number:,}" for number in numbers), categories]
@@ -40,10 +40,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Summary:
-    """``groups``: the clients first, then the held-out sets in order. Prints as a table with rich."""
+    """Counts of a data set; prints as a table with rich."""
 
     source: str
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # the clients, then the held-out sets in order
     notice: str | None
 
     def __rich__(self) -> Table:
@@ -61,7 +61,12 @@ class Summary:
 
 
 def summarise(data: FederatedData, tokenizer: PreTrainedTokenizerBase | None = None) -> Summary:
-    """Count clients, examples, categories and, given a tokenizer, the tokens of the responses alone."""
+    """Count clients, examples, categories and tokens.
+
+    Args:
+        data: of the run.
+        tokenizer: counts the tokens of the responses; None: they are not counted.
+    """
     everything = [example for examples in data.clients.values() for example in examples]
     sizes = [len(examples) for examples in data.clients.values()]
     groups = [_group("clients", everything, sizes, tokenizer)]
@@ -91,7 +96,14 @@ def _categories(examples: Sequence[Example]) -> Counter[str]:
 
 
 def plot_partition(data: FederatedData, path: Path) -> None:
-    """Examples of each client, largest first, coloured by category where there are any; SVG or PNG by the suffix."""
+    """Plot the number of examples of each client, largest first, coloured by category where there are any.
+
+    Args:
+        data: of the run.
+        path: of the picture; the suffix gives the format, .svg or .png.
+    Raises:
+        UserError: for another suffix.
+    """
     if path.suffix not in (".svg", ".png"):
         raise UserError(f'cannot plot to "{path}": give a name that ends in .svg or .png')
     import matplotlib
@@ -116,11 +128,13 @@ def plot_partition(data: FederatedData, path: Path) -> None:
         axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=name)
         floor = top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Who holds what: {data.source}")
+    axes.set(
+        xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Examples per client: {data.source}"
+    )
     axes.margins(x=0)
     if len(bands) > 1:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    # a fixed salt and no date: the same data gives the same file
+    # a fixed salt and no date: equal data gives an equal file
     with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         build_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], metadata=metadata))

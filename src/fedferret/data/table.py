@@ -1,8 +1,8 @@
 """Rows with named columns to federated data: shared by local files and the hub.
 
-A row is a prompt (with an optional input) and a response, or a list of chat messages, of which every
-assistant message with something before it becomes one example. Rows are withheld and dealt out whole, so
-no message of a held-out conversation is ever in a training prompt.
+A row is a prompt (with an optional input) and a response, or a list of chat messages. Every assistant message that
+follows another message becomes one example. Rows are held out and partitioned whole, so no training prompt contains
+a message of a held-out conversation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError, nearest
-from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction, instructed
+from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction, instruction_example
 from fedferret.data.partition import Partition
 
 if TYPE_CHECKING:
@@ -31,20 +31,27 @@ class _Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What the columns of rows are called.
+    """The names of the columns.
 
-    Those of inputs, messages, categories and choices may be absent under their default names.
+    The columns of inputs, messages, categories and choices may be missing under their default names.
     """
 
     prompt_column: str = "instruction"
     input_column: str = "input"
     response_column: str = "response"
-    messages_column: str = "messages"  # a list of {"role", "content"}; where it exists, it is used
+    messages_column: str = "messages"  # a list of {"role", "content"}; used where it exists
     category_column: str = "category"
-    choices_column: str = "choices"  # a list of texts of which the response is one, for the metric "choice"
+    choices_column: str = "choices"  # a list of texts that includes the response, for the metric "choice"
 
     def examples(self, rows: Sequence[Row], source: str) -> tuple[Example, ...]:
-        """All rows' examples, in order; ``source`` names the rows in errors."""
+        """The examples of all rows, in order.
+
+        Args:
+            rows: with the columns of the settings.
+            source: names the rows in errors.
+        Raises:
+            UserError: for a missing column or a faulty row, with the row's number.
+        """
         return _examples(self._records(rows, source, None))
 
     def _records(self, rows: Sequence[Row], source: str, client_column: str | None) -> list[_Record]:
@@ -81,7 +88,7 @@ class Columns:
         choices = row.get(self.choices_column)
         if choices is not None:
             metadata = {**metadata, "choices": _choices(choices, response, where)}
-        return instructed(instruction, "" if extra is None else str(extra), response, metadata)
+        return instruction_example(instruction, "" if extra is None else str(extra), response, metadata)
 
     def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
         messages = row.get(self.messages_column)
@@ -92,7 +99,7 @@ class Columns:
             Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
         )
         if not examples:
-            raise UserError(f"{where}: no assistant message that answers something, so there is nothing to learn")
+            raise UserError(f"{where}: no assistant message follows another message, so nothing can be trained on")
         return examples
 
 
@@ -100,11 +107,11 @@ class Columns:
 class Table(Columns):
     """The settings of any data that comes as rows.
 
-    Rows with a ``client_column`` belong to that client; the others are dealt out by ``partition``.
+    ``client_column`` names the column with each row's client; without it, ``partition`` assigns the rows.
     """
 
     client_column: str | None = None
-    held_out_fraction: float = 0.1  # of the rows, never a client's last; not used where held-out rows are given
+    held_out_fraction: float = 0.1  # share of the rows, never a client's last; unused where held-out rows are given
     held_out_categories: tuple[str, ...] = ()  # all rows of these become the held-out set "categories"
     partition: Partition = field(default_factory=Partition)
 
@@ -114,10 +121,20 @@ class Table(Columns):
     def federate(
         self, rows: Sequence[Row], held_out_rows: Sequence[Row] | None, key: Key, source: str, notice: str | None = None
     ) -> FederatedData:
-        """Clients and held-out sets ``rows`` and ``categories`` from rows; ``source`` names them in errors."""
+        """Make clients and the held-out sets "rows" and "categories" from rows.
+
+        Args:
+            rows: with the columns of the settings.
+            held_out_rows: the held-out set "rows"; None: ``held_out_fraction`` of ``rows``.
+            key: draws the held-out rows and the partition.
+            source: names the rows in errors and the data in summaries.
+            notice: licence or benchmark notice of the data.
+        Raises:
+            UserError: for a missing column, a faulty row, an unknown category or an impossible partition.
+        """
         records = self._records(rows, source, self.client_column)
         held_out: dict[str, tuple[Example, ...]] = {}
-        withheld = self._in_categories(records, source)
+        in_categories = self._in_categories(records, source)
         training = [record for record in records if record.category not in self.held_out_categories]
         if held_out_rows is not None:
             held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)", self.client_column))
@@ -125,26 +142,27 @@ class Table(Columns):
             chosen = _choose_held_out(training, self.held_out_fraction, key.fold("held out"))
             held_out["rows"] = _examples([training[index] for index in sorted(chosen)])
             training = [record for index, record in enumerate(training) if index not in chosen]
-        if withheld:
-            held_out["categories"] = _examples(withheld)
-        clients = self._owners(training, key.fold("partition"))
+        if in_categories:
+            held_out["categories"] = _examples(in_categories)
+        clients = self._by_client(training, key.fold("partition"))
         return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice)
 
     def _in_categories(self, records: Sequence[_Record], source: str) -> list[_Record]:
-        there = {record.category for record in records if record.category is not None}
+        """The records to hold out as the set "categories"."""
+        known = {record.category for record in records if record.category is not None}
         for category in self.held_out_categories:
-            if category not in there:
-                raise UserError(f'{source} has no category "{category}" to hold out: {nearest(category, there)}')
-        if there and there <= set(self.held_out_categories):
+            if category not in known:
+                raise UserError(f'{source} has no category "{category}" to hold out: {nearest(category, known)}')
+        if known and known <= set(self.held_out_categories):
             raise UserError(f"{source}: every category is in held_out_categories, so no row is left to train on")
         return [record for record in records if record.category in self.held_out_categories]
 
-    def _owners(self, records: Sequence[_Record], key: Key) -> dict[str, tuple[Example, ...]]:
+    def _by_client(self, records: Sequence[_Record], key: Key) -> dict[str, tuple[Example, ...]]:
         if self.client_column is not None:
-            owned: dict[str, list[_Record]] = {}
+            grouped: dict[str, list[_Record]] = {}
             for record in records:
-                owned.setdefault(str(record.client), []).append(record)
-            return {client: _examples(owned[client]) for client in sorted(owned)}
+                grouped.setdefault(str(record.client), []).append(record)
+            return {client: _examples(grouped[client]) for client in sorted(grouped)}
         categories = [record.category for record in records]
         known = [category for category in categories if category is not None]
         parts = self.partition.split(len(records), known if len(known) == len(records) else None, key)
@@ -167,7 +185,7 @@ def _text(row: Row, column: str, where: str) -> str:
 
 def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or response not in map(str, value):
-        raise UserError(f"{where}: the choices {value!r:.60} are no list of texts with the response among them")
+        raise UserError(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
     return tuple(map(str, value))
 
 
@@ -180,7 +198,7 @@ def _turn(message: object, where: str) -> Turn:
 
 
 def _choose_held_out(records: Sequence[_Record], fraction: float, key: Key) -> set[int]:
-    """Numbers of the rows to withhold: a share drawn over all clients, leaving each its last row."""
+    """Indices of the rows to hold out: a share drawn over all clients, which leaves each client at least one row."""
     wanted = round(len(records) * fraction)
     left = Counter(record.client for record in records)
     chosen: set[int] = set()

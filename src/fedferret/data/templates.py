@@ -1,13 +1,13 @@
-"""Text to tokens: a template turns an example into prompt and response, and says where the response starts.
+"""Text to tokens: a template turns an example into prompt and response tokens, and records where the response starts.
 
-1. The prompt's text and the response's text (with its end mark) are tokenised apart and concatenated, so the
-   boundary is exact and what is trained is what generation will see: no token spans both.
-2. The response is kept whole up to ``max_tokens - 1``, then cut at its end. The prompt gets the room that is left:
-   the oldest turns go first, up to a user turn (a system turn stays), then tokens from the left.
-3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where that has none.
+1. The texts of the prompt and of the response (with an end mark) are tokenised separately and concatenated. So the
+   boundary is exact, no token spans it, and training prompts have the same tokens as generation prompts.
+2. The response is kept whole up to ``max_tokens - 1`` tokens, then cut at the end. The prompt gets the remaining
+   tokens: the oldest turns are removed first, up to a user turn (a system turn stays), then tokens from the left.
+3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where there is no mark.
 
-Templates: "chat" is the model's own; "alpaca" the paper's; a ``.jinja`` file is a chat template, any other file a
-text with {instruction}, {input} (optional) and {response}. Cost of ``encode``: O(max_tokens log turns).
+Templates: "chat" is the model's chat template; "alpaca" is the paper's; a ``.jinja`` file is a chat template, any other
+file is a text with {instruction}, {input} (optional) and {response}. Cost of ``encode``: O(max_tokens log turns).
 """
 
 from __future__ import annotations
@@ -30,53 +30,76 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One example: ``ids[response_start:]`` is the response, at least one token, after at least one of the prompt."""
+    """One tokenised example: a prompt of at least one token, then a response of at least one."""
 
     ids: tuple[int, ...]
-    response_start: int
-    response_cut: bool
+    response_start: int  # ids[response_start:] is the response
+    response_cut: bool  # whether max_tokens cut it
 
 
 class Template(ABC):
-    """Two texts from an example; the rest is shared."""
+    """Turns an example into tokens; a subclass gives the texts of the prompt and of the response."""
 
     @abstractmethod
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-        """What the model reads before it answers; ``turns`` are those of the prompt that are kept."""
+        """The text of the prompt.
+
+        Args:
+            example: of which this is the prompt.
+            turns: the turns of the prompt that are kept.
+            tokenizer: the model's.
+        """
 
     @abstractmethod
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The response with its end mark."""
+        """The text of the response, with an end mark.
 
-    def begins_itself(self) -> bool:
-        """Whether the text holds the begin-of-text token where the model wants one."""
+        Args:
+            example: of which this is the response.
+            tokenizer: the model's.
+        """
+
+    def includes_bos(self) -> bool:
+        """Whether the prompt's text contains the begin-of-text token where the model needs one."""
         return False
 
     def encode(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
-        """Prompt and response, at most ``max_tokens`` (at least 2) in all."""
+        """Tokenise prompt and response.
+
+        Args:
+            example: to tokenise.
+            tokenizer: the model's.
+            max_tokens: of prompt and response together, at least 2.
+        """
         response = _ids(self.response_text(example, tokenizer), tokenizer)
         kept = response[: max_tokens - 1]
         prompt = self.prompt(example, tokenizer, max_tokens - len(kept))
         return Tokens(prompt + kept, len(prompt), len(kept) < len(response))
 
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[int, ...]:
-        """The prompt's tokens, at most ``max_tokens``: what to generate from."""
+        """The tokens of the prompt, from which a response is generated.
+
+        Args:
+            example: of which this is the prompt; its response is not read.
+            tokenizer: the model's.
+            max_tokens: of the prompt.
+        """
         contexts = _contexts(example.turns[:-1])
 
         @cache
         def ids(kept: int) -> tuple[int, ...]:
             return _ids(self.prompt_text(example, contexts[kept - 1], tokenizer), tokenizer)
 
-        begin = () if self.begins_itself() else _begin(tokenizer)
-        room = max_tokens - len(begin)
-        # gallop from the newest turn, then bisect: nothing much longer than the room is ever tokenised
+        bos = () if self.includes_bos() else _bos(tokenizer)
+        room = max_tokens - len(bos)
+        # exponential search from the newest turn, then bisection: no text much longer than the room is tokenised
         reach = 1
         while reach < len(contexts) and len(ids(reach)) <= room:
             reach *= 2
         counts = range(1, min(reach, len(contexts)) + 1)
         kept = max(bisect_right(counts, room, key=lambda count: len(ids(count))), 1)
         whole = ids(kept)
-        return (begin + whole[max(len(whole) - room, 0) :])[-max_tokens:]
+        return (bos + whole[max(len(whole) - room, 0) :])[-max_tokens:]
 
 
 NO_CHAT_TEMPLATE = 'this model has no chat template: set template = "alpaca" or give a template file'
@@ -84,11 +107,11 @@ NO_CHAT_TEMPLATE = 'this model has no chat template: set template = "alpaca" or 
 
 @dataclass(frozen=True)
 class Chat(Template):
-    """A chat template: the tokenizer's own, or ``jinja``."""
+    """A chat template."""
 
-    jinja: str | None = None
+    jinja: str | None = None  # None: the tokenizer's chat template
 
-    def begins_itself(self) -> bool:
+    def includes_bos(self) -> bool:
         return True
 
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -98,7 +121,7 @@ class Chat(Template):
         newest = _contexts(example.turns[:-1])[0]
         prompt = self._render(newest, tokenizer, generate=True)
         whole = self._render([*newest, example.turns[-1]], tokenizer, generate=False)
-        # some templates open a thought in the prompt that a finished turn does not show: then the text alone
+        # some templates open a thinking block in the prompt that a finished turn does not contain: then use the text
         text = whole.removeprefix(prompt).rstrip() if whole.startswith(prompt) else example.response
         ended = text.strip() != example.response.strip()
         return text if ended else text + (tokenizer.eos_token or "")
@@ -121,11 +144,11 @@ class Chat(Template):
 
 @dataclass(frozen=True)
 class Text(Template):
-    """Plain text around the fields; ``without_input`` is used for examples that have none."""
+    """Plain text around the instruction, the input and the response."""
 
-    before: str
-    after: str = ""
-    without_input: str | None = None
+    before: str  # the response, with {instruction} and {input}
+    after: str = ""  # the response
+    without_input: str | None = None  # instead of ``before`` for examples without input
 
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
         given = str(example.metadata.get("input", ""))
@@ -148,7 +171,11 @@ ALPACA = Text(
 
 
 def template(name: str) -> Template:
-    """ "chat", "alpaca" or the path of a file."""
+    """The template called ``name``: "chat", "alpaca" or the path of a file.
+
+    Raises:
+        UserError: for an unknown name or a faulty file.
+    """
     if name == "chat":
         return Chat()
     if name == "alpaca":
@@ -174,31 +201,31 @@ def template(name: str) -> Template:
 
 
 def _contexts(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """The prompts that may stand for ``turns``, shortest first: each starts at a user turn, after the system's.
+    """The possible prompts, shortest first: each has the system turn, if any, and starts at a user turn.
 
-    Many chat templates refuse a conversation that starts with the assistant, so an opening message of the
-    assistant's is left out, unless there is nothing else.
+    Many chat templates refuse a conversation that starts with the assistant, so an opening message of the assistant
+    is left out, unless there is no user turn.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    spoken = turns[len(system) :]
-    starts = [index for index, turn in enumerate(spoken) if turn.role == "user"] or [0]
-    return [[*system, *spoken[start:]] for start in reversed(starts)]
+    dialogue = turns[len(system) :]
+    starts = [index for index, turn in enumerate(dialogue) if turn.role == "user"] or [0]
+    return [[*system, *dialogue[start:]] for start in reversed(starts)]
 
 
 def _transcript(turns: Sequence[Turn]) -> str:
-    """One turn as it stands; several as a transcript with their roles."""
+    """The content of a single turn; several turns as a transcript with roles."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
 
 
 def _fill(text: str, fields: Mapping[str, str]) -> str:
-    # one pass, so that a field's text that looks like a placeholder stays as it is
+    # one pass, so that a placeholder in a field's text is not replaced
     return re.sub(r"\{(instruction|input)\}", lambda match: fields[match[1]], text)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens of a text. Pieces between special tokens are remembered: conversations repeat their turns."""
+    """The tokens of a text. Pieces between special tokens are cached: conversations repeat their turns."""
     pieces = _special(tokenizer).split(text)
     return tuple(token for piece in pieces if piece for token in _piece(piece, tokenizer))
 
@@ -210,17 +237,17 @@ def _piece(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Where a text may be cut without changing its tokens: at special tokens, if the tokenizer never looks across."""
+    """A pattern for the places where a cut keeps the tokens: special tokens, if the tokenizer never looks across."""
     tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
     if not tokens:
         return re.compile(r"(?!)")
     cuts = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
     probe = "".join(f"user one{token}\n two{token}three {token}" for token in tokens)
-    apart = [_piece(piece, tokenizer) for piece in cuts.split(probe) if piece]
-    return cuts if sum(apart, ()) == _piece(probe, tokenizer) else re.compile(r"(?!)")
+    pieces = [_piece(piece, tokenizer) for piece in cuts.split(probe) if piece]
+    return cuts if sum(pieces, ()) == _piece(probe, tokenizer) else re.compile(r"(?!)")
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The begin-of-text token, where the tokenizer puts one before plain text."""
-    begin = tokenizer.bos_token_id
-    return (begin,) if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else ()
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core.files import write_atomically
-from fedferret.core.rounds import Codec
+from fedferret.core.node import Codec
 
 
 class ClientStore:

@@ -1,15 +1,15 @@
-"""Flower as a transport: letters to approved sites by name, replies as they come, a deadline on every wait.
+"""Flower as a transport: sends messages to approved sites by name, and yields replies as they come, until a deadline.
 
-    exchange(letters, deadline):   who is connected? -> push each letter to its site's node -> poll for replies
-                                   a site that connects while others are still at work gets its letter then
-                                   what is open after the deadline -> a Delivery without content
+    exchange(messages, deadline): which sites are connected? -> push each message to its site's node -> poll for replies
+                                  a site that connects during the exchange is sent its message then
+                                  no reply by the deadline -> a Received without content
 
-A letter is one value of a ConfigRecord, so it crosses as the bytes that it is. Nothing of Flower's own averaging,
-sampling or strategies is used; its grid waits for nodes without a limit and polls every three seconds, so the loop
-is ours. Grid and messages are as in flwr 1.41 (`flwr/superlink/grid/http_grid.py`).
+A message of ours is one bytes value in a ConfigRecord of a Flower message. Flower's averaging, sampling and strategies
+are not used. Flower's grid waits for nodes without a limit and polls every three seconds, so this module has its own
+loop. Grid and messages are as in flwr 1.41 (`flwr/superlink/grid/http_grid.py`).
 
-Where sites prove themselves by keys, a node's name is the one that the server registered its key under, and never
-what the site says of itself. In insecure mode there are no keys: nodes are asked for their names.
+With node keys, a node's name is the name under which the server registered the key, and never what the node claims.
+In insecure mode there are no keys: the server asks nodes for their names.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedferret.engines.transport import Received
 
-RECORD = "letter"  # the record, and the value in it
-SENDINGS = 3  # of one letter in one exchange: a site that is lost and back may still answer; one that crashes does not
+RECORD = "message"  # name of the record, and of the value in it
+SENDINGS = 3  # of one message in one exchange: a site that reconnects may still reply; one that crashes does not
 
-_LOST = frozenset(  # errors of the connection or of the site's processes: another sending may fare better
+_LOST = frozenset(  # errors of the connection or of the site's processes: sending again may succeed
     {
         ErrorCode.MESSAGE_UNAVAILABLE,
         ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -41,18 +41,18 @@ _LOST = frozenset(  # errors of the connection or of the site's processes: anoth
 
 @dataclass(frozen=True)
 class Traffic:
-    """One site's bytes in one exchange: of our messages alone, and with Flower's records and headers around them."""
+    """One site's bytes in one exchange: of our messages, and of the same with Flower's records and headers."""
 
     site: str
     payload_down: int = 0
     framed_down: int = 0
     payload_up: int = 0
     framed_up: int = 0
-    reason: str = ""  # why nothing came up
+    reason: str = ""  # why there is no reply
 
 
 class FlowerTransport:
-    """Exchanges letters with the approved sites of one run through a Flower grid."""
+    """Exchanges messages with the approved sites of one run through a Flower grid."""
 
     def __init__(
         self,
@@ -61,15 +61,24 @@ class FlowerTransport:
         record: Callable[[Traffic], None] = lambda traffic: None,
         poll: float = 0.2,
     ) -> None:
-        """``nodes`` says which approved sites are connected now, and as which node; ``record`` hears of every letter.
+        """Create a transport; the caller closes the grid.
 
-        ``poll``: seconds between two looks for replies; a look costs the server about 2 ms on loopback.
+        Args:
+            grid: of the Flower run.
+            nodes: returns the node id of each approved site that is connected now.
+            record: called with every site's traffic in an exchange.
+            poll: seconds between two polls for replies; a poll costs the server about 2 ms on loopback.
         """
         self._grid, self._nodes, self._record, self._poll = grid, nodes, record, poll
         self.workers: Sequence[str] = ()  # every client is a site
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
-        """Deliver each letter, yield what comes back as it comes; see Transport."""
+        """Send each message, and yield replies as they come; see ``Transport.exchange``.
+
+        Args:
+            messages: bytes by site.
+            deadline: seconds.
+        """
         exchange = _Exchange(self._grid, messages, time.monotonic() + deadline)
         while exchange.open:
             if exchange.idle():
@@ -81,33 +90,33 @@ class FlowerTransport:
                 time.sleep(min(self._poll, max(0.0, exchange.left())))
 
     def close(self) -> None:
-        """Nothing to end: the grid belongs to whoever made it."""
+        """Do nothing: the caller closes the grid."""
 
 
 class _Exchange:
-    """The letters of one call, and what has become of each."""
+    """The messages of one exchange, and the state of each."""
 
     def __init__(self, grid: Grid, messages: Mapping[str, bytes], end: float) -> None:
-        self._grid, self._letters, self._end = grid, messages, end
-        self.open = set(messages)  # sites that no Delivery has been made for
-        self._waiting: dict[str, str] = {}  # message id -> site that has it
+        self._grid, self._messages, self._end = grid, messages, end
+        self.open = set(messages)  # sites without a Received so far
+        self._waiting: dict[str, str] = {}  # message id -> site that it was sent to
         self._sent = dict.fromkeys(messages, 0)
         self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
-        self._missing = dict.fromkeys(messages, "not connected")  # why a site has no letter now
+        self._missing = dict.fromkeys(messages, "not connected")  # why a site has no message now
 
     def left(self) -> float:
         """Seconds to the deadline."""
         return self._end - time.monotonic()
 
     def idle(self) -> set[str]:
-        """Those who have no letter and no Delivery: not connected, or lost."""
+        """Sites with no message and no Received: not connected, or lost."""
         return self.open - set(self._waiting.values())
 
     def send(self, nodes: Mapping[str, int]) -> None:
-        """Push the letters of those who have none and are connected."""
+        """Push the messages of the idle sites that are connected."""
         for site in sorted(self.idle() & nodes.keys()):
             if self._sent[site] < SENDINGS and self.left() > 0:
-                content = self._letters[site]
+                content = self._messages[site]
                 message = train_message(content, nodes[site], self.left())
                 self._sent[site] += 1
                 self._payload[site] += len(content)
@@ -116,22 +125,22 @@ class _Exchange:
                 if identifier:
                     self._waiting[identifier] = site
                 else:
-                    self._missing[site] = "the server could not take the letter for it"
+                    self._missing[site] = "the SuperLink did not accept its message"
 
     def receive(self) -> Iterator[tuple[Traffic, Received]]:
-        """What has come since the last look, and all that is open when nothing more can come."""
+        """What came since the last poll; once nothing more can come, every site that is still open."""
         if not self._waiting or self.left() <= 0:
             for site in sorted(self.open):
                 silent = site in self._waiting.values()
-                yield self._close(site, None, "no answer before the deadline" if silent else self._missing[site])
+                yield self._close(site, None, "no reply before the deadline" if silent else self._missing[site])
             return
         for reply in self._grid.pull_messages(list(self._waiting)):
             site = self._waiting.pop(reply.metadata.reply_to_message_id, "")
             if not site:
-                continue  # nothing that was asked for
+                continue  # a reply to no message of this exchange
             content, reason = content_of(reply)
             if reply.has_error() and reply.error.code in _LOST:
-                self._missing[site] = reason  # it may be back before the others are done
+                self._missing[site] = reason  # the site may be back before the others are done
             else:
                 yield self._close(site, content, reason, framed_bytes(reply))
 
@@ -142,16 +151,22 @@ class _Exchange:
 
 
 class Roster:
-    """Which approved site is connected as which node."""
+    """The node id of each approved site that is connected."""
 
     def __init__(self, grid: Grid, approved: Iterable[str], asks: bool = False) -> None:
-        """``asks``: nodes without a registered name are asked for it, and believed. For insecure mode alone."""
+        """Create a roster.
+
+        Args:
+            grid: of the Flower run.
+            approved: names of the run's sites.
+            asks: whether nodes without a registered name are asked for it, and believed: only in insecure mode.
+        """
         self._grid, self._approved, self._asks = grid, frozenset(approved), asks
-        self._names: dict[int, str] = {}  # of the nodes that answered
-        self._asked: dict[str, int] = {}  # message id -> node that has not
+        self._names: dict[int, str] = {}  # of the nodes that replied
+        self._asked: dict[str, int] = {}  # message id -> node that has not replied
 
     def __call__(self) -> dict[str, int]:
-        """The nodes of those connected now; of two with one name, which a restart leaves, the newer."""
+        """Return the node ids; of two nodes with one name, which a restart leaves, the newer."""
         nodes = sorted(self._grid.get_nodes(), key=lambda node: node.registered_at)
         if self._asks:
             self._ask(node.node_id for node in nodes if not node.name)
@@ -171,25 +186,35 @@ class Roster:
 
 
 def train_message(content: bytes, node: int, seconds: float) -> Message:
-    """A message to a node that is void after so many seconds: a site that comes back later does no work in vain."""
+    """Return a message to a node that expires, so that a site that is back later does no useless work.
+
+    Args:
+        content: of our message, bytes.
+        node: id.
+        seconds: until expiry.
+    """
     return Message(records_of(content), node, MessageType.TRAIN, ttl=seconds)
 
 
 def records_of(content: bytes) -> RecordDict:
-    """The records that carry ``content``."""
+    """Return Flower's records for the bytes of a message of ours."""
     return RecordDict({RECORD: ConfigRecord({RECORD: content})})
 
 
 def content_of(message: Message) -> tuple[bytes | None, str]:
-    """What a message carries, or None and why it carries nothing."""
+    """Return the content of a Flower message.
+
+    Returns:
+        The bytes and "", or None and the reason.
+    """
     if message.has_error():
         code = message.error.code
         return None, "connection lost" if code in _LOST else str(message.error.reason or f"Flower's error {code}")
     record: Any = message.content.get(RECORD)
     content = record.get(RECORD) if isinstance(record, ConfigRecord) else None
-    return (content, "") if isinstance(content, bytes) else (None, "an answer came that carries no letter")
+    return (content, "") if isinstance(content, bytes) else (None, "the reply holds no message")
 
 
 def framed_bytes(message: Message) -> int:
-    """Bytes of a message as Flower stores and sends it: the letter, its records, metadata and their headers."""
+    """Return the bytes of a message as Flower stores and sends it, with records, metadata and headers."""
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())

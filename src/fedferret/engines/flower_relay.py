@@ -1,8 +1,8 @@
-"""The site's half of Flower: a ClientApp that hands letters to the site's trainer and brings its replies back.
+"""The relay: a ClientApp that passes messages to the site's trainer and returns the trainer's responses.
 
-It reads no letter and has no access to the data; the trainer is another process, behind a socket in the site's
-folder. A trainer that is not there is waited for, since its supervisor is starting it; one that ends at a letter gets
-it again, for the same letter has the same answer.
+The relay does not decode messages and has no access to the data; the trainer is another process, behind a socket in
+the site's folder. The relay waits for a trainer that is missing, because the supervisor is starting it. It sends a
+message again to a trainer that ended, because the same request has the same response.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ from flwr.clientapp import ClientApp
 from fedferret.engines.flower import content_of, records_of
 from fedferret.engines.relay import call
 
-SENDINGS = 3  # of one letter to trainers that end at it: by then it is the letter's fault
-PAUSE = 0.5  # seconds between two looks for a trainer that is starting; loading a model takes many
+SENDINGS = 3  # of one message to trainers that end: then the message itself is the cause
+PAUSE = 0.5  # seconds between two tries to reach a trainer that is starting; loading a model takes longer
 
 app = ClientApp()
 
 
 @app.train()
 def relay(message: Message, context: Context) -> Message:
-    """Give the letter to the trainer, and its receipt back. Raises OSError when none came before the letter is void."""
+    """Pass a request to the trainer and return its response.
+
+    Args:
+        message: with the request.
+        context: its node_config has the trainer's socket.
+    Raises:
+        OSError: if there is no response before the message expires.
+        ValueError: if the message holds no request.
+    """
     content, reason = content_of(message)
     if content is None:
         raise ValueError(reason)
@@ -35,12 +43,25 @@ def relay(message: Message, context: Context) -> Message:
 
 @app.query()
 def name(message: Message, context: Context) -> Message:
-    """The site's name, for a server that has no keys to know it by."""
+    """Return the site's name, for a server in insecure mode.
+
+    Args:
+        message: the question.
+        context: its node_config has the name.
+    """
     return Message(records_of(str(context.node_config["name"]).encode()), reply_to=message)
 
 
 def deliver(content: bytes, socket: Path, end: float) -> bytes:
-    """The trainer's reply to ``content``, waiting for a trainer until ``end``, in seconds of this machine's clock."""
+    """Send a request to the trainer and return its response; wait for a trainer that is starting.
+
+    Args:
+        content: the request, bytes.
+        socket: the trainer's.
+        end: the last moment to wait, in seconds since the epoch by this machine's clock.
+    Raises:
+        OSError: if there is no response by then, or ``SENDINGS`` trainers ended.
+    """
     endings = 0
     while True:
         try:
@@ -58,5 +79,8 @@ def deliver(content: bytes, socket: Path, end: float) -> bytes:
 
 
 def expiry(message: Message) -> float:
-    """When the message is void, by the server's clock; Flower refuses sites whose own is seconds away from that."""
+    """Return when the message expires, in seconds since the epoch by the server's clock.
+
+    Flower refuses a site with a clock that differs by some seconds, so the site's clock can be compared with it.
+    """
     return message.metadata.created_at + message.metadata.ttl

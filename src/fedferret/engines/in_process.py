@@ -1,10 +1,10 @@
-"""All clients in this process, one after the other, on one replica of the model.
+"""All clients in this process, one after the other, on the server's own node.
 
-    for each client:  local(task, public, private, data, key)  ->  encode  ->  decode  ->  yield
+    for each client:  node.handle(body, client, private, data)  ->  encode  ->  decode  ->  yield
 
-The server's public state and the clients' are one object here, which is honest because they are bit-equal by
-law, and cheap: nothing of the model's size is copied per client. Messages go through the codec all the same.
-A client that raises is reported and dropped for the round.
+The server's public state and the clients' are one object here: they are bit-equal by law, and nothing of the model's
+size is copied per client. Messages go through the codec all the same. A client that raises is reported and left out of
+the round.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedferret.core.algorithm import Examples
-from fedferret.core.rounds import ClientUpdate, Codec, Failure, Job
+from fedferret.core.exchanges import Body, Failure, Reply, Score, Train
+from fedferret.core.node import Codec
+from fedferret.core.rounds import RunState
+from fedferret.core.task import Examples
 from fedferret.engines.client_store import ClientStore
-from fedferret.engines.envelope import Envelope, open_envelope, seal_envelope
-
-__all__ = ["Envelope", "InProcess"]
 
 
 class InProcess:
@@ -29,51 +28,88 @@ class InProcess:
         codec: Codec,
         store: ClientStore | None = None,
         on_client_start: Callable[[str], None] = lambda client: None,
+        held_out: Mapping[str, Examples] | None = None,
     ) -> None:
-        """``data`` may make a client's examples when asked for them; ``on_client_start`` hears of each client first."""
-        self._data = data
+        """An engine over these clients.
+
+        Args:
+            data: each client's examples; may be made when they are asked for.
+            codec: of messages.
+            store: of the clients' private states; in memory without one.
+            on_client_start: called with a client's name before its work.
+            held_out: what each client holds out, to be scored there.
+        """
+        self._data, self._held_out = data, held_out or {}
         self._codec = codec
-        self.store = store or ClientStore()
-        self._starting = on_client_start
+        self._store = store or ClientStore()
+        self._on_client_start = on_client_start
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
-        """Each client's outcome as it finishes."""
-        for client in cohort:
-            self._starting(client)
-            yield self._outcome(job, client)
+    def exchange(self, bodies: Mapping[str, Body], state: RunState) -> Iterator[Reply | Failure]:
+        """Let every client handle a body, one after the other; see ``Engine``.
 
-    def _outcome(self, job: Job, client: str) -> ClientUpdate | Failure:
-        stage = "data"
-        try:
-            data = self._data[client]
-            stage = "local"
-            encoded, private = self.work(job, client, data)
-            stage = "wire"
-            answer = open_envelope(client, encoded, self._codec)
-        except Exception as error:
-            return self.failed(job, client, stage, error)
-        if private is not None:
-            self.store.stage(client, private, job.round)
-        return answer
+        Args:
+            bodies: by client: ``Train``, ``Score`` or a message that a guard declares.
+            state: of the run, before the round; clients work on ``state.node``.
 
-    def work(self, job: Job, client: str, data: Examples) -> tuple[bytes, Any]:
-        """One client's round: its message, encoded, and its new private state."""
-        private = self.store.get(client)
-        return seal_envelope(
-            job.algorithm,
-            job.task,
-            job.public,
-            private,
-            data,
-            self._codec,
-            seed=job.seed,
-            round=job.round,
-            client=client,
-        )
+        Returns:
+            One outcome per client, in the order of ``bodies``, as each client finishes.
+        """
+        for client, body in bodies.items():
+            self._on_client_start(client)
+            yield self._outcome(state, client, body)
 
-    def failed(self, job: Job, client: str, stage: str, error: Exception) -> Failure:
-        """What becomes of an error: here, the round goes on without the client."""
-        return Failure(client, stage, f"{type(error).__name__}: {error}")
+    def commit(self, round: int, refused: Sequence[str]) -> None:
+        """Make the private states that the round produced the clients' states.
+
+        Args:
+            round: the round that is saved, from 1.
+            refused: clients with a refused update; they keep the private states from before the round.
+        """
+        self._store.withdraw(refused)
+        self._store.commit(round)
 
     def close(self) -> None:
         """Nothing to end: the clients live in this process."""
+
+    def _outcome(self, state: RunState, client: str, body: Body) -> Reply | Failure:
+        stage = "data"
+        try:
+            data = (self._held_out if isinstance(body, Score) else self._data)[client]
+            stage = "local"
+            reply, private = self.work(state, client, body, data)
+            stage = "wire"
+            encoded = self._codec.encode(reply)
+            received = Reply(client, self._codec.decode(encoded), len(encoded))
+        except Exception as error:
+            return self.failed(body, client, stage, error)
+        if private is not None and isinstance(body, Train):
+            self._store.stage(client, private, body.round)
+        return received
+
+    def work(self, state: RunState, client: str, body: Body, data: Examples) -> tuple[Any, Any]:
+        """Let one client handle a body.
+
+        Args:
+            state: of the run, before the round.
+            client: the client's name.
+            body: ``Train``, ``Score`` or a message that a guard declares.
+            data: the client's examples; for ``Score`` those that the client holds out.
+
+        Returns:
+            The client's reply, a message, and the client's private state from now on; None where it has none.
+        """
+        return state.node.handle(body, client, self._store.get(client), data)
+
+    def failed(self, body: Body, client: str, stage: str, error: Exception) -> Failure:
+        """Turn an error into an outcome: here, the round goes on without the client.
+
+        Args:
+            body: what the client was to handle.
+            client: the client's name.
+            stage: where the error arose: "data", "local" or "wire".
+            error: as caught.
+
+        Returns:
+            The failure, with the error's type and message as reason.
+        """
+        return Failure(client, stage, f"{type(error).__name__}: {error}")

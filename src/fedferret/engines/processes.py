@@ -1,10 +1,11 @@
-"""Resident processes on one machine as a transport: started, watched, and started again when they are lost.
+"""Resident processes on one machine as a transport: started, watched, and started again when they end.
 
-    Processes(folders)            one for each site's folder, a letter to a site goes to its process alone
-    Processes.simulating(n, ...)  n workers in a temporary folder, each with all clients' data; any takes any letter
+    Processes(folders)            one process for each site's folder; a message to a site goes only to that process
+    Processes.simulating(n, ...)  n workers in a temporary folder, each with all clients' data; any takes any message
 
-A real engine for a machine with several cores or devices, and the bed on which faults are tested: its processes can be
-killed, stopped and lied to like any site's. They end with this process, however it ends.
+This is an engine for a machine with several cores or devices, and the place where faults are tested: tests kill and
+stop these processes and send them invalid messages, as could happen to any site. They end with this process, however
+it ends.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -26,41 +26,59 @@ from fedferret.core.files import write_atomically
 from fedferret.engines.relay import SOCKET, call
 from fedferret.engines.workers import Lost, Workers
 
-GRACE = 5.0  # seconds that a process has to end by itself when its standard input is closed
+GRACE = 5.0  # seconds that a process has to end once its standard input is closed
 
 
 class Processes(Workers):
     """A transport over resident processes."""
 
-    def __init__(self, folders: Mapping[str, Path], environment: Mapping[str, str] | None = None) -> None:
-        """``folders``: each worker's or site's, with its ``site.toml``. ``environment``: beside this process's own."""
+    def __init__(
+        self,
+        folders: Mapping[str, Path],
+        program: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Create a transport; processes start with their first message.
+
+        Args:
+            folders: the folder of each worker or site, with ``site.toml``, by name.
+            program: the command of a resident process, to which a folder and ``--with-parent`` are added.
+            environment: added to this process's environment.
+        """
         super().__init__(list(folders))
-        self._folders, self._environment = dict(folders), dict(environment or {})
+        self._folders, self._program, self._environment = dict(folders), tuple(program), dict(environment or {})
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(folders)), thread_name_prefix="letters")
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(folders)), thread_name_prefix="messages")
         self._temporary = contextlib.ExitStack()
         self._closed = False
 
     @classmethod
-    def simulating(cls, count: int, site_toml: str, root: Path | None = None) -> Processes:
-        """``count`` workers with these settings, their sockets in ``root`` or, without one, in a temporary folder."""
+    def simulating(cls, count: int, site_toml: str, program: Sequence[str], root: Path | None = None) -> Processes:
+        """Create a transport over workers that have all clients' data.
+
+        Args:
+            count: number of workers.
+            site_toml: content of each worker's ``site.toml``.
+            program: as in ``__init__``.
+            root: where the workers' folders are made; None: in a temporary folder.
+        """
         temporary = contextlib.ExitStack()
         if root is None:
             root = Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="fedferret-")))
         folders = {f"worker-{number}": root / f"worker-{number}" for number in range(1, count + 1)}
         for folder in folders.values():
             write_atomically(folder / "site.toml", site_toml)
-        processes = cls(folders)
+        processes = cls(folders, program)
         processes._temporary = temporary
         return processes
 
     @property
     def process_ids(self) -> dict[str, int]:
-        """Of those that run now."""
+        """Ids of the processes that run now, by worker."""
         return {name: process.pid for name, process in list(self._running.items()) if process.poll() is None}
 
-    def ask(self, worker: str, message: bytes, timeout: float) -> Future[bytes]:
-        """See Workers. The exchange runs in a thread, so that large letters go to many at once."""
+    def send(self, worker: str, message: bytes, timeout: float) -> Future[bytes]:
+        """See Workers. Each exchange runs in a thread, so that large messages go to many workers at once."""
         return self._threads.submit(self._call, worker, message, time.monotonic() + timeout)
 
     def wait(self, handles: Collection[Any], timeout: float) -> Collection[Any]:
@@ -85,7 +103,7 @@ class Processes(Workers):
         for process in list(self._running.values()):
             _end(process, GRACE)
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for process in self._running.values():  # one that was being started just then
+        for process in self._running.values():  # a thread may have started one meanwhile
             _end(process, grace=0.0)
         self._running.clear()
         self._temporary.close()
@@ -99,30 +117,23 @@ class Processes(Workers):
         except TimeoutError:
             raise
         except OSError as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its socket closes a moment before it is gone
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the socket closes a moment before the process ends
                 process and process.wait(1.0)
-            raise Lost(_ended(process) or f"it does not answer ({error})") from None
+            raise Lost(_ended(process) or f"it does not reply ({error})") from None
 
     def _start(self, worker: str, end: float) -> subprocess.Popen[bytes]:
-        """A new process for ``worker``, ready for letters. Raises Lost where it does not come up in time."""
+        """Start a process for ``worker`` and wait until it is ready. Raises Lost, or TimeoutError after ``end``."""
         if old := self._running.pop(worker, None):
             _end(old, grace=0.0)
         if self._closed:
             raise Lost("the run is over")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "fedferret.engines.resident",
-            str(self._folders[worker]),
-            "--with-parent",
-        ]
+        command = [*self._program, str(self._folders[worker]), "--with-parent"]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **self._environment},
-            start_new_session=True,  # Ctrl-C is this process's affair
+            start_new_session=True,  # Ctrl-C reaches only this process
         )
         self._running[worker] = process
         assert process.stdout is not None
@@ -136,7 +147,7 @@ class Processes(Workers):
 
 
 def _ended(process: subprocess.Popen[bytes] | None) -> str:
-    """How a process ended, in words; "" where it runs."""
+    """How a process ended, in words; "" while it runs."""
     code = None if process is None else process.poll()
     if code is None:
         return ""

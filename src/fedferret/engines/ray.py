@@ -1,10 +1,10 @@
 """Ray actors as a transport: a simulation on many machines, or on one with fractions of its devices.
 
-Each actor holds one trainer, its model loaded once, and is asked one letter at a time. The letters and receipts are the
-codec's bytes. A lost actor is replaced and its client runs again (``workers.py``).
+Each actor holds one trainer with a model that is loaded once, and handles one message at a time. Messages are bytes of
+the codec. A lost actor is replaced, and its client's work is done again (``workers.py``).
 
-On one machine everything listens on loopback, without a dashboard, and usage reports are off. ``RAY_ADDRESS`` in the
-environment joins a cluster that runs already; then its owner decides who may reach it.
+On one machine every Ray process listens on loopback; dashboard and usage reports are off. ``RAY_ADDRESS`` in the
+environment joins a running cluster; the cluster's owner decides who may reach it.
 """
 
 from __future__ import annotations
@@ -12,49 +12,60 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import write_atomically
 from fedferret.engines.workers import Lost, Workers
 
 OFF = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without a device keeps seeing what its machine has
-    "RAY_worker_niceness": "0",  # 15 more, as Ray would have it, and whatever else the machine does comes first
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without a device still sees the machine's devices
+    "RAY_worker_niceness": "0",  # Ray's default, 15, lets every other process on the machine come first
 }
-# Ray has no setting for it: this is what makes it take 127.0.0.1 for its own address, as it does on other systems, and
-# then bind nothing else; its argument _node_ip_address alone is turned back into the machine's address (2.60). Ray's
-# processes read it from the environment, this one has the constant that an earlier import of Ray made of it
+# Ray has no setting for loopback. With this variable it takes 127.0.0.1 as its address, as on other systems, and binds
+# nothing else; the argument _node_ip_address alone is turned back into the machine's address (2.60). Ray's processes
+# read the variable; this process has the constant that an earlier import of Ray made from it (``_on_loopback``).
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-STARTS = 3  # of Ray, which gives up where a busy machine is slow
-OBJECT_STORE = 256 << 20  # bytes of shared memory: letters in flight, no weights of ours
+STARTS = 3  # tries to start Ray, which gives up on a busy machine
+OBJECT_STORE = 256 << 20  # bytes of shared memory: messages in transit, no model weights
+
+
+class Handler(Protocol):
+    """What an actor holds: ``handle`` returns the response to a request, both encoded."""
+
+    def handle(self, message: bytes) -> bytes: ...
 
 
 class Resident:
-    """What runs in an actor: a trainer for any client."""
+    """The actor's class: a trainer for any client."""
 
-    def __init__(self, site_toml: str) -> None:
-        from fedferret.engines.resident import open_trainer
-
-        with tempfile.TemporaryDirectory() as name:
-            write_atomically(Path(name) / "site.toml", site_toml)
-            self._trainer = open_trainer(Path(name))
+    def __init__(self, make_trainer: Callable[[], Handler]) -> None:
+        self._trainer = make_trainer()
 
     def handle(self, message: bytes) -> bytes:
-        """The receipt for an order."""
+        """Return the response to a request, both encoded."""
         return self._trainer.handle(message)
 
 
 class RayWorkers(Workers):
-    """A transport over actors."""
+    """A transport over Ray actors."""
 
-    def __init__(self, count: int, site_toml: str, *, cpus: float = 1.0, gpus: float = 0.0) -> None:
-        """``cpus`` and ``gpus``: what an actor reserves, fractions allowed. Raises UserError without Ray."""
+    def __init__(
+        self, count: int, make_trainer: Callable[[], Handler], *, cpus: float = 1.0, gpus: float = 0.0
+    ) -> None:
+        """Start Ray, or join the cluster at ``RAY_ADDRESS``.
+
+        Args:
+            count: number of actors.
+            make_trainer: called in each actor; by reference, so a function of a module or a partial of one.
+            cpus: reserved by an actor; fractions are allowed.
+            gpus: reserved by an actor; fractions are allowed.
+        Raises:
+            UserError: if Ray is not installed.
+            RunError: if Ray does not start.
+        """
         super().__init__([f"worker-{number}" for number in range(1, count + 1)])
         joins = bool(os.environ.get("RAY_ADDRESS"))
         for name, value in (OFF if joins else OFF | LOOPBACK).items():
@@ -63,7 +74,7 @@ class RayWorkers(Workers):
             import ray
         except ImportError:
             raise UserError('execution.engine="ray" needs Ray: pip install "fedferret[ray]"') from None
-        self._ray, self._site_toml = ray, site_toml
+        self._ray, self._make_trainer = ray, make_trainer
         self._started = not ray.is_initialized()
         if self._started:
             machine: dict[str, Any] = {
@@ -77,24 +88,24 @@ class RayWorkers(Workers):
                 self._start({} if joins else machine)
         self._actor = ray.remote(Resident).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
         self._actors: dict[str, Any] = {}
-        self._asked: dict[Any, str] = {}
+        self._sent: dict[Any, str] = {}  # handle: worker
 
     def _start(self, machine: dict[str, Any]) -> None:
         for attempt in range(1, STARTS + 1):
             try:
                 self._ray.init(log_to_driver=False, logging_level=logging.ERROR, **machine)
                 return
-            except Exception as error:  # a plain one where it is not up after 30 seconds, which Ray has no setting for
+            except Exception as error:  # Ray raises Exception if it is not up after 30 seconds, which cannot be set
                 self._ray.shutdown()
                 if attempt == STARTS:
                     raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from error
 
-    def ask(self, worker: str, message: bytes, timeout: float) -> Any:
+    def send(self, worker: str, message: bytes, timeout: float) -> Any:
         """See Workers."""
         if worker not in self._actors:
-            self._actors[worker] = self._actor.remote(self._site_toml)
-        handle = self._actors[worker].answer.remote(message)
-        self._asked[handle] = worker
+            self._actors[worker] = self._actor.remote(self._make_trainer)
+        handle = self._actors[worker].handle.remote(message)
+        self._sent[handle] = worker
         return handle
 
     def wait(self, handles: Collection[Any], timeout: float) -> Collection[Any]:
@@ -104,7 +115,7 @@ class RayWorkers(Workers):
 
     def result(self, handle: Any) -> bytes:
         """See Workers."""
-        worker = self._asked.pop(handle)
+        worker = self._sent.pop(handle)
         try:
             content: bytes = self._ray.get(handle)
             return content
@@ -127,7 +138,7 @@ class RayWorkers(Workers):
 
 @contextmanager
 def _on_loopback(ray: Any) -> Iterator[None]:
-    """Ray starts on 127.0.0.1 alone, whoever has imported it before."""
+    """Make Ray start on 127.0.0.1 only, even if Ray was imported before."""
     constants = ray._private.ray_constants
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:

@@ -1,7 +1,7 @@
-"""Frames on a local socket: how a relay, which has no model and no data, reaches the trainer beside it.
+"""Frames on a local socket: the protocol between a relay, which has neither model nor data, and the trainer.
 
-A frame is the number of bytes that follow (8 bytes, big-endian) and those bytes; one frame in, one frame out, and
-the connection is done. Only the standard library is imported: a relay starts in a fraction of a second.
+A frame is the number of the following bytes (8 bytes, big-endian) and these bytes. A connection has one frame in and
+one frame out. Only the standard library is imported, so a relay starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 SOCKET = "trainer.sock"  # in the site's folder
 LARGEST = 1 << 35  # bytes of one frame, 32 GiB: a snapshot of 7B weights in fp32, and no more
 _HEADER = struct.Struct(">Q")
-_LONGEST = 100  # bytes of a path that every system takes as a socket's address
+_LONGEST = 100  # bytes of a path that every system accepts as a socket's address
 _PIECE = 1 << 20
 
 
@@ -26,9 +26,15 @@ class FrameError(ConnectionError):
 
 
 def call(path: Path | str, message: bytes, timeout: float) -> bytes:
-    """Send ``message`` to whoever listens at ``path`` and return the reply.
+    """Send a message to the process that listens at a socket, and return the reply.
 
-    Raises TimeoutError after ``timeout`` seconds in all, and other OSErrors where nobody listens or the other end dies.
+    Args:
+        path: of the socket.
+        message: bytes.
+        timeout: seconds in all.
+    Raises:
+        TimeoutError: after ``timeout`` seconds.
+        OSError: if no process listens, or the other end closes the connection.
     """
     end = time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -41,7 +47,7 @@ def call(path: Path | str, message: bytes, timeout: float) -> bytes:
 
 @contextlib.contextmanager
 def address(path: Path | str) -> Iterator[str]:
-    """The name under which a socket at ``path`` can be bound or reached: the kernel takes about a hundred bytes."""
+    """Yield an address for binding or reaching a socket at ``path``: the kernel allows about a hundred bytes."""
     path = Path(path)
     if len(os.fsencode(path)) <= _LONGEST:
         yield str(path)
@@ -54,17 +60,33 @@ def address(path: Path | str) -> Iterator[str]:
 
 
 def send(connection: socket.socket, content: bytes) -> None:
-    """Write one frame."""
+    """Write one frame.
+
+    Args:
+        connection: a connected socket.
+        content: bytes of the frame, without the header.
+    """
     connection.sendall(_HEADER.pack(len(content)))
-    if content:  # an empty frame is its header: whoever read that may have gone already
+    if content:  # after the header of an empty frame the reader may have closed the connection
         connection.sendall(content)
 
 
 def receive(connection: socket.socket, *, end: float | None = None, largest: int = LARGEST) -> bytes:
-    """Read one frame; ``end``, on the monotonic clock, bounds the whole of it. Raises FrameError, TimeoutError."""
+    """Read one frame.
+
+    Args:
+        connection: a connected socket.
+        end: the last moment to wait for the whole frame, in seconds of ``time.monotonic``.
+        largest: limit of the frame's size, bytes.
+    Returns:
+        The frame's bytes, without the header.
+    Raises:
+        FrameError: if the frame is too large, or incomplete.
+        TimeoutError: after ``end``.
+    """
     (length,) = _HEADER.unpack(_read(connection, _HEADER.size, end))
     if length > largest:
-        raise FrameError(f"a frame of {length:,} bytes was announced, and at most {largest:,} are taken")
+        raise FrameError(f"a frame of {length:,} bytes was announced, and at most {largest:,} are allowed")
     return _read(connection, length, end)
 
 
@@ -76,7 +98,7 @@ def _read(connection: socket.socket, length: int, end: float | None) -> bytes:
             if left <= 0:
                 raise TimeoutError("timed out")
             connection.settimeout(left)
-        # grown as it comes: a length that was only claimed takes no memory
+        # the buffer grows with what is received: a false length takes no memory
         piece = connection.recv(min(_PIECE, length - len(content)))
         if not piece:
             raise FrameError(f"the connection ended after {len(content):,} of {length:,} bytes")

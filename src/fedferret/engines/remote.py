@@ -1,15 +1,17 @@
-"""The server's half of any engine that is not this process: an Order to each client, a Receipt back, no trust.
+"""The server's half of any engine that is not this process: a Request to each client, a Response back, no trust.
 
-    Job -> one order per client -> transport -> receipts, as they come -> checked -> spooled -> Answers in cohort order
+    bodies -> one request per client -> transport -> responses, as they come -> checked -> spooled -> replies in client
+    order
 
-* An order carries what the client's site lacks of the log, by the server's books. A site that lacks more says so and is
-  sent that; a site whose replica has another hash is named, and has it rebuilt from base and log once.
-* Every order has a ticket of its own. A receipt with another is late, or a second one, and counts for nothing.
-* Receipts wait for their turn in a temporary file: the server's memory does not grow with their number.
+* A request carries what the client's site is missing of the log, by the server's books. A site that is missing more
+says so
+  and is sent that; a site with another hash of its replica is named, and rebuilds it from base and log once.
+* Every request has a ticket. A response with another is late, or a second one, and counts for nothing.
+* Responses wait for their turn in a temporary file: the server's memory does not grow with their number.
 * Whatever a site does becomes one Failure with one line; nothing that comes back raises here.
 
-A transport with workers (a simulation) is brought up to date worker by worker at the start of a round; then any of them
-takes any client's order, with that client's private state, which stays in the server's ``ClientStore``.
+A transport with workers (a simulation) is brought up to date worker by worker at the start of an exchange; then any of
+them takes any client's request, with that client's private state, which stays in the server's ``ClientStore``.
 """
 
 from __future__ import annotations
@@ -22,22 +24,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedferret.core import tree
-from fedferret.core.pooling import tensors
-from fedferret.core.rounds import ClientUpdate, Codec, Failure, Job
+from fedferret.core.exchanges import Body, Failure, Reply
+from fedferret.core.node import Codec
+from fedferret.core.rounds import RunState
+from fedferret.core.spool import Place, Spool
 from fedferret.engines.client_store import ClientStore
-from fedferret.engines.envelope import open_envelope
-from fedferret.engines.transport import Received, Request, Response, Transport, check_fields
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport, check_fields
 
-SENDINGS = 4  # of orders to one client in a round: it may lack the recipe, then records, then differ
-_SMALLEST_LIMIT = 1 << 20  # bytes that any answer may have, however small the model
+SENDINGS = (
+    4  # of requests to one client in an exchange: the recipe may be missing, then records, then the replica differs
+)
+_SMALLEST_LIMIT = 1 << 20  # bytes that any response may have, however small the model
 
 
 @dataclass
 class Missing:
-    """What a site is to be sent beside the order itself."""
+    """What a site is to be sent beside the body."""
 
-    since: int
+    since: int  # version that the site's replica has
     recipe: bool = False
     rebuild: bool = False
 
@@ -57,51 +61,46 @@ class Remote:
         store: ClientStore | None = None,
         on_client_start: Callable[[str], None] = lambda client: None,
         log: Callable[[str], None] = lambda line: None,
-        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> None:
-        """``recipe``: its identity as TOML. ``base``: SHA-256 of the base weights. ``deadline``: seconds of a round.
+        """An engine over this transport.
 
-        ``workers``: the transport's, of which any plays any client; () where every client is a site of its own.
-        ``log`` hears a line for each thing an operator should know that is no failure; ``record`` of every letter.
+        Args:
+            transport: delivers messages; closed with the engine.
+            codec: of messages.
+            recipe: the recipe's identity as TOML.
+            base: SHA-256 of the base weights.
+            deadline: seconds of an exchange.
+            workers: the transport's, of which any works for any client; () where every client is a site.
+            store: of simulated clients' private states.
+            on_client_start: called with a client's name when its reply's turn comes.
+            log: called with a line for each thing an operator should know that is no failure.
+            on_message: called with every message.
         """
-        self.store = store or ClientStore()
+        self._store = store or ClientStore()
         self.transport, self.codec = transport, codec
         self.recipe, self.run = recipe, hashlib.sha256(recipe.encode()).hexdigest()
         self.base, self.deadline, self.workers = base, deadline, tuple(workers)
-        self.on_client_start, self.log, self.record = on_client_start, log, record
+        self.on_client_start, self.log, self.on_message = on_client_start, log, on_message
         self.held: dict[str, int] = {}  # the version that each worker holds
 
-    def map(self, job: Job, cohort: Sequence[str]) -> Iterator[ClientUpdate | Failure]:
-        """Every client's outcome, in the cohort's order, each as soon as those before it are known."""
-        with tempfile.TemporaryFile() as spool:
-            yield from _Round(self, job, cohort, Spool(spool)).play()
+    def exchange(self, bodies: Mapping[str, Body], state: RunState) -> Iterator[Reply | Failure]:
+        """Every client's outcome, in the bodies' order, each as soon as those before it are known; see ``Engine``."""
+        with tempfile.TemporaryFile() as file:
+            yield from _Exchange(self, self._store, bodies, state, Spool(file)).run()
+
+    def commit(self, round: int, refused: Sequence[str]) -> None:
+        """What the round made of simulated clients is what they are, but for those that were refused."""
+        self._store.withdraw(refused)
+        self._store.commit(round)
 
     def close(self) -> None:
         """End the transport."""
         self.transport.close()
 
 
-class Spool:
-    """Bytes that wait on disk. ``put`` says where they lie, ``get`` reads them there."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def put(self, content: bytes) -> tuple[int, int]:
-        """Append; returns place and length."""
-        place = self._file.seek(0, 2)
-        self._file.write(content)
-        return place, len(content)
-
-    def get(self, place: tuple[int, int]) -> bytes:
-        """What was put there."""
-        self._file.seek(place[0])
-        content: bytes = self._file.read(place[1])
-        return content
-
-
 class _Messages(Mapping[str, bytes]):
-    """Orders by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
+    """Requests by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], bytes]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -118,30 +117,34 @@ class _Messages(Mapping[str, bytes]):
         return len(self._names)
 
 
-class _Round:
-    """One call of ``map``."""
+class _Exchange:
+    """One call of ``exchange``."""
 
-    def __init__(self, engine: Remote, job: Job, cohort: Sequence[str], spool: Spool) -> None:
-        self.engine, self.job, self.cohort, self.spool = engine, job, cohort, spool
+    def __init__(
+        self, engine: Remote, store: ClientStore, bodies: Mapping[str, Body], state: RunState, spool: Spool
+    ) -> None:
+        self.engine, self.store, self.bodies, self.state, self.spool = engine, store, bodies, state, spool
         self.end = time.monotonic() + engine.deadline
-        self.fingerprint = tree.digest(tensors(job.public))
+        self.round = next((body.round for body in bodies.values()), state.round)
+        self.fingerprint = state.node.fingerprint()
         # no message of a round is larger than a few models; one that claims to be is not even decoded
-        self.limit = _SMALLEST_LIMIT + 4 * sum(each.numel() * each.itemsize for each in job.task.model.parameters())
+        model = state.node.task.model
+        self.limit = _SMALLEST_LIMIT + 4 * sum(each.numel() * each.itemsize for each in model.parameters())
         self.tickets: dict[str, str] = {}
         self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
-        self.sendings = dict.fromkeys(cohort, 0)
-        self.settled: dict[str, Failure | tuple[tuple[int, int], tuple[int, int]]] = {}
+        self.sendings = dict.fromkeys(bodies, 0)
+        self.settled: dict[str, Failure | tuple[Place, Place]] = {}
         self.wrong: dict[str, str] = {}  # what was wrong with what a client sent, while a better copy may come
 
-    def play(self) -> Iterator[ClientUpdate | Failure]:
-        """Send, listen, send again to those who lack something, until all are settled or the time is over."""
-        turn = iter(self.cohort)
+    def run(self) -> Iterator[Reply | Failure]:
+        """Send, listen, send again to those that miss something, until all are settled or the time is over."""
+        turn = iter(self.bodies)
         client = next(turn, None)
-        waiting = list(self.cohort)
+        waiting = list(self.bodies)
         while waiting:
             self._bring_up_workers()
             again: list[str] = []
-            for received in self._exchange(waiting):
+            for received in self._send(waiting):
                 if self._take(received):
                     again.append(received.site)
                 while client in self.settled:
@@ -149,7 +152,7 @@ class _Round:
                     client = next(turn, None)
             for name in waiting:
                 if name not in self.settled and (name not in again or self._left() <= 0):
-                    self.settled[name] = Failure(name, "wire", self.wrong.get(name, "no answer before the deadline"))
+                    self.settled[name] = Failure(name, "wire", self.wrong.get(name, "no reply before the deadline"))
             waiting = [name for name in waiting if name not in self.settled]
         while client is not None:
             yield self._outcome(client)
@@ -158,32 +161,33 @@ class _Round:
     def _left(self) -> float:
         return self.end - time.monotonic()
 
-    def _exchange(self, names: Sequence[str]) -> Iterator[Received]:
+    def _send(self, names: Sequence[str]) -> Iterator[Received]:
         self.tickets |= {name: secrets.token_hex(8) for name in names}
         return self.engine.transport.exchange(_Messages(names, self._message), max(0.0, self._left()))
 
     def _message(self, name: str) -> bytes:
-        engine, job = self.engine, self.job
+        engine, state = self.engine, self.state
         client = "" if name in engine.workers else name
-        missing_parts = self._missing(name)
-        update = job.log.since(missing_parts.since)
-        private = engine.store.get(client) if client and engine.workers else None
+        missing = self._missing(name)
+        update = state.log.since(missing.since)
+        private = self.store.get(client) if client and engine.workers else None
         message = engine.codec.encode(
             Request(
                 run=engine.run,
-                recipe=engine.recipe if missing_parts.recipe else "",
-                base=engine.base,
-                client=client,
-                round=job.round,
+                epoch=state.node.epoch,
+                round=self.round,
                 ticket=self.tickets[name],
-                version=job.log.version,
+                client=client,
+                recipe=engine.recipe if missing.recipe else "",
+                base=engine.base,
+                version=state.log.version,
                 fingerprint=self.fingerprint,
-                since=missing_parts.since,
                 snapshot=update.snapshot or b"",
                 records=update.records,
-                counted=job.versions[client] + 1 if client in job.versions else 0,
-                rebuild=missing_parts.rebuild,
+                counted=state.versions[client] + 1 if client in state.versions else 0,
+                rebuild=missing.rebuild,
                 private=b"" if private is None else engine.codec.encode(private),
+                body=self.bodies[client] if client else None,
             )
         )
         self._log_event("request", name, payload_bytes=update.size, framed_bytes=len(message))
@@ -193,94 +197,94 @@ class _Round:
         """By the books, or as the site said itself."""
         if name in self.missing:
             return self.missing[name]
-        if self.engine.workers:  # a worker that has not been heard of lacks everything; a client's order brings nothing
-            held = self.engine.held.get(name) if name in self.engine.workers else self.job.log.version
+        if self.engine.workers:  # a worker not heard from yet has nothing; a client's request brings nothing
+            held = self.engine.held.get(name) if name in self.engine.workers else self.state.log.version
         else:
-            held = self.job.versions.get(name)
+            held = self.state.versions.get(name)
         return Missing(held or 0, recipe=held is None)
 
     def _bring_up_workers(self) -> None:
-        """Have every worker that is behind come to this round's version; one that cannot will say so to a client."""
-        engine, version = self.engine, self.job.log.version
+        """Have every worker that is behind come to this version; one that cannot will say so to a client."""
+        engine, version = self.engine, self.state.log.version
         for _ in range(SENDINGS):
             behind = [name for name in engine.workers if engine.held.get(name) != version]
             if not behind or self._left() <= 0:
                 return
-            for received in self._exchange(behind):
+            for received in self._send(behind):
                 response = self._read(received)
-                if isinstance(response, Response) and response.outcome == "ok":
+                if not isinstance(response, Response):
+                    engine.log(f"{received.site}: {response}")
+                elif response.status == DONE:
                     engine.held[received.site] = response.version
                     self.missing.pop(received.site, None)
-                elif isinstance(response, Response) and response.outcome == "missing":
-                    self.missing[received.site] = self._said(response)
-                elif isinstance(response, Response):
-                    engine.log(f"{received.site}: {_line(response.reason)}")
+                elif response.status == MISSING:
+                    self.missing[received.site] = self._named(response)
                 else:
-                    engine.log(f"{received.site}: {response}")
+                    engine.log(f"{received.site}: {_line(response.reason)}")
 
     def _take(self, received: Received) -> bool:
-        """Settle the client, or note why not; returns whether it is to be sent another order."""
+        """Settle the client, or note why not; returns whether it is to be sent another request."""
         client = received.site
         if client not in self.tickets:
-            self.engine.log(f"{client}: a letter came from a site that was asked nothing; ignored")
+            self.engine.log(f"{client}: a message came from a site that was asked nothing; ignored")
             return False
         if client in self.settled:
-            self.engine.log(f"{client}: a second answer in round {self.job.round}; ignored")
+            self.engine.log(f"{client}: a second response in round {self.round}; ignored")
             return False
         response = self._read(received)
         if not isinstance(response, Response):
             self.wrong[client] = response
             return False
-        if response.outcome == "missing":
-            return self._note_missing(client, response)
-        if response.outcome == "refused":
+        if response.status == MISSING:
+            return self._send_missing(client, response)
+        if response.status == REFUSED:
             self.settled[client] = Failure(client, "local", _line(response.reason))
-        elif (response.version, response.fingerprint) != (self.job.log.version, self.fingerprint):
-            return self._note_missing(client, response)
+        elif (response.version, response.fingerprint) != (self.state.log.version, self.fingerprint):
+            return self._send_missing(client, response)
         else:
-            self.settled[client] = self.spool.put(response.content), self.spool.put(response.private)
+            self.settled[client] = self.spool.put(response.reply), self.spool.put(response.private)
         return False
 
     def _read(self, received: Received) -> Response | str:
-        """The receipt that a delivery brings, or what is wrong with it."""
+        """The response that a site's message is, or what is wrong with it."""
         if received.content is None:
-            return self.wrong.get(received.site) or received.reason or "no answer before the deadline"
+            return self.wrong.get(received.site) or received.reason or "no reply before the deadline"
         if len(received.content) > self.limit:
-            return f"sent {len(received.content):,} bytes, and no answer of this run has more than {self.limit:,}"
+            return f"sent {len(received.content):,} bytes, and no response of this run has more than {self.limit:,}"
         try:
             response = self.engine.codec.decode(received.content)
             if not isinstance(response, Response):
-                return f"a {type(response).__name__} came where a Receipt was expected"
+                return f"a {type(response).__name__} came where a Response was expected"
             check_fields(response)
         except (ValueError, TypeError, RecursionError) as error:
             return f"{type(error).__name__}: {_line(str(error))}"
         name = received.site
         self._log_event(
-            response.outcome,
+            response.status,
             name,
-            payload_bytes=len(response.content),
+            payload_bytes=len(response.reply),
             framed_bytes=len(received.content),
             version=response.version,
             process=response.process,
             note=_line(response.reason),
         )
-        if response.ticket == "" and response.outcome == "refused":  # it could not even read the order
-            return f"did not take the order: {_line(response.reason)}"
+        if response.ticket == "" and response.status == REFUSED:  # it could not even read the request
+            return f"did not take the request: {_line(response.reason)}"
         if response.ticket != self.tickets[name]:
-            return f"answered an order of round {response.round} that is over"
+            return f"replied to a request of round {response.round} that is over"
         client = "" if name in self.engine.workers else name
-        if (response.run, response.round, response.client) != (self.engine.run, self.job.round, client):
-            return f"answered for {_line(response.client)} in round {response.round}, which it was not asked"
-        if response.outcome not in ("ok", "missing", "refused"):
-            return f"answered with the word {_line(response.outcome)!r}, which means nothing"
+        if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
+            return f"replied for {_line(response.client)} in round {response.round}, which it was not asked"
+        if response.status not in (DONE, MISSING, REFUSED):
+            return f"sent the invalid status {_line(response.status)!r}"
         return response
 
-    def _note_missing(self, client: str, response: Response) -> bool:
-        """The site has not what the order builds on: remember what to send with the next."""
-        missing_parts = self._said(response)
+    def _send_missing(self, client: str, response: Response) -> bool:
+        """The site has not what the request builds on: remember what to send with the next."""
+        missing = self._named(response)
         known = self.missing.get(client)
         self.sendings[client] += 1
-        if missing_parts.rebuild and known and known.rebuild:
+        if missing.rebuild and known and known.rebuild:
             self.settled[client] = Failure(
                 client,
                 "replica",
@@ -289,49 +293,50 @@ class _Round:
             )
             return False
         if self.sendings[client] == SENDINGS:
-            self.settled[client] = Failure(
-                client, "replica", f"still lacks its {_line(response.reason)} after it was sent"
-            )
+            reason = f"its {_line(response.reason)} is still missing after it was sent"
+            self.settled[client] = Failure(client, "replica", reason)
             return False
-        if missing_parts.rebuild:
+        if missing.rebuild:
             self.engine.log(f"{client}: its replica differs from the server's; it rebuilds from base and log")
         if self.engine.workers:
-            self.engine.held.clear()  # which of them lacks it is not said, and sending it to all costs little
-            if missing_parts.rebuild:
-                self.missing |= {name: missing_parts for name in self.engine.workers}
+            self.engine.held.clear()  # the response does not name the worker, and sending to all costs little
+            if missing.rebuild:
+                self.missing |= {name: missing for name in self.engine.workers}
         else:
-            missing_parts.rebuild = missing_parts.rebuild or bool(known and known.rebuild)
-            self.missing[client] = missing_parts
-        self.wrong[client] = f"lacks its {_line(response.reason)}, and the time was over before it was sent"
+            missing.rebuild = missing.rebuild or bool(known and known.rebuild)
+            self.missing[client] = missing
+        self.wrong[client] = f"its {_line(response.reason)} is missing, and the time was over before it was sent"
         return True
 
-    def _outcome(self, client: str) -> ClientUpdate | Failure:
+    def _outcome(self, client: str) -> Reply | Failure:
         """A settled client's outcome; what it sent is decoded only now, one at a time."""
         self.engine.on_client_start(client)
         settled = self.settled[client]
         if isinstance(settled, Failure):
             return settled
-        content, private = settled
+        place, private = settled
         codec = self.engine.codec
         try:
-            answer = open_envelope(client, self.spool.get(content), codec)
+            encoded = self.spool.get(place)
+            reply = Reply(client, codec.decode(encoded), len(encoded))
             if private[1] and self.engine.workers:
-                self.engine.store.stage(client, codec.decode(self.spool.get(private)), self.job.round)
-            return answer
+                self.store.stage(client, codec.decode(self.spool.get(private)), self.round)
+            return reply
         except (ValueError, TypeError, RecursionError) as error:
             return Failure(client, "wire", f"{type(error).__name__}: {_line(str(error))}")
 
-    def _said(self, response: Response) -> Missing:
-        """What a site that lacks something is to be sent; one that answered from another replica lacks its replica."""
-        if response.outcome == "ok" or response.reason == "replica":
+    def _named(self, response: Response) -> Missing:
+        """What a site says is missing; one that replied from another replica is missing the run's."""
+        if response.status == DONE or response.reason == "replica":
             return Missing(0, recipe=True, rebuild=True)
-        return Missing(min(max(0, response.version), self.job.log.version), recipe=response.reason == "recipe")
+        held = min(max(0, response.version), self.state.log.version)
+        return Missing(held, recipe=response.reason == "recipe")
 
     def _log_event(self, what: str, name: str, **facts: Any) -> None:
-        event = {"what": what, "run": self.engine.run[:16], "round": self.job.round, "client": name, **facts}
-        self.engine.record(event)
+        event = {"what": what, "run": self.engine.run[:16], "round": self.round, "client": name, **facts}
+        self.engine.on_message(event)
 
 
 def _line(text: str) -> str:
     """A stranger's words on one line of the operator's terminal."""
-    return "".join(message if message.isprintable() else "�" for message in " ".join(text.split()))[:300]
+    return "".join(each if each.isprintable() else "�" for each in " ".join(text.split()))[:300]

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from fedferret.core.files import write_atomically
-from fedferret.core.log import Log, Record, Update
+from fedferret.core.log import Log, LogUpdate, Record
 from fedferret.wire import codec
 
 
@@ -24,8 +24,8 @@ class RunFolder:
         path = self.path / "recipe.toml"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def log(self, notes: list[str]) -> tuple[Update, int]:
-        """What leads from the base to the newest version that is whole here, and that version.
+    def log(self, notes: list[str]) -> LogUpdate:
+        """What leads from the base to the newest version that is whole here.
 
         A damaged file ends it: that one and those after it are removed and named in ``notes``.
         """
@@ -41,17 +41,19 @@ class RunFolder:
         for path in self._log.glob("*.record"):
             if int(path.stem) > version:
                 path.unlink()
-        return Log.read(self._log, version).since(0), version
+        return Log.read(self._log, version).since(0)
 
-    def add(self, update: Update, version: int) -> None:
-        """Keep what was applied: ``update`` and the version that its records come after."""
-        if update.snapshot is not None:
-            write_atomically(self._log / f"{version:06d}.snapshot", update.snapshot)
+    def add(self, update: LogUpdate, before: int) -> None:
+        """Keep what a node at version ``before`` applied of ``update``."""
+        first = update.version - len(update.records)  # the version that the records follow
+        if update.snapshot is not None and before < first:
+            write_atomically(self._log / f"{first:06d}.snapshot", update.snapshot)
             for path in [*self._log.glob("*.record"), *self._log.glob("*.snapshot")]:
-                if path.name != f"{version:06d}.snapshot":
+                if path.name != f"{first:06d}.snapshot":
                     path.unlink()  # older than the snapshot, which holds all that they led to
-        for number, record in enumerate(update.records, start=version + 1):
-            write_atomically(self._log / f"{number:06d}.record", record)
+        for number, record in enumerate(update.records, start=first + 1):
+            if number > before:
+                write_atomically(self._log / f"{number:06d}.record", record)
 
     def forget(self) -> None:
         """The log is of no use: begin again. Private states stay, they are this site's alone."""

@@ -1,17 +1,17 @@
-"""The site's half: model, replica, data and private state in one process that answers orders. No socket in it.
+"""The site's half: model, replica, data and private state in one process that answers requests. No socket in it.
 
-    order -> the recipe's work, built once          (model loaded once: the process id in every receipt shows it)
-          -> replica up to the order's version      (base + own log on disk + the records of the order)
-          -> is its hash the server's?              (else "lacks replica": the server names the site, and it rebuilds)
-          -> join / local -> receipt
+    request -> the recipe's work, built once         (model loaded once: the process id in every response shows it)
+            -> replica up to the request's version   (base + the site's log on disk + the records of the request)
+            -> is its hash the server's?             (else "replica" is missing, and the site rebuilds it)
+            -> node.handle(body) -> response
 
     FOLDER/runs/<run>/recipe.toml   what was asked of this site
     FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
     FOLDER/runs/<run>/clients/      its private state after each round that may still be the last one counted
 
-A trainer that is started again rebuilds the replica from its base and this log, and asks the server for nothing but
-what it missed. Without a folder (a simulation's worker) nothing is kept, and private states come with the orders.
-Whatever comes in, ``answer`` raises nothing: a mistake, ours or the server's, is one line in the receipt.
+A trainer that is started again rebuilds the replica from its base and this log, and asks the server only for what it
+missed. Without a folder (a simulation's worker) nothing is kept, and private states come with the requests. Whatever
+comes in, ``handle`` raises nothing: a mistake, ours or the server's, is one line in the response.
 """
 
 from __future__ import annotations
@@ -20,132 +20,127 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Examples, Task
 from fedferret.core.errors import RunError
+from fedferret.core.exchanges import Score, Train
 from fedferret.core.files import write_atomically
-from fedferret.core.keys import Key
-from fedferret.core.log import Update
-from fedferret.core.pooling import tensors
-from fedferret.engines.envelope import seal_envelope
+from fedferret.core.log import LogUpdate
+from fedferret.core.node import Diverged, MissingRecords, Node
+from fedferret.core.task import Examples
 from fedferret.engines.site_folder import RunFolder
-from fedferret.engines.transport import Request, Response, check_fields
-from fedferret.tracking.checkpoint import replay
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response, check_fields
 from fedferret.wire import codec
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a recipe becomes at a site, with the model in its base's weights."""
+    """What a recipe becomes at a site.
 
-    task: Task
-    algorithm: Algorithm[Any, Any, Any, Any, Any]
-    seed: int
-    data: Mapping[str, Examples]  # of the clients that are played here: a site's one, or all of a simulation's
-    base: str  # SHA-256 of the base weights
+    Attributes:
+        node: at version 0.
+        data: of the clients that work here: a site's one, or all of a simulation's.
+        base: SHA-256 of the base weights.
+        data_fingerprint: SHA-256 of the examples.
+        held_out: what each of these clients holds out.
+    """
+
+    node: Node
+    data: Mapping[str, Examples]
+    base: str
     data_fingerprint: str
+    held_out: Mapping[str, Examples] = field(default_factory=dict)
 
 
-PRIVACY = "none"  # what answers are protected with, for the audit: no clipping with noise, no secure sum
+PRIVACY = "none"  # what replies are protected with, for the audit: no clipping with noise, no secure sum
 Build = Callable[[str, Path | None], Work]  # from a recipe as TOML, and a folder to work in
 
 
 class MissingState(Exception):
-    """The order cannot be carried out with what is here: "recipe", "records" or "replica"."""
+    """The request needs something that is not here: "recipe", "records" or "replica"."""
 
 
 @dataclass
 class Replica:
-    """One run at this site: its work, and the public state at a version."""
+    """One run at this site."""
 
     run: str
     work: Work
-    public: Any
-    version: int
-    fingerprint: str = ""  # of this version, once it was asked for
-
-    def hash(self) -> str:
-        """SHA-256 of the public state."""
-        if not self.fingerprint:
-            self.fingerprint = tree.digest(tensors(self.public))
-        return self.fingerprint
 
 
 class Trainer:
-    """Answers orders, one at a time."""
+    """Answers requests, one at a time."""
 
     def __init__(
         self,
         build: Build,
         folder: Path | None = None,
         client: str | None = None,
-        record: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     ) -> None:
-        """``client``: the only one that is played here; None: any. ``record`` hears of every order and receipt."""
-        self._build, self._folder, self._client, self._record = build, folder, client, record
+        """A trainer without a run yet.
+
+        Args:
+            build: makes the work of a recipe.
+            folder: of the site; None keeps nothing.
+            client: the only one that works here; None: any.
+            on_message: called with every request and response, for the audit file.
+        """
+        self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
         self._replica: Replica | None = None
-        self._last: tuple[Request, Response] | None = None  # the answer given last: the same order has the same
+        self._last: tuple[Request, Response] | None = None  # the response given last: the same request has the same
 
     def handle(self, message: bytes) -> bytes:
-        """The receipt for an order, both encoded."""
-        request = Request("", "", "", "", 0, "", 0, "", 0, b"", (), 0, False, b"")
+        """The response to a request, both encoded."""
+        request = Request("", 0, 0, "", "", "", "", 0, "", b"", (), 0, False, b"", None)
         notes: list[str] = []
         try:
             request = read_request(message)
             self._log_event("request", request, len(message), 0, "")
             response = self._carry_out(request, notes)
         except MissingState as missing:
-            response = self._response(request, "missing", reason=str(missing))
+            response = self._response(request, MISSING, reason=str(missing))
         except Exception as error:
-            response = self._response(request, "refused", reason=" ".join(f"{type(error).__name__}: {error}".split()))
+            response = self._response(request, REFUSED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
         encoded = codec.encode(response)
         note = "; ".join([*notes, *([response.reason] if response.reason else [])])
         try:
-            self._log_event(response.outcome, request, len(encoded), len(response.content), note)
+            self._log_event(response.status, request, len(encoded), len(response.reply), note)
         except OSError as error:  # the disk is full: what cannot be written down is not sent
-            encoded = codec.encode(self._response(request, "refused", reason=f"cannot write its audit file: {error}"))
+            encoded = codec.encode(self._response(request, REFUSED, reason=f"cannot write its audit file: {error}"))
         return encoded
 
     def _carry_out(self, request: Request, notes: list[str]) -> Response:
         if request.client and self._client is not None and request.client != self._client:
-            raise RunError(f"this site plays {self._client}, and the order is for {request.client}")
+            raise RunError(f"this site works for {self._client}, and the request is for {request.client}")
         replica = self._open(request, notes)
-        self._catch_up(replica, request)
-        if request.fingerprint and replica.hash() != request.fingerprint:
+        node = replica.work.node
+        self._catch_up(node, request)
+        if request.fingerprint and node.fingerprint() != request.fingerprint:
             raise MissingState("replica")
         if not request.client:
-            return self._response(request, "ok")
+            return self._response(request, DONE)
         if self._last and _same_work(self._last[0], request):
             return replace(self._last[1], ticket=request.ticket)
-        if request.client not in replica.work.data:
+        holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
+        if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
         private = self._private(request, notes)
-        content, private = seal_envelope(
-            replica.work.algorithm,
-            replica.work.task,
-            replica.public,
-            private,
-            replica.work.data[request.client],
-            codec,
-            seed=replica.work.seed,
-            round=request.round,
-            client=request.client,
-        )
-        kept = b"" if private is None else codec.encode(private)
+        reply, private = node.handle(request.body, request.client, private, holdings[request.client])
+        trains = isinstance(request.body, Train)
+        kept = codec.encode(private) if trains and private is not None else b""
         folder = self._run_folder(request.run)
         if folder and kept:
             folder.keep(request.round, kept)
-        response = self._response(request, "ok", content, private=b"" if folder else kept)
+        response = self._response(request, DONE, codec.encode(reply), private=b"" if folder else kept)
         if folder:  # one client: a server that was killed meanwhile asks for the same again
             self._last = request, response
         return response
 
     def _open(self, request: Request, notes: list[str]) -> Replica:
-        """The replica of the order's run, built from the base and this site's log if it is not in memory."""
+        """The replica of the request's run, built from the base and this site's log if it is not in memory."""
         folder = self._run_folder(request.run)
         if self._replica and self._replica.run == request.run and not request.rebuild:
             self._check_base(self._replica.work, request)
@@ -157,22 +152,20 @@ class Trainer:
         if not recipe:
             raise MissingState("recipe")
         if hashlib.sha256(recipe.encode()).hexdigest() != request.run:
-            raise RunError("the recipe that came is not the one that the order names")
+            raise RunError("the recipe that came is not the one that the request names")
         work = self._build(recipe, folder.path if folder else None)
         self._check_base(work, request)
-        public, _ = work.algorithm.init(work.task, Key.of(work.seed, "begin"))
-        replica = Replica(request.run, work, public, 0)
+        work.node.epoch = request.epoch
         if folder:
             write_atomically(folder.path / "recipe.toml", recipe)
             try:
-                update, version = folder.log(notes)
-                replica.public, replica.version = replay(work.task, work.algorithm, public, update), version
+                work.node.catch_up(folder.log(notes))
             except (RunError, ValueError) as error:
                 notes.append(f"the log in {folder.path} is of no use ({error}): it is begun again")
                 folder.forget()
                 raise MissingState("records") from None
-        self._replica = replica
-        return replica
+        self._replica = Replica(request.run, work)
+        return self._replica
 
     def _check_base(self, work: Work, request: Request) -> None:
         if work.base != request.base:
@@ -181,29 +174,24 @@ class Trainer:
                 f"give this site the same weights"
             )
 
-    def _catch_up(self, replica: Replica, request: Request) -> None:
-        """Apply what of the order's records the replica lacks, then write it to this site's log."""
-        first = request.version - len(request.records) + 1  # version of the first record
-        if replica.version > request.version:  # an order that is over; or a server whose folder is an earlier day's
-            raise MissingState("replica")
-        if replica.version == request.version:
-            return
-        snapshot = request.snapshot if request.snapshot and replica.version < first - 1 else None
-        if snapshot is None and replica.version < first - 1:
-            raise MissingState("records")
-        at = first - 1 if snapshot is not None else replica.version
-        update = Update(snapshot, request.records[at - first + 1 :])
+    def _catch_up(self, node: Node, request: Request) -> None:
+        """Apply what the replica is missing of the request's records, then write it to this site's log."""
+        before = node.version
+        if before > request.version or node.epoch != request.epoch:
+            raise MissingState("replica")  # a request that is over; or a server with the folder of an earlier day
+        update = LogUpdate(request.version, request.snapshot or None, request.records)
         try:
-            public = replay(replica.work.task, replica.work.algorithm, replica.public, update)
-        except RunError:
+            node.catch_up(update)
+        except MissingRecords:
+            raise MissingState("records") from None
+        except Diverged:
             self._replica = None
             raise MissingState("replica") from None
-        except BaseException:  # the public state is half-way: it is rebuilt from the log at the next order
+        except BaseException:  # the public state is half-way: it is rebuilt from the log at the next request
             self._replica = None
             raise
-        replica.public, replica.version, replica.fingerprint = public, request.version, ""
-        if folder := self._run_folder(request.run):
-            folder.add(update, at)
+        if node.version > before and (folder := self._run_folder(request.run)):
+            folder.add(update, before)
 
     def _private(self, request: Request, notes: list[str]) -> Any | None:
         """The client's private state after the last round in which it was counted."""
@@ -221,28 +209,18 @@ class Trainer:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
 
     def _response(
-        self, request: Request, outcome: str, content: bytes = b"", reason: str = "", private: bytes = b""
+        self, request: Request, status: str, reply: bytes = b"", reason: str = "", private: bytes = b""
     ) -> Response:
         replica = self._replica if self._replica and self._replica.run == request.run else None
-        version, fingerprint = (replica.version, replica.hash()) if replica else (-1, "")
-        return Response(
-            request.run,
-            request.round,
-            request.ticket,
-            request.client,
-            outcome,
-            version,
-            fingerprint,
-            os.getpid(),
-            content,
-            reason,
-            private,
-        )
+        node = replica.work.node if replica else None
+        version, fingerprint = (node.version, node.fingerprint()) if node else (-1, "")
+        head = request.run, request.epoch, request.round, request.ticket, request.client
+        return Response(*head, status, version, fingerprint, os.getpid(), reply, reason, private)
 
     def _log_event(self, what: str, request: Request, framed: int, payload: int, note: str) -> None:
         replica = self._replica
         down = len(request.snapshot) + sum(map(len, request.records))
-        self._record(
+        self._on_message(
             {
                 "what": what,
                 "run": request.run[:16],
@@ -250,7 +228,7 @@ class Trainer:
                 "client": request.client,
                 "payload_bytes": down if what == "request" else payload,
                 "framed_bytes": framed,
-                "version": replica.version if replica else -1,
+                "version": replica.work.node.version if replica else -1,
                 "data": replica.work.data_fingerprint if replica else "",
                 "privacy": PRIVACY,
                 "note": note,
@@ -259,19 +237,18 @@ class Trainer:
 
 
 def read_request(message: bytes) -> Request:
-    """A received order. Raises ValueError for bytes that are none."""
+    """A received request. Raises ValueError for bytes that are none."""
     request = codec.decode(message)
     if not isinstance(request, Request):
-        raise ValueError(f"a {type(request).__name__} came where an Order was expected")
+        raise ValueError(f"a {type(request).__name__} came where a Request was expected")
     check_fields(request)
-    if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round > 0 and 0 <= request.since <= request.version):
-        raise ValueError("an Order came that names no run, round or version")
+    if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
+        raise ValueError("a Request came that names no run, round or version")
     return request
 
 
 def _same_work(one: Request, other: Request) -> bool:
-    """Whether two orders ask for the same work, on whatever way they came."""
-    return all(
-        getattr(one, name) == getattr(other, name)
-        for name in ("run", "client", "round", "version", "fingerprint", "counted")
-    )
+    """Whether two requests ask for the same work, on whatever way they came."""
+    names = ("run", "epoch", "client", "round", "version", "fingerprint", "counted")
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return same and codec.encode(one.body) == codec.encode(other.body)

@@ -1,10 +1,10 @@
-"""Local processes that answer letters: who takes which, what happens to a lost one. Shared by `processes` and `ray`.
+"""Worker processes as a transport: which worker takes which message, and what follows a lost one.
 
-    letters to a worker's own name go to that worker; all others to whichever is free
-    a worker that is lost is replaced, and its letter sent again, at most three times
-    a worker that is silent until the deadline is replaced too, where any may take its place
+    a message addressed to a worker by name goes to that worker; all others go to any free worker
+    a lost worker is replaced, and its message sent again, at most three times in all
+    a worker that does not reply by the deadline is replaced too, unless the message was addressed to it by name
 
-How a worker is started, asked and ended is the subclass's.
+The subclasses (`processes`, `ray`) start workers, send to them, and end them.
 """
 
 from __future__ import annotations
@@ -17,41 +17,66 @@ from typing import Any
 
 from fedferret.engines.transport import Received
 
-SENDINGS = 3  # of one letter: one that ends three processes is itself the cause
+SENDINGS = 3  # of one message: a message that ends three processes is itself the cause
 
 
 class Lost(Exception):
-    """A worker that ended, or cannot be started, and why."""
+    """A worker ended or cannot be started; the text has the reason."""
 
 
 class Workers(ABC):
-    """A transport over processes that it started."""
+    """A transport over processes that it starts."""
 
     def __init__(self, workers: Sequence[str]) -> None:
         self.workers = tuple(workers)
 
     @abstractmethod
-    def ask(self, worker: str, message: bytes, timeout: float) -> Any:
-        """Send the letter, starting the worker if need be; returns at once with a handle for ``wait``."""
+    def send(self, worker: str, message: bytes, timeout: float) -> Any:
+        """Send a message, starting the worker if necessary, and return at once.
+
+        Args:
+            worker: name.
+            message: bytes.
+            timeout: seconds until the exchange is given up.
+        Returns:
+            A handle for ``wait`` and ``result``.
+        """
 
     @abstractmethod
     def wait(self, handles: Collection[Any], timeout: float) -> Collection[Any]:
-        """Those handles that have come to an end, as soon as one has; none after ``timeout`` seconds."""
+        """Wait for the first exchanges to end.
+
+        Args:
+            handles: from ``send``.
+            timeout: seconds.
+        Returns:
+            The handles of the ended exchanges; none after ``timeout`` seconds.
+        """
 
     @abstractmethod
     def result(self, handle: Any) -> bytes:
-        """What came back. Raises Lost; TimeoutError where nothing did in time."""
+        """Return the reply of an ended exchange.
+
+        Raises:
+            Lost: if the worker ended or did not start.
+            TimeoutError: if there was no reply in time.
+        """
 
     @abstractmethod
     def abandon(self, worker: str) -> None:
-        """End a worker; it is started anew when it is next asked."""
+        """End a worker; the next message to it starts a new one."""
 
     @abstractmethod
     def close(self) -> None:
-        """End all of them and leave nothing behind."""
+        """End all workers and remove their temporary files."""
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
-        """See ``Transport.exchange``."""
+        """Send each message, and yield replies as they come; see ``Transport.exchange``.
+
+        Args:
+            messages: bytes by addressee: a worker, or a client that any worker can take.
+            deadline: seconds.
+        """
         end = time.monotonic() + deadline
         waiting = list(messages)
         tried: Counter[str] = Counter()
@@ -59,13 +84,13 @@ class Workers(ABC):
         while (waiting or busy) and time.monotonic() < end:
             for worker, name in self._pairs(waiting, {worker for worker, _ in busy.values()}):
                 waiting.remove(name)
-                busy[self.ask(worker, messages[name], end - time.monotonic())] = worker, name
+                busy[self.send(worker, messages[name], end - time.monotonic())] = worker, name
             for handle in self.wait(list(busy), max(0.0, end - time.monotonic())):
                 _, name = busy.pop(handle)
                 try:
                     yield Received(name, self.result(handle))
                 except TimeoutError:
-                    yield Received(name, None, f"no answer within {deadline:,.0f} s")
+                    yield Received(name, None, f"no reply within {deadline:,.0f} s")
                 except Lost as error:
                     tried[name] += 1
                     if tried[name] < SENDINGS and time.monotonic() < end:
@@ -73,13 +98,13 @@ class Workers(ABC):
                     else:
                         yield Received(name, None, f"{error}, {tried[name]} times" if tried[name] > 1 else str(error))
         for worker, name in busy.values():
-            if name != worker:  # a named one may be a site that is only slow, and it has a log of its own
+            if name != worker:  # a worker addressed by name may be a slow site, with a log to lose
                 self.abandon(worker)
         for name in [*(name for _, name in busy.values()), *waiting]:
-            yield Received(name, None, f"no answer within {deadline:,.0f} s")
+            yield Received(name, None, f"no reply within {deadline:,.0f} s")
 
     def _pairs(self, waiting: Sequence[str], busy: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Free workers and the letters they may take, each at most once."""
+        """Free workers with the messages for them, each at most once."""
         free = [worker for worker in self.workers if worker not in busy]
         for name in list(waiting):
             takers = [name] if name in self.workers else free

@@ -1,1 +1,1 @@
-"""How a model is scored."""
+"""Scores of a model on held-out sets."""

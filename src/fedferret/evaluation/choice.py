@@ -1,13 +1,13 @@
-"""Multiple choice by likelihood: which of several answers does the model find likeliest after the question?
+"""Multiple choice by likelihood: which of several choices has the highest likelihood after the question?
 
-An example takes part whose metadata holds ``choices``, a sequence of texts of which the response is one. A choice's
-log-likelihood is that of its own tokens after the prompt, its end mark left out. The two figures are those of
+Examples with ``choices`` in their metadata are scored: a sequence of texts, the response among them. The log-likelihood
+of a choice is that of its tokens after the prompt, the end token left out. The two figures are those of
 lm-evaluation-harness:
 
-    choice             share of examples whose right answer has the highest log-likelihood ("acc")
+    choice             share of examples where the right choice has the highest log-likelihood ("acc")
     choice-by-length   the same with log-likelihoods divided by the choice's number of characters ("acc_norm")
 
-Of equal ones the first is taken, as there. All choices of an example see the same prompt.
+The first of equal choices is taken, as there. All choices of an example have the same prompt.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from fedferret.data.batches import TokenisedData
 from fedferret.data.examples import Example, Turn
 from fedferret.data.templates import Template, Tokens
 from fedferret.evaluation.loss import example_losses
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def choices_of(example: Example) -> tuple[str, ...]:
-    """An example's choices; none where it has none. UserError where the right answer is not among them."""
+    """The choices in an example's metadata; empty if there are none.
+
+    Raises:
+        UserError: if the response is not one of the choices.
+    """
     choices = tuple(map(str, example.metadata.get("choices", ())))
     if choices and example.response not in choices:
-        raise UserError(f'"{example.response[:40]}" is not among its choices: the response has to be one of them')
+        raise UserError(f'"{example.response[:40]}" is not among its choices: the response must be one of them')
     return choices
 
 
 def choice_scores(
     model: nn.Module,
-    loss: ResponseLoss,
+    objective: NextToken,
     examples: Sequence[Example],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,12 +52,26 @@ def choice_scores(
     batch_size: int = 8,
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The two figures over the examples that have choices; empty where none has."""
+    """The two figures over the examples that have choices.
+
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        loss: gives the summed loss of a response, in nats.
+        examples: of a held-out set; those without choices are left out.
+        template: makes the prompts.
+        tokenizer: the model's.
+        max_tokens: the longest prompt with a choice, in tokens.
+        stops: the tokens that end a response; they are left out at the end of a choice.
+        batch_size: choices scored at a time.
+        on_progress: is called after each batch.
+    Returns:
+        "choice" and "choice-by-length", from 0 to 1; empty if no example has choices.
+    """
     asked = [example for example in examples if choices_of(example)]
     rows = [row for example in asked for row in _rows(example, template, tokenizer, max_tokens, stops)]
     if not asked:
         return {}
-    losses = iter(example_losses(model, loss, TokenisedData(rows), batch_size, on_progress).sums)
+    losses = iter(example_losses(model, objective, TokenisedData(rows), batch_size, on_progress).sums)
     right, right_by_length = 0, 0
     for example in asked:
         choices = choices_of(example)
@@ -71,7 +89,7 @@ def _rows(
     max_tokens: int,
     stops: Collection[int],
 ) -> list[Tokens]:
-    """The prompt with each of the choices behind it."""
+    """The prompt followed by each of the choices."""
     answers = []
     for choice in choices_of(example):
         chosen = replace(example, turns=(*example.turns[:-1], Turn("assistant", choice)))

@@ -1,8 +1,8 @@
-"""Everything that a recipe's ``[evaluation]`` asks of one model, held-out set by held-out set.
+"""Everything that a recipe's ``[evaluation]`` table measures of one model, by held-out set.
 
 always          loss and perplexity on every example
-per client      the loss of each owner of examples of the main set, and what it says about fairness
-on request      answers to some of the examples, drawn once for the run, scored; choices by likelihood
+per client      on the main set, the loss of each owner of examples, and the fairness figures over owners
+on request      scores of generated answers to some examples, drawn once for the run; choices by likelihood
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fedferret.data.templates import Template
 from fedferret.evaluation.choice import choice_scores, choices_of
 from fedferret.evaluation.generation import generate, prompt_room, stop_tokens
 from fedferret.evaluation.loss import example_losses
-from fedferret.evaluation.personal import fairness, losses_by_owner, owner_of
+from fedferret.evaluation.personal import fairness, losses_by_owner
 from fedferret.evaluation.scorers import SCORERS, applies
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,22 +35,22 @@ Results = dict[str, dict[str, float]]  # held-out set: figure: value
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model: figures by held-out set, and on the main set the loss of each owner, if that was asked for."""
+    """The scores of one model."""
 
     results: Results
-    per_client: Mapping[str, float] = field(default_factory=dict)
+    per_client: Mapping[str, float] = field(default_factory=dict)  # each owner's loss on the main set; nats per token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Scores models on the held-out sets of ``tokens.data``; the settings are a recipe's."""
+    """Scores models on the held-out sets of ``tokens.data``; the settings are those of a recipe."""
 
     tokens: FederatedTokens
     template: Template
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    loss: ResponseLoss
-    key: Key  # draws the examples to answer
+    objective: NextToken
+    key: Key  # draws the examples to generate answers to
     metrics: Sequence[str] = ()
     batch_size: int = 8
     generate_examples: int = 100
@@ -58,7 +58,11 @@ class Evaluator:
     per_client: bool = False
 
     def num_progress_calls(self, extra: bool) -> int:
-        """How often ``score`` will call its ``on_progress``."""
+        """How often ``score`` calls its ``on_progress``.
+
+        Args:
+            extra: as in ``score``.
+        """
         counts = [len(examples) for examples in self.tokens.data.held_out.values()]
         if extra and self._scorers:
             counts += map(len, self._asked.values())
@@ -68,11 +72,17 @@ class Evaluator:
         return sum(math.ceil(count / self.batch_size) for count in counts)
 
     def score(self, model: nn.Module, extra: bool, on_progress: Callable[[], None] = lambda: None) -> Scores:
-        """Loss and perplexity, fairness where it is asked for, and if ``extra`` all other metrics."""
+        """Score a model on every held-out set.
+
+        Args:
+            model: a causal language model of transformers, or one that peft wraps.
+            extra: measure all metrics, not the loss, perplexity and fairness alone.
+            on_progress: is called after each batch.
+        """
         results: Results = {}
         per_client: dict[str, float] = {}
         for name, examples in self.tokens.data.held_out.items():
-            losses = example_losses(model, self.loss, self.tokens.held_out(name), self.batch_size, on_progress)
+            losses = example_losses(model, self.objective, self.tokens.held_out(name), self.batch_size, on_progress)
             results[name] = asdict(losses.score)
             if self.per_client and len(results) == 1:
                 per_client = losses_by_owner(examples, losses)
@@ -81,21 +91,13 @@ class Evaluator:
                 results[name] |= self._answers(model, name, on_progress) | self._choices(model, examples, on_progress)
         return Scores(results, per_client)
 
-    def own_loss(self, model: nn.Module, owner: str) -> float | None:
-        """The mean loss on the main set's examples of ``owner``; None where there are none."""
-        main = next(iter(self.tokens.data.held_out.values()))
-        own = [example for example in main if owner_of(example) == owner]
-        if not own:
-            return None
-        return example_losses(model, self.loss, self.tokens.encode(own), self.batch_size).score.loss
-
     @cached_property
     def _scorers(self) -> list[str]:
         return [metric for metric in self.metrics if metric in SCORERS]
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Example, ...]]:
-        """The examples to answer, by held-out set."""
+        """The examples to generate answers to, by held-out set."""
         return {
             name: at_most(
                 [example for example in examples if any(applies(metric, example) for metric in self._scorers)],
@@ -106,6 +108,7 @@ class Evaluator:
         }
 
     def _answers(self, model: nn.Module, name: str, on_progress: Callable[[], None]) -> dict[str, float]:
+        """The mean scores of generated answers in one held-out set, by metric."""
         examples = self._asked[name] if self._scorers else ()
         if not examples:
             return {}
@@ -130,7 +133,7 @@ class Evaluator:
         if "choice" not in self.metrics:
             return {}
         parts = (self.template, self.tokenizer, self.max_tokens, self._stops(model), self.batch_size, on_progress)
-        return choice_scores(model, self.loss, examples, *parts)
+        return choice_scores(model, self.objective, examples, *parts)
 
     def _stops(self, model: nn.Module) -> frozenset[int]:
         examples = (example for held_out in self.tokens.data.held_out.values() for example in held_out)

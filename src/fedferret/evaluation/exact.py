@@ -1,7 +1,7 @@
-"""Exact match: the same final number where the reference has one behind "####", else the same text.
+"""Exact match: the same final number if the reference has one after "####", else the same text.
 
-The number is read as GSM8K's own code does (grade_school_math/dataset.py): the first match of "#### -1,234.5", commas
-removed; an answer without one is wrong. Texts are the same if they differ in nothing but blanks.
+The number is read as GSM8K's code reads it (grade_school_math/dataset.py): the first match of "#### -1,234.5", commas
+removed. An answer without a number is then wrong. Texts are the same if they differ in white space alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ _NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 or 0.
+    """Whether an answer matches its reference, as 1.0 or 0.0.
+
+    Args:
+        answer: the generated text.
+        reference: the example's response.
 
     >>> exact_match("3 + 4 is 7. #### 1,007", "<<1000+7=1007>> #### 1007"), exact_match("Paris.", "Paris")
     (1.0, 0.0)
@@ -24,6 +28,6 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def final_number(text: str) -> str | None:
-    """What stands behind "####", without commas; None where nothing does."""
+    """The number after "####", without commas; None if there is none."""
     found = _NUMBER.search(text)
     return found[1].replace(",", "") if found else None

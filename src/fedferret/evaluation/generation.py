@@ -1,14 +1,14 @@
-"""Answers that a model writes: greedy, in batches, the same as one at a time.
+"""Greedy generation in batches, with the same answers as one prompt at a time.
 
-Prompts are padded on the left and sorted by length, so that little is padding; the mask and the positions that
-transformers derives from it keep padding out of every sum. Answers end at the first stop token: the tokenizer's end
-token, the checkpoint's, and the mark that ends a response in training.
+Prompts are sorted by length, which keeps padding short, and padded on the left. The mask, and the positions that
+transformers derives from it, keep padding out of every sum. An answer ends at the first stop token: the tokenizer's end
+token, the checkpoint's end tokens, or the token that ends a response in training.
 
-A checkpoint's own generation settings (temperature, repetition penalty, forced tokens, ...) fill whatever a caller
-leaves open, in transformers 5 even beside an explicit configuration. Here none of them holds.
+In transformers 5 a checkpoint's ``generation_config`` (temperature, repetition penalty, forced tokens, ...) fills every
+setting that the caller leaves open, even with an explicit configuration. Here none of those settings applies.
 
-Sums over a padded row may be rounded in another order, so two tokens whose logits agree to about 1e-6 could change
-places in theory; see docs/evaluation.md.
+Sums over a padded row may be rounded in another order. In theory this can swap two tokens with logits that agree to
+about 1e-6; see docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example
 from fedferret.data.templates import Template
-from fedferret.local.response_loss import causal_model, learns_prompt
+from fedferret.models.adapters import prefix_of, transformer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,21 +38,29 @@ def generate(
     batch_size: int = 8,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[tuple[int, ...]]:
-    """The new tokens of each prompt, its stop token left out. ``on_progress`` is called after each batch.
+    """Generate an answer to each prompt.
 
-    ``model`` is a causal model of transformers, or peft's wrapper around one.
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        prompts: token ids, one sequence per prompt.
+        stops: the tokens that end an answer.
+        max_new_tokens: the longest answer.
+        batch_size: prompts at a time.
+        on_progress: is called after each batch.
+    Returns:
+        The new tokens of each prompt, in the order of the prompts, the stop token left out.
     """
     model.eval()
     answers: list[tuple[int, ...]] = [()] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with _greedy(model, stops, max_new_tokens) as causal:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = _padded(model, [prompts[row] for row in rows])
-            read = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # embeddings are not given back
+            read = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # generate does not return embeddings
             written = causal.generate(**inputs, generation_config=causal.generation_config)[:, read:].tolist()
             for row, new in zip(rows, written, strict=True):
-                end = next((place for place, token in enumerate(new) if token in stops), len(new))
+                end = next((position for position, token in enumerate(new) if token in stops), len(new))
                 answers[row] = tuple(new[:end])
             on_progress()
     return answers
@@ -61,8 +69,16 @@ def generate(
 def stop_tokens(
     model: Any, template: Template, tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
 ) -> frozenset[int]:
-    """The tokens that end an answer; ``example`` is any with a short response, to see how training ends one."""
-    ends = causal_model(model).generation_config.eos_token_id
+    """The tokens that end an answer.
+
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        template: encodes the example.
+        tokenizer: the model's.
+        example: any example with a short response; its last token shows how training ends a response.
+        max_tokens: the longest example, in tokens.
+    """
+    ends = transformer_of(model).generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     encoded = template.encode(example, tokenizer, max_tokens)
     if not encoded.response_cut and encoded.ids[-1] in tokenizer.all_special_ids:
@@ -71,27 +87,35 @@ def stop_tokens(
 
 
 def prompt_room(model: Any, max_tokens: int, max_new_tokens: int) -> int:
-    """How long a prompt may be: ``max_tokens``, if the model's positions leave room for the answer. UserError."""
-    positions = getattr(causal_model(model).config, "max_position_embeddings", None) or max_tokens + max_new_tokens
+    """The longest prompt in tokens: ``max_tokens``, or less where the answer would exceed the model's positions.
+
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        max_tokens: the longest prompt that the recipe allows.
+        max_new_tokens: the longest answer.
+    Raises:
+        UserError: if the answer alone fills the model's positions.
+    """
+    positions = getattr(transformer_of(model).config, "max_position_embeddings", None) or max_tokens + max_new_tokens
     if positions <= max_new_tokens:
-        raise UserError(f"max_new_tokens={max_new_tokens}: the model has {positions} positions in all, lower it")
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be less than the model's {positions} positions")
     return min(max_tokens, positions - max_new_tokens)
 
 
 @contextmanager
 def _greedy(model: Any, stops: Collection[int], max_new_tokens: int) -> Iterator[Any]:
-    """The causal model inside ``model``, generating by settings of ours alone."""
+    """The causal model inside ``model``, with generation settings for greedy decoding and no others."""
     from transformers import GenerationConfig
 
     ends = sorted(stops)
-    causal = causal_model(model)
+    causal = transformer_of(model)
     inherited = causal.generation_config
     causal.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,  # follows an answer that has ended, and is cut off with its stop token
+        pad_token_id=ends[0] if ends else 0,  # fills the row after a stop token, and is cut off
         use_cache=True,
     )
     try:
@@ -103,16 +127,17 @@ def _greedy(model: Any, stops: Collection[int], max_new_tokens: int) -> Iterator
 def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Ids (B, T), or embeddings (B, V + T, E) where V learned vectors come before each prompt, and the mask.
 
-    Padding is on the left of both: peft would put it between the two, where it shifts the prompt's positions.
+    Padding is on the left of both. peft puts it between the vectors and the prompt, where it shifts the positions.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * left + list(prompt) for left, prompt in zip(padding, prompts, strict=True)]).to(device)
-    if not learns_prompt(model):
+    prefix_BVE = prefix_of(model, 1)
+    if prefix_BVE is None:
         return {"input_ids": ids, "attention_mask": _mask(padding, longest, device)}
-    embeddings_BTE = causal_model(model).get_input_embeddings()(ids)
-    learned_VE = model.get_prompt(batch_size=1)[0].to(embeddings_BTE.dtype)
+    embeddings_BTE = transformer_of(model).get_input_embeddings()(ids)
+    learned_VE = prefix_BVE[0].to(embeddings_BTE.dtype)
     rows = [
         torch.cat((row_TE[:left], learned_VE, row_TE[left:]))
         for left, row_TE in zip(padding, embeddings_BTE, strict=True)
@@ -124,5 +149,6 @@ def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def _mask(padding: Sequence[int], length: int, device: torch.device) -> Tensor:
-    places_T = torch.arange(length, device=device)
-    return (places_T >= torch.tensor(padding, device=device)[:, None]).long()
+    """An attention mask (B, T): 0 for the padding on the left, else 1."""
+    positions_T = torch.arange(length, device=device)
+    return (positions_T >= torch.tensor(padding, device=device)[:, None]).long()

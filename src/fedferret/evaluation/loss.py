@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fedferret.local.response_loss import ResponseLoss
+from fedferret.objectives.next_token import NextToken
 
 
 class HeldOut(Protocol):
@@ -18,33 +18,40 @@ class HeldOut(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int, key: None) -> Iterator[Any]: ...
+    def batches(self, size: int, key: None) -> Iterator[Any]:
+        """Batches of examples, the longest examples first.
+
+        Args:
+            size: examples per batch.
+            key: None; evaluation does not shuffle.
+        """
+        ...
 
     @property
     def longest_first(self) -> list[int]:
-        """The examples' numbers in the order in which ``batches`` gives them."""
+        """The examples' indices in the order of ``batches``."""
         ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one held-out set: mean natural-log loss per response token, its exponential, and how many tokens."""
+    """The score on one held-out set."""
 
-    loss: float
-    perplexity: float
-    tokens: int
+    loss: float  # mean over response tokens, in nats per token
+    perplexity: float  # the exponential of the loss
+    tokens: int  # response tokens
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Each example's summed loss and its response tokens, in the set's order."""
+    """Each example's loss, in the order of the set."""
 
-    sums: Sequence[float]
-    tokens: Sequence[int]
+    sums: Sequence[float]  # over the example's response tokens, in nats
+    tokens: Sequence[int]  # the example's response tokens
 
     @property
     def score(self) -> Score:
-        """Over all of them; every response token counts the same."""
+        """The score over all examples; every response token counts the same."""
         tokens = sum(self.tokens)
         mean = math.fsum(self.sums) / max(1, tokens)
         return Score(mean, math.exp(min(mean, 700.0)), tokens)
@@ -53,17 +60,25 @@ class Losses:
 @torch.no_grad()
 def example_losses(
     model: nn.Module,
-    loss: ResponseLoss,
+    objective: NextToken,
     examples: HeldOut,
     batch_size: int = 8,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Losses:
-    """Every example's loss. ``on_progress`` is called after each batch."""
+    """Every example's loss.
+
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        objective: gives the summed loss of a response.
+        examples: the held-out set.
+        batch_size: examples at a time.
+        on_progress: is called after each batch.
+    """
     model.eval()
     sums, tokens = [0.0] * len(examples), [0] * len(examples)
     order = iter(examples.longest_first)
     for batch in examples.batches(batch_size, None):
-        for row_sum, row_tokens in zip(*loss.by_row(model, batch), strict=True):
+        for row_sum, row_tokens in zip(*objective.by_row(model, batch), strict=True):
             example = next(order)
             sums[example], tokens[example] = row_sum, row_tokens
         on_progress()
@@ -72,10 +87,18 @@ def example_losses(
 
 def evaluate(
     model: nn.Module,
-    loss: ResponseLoss,
+    objective: NextToken,
     examples: HeldOut,
     batch_size: int = 8,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score ``model``; every response token counts the same. ``on_progress`` is called after each batch."""
-    return example_losses(model, loss, examples, batch_size, on_progress).score
+    """The score of a model; every response token counts the same.
+
+    Args:
+        model: a causal language model of transformers, or one that peft wraps.
+        objective: gives the summed loss of a response.
+        examples: the held-out set.
+        batch_size: examples at a time.
+        on_progress: is called after each batch.
+    """
+    return example_losses(model, objective, examples, batch_size, on_progress).score

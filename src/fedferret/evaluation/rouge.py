@@ -1,15 +1,16 @@
-"""Rouge-L as the Ferret and FedKSeed papers score it, and as the rest of the field mostly does.
+"""Rouge-L as the Ferret and FedKSeed papers compute it, and as most of the field does.
 
-Both papers' code calls the package ``rouge`` 1.0.1: ``get_scores(answer, reference)[0]["rouge-l"]["f"]``. That is
+Both papers' code calls the package ``rouge`` 1.0.1: ``get_scores(answer, reference)[0]["rouge-l"]["f"]``. This is
 
-    sentences: pieces between full stops     words: between spaces, case and punctuation kept
+    sentences: pieces between full stops     words: between spaces, with case and punctuation
     U = the set of words in any longest common subsequence of a sentence of the reference and one of the answer
     P = |U| / distinct words of the answer     R = |U| / distinct words of the reference     F = 2 P R / (P + R + 1e-8)
 
-and 0 where either text has no sentence. It is written again here, because the package has had no release since 2021 and
-fails on texts of a thousand words (it recurses once a word), and because ``rouge-score``, which is kept up, counts
-words as often as they occur and so cannot give these figures. ``rouge_l_google`` is that package's rougeL: one
-subsequence of both texts, lower case, letters and digits only. See docs/evaluation.md for how far the two are apart.
+and 0 where either text has no sentence. It is implemented again here for two reasons. The package has had no release
+since 2021 and fails on texts of a thousand words, as it recurses once per word. The package ``rouge-score``, which is
+maintained, counts a word as often as it occurs and so cannot give these figures. ``rouge_l_google`` is rougeL of
+``rouge-score``: one subsequence of both texts, lower case, alphanumeric characters only. See docs/evaluation.md for how
+far the two differ.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from fedferret.core.errors import UserError
 def rouge_l(answer: str, reference: str) -> float:
     """The papers' F measure, from 0 to 1.
 
+    Args:
+        answer: the generated text.
+        reference: the example's response.
+
     >>> rouge_l("the cat sat", "the cat sat down")
     0.8571428522448981
     """
@@ -37,7 +42,14 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def rouge_l_google(answer: str, reference: str) -> float:
-    """The F measure of rougeL in the package ``rouge-score``, without stemming. UserError where it is missing."""
+    """The F measure of rougeL in the package ``rouge-score``, without stemming, from 0 to 1.
+
+    Args:
+        answer: the generated text.
+        reference: the example's response.
+    Raises:
+        UserError: if the package is not installed.
+    """
     return float(_google().score(reference, answer)["rougeL"].fmeasure)
 
 
@@ -51,12 +63,12 @@ def _google() -> Any:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words by sentence. Blanks between two full stops are a sentence of one empty word, as in the package."""
+    """Words by sentence. White space between two full stops is a sentence of one empty word, as in the package."""
     return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
 
 
 def _common(left: Sequence[str], right: Sequence[str]) -> list[str]:
-    """One longest common subsequence: of several, the one that the package finds."""
+    """One longest common subsequence; of several, the one that the package finds."""
     lengths = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
     for i, word in enumerate(left, start=1):
         for j, other in enumerate(right, start=1):

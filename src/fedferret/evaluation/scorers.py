@@ -1,7 +1,7 @@
-"""What can be measured beside the loss, by the names that a recipe's ``[evaluation] metrics`` takes.
+"""The metrics of generated answers, by their names in a recipe's ``[evaluation] metrics``.
 
-A scorer maps an example and the model's own answer to a figure from 0 to 1; a set's figure is their mean. "choice" is
-no scorer, as it needs no answer: see ``choice.py``.
+A scorer maps an example and the model's answer to a figure from 0 to 1; the figure of a held-out set is their mean.
+"choice" is not a scorer, as it needs no generated answer: see ``choice.py``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ SCORERS: Mapping[str, Scorer] = {
 
 
 def applies(metric: str, example: Example) -> bool:
-    """Whether the example holds what the metric needs."""
+    """Whether an example has what a metric needs.
+
+    Args:
+        metric: a name in ``[evaluation] metrics``.
+        example: of a held-out set.
+    """
     if metric == "task-score":
         return {"task", "entry"} <= example.metadata.keys()
     return metric != "choice" or bool(choices_of(example))
 
 
 def check_metrics(metrics: Iterable[str], held_out: Mapping[str, Sequence[Example]]) -> None:
-    """UserError for a metric that no held-out example has the means for, and for a package that is missing."""
+    """Check that every metric can be measured.
+
+    Args:
+        metrics: names in ``[evaluation] metrics``.
+        held_out: the examples of each held-out set.
+    Raises:
+        UserError: if no held-out example has what a metric needs, or a package is not installed.
+    """
     needs = {"task-score": 'source = "reasoning-gym"', "choice": "examples with choices"}
     for metric in metrics:
         if not any(applies(metric, example) for examples in held_out.values() for example in examples):

@@ -1,12 +1,13 @@
-"""Local training with gradients: SGD or AdamW over a client's own examples.
+"""Local training with gradients: SGD or AdamW over a client's examples.
 
-    for T steps (or epochs):   gradient of the mean loss, over ``accumulate`` batches
-                               + mu (w - anchor), with FedProx          clip the global norm
-                               one step of the optimiser, fresh each round
+    for T steps, or epochs:   gradient of the mean loss, over ``accumulate`` batches
+                              adjust(parameters): proximal terms, masks, control variates      clip the global norm
+                              one step of the optimiser, fresh each round unless its state is handed in
 
-Weights are fp32 whatever the compute precision. Plain SGD (no momentum, decay, clip or accumulation) needs no
-gradient buffer: each tensor's gradient is applied and dropped as the backward pass produces it, same bits. Dropout is
-off: it would draw from the global generator.
+An epoch is one pass over the client's examples, whatever ``accumulate`` is: the last step of a pass takes the batches
+that are left. Weights are fp32 whatever the compute precision. Plain SGD (no momentum, decay, clip, accumulation or
+adjustment) needs no gradient buffer: each tensor's gradient is applied and dropped as the backward pass produces it,
+same bits. Dropout is off: it would draw from the global generator.
 """
 
 from __future__ import annotations
@@ -16,20 +17,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedferret.core.algorithm import Examples, Task
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.local.steppers import StepAfterBackward, StepInBackward, Stepper, checkpointed
+from fedferret.core.task import Examples, Task
+from fedferret.local.steppers import Adjust, OptimizerState, StepAfterBackward, StepInBackward, Stepper, checkpointed
 
 
 class TrainingRefused(RuntimeError):
-    """A client's training that went wrong, named: no examples, or a loss that is NaN or infinite."""
+    """A client's training that went wrong: no examples, or a loss that is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client's training gives.
+
+    Attributes:
+        metrics: ``loss``, the mean over all steps, and ``seconds``.
+        state: of the optimiser, where one was handed in.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    state: OptimizerState | None = None
 
 
 StepObserver = Callable[[int, int], None]  # (step, of how many)
@@ -38,7 +53,14 @@ _observer: ContextVar[StepObserver | None] = ContextVar("step_observer", default
 
 @contextmanager
 def observing_steps(observer: StepObserver) -> Iterator[None]:
-    """Within this context, ``observer`` hears of every local step: live progress without touching a method."""
+    """Observe local steps: live progress without touching a method.
+
+    Args:
+        observer: called after every step with the step, from 1, and the number of steps of the training.
+
+    Returns:
+        A context manager; after it the observer of before is back.
+    """
     token = _observer.set(observer)
     try:
         yield
@@ -47,7 +69,12 @@ def observing_steps(observer: StepObserver) -> Iterator[None]:
 
 
 def report_step(step: int, total: int) -> None:
-    """Tell this context's observer, if it has one, that a local step is done."""
+    """Call this context's observer, if there is one, after a local step.
+
+    Args:
+        step: the step that has ended, from 1.
+        total: steps of the training.
+    """
     if observer := _observer.get():
         observer(step, total)
 
@@ -64,7 +91,7 @@ class FirstOrder:
     batch_size: int = 4
     accumulate: int = 1  # batches per step
     steps: int | None = None  # 5 where neither is given
-    epochs: int | None = None
+    epochs: int | None = None  # passes over the client's examples
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; bf16 is autocast over fp32 weights and changes numbers
     checkpoint_activations: bool = False  # a third more compute for much less memory with long or many examples
 
@@ -84,63 +111,137 @@ class FirstOrder:
             raise UserError(f"momentum={self.momentum} with adamw: momentum is SGD's; remove it or choose sgd")
 
     def total_steps(self, num_examples: int) -> int:
-        """Optimiser steps that a client with so many examples takes."""
+        """How many optimiser steps a client takes in a round.
+
+        Args:
+            num_examples: that the client holds.
+
+        Returns:
+            ``steps``, or the steps of ``epochs`` passes; the last step of a pass may have fewer batches.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return self.epochs * math.ceil(num_examples / (self.batch_size * self.accumulate))
+        return self.epochs * math.ceil(self.batches_per_pass(num_examples) / self.accumulate)
+
+    def total_batches(self, num_examples: int) -> int:
+        """How many batches a client trains on in a round.
+
+        Args:
+            num_examples: that the client holds.
+
+        Returns:
+            ``accumulate`` per step, or the batches of ``epochs`` passes.
+        """
+        if self.steps is not None:
+            return self.steps * self.accumulate
+        assert self.epochs is not None
+        return self.epochs * self.batches_per_pass(num_examples)
+
+    def batches_per_pass(self, num_examples: int) -> int:
+        """How many batches one pass over a client's examples has.
+
+        Args:
+            num_examples: that the client holds.
+
+        Returns:
+            ``num_examples`` / ``batch_size``, rounded up: one batch may be smaller.
+        """
+        return math.ceil(num_examples / self.batch_size)
 
     def train(
         self,
         task: Task,
         data: Examples,
         key: Key,
-        anchor: Mapping[str, Tensor] | None = None,
-        proximal: float = 0.0,
-    ) -> dict[str, float]:
-        """Train ``task.model`` in place. Returns the mean loss over all steps and the seconds it took.
+        *,
+        adjust: Adjust | None = None,
+        mask: Mapping[str, Tensor] | None = None,
+        state: OptimizerState | None = None,
+    ) -> Trained:
+        """Train ``task.model`` in place.
 
-        Raises TrainingRefused for a client without examples or a loss that is not finite.
+        Args:
+            task: the model and the loss.
+            data: the client's examples.
+            key: draws the order of the examples.
+            adjust: called with the trained parameters by name between backward and step; may change their ``grad``.
+            mask: by parameter, 1 where values train and 0 where they stay, bit for bit: gradient, weight decay and
+                moments are gated. Parameters that are not named train whole.
+            state: of the optimiser to go on with; a new ``OptimizerState()`` for the first time. None: a fresh
+                optimiser, and no state comes back.
+
+        Returns:
+            Metrics, and the optimiser's state if one was handed in.
+
+        Raises:
+            TrainingRefused: a client without examples, or a loss that is not finite.
         """
         if not len(data):
             raise TrainingRefused("the client holds no example")
         started = time.perf_counter()
         weights = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
-        batches = endless(data, self.batch_size, key)
         total = self.total_steps(len(data))
         losses = torch.zeros(total, device=task.device)  # read once at the end: no synchronisation in the loop
-        stepper = self._stepper(weights, anchor if proximal else None, proximal)
+        stepper = self._stepper(weights, adjust, mask, state)
         with stepper, checkpointed(task.model, self.checkpoint_activations):
-            for step in range(total):
-                for _ in range(self.accumulate):
+            for step, batches in enumerate(islice(self._batches_by_step(data, key), total)):
+                for batch in batches:
                     with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                        loss = task.loss(task.model, next(batches)) / self.accumulate
+                        loss = task.objective.loss(task.model, batch) / len(batches)
                     loss.backward()  # type: ignore[no-untyped-call]
                     losses[step] += loss.detach()
                 stepper.step()
                 report_step(step + 1, total)
+            kept = stepper.state() if state is not None else None
         mean_loss = losses.mean().item()
         if not math.isfinite(mean_loss):
             step = int(torch.nonzero(~torch.isfinite(losses))[0])
             raise TrainingRefused(f"the loss is {losses[step].item()} at step {step + 1}: lower the learning rate")
-        return {"loss": mean_loss, "seconds": time.perf_counter() - started}
+        return Trained({"loss": mean_loss, "seconds": time.perf_counter() - started}, kept)
+
+    def _batches_by_step(self, data: Examples, key: Key) -> Iterator[list[Any]]:
+        """The batches of every step. In epochs a pass's last step takes what is left of the pass."""
+        if self.steps is not None:
+            batches = endless(data, self.batch_size, key)
+            while True:
+                yield list(islice(batches, self.accumulate))
+        epoch = 0
+        while True:
+            batches = iter(data.batches(self.batch_size, key.fold("epoch", epoch)))
+            while group := list(islice(batches, self.accumulate)):
+                yield group
+            epoch += 1
 
     def _stepper(
-        self, weights: Mapping[str, torch.nn.Parameter], anchor: Mapping[str, Tensor] | None, proximal: float
+        self,
+        weights: Mapping[str, nn.Parameter],
+        adjust: Adjust | None,
+        mask: Mapping[str, Tensor] | None,
+        state: OptimizerState | None,
     ) -> Stepper:
         plain = self.optimizer == "sgd" and not self.momentum and not self.weight_decay
-        if plain and self.clip is None and self.accumulate == 1 and anchor is None:
+        if plain and self.clip is None and self.accumulate == 1 and adjust is None and mask is None and state is None:
             return StepInBackward(list(weights.values()), self.learning_rate)
-        return StepAfterBackward(weights, self._optimizer(list(weights.values())), self.clip, anchor, proximal)
+        return StepAfterBackward(weights, self._optimizer(list(weights.values())), self.clip, adjust, mask, state)
 
-    def _optimizer(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(weights, self.learning_rate, self.momentum, weight_decay=self.weight_decay)
         return torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay)
 
 
 def endless(data: Examples, size: int, key: Key) -> Iterator[Any]:
-    """Batches for ever: epoch after epoch, each in an order of its own."""
+    """Pass after pass over a client's examples, each in an order drawn anew.
+
+    Args:
+        data: a client's examples, at least one: without any, the first batch never comes.
+        size: examples of a batch, at most.
+        key: draws the orders.
+
+    Returns:
+        Batches without end; no batch spans two passes.
+    """
     epoch = 0
     while True:
         yield from data.batches(size, key.fold("epoch", epoch))

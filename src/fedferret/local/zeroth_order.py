@@ -26,10 +26,10 @@ from torch import Tensor
 
 from fedferret.bases.gaussian import add_directions_
 from fedferret.core import tree
-from fedferret.core.algorithm import Examples, Task
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.local.first_order import TrainingRefused, endless, report_step
+from fedferret.core.task import Examples, Task
+from fedferret.local.first_order import Trained, TrainingRefused, endless, report_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +52,60 @@ class ZerothOrder:
             raise UserError(f"weight_decay={self.weight_decay}: must not be negative")
 
     def total_steps(self, num_examples: int) -> int:
-        """Steps that a client with so many examples takes."""
+        """How many steps a client takes in a round.
+
+        Args:
+            num_examples: that the client holds; has no influence.
+
+        Returns:
+            ``steps``.
+        """
         return self.steps
 
-    def train(self, task: Task, data: Examples, key: Key) -> dict[str, float]:
-        """Train ``task.model`` in place along fresh directions. Returns and raises as ``walk`` does."""
+    def total_batches(self, num_examples: int) -> int:
+        """How many batches a client trains on in a round.
+
+        Args:
+            num_examples: that the client holds; has no influence.
+
+        Returns:
+            ``steps``: one batch per step; each batch costs two forward passes.
+        """
+        return self.steps
+
+    def train(self, task: Task, data: Examples, key: Key) -> Trained:
+        """Train ``task.model`` in place along fresh directions; raises what ``walk`` raises.
+
+        With the central difference this is Algorithm 1 of MeZO.
+
+        Args:
+            task: the model and the loss.
+            data: the client's examples.
+            key: draws the order of the examples and the directions.
+
+        Returns:
+            The metrics of ``walk``, and no optimiser state.
+        """
         _, metrics = self.walk(task, data, key, key.fold("directions"), range(self.steps))
-        return metrics
+        return Trained(metrics)
 
     def walk(
         self, task: Task, data: Examples, key: Key, directions: Key, columns: Sequence[int]
     ) -> tuple[list[float], dict[str, float]]:
-        """Train ``task.model`` in place, a step along each of these ``columns`` of the key ``directions``.
+        """Train ``task.model`` in place, a step along each of some directions.
 
-        Returns every step's projected gradient g, and the metrics: the mean loss over all steps and the seconds it
-        took. ``key`` orders the batches as in first-order training. Raises TrainingRefused for a client without
-        examples or a loss that is not finite.
+        Args:
+            task: the model and the loss.
+            data: the client's examples.
+            key: draws the order of the examples, as in first-order training.
+            directions: the key of the Gaussian directions.
+            columns: which of the directions, in order.
+
+        Returns:
+            Every step's projected gradient g, and the metrics: ``loss``, the mean over all steps, and ``seconds``.
+
+        Raises:
+            TrainingRefused: a client without examples, or a loss that is not finite.
         """
         if not len(data):
             raise TrainingRefused("the client holds no example")
@@ -114,7 +152,7 @@ class ZerothOrder:
 
     def _loss(self, task: Task, batch: Any, step: int) -> float:
         with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = task.loss(task.model, batch).item()
+            loss = task.objective.loss(task.model, batch).item()
         if not math.isfinite(loss):
             raise TrainingRefused(f"the loss is {loss} at step {step + 1}: lower the learning rate")
         return loss

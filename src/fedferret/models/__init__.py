@@ -1,4 +1,4 @@
-"""Models by name. Importing this package is cheap: torch and transformers are imported when a model is asked for."""
+"""Models by name. Importing this package is cheap: torch and transformers are imported when a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """From a GGUF file to a Hugging Face folder: weights, configuration, tokenizer.
 
-The weights are streamed: the safetensors header is a pure function of names and shapes, then each tensor is
-de-quantised slab by slab straight into the file. So the peak memory is that of the tokenizer, and the file's
-digest depends on the GGUF file alone: it is the base's fingerprint, the same on every machine.
+The weights are streamed. The safetensors header is a pure function of names and shapes; then each tensor is
+de-quantised slab by slab into the file. So the tokenizer sets the peak memory, and the file's digest depends on the
+GGUF file alone. The digest is the base's fingerprint, the same on every machine.
 
-Two layouts differ from what transformers wants. llama.cpp interleaves the two rotary halves of Llama's query and
-key rows, and stores Gemma's norm weights with their 1 added; both are undone here, exactly.
+Two layouts differ from those of transformers. llama.cpp interleaves the two rotary halves of Llama's query and key
+rows, and stores Gemma's norm weights with their 1 added. Both are undone here, exactly.
 
-Deviation: transformers' own converter loses SmolLM2's rule that each digit is a token of its own and Gemma's
-user-defined tokens (runs of spaces, tabs and newlines; tags); the tokenizers built here keep them.
+Deviation from transformers' converter: it loses SmolLM2's rule that each digit is a separate token, and Gemma's
+user-defined tokens (runs of spaces, tabs and newlines; tags). The tokenizers built here keep both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ _FFN_NORM = {"llama": "post_attention_layernorm", "gemma3": "pre_feedforward_lay
 
 
 def convert(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the model in the GGUF file ``source`` as a Hugging Face folder with configuration ``config``."""
+    """Write the model in a GGUF file as a Hugging Face folder.
+
+    Args:
+        source: the GGUF file.
+        folder: an existing folder to write into.
+        config: the content of ``config.json``.
+    """
     gguf = read_gguf(source)
     write_weights(gguf, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
@@ -58,7 +64,12 @@ def convert(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_weights(gguf: GgufFile, path: Path) -> None:
-    """Stream every tensor of ``gguf`` as fp32 into the safetensors file ``path``, in order of its name."""
+    """Stream every tensor as fp32 into a safetensors file, in the order of the tensors' names.
+
+    Args:
+        gguf: the file to read from.
+        path: the safetensors file to write.
+    """
     architecture = gguf.metadata["general.architecture"]
     tensors = {_name(name, architecture): (name, tensor) for name, tensor in gguf.tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -68,16 +79,22 @@ def write_weights(gguf: GgufFile, path: Path) -> None:
         start, end = end, end + 4 * int(np.prod(shape))
         header[target] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data aligned to eight bytes
+    text += b" " * (-len(text) % 8)  # the format requires data aligned to eight bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for target in sorted(tensors):
-            for slab in _numbers(gguf, *tensors[target]):
+            for slab in _slabs(gguf, *tensors[target]):
                 file.write(np.ascontiguousarray(slab, dtype="<f4").data)
 
 
-def write_tokenizer(gguf: GgufFile, folder: Path, longest: int) -> None:
-    """Build the fast tokenizer that the vocabulary in ``gguf`` describes and save it in ``folder``."""
+def write_tokenizer(gguf: GgufFile, folder: Path, max_length: int) -> None:
+    """Build the fast tokenizer that the vocabulary of a GGUF file describes, and save it.
+
+    Args:
+        gguf: the file to read from.
+        folder: the folder to save the tokenizer in.
+        max_length: the tokenizer's ``model_max_length``, in tokens.
+    """
     from transformers import PreTrainedTokenizerFast
 
     settings = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.metadata.items()}
@@ -87,7 +104,7 @@ def write_tokenizer(gguf: GgufFile, folder: Path, longest: int) -> None:
     build = {"gpt2": _byte_level, "llama": _sentence_piece}[settings["model"]]
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=build(settings),
-        model_max_length=longest,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         chat_template=settings.get("tokenizer.chat_template"),
         **special,
@@ -96,7 +113,7 @@ def write_tokenizer(gguf: GgufFile, folder: Path, longest: int) -> None:
 
 
 def _name(name: str, architecture: str) -> str:
-    """transformers' name of a tensor that llama.cpp calls ``name``."""
+    """The name in transformers of the tensor that llama.cpp calls ``name``."""
     stem = name.removesuffix(".weight")
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.weight"
@@ -105,8 +122,8 @@ def _name(name: str, architecture: str) -> str:
     return f"model.layers.{layer}.{inner}.weight"
 
 
-def _numbers(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDArray[np.float32]]:
-    """The fp32 slabs of a tensor in transformers' layout."""
+def _slabs(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDArray[np.float32]]:
+    """The fp32 elements of a tensor in transformers' layout, a slab of rows at a time."""
     architecture = gguf.metadata["general.architecture"]
     if architecture == "llama" and (match := re.search(r"attn_([qk])\.weight$", name)):
         heads = gguf.metadata["llama.attention.head_count" + ("_kv" if match[1] == "k" else "")]
@@ -119,7 +136,7 @@ def _numbers(gguf: GgufFile, name: str, tensor: QuantisedTensor) -> Iterator[NDA
 
 
 def _byte_level(settings: Mapping[str, Any]) -> Tokenizer:
-    """SmolLM2's kind: byte-level BPE whose digits stand alone."""
+    """SmolLM2's kind: byte-level BPE where each digit is a separate token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = settings["tokens"]
@@ -143,7 +160,7 @@ def _byte_level(settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentence_piece(settings: Mapping[str, Any]) -> Tokenizer:
-    """Gemma's kind: BPE over characters with spaces as "▁" and bytes for what is unknown; text opens with <bos>."""
+    """Gemma's kind: BPE over characters, spaces as "▁", bytes for unknown characters; a text begins with <bos>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     tokens, kinds = settings["tokens"], settings["token_type"]
@@ -162,9 +179,9 @@ def _sentence_piece(settings: Mapping[str, Any]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    opening = tokens[settings["bos_token_id"]]
+    bos = tokens[settings["bos_token_id"]]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening} $A", pair=f"{opening} $A {opening} $B:1", special_tokens=[(opening, vocabulary[opening])]
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, vocabulary[bos])]
     )
     tokenizer.add_tokens(
         [

@@ -1,4 +1,4 @@
-"""The devices a model can be put on, by the names users give them."""
+"""The devices that a model can be put on, by the names in a recipe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from fedferret.core.errors import UserError
 
 
 def resolve_device(name: str) -> str:
-    """The torch device that ``name`` ("cpu", "cuda", "cuda:1", "mps" or "auto") stands for on this machine.
+    """The torch device of a name on this machine.
 
-    "auto" takes a CUDA GPU before Apple's and either before the processor. Raises :class:`UserError` for a name
-    that is no device or a device that is not here.
+    Args:
+        name: "cpu", "cuda", "cuda:<number>", "mps" or "auto". "auto" takes a CUDA GPU, else Apple's GPU, else the CPU.
+    Raises:
+        UserError: for an unknown name, or a device that this machine does not have.
     """
     if name == "cpu":
         return name

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fedferret.core.errors import UserError
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raise :class:`UserError` unless ``folder`` is free: absent, or an empty folder."""
+    """Check that nothing would be overwritten: ``folder`` is absent, or is an empty folder.
+
+    Raises:
+        UserError: if ``folder`` is a file, or a folder that is not empty.
+    """
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
@@ -21,7 +25,14 @@ def refuse_filled(folder: Path) -> None:
 
 
 def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
-    """Let ``build`` fill a temporary folder beside ``folder``, flush it to disk, then rename it into place."""
+    """Fill a temporary folder beside ``folder``, flush it to disk, then rename it to ``folder``.
+
+    Args:
+        folder: the folder to make; absent or empty.
+        build: is called with the temporary folder and fills it.
+    Raises:
+        UserError: if ``folder`` is a file, or a folder that is not empty.
+    """
     refuse_filled(folder)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +44,7 @@ def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
                 path.chmod(0o644)
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out
+        temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users out
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)

@@ -1,9 +1,9 @@
-"""Reading GGUF files: quantised weights, settings and vocabulary in one file, as llama.cpp stores them.
+"""Reads GGUF files: quantised weights, settings and vocabulary in one file, as llama.cpp stores them.
 
-The header is parsed here, in one pass over a memory map: the ``gguf`` package's own reader takes twenty times as
-long, and transformers reads the whole file three times over. De-quantising is left to ``gguf``; it is elementwise
-IEEE arithmetic, so the weights that come out are the same bits on every machine. Rows are de-quantised a slab at a
-time, so memory stays near 100 MB whatever the size of the model.
+The header is parsed here, in one pass over a memory map. The reader of the ``gguf`` package takes twenty times as long,
+and transformers reads the whole file three times. The ``gguf`` package de-quantises. Its arithmetic is elementwise and
+IEEE, so the weights have the same bits on every machine. Rows are de-quantised a slab at a time, so memory stays near
+100 MB for any size of model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ _SLAB_ELEMENTS = 4_000_000
 
 @dataclass(frozen=True)
 class QuantisedTensor:
-    """One tensor as stored: ``data`` uint8 (rows, bytes per row), ``shape`` of the numbers it stands for."""
+    """One tensor as stored: ``data`` is uint8 (rows, bytes per row), ``shape`` is that of the de-quantised tensor."""
 
     shape: tuple[int, ...]
-    kind: int
+    kind: int  # a GGMLQuantizationType
     data: NDArray[np.uint8]
 
     def rows(self, order: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.float32]]:
-        """The numbers as fp32, a slab (rows, columns) at a time, rows taken in ``order`` where it is given."""
+        """The elements as fp32, a slab at a time.
+
+        Args:
+            order: the rows to take, in this order; None: all rows in their order.
+        Yields:
+            Slabs of shape (rows, columns).
+        """
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -52,7 +58,13 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of ``path`` and map its tensors. The file must be sound: its digest is checked before."""
+    """Parse the header of a GGUF file and map its tensors.
+
+    Args:
+        path: an undamaged file; the caller has checked its digest.
+    Raises:
+        ValueError: if the file is not a GGUF file.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     with path.open("rb") as file:
@@ -65,7 +77,7 @@ def read_gguf(path: Path) -> GgufFile:
     places = []
     for _ in range(tensor_count):
         name = cursor.text()
-        dimensions = cursor.unpack(f"<{cursor.scalar('I')}Q")[::-1]  # stored fastest first
+        dimensions = cursor.unpack(f"<{cursor.scalar('I')}Q")[::-1]  # stored with the fastest dimension first
         places.append((name, dimensions, *cursor.unpack("<IQ")))
     alignment = metadata.get("general.alignment", 32)
     origin = -(-cursor.position // alignment) * alignment
@@ -80,7 +92,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """A position in a buffer that moves past what it reads."""
+    """A position in a buffer; each read advances it."""
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self.buffer = buffer
@@ -91,8 +103,8 @@ class _Cursor:
         self.position += struct.calcsize(form)
         return values
 
-    def scalar(self, letter: str) -> Any:
-        return self.unpack("<" + letter)[0]
+    def scalar(self, code: str) -> Any:
+        return self.unpack("<" + code)[0]
 
     def text(self) -> str:
         length = self.scalar("Q")

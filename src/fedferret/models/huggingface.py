@@ -1,7 +1,7 @@
 """Any causal language model that transformers can load, from a folder or by its name on the hub.
 
-Weights are always fp32: an update of Ferret is far below the rounding step of half precision. Weights that the
-folder lacks are an error (transformers would fill them at random).
+Weights are always fp32: Ferret's updates are far below the rounding step of half precision. Missing weights are an
+error, where transformers would initialise them at random.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def check_source(name: str) -> None:
-    """Raise :class:`UserError` if ``name`` is neither a folder with a causal model nor a name the hub could know.
+    """Check a name without a network; at most a ``config.json`` is read.
 
-    Reads at most a ``config.json``; the hub is not asked.
+    Args:
+        name: a folder, or a name on the hub.
+    Raises:
+        UserError: if ``name`` is neither a folder with a causal model nor a valid hub name.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
-            raise UserError(f'model "{name}": there is no such folder, and it is no name a hub could know (OWNER/NAME)')
+            raise UserError(f'model "{name}": there is no such folder, and this is not a valid hub name (OWNER/NAME)')
         return
     path = folder / "config.json"
     if not path.is_file():
@@ -44,20 +47,29 @@ def check_source(name: str) -> None:
 
 
 def folder_has_chat_template(folder: Path) -> bool:
-    """Whether a folder in Hugging Face's format holds a chat template, in any of the places that transformers looks."""
+    """Whether a folder in Hugging Face's format holds a chat template, in any place where transformers looks.
+
+    True where ``tokenizer_config.json`` cannot be read.
+    """
     if any(
         (folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     ):
         return True
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # reading the tokenizer will say what is wrong
+    except (OSError, ValueError):  # loading the tokenizer reports the cause
         return True
     return bool(isinstance(settings, dict) and settings.get("chat_template"))
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """The configuration of the model in folder ``name`` or on the hub; :class:`UserError` unless it is causal."""
+    """The configuration of a model.
+
+    Args:
+        name: a folder, or a name on the hub.
+    Raises:
+        UserError: if the configuration cannot be read, or is not that of a causal model.
+    """
     from transformers import AutoConfig
 
     check_source(name)
@@ -68,7 +80,15 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, fp32 on the processor, and its tokenizer, as they are stored."""
+    """A model and its tokenizer, as stored.
+
+    Args:
+        name: a folder, or a name on the hub.
+    Returns:
+        The model, fp32 on the CPU, and its tokenizer.
+    Raises:
+        UserError: if either cannot be read, the model is not causal, or weights are missing or misshapen.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(name)
@@ -79,15 +99,15 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             config=config,
             dtype="float32",
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported here, refused below
+            ignore_mismatched_sizes=True,  # reported below as an error
             output_loading_info=True,
         )
     model, report = loaded
     unusable = sorted(report["missing_keys"]) + sorted(key for key, *_shapes in report["mismatched_keys"])
     if unusable:
         raise UserError(
-            f'model "{name}": {len(unusable)} of its weights are missing or of another shape than its config.json '
-            f"says, the first {unusable[0]}; fetch or save the folder again"
+            f'model "{name}": {len(unusable)} of its weights are missing or differ in shape from its config.json, '
+            f"the first is {unusable[0]}; fetch or save the folder again"
         )
     return model, tokenizer
 
@@ -98,7 +118,7 @@ def _source(name: str) -> str:
 
 
 def _require_causal(name: str, config: dict[str, Any]) -> None:
-    """Refuse a configuration whose architecture does not predict the next token from those before it."""
+    """Raise UserError unless the architecture predicts each token from the tokens before it."""
     architectures = config.get("architectures") or []
     if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
         return
@@ -110,19 +130,19 @@ def _require_causal(name: str, config: dict[str, Any]) -> None:
     kind = str(config.get("model_type"))
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     causal = known is not None and (not architectures or known in architectures)
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT's kind looks both ways unless told otherwise
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT's attention is bidirectional unless is_decoder is set
         causal = causal and bool(config.get("is_decoder"))
     if not causal:
         what = ", ".join(architectures) or f"of model type {kind}"
         raise UserError(
             f'model "{name}": architecture {what} is not a causal language model; '
-            "give one whose architecture ends in ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
+            "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
         )
 
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn what transformers, the hub and safetensors raise for a bad source into one line."""
+    """Turn what transformers, the hub and safetensors raise for a bad source into a UserError of one line."""
     from safetensors import SafetensorError
 
     try:

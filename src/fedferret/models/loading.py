@@ -1,11 +1,11 @@
-"""One door to every model: a name in, a model and its tokenizer out, ready to be tuned.
+"""Loads any model and its tokenizer by name, ready for tuning.
 
-Whatever the source, what comes out is the same kind of thing: fp32 weights on the device; evaluation mode, so that
-dropout is off (it would draw from the global generator) while gradients flow as ever; a tokenizer that has a
-padding token and pads on the right. Tied weights are one parameter.
+Every source gives the same: fp32 weights on the device; evaluation mode, so that dropout is off (it would draw from the
+global generator) while gradients still flow; a tokenizer that has a padding token and pads on the right. Tied weights
+are one parameter.
 
 The padding token may be the end token (SmolLM2, GPT-2): labels must be masked by length, never by token id.
-For the same reason the embedding's ``padding_idx`` is cleared: torch would keep that token's row from learning.
+For the same reason the embedding's ``padding_idx`` is cleared: torch gives that token's row no gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.devices import resolve_device
@@ -34,16 +35,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with its tokenizer. ``name`` is as the user gave it; ``folder`` is where it was read from, if local."""
+    """A model with its tokenizer."""
 
-    name: str
+    name: str  # as the user gave it
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    folder: Path | None
+    folder: Path | None  # where the model was read from, if from a local folder
 
 
 def check(name: str, *, device: str = "cpu") -> None:
-    """Raise :class:`UserError` for a model or device that cannot work, without reading weights or using a network."""
+    """Check a model's name and a device, without reading weights or using a network.
+
+    Args:
+        name: as in a recipe.
+        device: "cpu", "cuda", "cuda:<number>", "mps" or "auto".
+
+    Raises:
+        UserError: if the model or the device cannot work.
+    """
     resolve_device(device)
     if name.startswith(PACKAGED):
         describe(name)
@@ -52,7 +61,14 @@ def check(name: str, *, device: str = "cpu") -> None:
 
 
 def has_chat_template(name: str) -> bool:
-    """Whether the model ``name`` brings a chat template, as far as can be known without a network: if not, True."""
+    """Look for a model's chat template, without a network.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        Whether there is one; True for a model on the hub, which is not asked.
+    """
     if name.startswith(PACKAGED):
         return describe(name).has_chat_template
     folder = Path(name).expanduser()
@@ -60,10 +76,19 @@ def has_chat_template(name: str) -> bool:
 
 
 def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> LanguageModel:
-    """The causal language model called ``name`` (see :func:`catalogue`), fp32 on ``device``.
+    """Load a causal language model and its tokenizer. No global generator advances.
 
-    ``log`` hears, a line each, of steps that take seconds (download, conversion). No global generator moves.
-    Raises :class:`UserError` for an unknown name, a model that is not causal, an unreachable hub, an absent device.
+    Args:
+        name: as in a recipe; see :func:`catalogue`.
+        device: "cpu", "cuda", "cuda:<number>", "mps" or "auto".
+        log: is called with a line before each step that takes seconds (download, conversion).
+
+    Returns:
+        The model, fp32 on the device and in evaluation mode, with its tokenizer, which pads on the right.
+
+    Raises:
+        UserError: for an unknown name, a model that is not causal, an unreachable hub, an absent device.
+        RunError: if a packaged model's digest differs from the pinned one.
     """
     target = resolve_device(device)
     folder: Path | None = None
@@ -86,43 +111,65 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
     tokenizer.padding_side = "right"
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None
-    placed: PreTrainedModel = nn.Module.to(model, target)
-    placed.eval()  # type: ignore[no-untyped-call]
-    return LanguageModel(name, placed, tokenizer, folder)
+    on_device: PreTrainedModel = nn.Module.to(model, target)
+    on_device.eval()  # type: ignore[no-untyped-call]
+    return LanguageModel(name, on_device, tokenizer, folder)
 
 
 def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every trainable parameter of the model ``name``, tied weights once, without reading weights."""
+    """The shapes of a model's parameters, without reading weights.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        The shape of every parameter by name, in the model's order; tied weights once.
+    """
     return {parameter: tuple(tensor.shape) for parameter, tensor in skeleton(name).named_parameters()}
 
 
 def skeleton(name: str) -> nn.Module:
-    """The model ``name`` on the meta device: its modules and shapes, no weights.
+    """Build a model without its weights.
 
-    Needs the configuration alone: nothing is downloaded but a hub model's ``config.json``.
+    Only the configuration is needed: nothing is downloaded but a hub model's ``config.json``.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        A transformers causal model on the meta device: modules and shapes, no values.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     config: PretrainedConfig
-    if name == "tiny":
-        config = tiny_config()
-    elif name == "small":
-        config = small_config()
-    elif name.startswith(PACKAGED):
-        settings = dict(describe(name).config)
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    else:
-        config = read_config(name)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    with quick_imports():  # a model's code is imported when it is first asked for
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if name == "tiny":
+            config = tiny_config()
+        elif name == "small":
+            config = small_config()
+        elif name.startswith(PACKAGED):
+            settings = dict(describe(name).config)
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        else:
+            config = read_config(name)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
 
 
 def save_folder(language_model: LanguageModel, folder: Path) -> None:
-    """Write weights, configuration, generation settings and tokenizer as a Hugging Face folder, whole or not at all.
+    """Write weights, configuration, generation settings and tokenizer as a Hugging Face folder.
 
-    Plain ``transformers`` loads it, tied weights tied. Raises :class:`UserError` if ``folder`` is not empty.
+    The folder is written completely or not at all. ``transformers`` loads it, tied weights tied.
+
+    Args:
+        language_model: what to write.
+        folder: absent or empty.
+
+    Raises:
+        UserError: if ``folder`` is a file, or a folder that is not empty.
     """
 
     def build(temporary: Path) -> None:

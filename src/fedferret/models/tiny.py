@@ -1,7 +1,8 @@
-"""A Llama small enough for tests: 90,624 parameters, one token a byte, made from a key in milliseconds.
+"""A Llama small enough for tests: 90,624 parameters, one token per byte, made from a key in milliseconds.
 
-Two layers of width 64, four heads that share two key-value heads, tied embeddings. The weights are sums of twelve
-uniforms (normal to the eye, standard deviation 0.02), exact additions in a fixed order: the same bits everywhere.
+Two layers of width 64, four heads that share two key-value heads, tied embeddings. Each weight is a sum of twelve
+uniform values (close to normal, standard deviation 0.02). The additions are exact and in a fixed order, so the weights
+have the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
 _DEVIATION = 0.02
-_LONGEST = 2048
-# A turn is <bos>role, a new line, the content, <eos>: like ChatML, in tokens this vocabulary has.
+_MAX_LENGTH = 2048
+# A turn is <bos>role, a new line, the content, <eos>: like ChatML, in tokens of this vocabulary.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<bos>' + message['role'] + '\n' + message['content'] + '<eos>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bos>assistant\n' }}{% endif %}"
@@ -35,7 +36,7 @@ def tiny_config() -> LlamaConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=_LONGEST,
+        max_position_embeddings=_MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
@@ -45,16 +46,21 @@ def tiny_config() -> LlamaConfig:
 
 
 def tiny_model(key: Key) -> LlamaForCausalLM:
-    """The tiny model with weights drawn by ``key``; norm weights are 1."""
-    return drawn(tiny_config(), key)
+    """The tiny model with random weights from ``key``; norm weights are 1."""
+    return random_llama(tiny_config(), key)
 
 
-def drawn(config: LlamaConfig, key: Key) -> LlamaForCausalLM:
-    """A Llama whose weights are drawn by ``key``."""
+def random_llama(config: LlamaConfig, key: Key) -> LlamaForCausalLM:
+    """A Llama with random weights; norm weights are 1.
+
+    Args:
+        config: its configuration.
+        key: of the weights. The global generator does not advance.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
-    with torch.random.fork_rng(devices=[]):  # transformers draws weights too: its draws leave no trace
+    with torch.random.fork_rng(devices=[]):  # transformers initialises the weights too
         model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,7 +75,7 @@ def drawn(config: LlamaConfig, key: Key) -> LlamaForCausalLM:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, three special tokens (<pad> 0, <bos> 1, <eos> 2) and a chat template."""
+    """One token per byte, three special tokens (<pad> 0, <bos> 1, <eos> 2) and a chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +90,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
         pad_token=_SPECIAL[0],
         bos_token=_SPECIAL[1],
         eos_token=_SPECIAL[2],
-        model_max_length=_LONGEST,
+        model_max_length=_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
     )

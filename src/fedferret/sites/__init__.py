@@ -1,1 +1,1 @@
-"""Running across organisations: certificates, the port, and the commands of the server and of the sites."""
+"""Runs across organisations: certificates, the server's port, and the commands of the server and of the sites."""

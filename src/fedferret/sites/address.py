@@ -1,4 +1,4 @@
-"""Where a server listens and sites call, as written on a command line."""
+"""Addresses of servers as the command line takes them: HOST:PORT."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from fedferret.core.errors import UserError
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host and port. Raises UserError."""
+    """Return the host and the port of HOST:PORT.
+
+    Raises:
+        UserError: unless there is a host, and a port of 1 to 65535.
+    """
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
-        raise UserError(f'"{address}": a name or an address and a port are wanted, as in fed.example.org:8443')
+        raise UserError(f'"{address}": give a host name or an IP address, and a port, as in fed.example.org:8443')
     return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine is reached under that name."""
+    """Return whether ``host`` is this machine's loopback interface."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -1,11 +1,11 @@
-"""Keys and certificates, as bytes in PEM: what is in them and nothing about where they are kept.
+"""Keys and certificates as bytes in PEM. Where the files are kept is in ``credentials.py`` and ``pki.py``.
 
-One authority signs everything. What a certificate may be used for is written into it and checked at both ends: a
-site's is good for calling (``clientAuth``), a server's for being called (``serverAuth``) under the names and addresses
-it lists, so that a site cannot pose as the server to another site. All keys are elliptic, NIST P-384: Flower takes
-NIST curves alone for its node keys, and one curve for everything is one thing to reason about.
+One authority (CA) signs every certificate. Each certificate states its extended key usage, and both ends check it: a
+site's certificate has ``clientAuth``; a server's has ``serverAuth`` and lists the server's names and addresses. A site
+therefore cannot pose as the server to another site. All keys are elliptic, NIST P-384: Flower accepts only NIST curves
+for node keys, and one curve for everything is one curve to reason about.
 
-Times are read from a ``Clock`` that the caller may replace: certificates of last year are what expiry is tested with.
+Functions that need the time take it, or a ``Clock``, as a parameter, so that tests can make expired certificates.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 Clock = Callable[[], datetime]
 
-Use = ObjectIdentifier  # what a certificate is good for
-CALLING = ExtendedKeyUsageOID.CLIENT_AUTH
-BEING_CALLED = ExtendedKeyUsageOID.SERVER_AUTH
+Usage = ObjectIdentifier  # extended key usage
+CLIENT_AUTH = ExtendedKeyUsageOID.CLIENT_AUTH
+SERVER_AUTH = ExtendedKeyUsageOID.SERVER_AUTH
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-_SKEW = timedelta(hours=1)  # a clock that is an hour late still takes a certificate made now
+_SKEW = timedelta(hours=1)  # a machine with a clock up to an hour late still accepts a new certificate
 
 
 @dataclass(frozen=True)
@@ -40,37 +40,49 @@ class Pair:
 
 
 def wall_clock() -> datetime:
-    """Now, in UTC."""
+    """Return the time in UTC."""
     return datetime.now(UTC)
 
 
 def authority(name: str, days: int, now: datetime) -> Pair:
-    """A new authority, valid for ``days``; it may sign certificates, no further authorities."""
+    """Return a new authority; it may sign certificates, but no further authorities.
+
+    Args:
+        name: the organisation in the authority's subject.
+        days: validity, in days from ``now``.
+        now: time of issue, UTC.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _subject(name, "authority")
     builder = (
         _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(certifies=True, shakes_hands=False), critical=True)
+        .add_extension(_key_usage(signs_certificates=True, signs_handshakes=False), critical=True)
     )
     return _signed(builder, key, key)
 
 
-def certificate(by: Pair, name: str, use: Use, days: int, now: datetime, hosts: Sequence[str] = ()) -> Pair:
-    """A new key and its certificate, signed by the authority ``by``; it never outlives the authority.
+def certificate(ca: Pair, name: str, usage: Usage, days: int, now: datetime, hosts: Sequence[str] = ()) -> Pair:
+    """Return a new key and its certificate, signed by the authority.
 
-    ``hosts``: the names and addresses under which a server may be called (checked by whoever calls it).
+    Args:
+        ca: the authority.
+        name: common name in the certificate.
+        usage: ``CLIENT_AUTH`` or ``SERVER_AUTH``.
+        days: validity, in days from ``now``; cut to the authority's.
+        now: time of issue, UTC.
+        hosts: the names and addresses of a server; clients check them.
     """
-    issuer = x509.load_pem_x509_certificate(by.certificate)
+    issuer = x509.load_pem_x509_certificate(ca.certificate)
     key = ec.generate_private_key(ec.SECP384R1())
     until = min(now + timedelta(days=days), issuer.not_valid_after_utc)
     organisation = issuer.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
-    signer = _private(by.key)
+    signer = _private(ca.key)
     builder = (
         _builder(_subject(str(organisation), name), issuer.subject, key.public_key(), now, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(certifies=False, shakes_hands=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .add_extension(_key_usage(signs_certificates=False, signs_handshakes=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
     if hosts:
@@ -79,26 +91,36 @@ def certificate(by: Pair, name: str, use: Use, days: int, now: datetime, hosts: 
 
 
 def loopback_certificate(days: int, now: datetime) -> Pair:
-    """A self-signed certificate for this machine talking to itself; whoever trusts it has been handed the file."""
+    """Return a self-signed certificate for connections within this machine; clients trust the file itself.
+
+    Args:
+        days: validity, in days from ``now``.
+        now: time of issue, UTC.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _subject("loopback", "localhost")
     names = x509.SubjectAlternativeName([_general_name(host) for host in LOOPBACK])
     builder = (
         _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(certifies=True, shakes_hands=True), critical=True)
+        .add_extension(_key_usage(signs_certificates=True, signs_handshakes=True), critical=True)
         .add_extension(names, critical=False)
     )
     return _signed(builder, key, key)
 
 
-def revocations(by: Pair, revoked: Mapping[int, datetime], now: datetime) -> bytes:
-    """The list of revoked certificates, by serial number and since when; PEM, valid as long as the authority.
+def revocations(ca: Pair, revoked: Mapping[int, datetime], now: datetime) -> bytes:
+    """Return the certificate revocation list (CRL), PEM, valid as long as the authority.
 
-    It is a file beside the server and never fetched: an early end would lock out every site and protect nobody.
+    The list is a file at the server and is never fetched: an early expiry would lock out every site and protect nobody.
+
+    Args:
+        ca: the authority.
+        revoked: time of revocation (UTC) by serial number.
+        now: time of issue, UTC.
     """
-    issuer = x509.load_pem_x509_certificate(by.certificate)
-    signer = _private(by.key)
+    issuer = x509.load_pem_x509_certificate(ca.certificate)
+    signer = _private(ca.key)
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.subject)
@@ -114,12 +136,12 @@ def revocations(by: Pair, revoked: Mapping[int, datetime], now: datetime) -> byt
 
 
 def read_revocations(revocations: bytes) -> dict[int, datetime]:
-    """What :func:`revocations` was given."""
+    """Return the time of revocation (UTC) by serial number, from a CRL in PEM."""
     return {entry.serial_number: entry.revocation_date_utc for entry in x509.load_pem_x509_crl(revocations)}
 
 
 def node_key(comment: str) -> tuple[bytes, bytes]:
-    """A node's private and public key in OpenSSH's formats, the only ones that Flower's commands read."""
+    """Return a node's private and public key in OpenSSH's formats, the only formats that Flower's commands read."""
     key = ec.generate_private_key(ec.SECP384R1())
     encoding, private = serialization.Encoding, serialization.PrivateFormat
     secret = key.private_bytes(encoding.PEM, private.OpenSSH, serialization.NoEncryption())
@@ -127,14 +149,19 @@ def node_key(comment: str) -> tuple[bytes, bytes]:
     return secret, public + b" " + comment.encode() + b"\n"
 
 
-def belongs(pair: Pair) -> bool:
-    """Whether the key is the certificate's own."""
+def key_matches(pair: Pair) -> bool:
+    """Return whether the private key belongs to the certificate."""
     public = x509.load_pem_x509_certificate(pair.certificate).public_key()
     return _private(pair.key).public_key() == public
 
 
 def signed_by(certificate: bytes, authority: bytes) -> bool:
-    """Whether ``authority`` signed the certificate."""
+    """Return whether ``authority`` signed ``certificate``.
+
+    Args:
+        certificate: PEM.
+        authority: the authority's certificate, PEM.
+    """
     try:
         leaf, issuer = x509.load_pem_x509_certificate(certificate), x509.load_pem_x509_certificate(authority)
         leaf.verify_directly_issued_by(issuer)
@@ -144,28 +171,28 @@ def signed_by(certificate: bytes, authority: bytes) -> bool:
 
 
 def common_name(certificate: bytes) -> str:
-    """Whose certificate it is."""
+    """Return the common name in the certificate."""
     subject = x509.load_pem_x509_certificate(certificate).subject
     return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
 def serial_number(certificate: bytes) -> int:
-    """The number that the authority gave it."""
+    """Return the certificate's serial number."""
     return x509.load_pem_x509_certificate(certificate).serial_number
 
 
 def valid_from(certificate: bytes) -> datetime:
-    """When it begins to be valid, in UTC."""
+    """Return the start of the certificate's validity, UTC."""
     return x509.load_pem_x509_certificate(certificate).not_valid_before_utc
 
 
 def valid_until(certificate: bytes) -> datetime:
-    """When it expires, in UTC."""
+    """Return the certificate's expiry, UTC."""
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
 def hosts_of(certificate: bytes) -> list[str]:
-    """The names and addresses that a server's certificate lists."""
+    """Return the names and addresses that a server's certificate lists."""
     names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     return [str(name.value) for name in names.value]
 
@@ -185,10 +212,12 @@ def _builder(
     )
 
 
-def _signed(builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> Pair:
+def _signed(
+    builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey
+) -> Pair:
     encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return Pair(
-        builder.sign(by, hashes.SHA384()).public_bytes(encoding),
+        builder.sign(signer, hashes.SHA384()).public_bytes(encoding),
         key.private_bytes(encoding, private, serialization.NoEncryption()),
     )
 
@@ -198,11 +227,11 @@ def _subject(organisation: str, name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in parts])
 
 
-def _usage(certifies: bool, shakes_hands: bool) -> x509.KeyUsage:
+def _key_usage(signs_certificates: bool, signs_handshakes: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=shakes_hands,
-        key_cert_sign=certifies,
-        crl_sign=certifies,
+        digital_signature=signs_handshakes,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
@@ -222,5 +251,5 @@ def _general_name(host: str) -> x509.GeneralName:
 def _private(key: bytes) -> ec.EllipticCurvePrivateKey:
     loaded = serialization.load_pem_private_key(key, None)
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{type(loaded).__name__} where an elliptic key is expected")
+        raise ValueError(f"a {type(loaded).__name__}: the key must be elliptic")
     return loaded

@@ -1,13 +1,13 @@
-"""The process that plays the ClientApp of a site: it takes tasks from the SuperNode beside it and runs the relay.
+"""The process that runs as a site's ClientApp: it takes tasks from the site's SuperNode and runs the relay.
 
-    task  ->  its run package is the one this fedferret makes?  no: an error goes back in words
-                                                               yes: flower_relay.app(message)  ->  its reply
+    task  ->  is its run package the one that this fedferret makes?  no: reply with an error in words
+                                                                     yes: reply with flower_relay.app(message)
 
-A task whose message never comes is left for the next one, and the SuperNode is told so (``Task``).
+A task is failed when its message does not come and the next task is there (``Task``).
 
-It stands where Flower would start a process per message that unpacks the server's package and imports what that
-names. Here a package is hashed and otherwise left alone: which code runs is for the site's own installation to say.
-Only this process knows the secret that the SuperNode gives tasks for. As in `flwr/supernode/runtime/run_clientapp.py`.
+Flower would start one process per message, which unpacks the server's run package and imports the modules that the
+package names. This process only hashes the package: the code that runs is the code installed at the site. Only this
+process has the secret that the SuperNode requires for tasks. Follows `flwr/supernode/runtime/run_clientapp.py`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,18 @@ from fedferret.sites.flower_process import LOOPBACK, quiet_flower
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.runtime import authorised, client_of_task
 
-POLL = 0.2  # seconds between two looks for a task; a look costs the SuperNode about a millisecond
+POLL = 0.2  # seconds between two polls for a task; a poll costs the SuperNode about a millisecond
 
 
 def serve(address: str, secret: bytes, package: str, log: Callable[[str], None]) -> None:
-    """Carry out one task after the other, for ever. A SuperNode that is away is waited for."""
+    """Carry out one task after the other, without end; wait for a SuperNode that cannot be reached.
+
+    Args:
+        address: of the SuperNode, HOST:PORT.
+        secret: what the SuperNode requires for tasks.
+        package: SHA-256 of the run package to accept, hexadecimal.
+        log: called with one line for each new error.
+    """
     trouble = ""
     with closing(authorised(address, secret)) as client:
         tasks = Tasks(client)
@@ -62,19 +69,19 @@ def serve(address: str, secret: bytes, package: str, log: Callable[[str], None])
 
 
 class Tasks:
-    """The SuperNode's tasks; each is given to this process once."""
+    """The SuperNode's queue of tasks; each task is returned once."""
 
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client, self._ahead, self._lock = client, "", threading.Lock()
 
     def take(self) -> str:
-        """The token of the next task; "" while there is none."""
+        """Return the token of the next task; "" if there is none."""
         with self._lock:
             token, self._ahead = self._ahead or self._acquire(), ""
             return token
 
     def waiting(self) -> bool:
-        """Whether there is a next task already, which ``take`` will then give."""
+        """Return whether there is a next task; ``take`` then returns this task."""
         with self._lock:
             self._ahead = self._ahead or self._acquire()
             return bool(self._ahead)
@@ -85,29 +92,43 @@ class Tasks:
 
 
 class Superseded(RuntimeError):
-    """The SuperNode is at the next message: what this task still waits for will not come."""
+    """The SuperNode has the next message: the message of this task will not come."""
 
 
 class Task:
-    """A task's client that waits no longer than there is something to wait for.
+    """A task's client that stops waiting for a message once the next task is there.
 
-    A SuperNode is at one message at a time. It makes a message's task a moment before it has the message itself, so
-    that one who is quick finds none. Where a run ends while a message of it is on the way, Flower 1.41 drops the
-    message and keeps its task, whose content it would have waited for during two hours.
+    A SuperNode handles one message at a time. It creates a task a moment before the task's message arrives, so a fast
+    client finds no message. If a run ends while a message is in transit, Flower 1.41 drops the message and keeps the
+    task; Flower's client would wait two hours for the content.
     """
 
     def __init__(self, client: RuntimeHttpClient, tasks: Tasks) -> None:
+        """Create the client of one task.
+
+        Args:
+            client: with the task's token.
+            tasks: the SuperNode's queue.
+        """
         self._client, self._tasks = client, tasks
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        """The message, once it is there. Raises Superseded where it is not there and the next task is."""
+        """Wait for the task's message and return it.
+
+        Raises:
+            Superseded: if the message is not there but the next task is.
+        """
         while not (response := self._client.PullMessages(request)).messages_list:
             self._check_next()
             time.sleep(POLL)
         return response
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
-        """A part of the message. Raises Superseded where it is not there and the next task is."""
+        """Return a part of the message.
+
+        Raises:
+            Superseded: if the part is not there but the next task is.
+        """
         response = self._client.PullObject(request)
         if response.object_found and not response.object_available:
             self._check_next()
@@ -115,14 +136,22 @@ class Task:
 
     def _check_next(self) -> None:
         if self._tasks.waiting():
-            raise Superseded("a letter was dropped on its way, its run had ended; the next one is here")
+            raise Superseded("a message was dropped in transit because its run ended; the next message is here")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
 
 def carry_out(client: Any, package: str, log: Callable[[str], None]) -> None:
-    """One task, from its message to its reply; ``client``: a RuntimeHttpClient or a Task around it."""
+    """Carry out one task, from its message to its reply.
+
+    Args:
+        client: a RuntimeHttpClient, or a Task around one.
+        package: SHA-256 of the run package to accept, hexadecimal.
+        log: called with one line for an error.
+    Raises:
+        Superseded: if the task's message did not come; the task is then reported as failed.
+    """
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     status, details = SubStatus.COMPLETED, ""
@@ -144,8 +173,8 @@ def carry_out(client: Any, package: str, log: Callable[[str], None]) -> None:
         push_message(client, reply, context)
         push_task_output(client, context, status, details)
     except Superseded as error:
-        # a task that just fell silent would be answered by Flower itself a minute later, with an error that the
-        # SuperNode takes for the answer to its present message, and with that one's for the next: each a message late
+        # A task without heartbeats gets an error reply from Flower after a minute. The SuperNode takes that reply for
+        # the reply to its current message, and every later reply for the reply to the message after: one message late.
         push_task_output(client, None, SubStatus.FAILED, str(error))
         raise
     finally:
@@ -154,15 +183,20 @@ def carry_out(client: Any, package: str, log: Callable[[str], None]) -> None:
 
 
 def refusal(given: str, expected: str) -> str:
-    """Why a run package is refused, for the operators of both ends."""
+    """Return why a run package is refused, for the operators of both ends.
+
+    Args:
+        given: SHA-256 of the server's run package, hexadecimal.
+        expected: SHA-256 of the run package that this fedferret makes.
+    """
     return (
-        f"refused: the server's run package has SHA-256 {given[:12]}…, and this site, with fedferret {__version__}, "
-        f"takes {expected[:12]}… alone; install the server's version here"
+        f"refused: the server's run package has SHA-256 {given[:12]}…; this site, with fedferret {__version__}, "
+        f"accepts only {expected[:12]}…; install the server's version here"
     )
 
 
 def main() -> None:
-    """`python -m fedferret.sites.client_app --port PORT --secret FILE [--package SHA256]`."""
+    """Run `python -m fedferret.sites.client_app --port PORT --secret FILE [--package SHA256]`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--secret", type=Path, required=True)

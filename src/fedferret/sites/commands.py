@@ -1,6 +1,6 @@
-"""What `fedferret serve` and `fedferret join` do, in terms of what their options say.
+"""The commands `fedferret serve` and `fedferret join`, called with the values of their options.
 
-Each imports its own half alone: a site's supervisor, which does little but wait, has no use for PyTorch and Flower.
+Each command imports only the modules that it needs: a site's supervisor imports neither PyTorch nor Flower.
 """
 
 from __future__ import annotations
@@ -22,11 +22,26 @@ def serve(
     insecure_off_loopback: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Serve the recipe that ``tables`` say. Raises UserError, RunError, KeyboardInterrupt."""
+    """Serve a recipe.
+
+    Args:
+        tables: the recipe's tables, as in its TOML file.
+        out: the run's folder.
+        listen: where sites call, HOST:PORT.
+        pki: the folder of `fedferret pki`; not read if ``insecure``.
+        wait: seconds to wait for all sites before a round.
+        insecure: without certificates.
+        insecure_off_loopback: allow ``insecure`` on other interfaces than loopback.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for a mistake in the recipe or the options.
+        RunError: if the run cannot go on.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
+    """
     if not insecure and not pki.exists():
         raise UserError(
-            f"--pki {pki}: there are no certificates; make them with `fedferret pki init`, or add --insecure to try it "
-            f"out on loopback"
+            f"--pki {pki}: there are no certificates; make them with `fedferret pki init`, or add --insecure for a "
+            f"trial on loopback"
         )
     from fedferret.config import from_tables
     from fedferret.sites import serve as serving
@@ -51,7 +66,23 @@ def join(
     insecure_off_loopback: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Take part as the site ``name``. Raises UserError, RunError, KeyboardInterrupt."""
+    """Take part in a run as a site.
+
+    Args:
+        address: of the server, HOST:PORT.
+        name: the site's name in the recipe.
+        data: the data file; None: as in ``site.toml``.
+        folder: the site's folder; None: ``sites/NAME``.
+        credentials: archive or folder from the server's administrator; None: those in the site's folder.
+        package: SHA-256 of the run package to accept; "": the one that this fedferret makes.
+        insecure: without certificates.
+        insecure_off_loopback: allow ``insecure`` to a server that is not on loopback.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for a mistake in the options, the credentials or the data.
+        RunError: if the trainer does not start.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
+    """
     from fedferret.sites import join as joining
 
     settings = joining.JoinSettings(

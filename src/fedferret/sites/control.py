@@ -1,6 +1,6 @@
-"""What a server tells its SuperLink over loopback: which keys to let in, and that there is a run.
+"""Control of the SuperLink over loopback: which node keys it accepts, and which run it has.
 
-The interface has no login in Flower's released build; it is never published (see `proxy`).
+The control API has no login in Flower's released build; the server never publishes it (see `proxy`).
 """
 
 from __future__ import annotations
@@ -31,18 +31,24 @@ from fedferret.sites.package import fingerprint
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode, as the SuperLink knows it."""
+    """A SuperNode as the SuperLink lists it."""
 
     identifier: int
     name: str  # "" in insecure mode
     connected: bool
-    registered: str  # time, ISO 8601
+    registered: str  # time of registration, ISO 8601
 
 
 class Control:
-    """A client of one SuperLink."""
+    """A client of one SuperLink's control API."""
 
     def __init__(self, address: str, authority: Path | None) -> None:
+        """Create a client.
+
+        Args:
+            address: of the SuperLink, HOST:PORT.
+            authority: the CA certificate to trust; None: no TLS.
+        """
         self._client = ControlHttpClient.from_server_address(
             address,
             authority is None,
@@ -51,7 +57,14 @@ class Control:
         )
 
     def wait(self, seconds: float, alive: Callable[[], bool]) -> None:
-        """Return once the SuperLink answers. Raises RunError when it ends, or is silent for so long."""
+        """Wait until the SuperLink replies.
+
+        Args:
+            seconds: how long to wait.
+            alive: returns whether the SuperLink's process runs.
+        Raises:
+            RunError: if the SuperLink ends, or does not reply in time.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end and alive():
             try:
@@ -59,10 +72,16 @@ class Control:
                 return
             except httpx.TransportError:
                 time.sleep(0.2)
-        raise RunError("the SuperLink does not answer: server/superlink.log in the run's folder may say why")
+        raise RunError("the SuperLink does not reply: see server/superlink.log in the run's folder")
 
     def register(self, keys: Mapping[str, bytes]) -> None:
-        """Let in the nodes with these public keys (OpenSSH), each under its site's name."""
+        """Register the sites' node keys.
+
+        Args:
+            keys: public key (OpenSSH format) by site name.
+        Raises:
+            RunError: if the SuperLink refuses a key.
+        """
         for name, key in keys.items():
             public = public_key_to_bytes(load_ssh_public_key(key))  # type: ignore[arg-type]  # P-384, as pki makes them
             try:
@@ -70,10 +89,10 @@ class Control:
             except httpx.HTTPStatusError as error:
                 known = FlowerError.from_json(error.response.text)
                 if known is None or known.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
-                    raise RunError(f"the key of {name} was not taken: {error.response.text}") from error
+                    raise RunError(f"the SuperLink refuses the node key of {name}: {error.response.text}") from error
 
     def start(self, package: bytes) -> int:
-        """Begin a run with that package, after ending those that an earlier server left; its id."""
+        """Stop the runs of an earlier server, start a run with that package, and return the new run's id."""
         for identifier, run in self._client.ListRuns(ListRunsRequest()).run_dict.items():
             if not run.finished_at:
                 self._client.StopRun(StopRunRequest(run_id=identifier))
@@ -81,7 +100,7 @@ class Control:
         return int(self._client.StartRun(StartRunRequest(fab=fab)).run_id)
 
     def nodes(self) -> list[Node]:
-        """The nodes that were ever registered and are so still."""
+        """Return the registered nodes."""
         known = self._client.ListNodes(ListNodesRequest()).nodes_info
         return [Node(node.node_id, node.name, node.status == "online", node.registered_at) for node in known]
 

@@ -1,15 +1,15 @@
-"""The files that let a server be trusted and a site in: read, checked, unpacked; and how private files are written.
+"""The credentials of the server and of the sites: reading, checking and unpacking them; writing private files.
 
     server/  server.crt, server.key         for the port that sites call; names and addresses as given
-             superlink.crt, superlink.key   for Flower behind it, loopback's names alone
-    ward-7/  ca.crt                         whom the site trusts; all else would let others be its server
-             site.crt, site.key             what the proxy in front of Flower asks for
-             node.key, node.pub             what Flower itself asks for, a lock of its own behind the first
+             superlink.crt, superlink.key   for the SuperLink behind the proxy; loopback's names only
+    ward-7/  ca.crt                         the only authority that the site trusts
+             site.crt, site.key             for the proxy in front of Flower
+             node.key, node.pub             for Flower: a second check, after the proxy's
              README.txt
 
-Reading checks everything that would otherwise fail later and obscurely: that the files are there and nobody else can
-read them, that keys belong to their certificates, who signed, for what use, and that the time is right. What will
-expire soon is said in ``notices``, a line each, for the commands to show when they start.
+Reading checks what would otherwise fail later with an obscure error: that the files exist and only their owner can
+read them, that keys belong to their certificates, that the authority signed the certificates, and that they are valid
+now. ``notices`` has a line for each certificate that will expire soon; the commands log these lines when they start.
 """
 
 from __future__ import annotations
@@ -29,57 +29,62 @@ from fedferret.sites.certificates import Clock, Pair, wall_clock
 
 SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "README.txt")
 WARN_DAYS = 30  # a month: an administrator on holiday still has time to renew
-LOOPBACK_DAYS = 3650  # never leaves the machine and signs nothing else: there is no reason to renew it
+LOOPBACK_DAYS = 3650  # the key never leaves the machine and signs nothing else: no reason to renew it
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_LARGEST = 1 << 16  # bytes; the largest file of an archive that anybody made with us has some 1,500
+_LARGEST = 1 << 16  # bytes; the largest file in an archive of ours has some 1,500
 
 
 @dataclass(frozen=True)
 class SiteCredentials:
-    """A site's folder, checked."""
+    """A site's credentials, checked."""
 
     name: str
     folder: Path
-    notices: tuple[str, ...]
+    notices: tuple[str, ...]  # a line for each certificate that expires soon
 
     @property
     def authority(self) -> Path:
+        """The certificate of the authority that the site trusts."""
         return self.folder / "ca.crt"
 
     @property
     def certificate(self) -> Path:
+        """The site's certificate."""
         return self.folder / "site.crt"
 
     @property
     def key(self) -> Path:
+        """The private key of the site's certificate."""
         return self.folder / "site.key"
 
     @property
     def node_key(self) -> Path:
-        """For ``flower-supernode --auth-supernode-private-key``."""
+        """The private key for ``flower-supernode --auth-supernode-private-key``."""
         return self.folder / "node.key"
 
     @property
     def node_public_key(self) -> Path:
-        """For ``flwr supernode register``, at the server."""
+        """The public key that the server registers with the SuperLink."""
         return self.folder / "node.pub"
 
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """What serving needs of the folder that ``fedferret pki`` keeps; the authority's key is not among it."""
+    """The files of `fedferret pki` that serving needs, checked; the authority's key is not among them."""
 
     folder: Path
-    hosts: tuple[str, ...]
-    notices: tuple[str, ...]
+    hosts: tuple[str, ...]  # names and addresses in the server's certificate
+    notices: tuple[str, ...]  # a line for each certificate that expires soon
 
     @property
     def authority(self) -> Path:
+        """The authority's certificate."""
         return self.folder / "ca.crt"
 
     @property
     def revocations(self) -> Path:
+        """The certificate revocation list (CRL)."""
         return self.folder / "revoked.crl"
 
     @property
@@ -89,16 +94,23 @@ class ServerCredentials:
 
     @property
     def superlink(self) -> tuple[Path, Path]:
-        """Certificate and key of Flower's own port, on loopback."""
+        """Certificate and key of the SuperLink's port, on loopback."""
         return self.folder / "server" / "superlink.crt", self.folder / "server" / "superlink.key"
 
     def node_public_keys(self) -> dict[str, Path]:
-        """The sites there are, and the public keys to register with Flower."""
+        """Return the path of each site's public node key, by site name."""
         return {path.parent.name: path for path in sorted(self.folder.glob("sites/*/node.pub"))}
 
 
 def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
-    """Check a site's folder. Raises :class:`UserError`."""
+    """Check the credentials of a site.
+
+    Args:
+        folder: the site's credentials, unpacked.
+        clock: returns the time, UTC.
+    Raises:
+        UserError: if a file is missing, readable by others, invalid now, or of another authority.
+    """
     folder = folder.resolve()
     what = f"the credentials in {folder}"
     for name in ("ca.crt", "site.crt", "site.key", "node.key", "node.pub"):
@@ -114,23 +126,30 @@ def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
 
 
 def read_server(folder: Path, clock: Clock = wall_clock) -> ServerCredentials:
-    """Check the server's part of the folder of ``fedferret pki``. Raises :class:`UserError`."""
+    """Check the server's part of the folder of `fedferret pki`.
+
+    Args:
+        folder: the folder of `fedferret pki`.
+        clock: returns the time, UTC.
+    Raises:
+        UserError: if a file is missing, readable by others, invalid now, or of another authority.
+    """
     folder = folder.resolve()
     for name in ("ca.crt", "revoked.crl", "server/server.crt", "server/server.key"):
         _check_there(folder / name, "make it with `fedferret pki init`")
     authority = (folder / "ca.crt").read_bytes()
-    notices = check_time(authority, "the authority", "make a new one, and send every site new credentials", clock)
+    notices = check_time(authority, "the authority", "make a new authority, and send every site new credentials", clock)
     for name in ("server", "superlink"):
         check_private(folder / "server" / f"{name}.key")
         pair = Pair(*((folder / "server" / f"{name}.{end}").read_bytes() for end in ("crt", "key")))
         _check_pair(pair, authority, folder / "server" / f"{name}.crt")
-        notices += check_time(pair.certificate, "the server's certificate", "give `fedferret pki renew server`", clock)
+        notices += check_time(pair.certificate, "the server's certificate", "run `fedferret pki renew server`", clock)
     hosts = tuple(x.hosts_of((folder / "server" / "server.crt").read_bytes()))
     return ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
 
 
 def pack(folder: Path) -> bytes:
-    """A site's folder as a tar archive: its files, readable by their owner alone, nothing else that may lie there."""
+    """Return a tar archive of the credentials in ``folder``, with mode 600; other files are left out."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name in SITE_FILES:
@@ -142,12 +161,18 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(archive: Path, into: Path, clock: Clock = wall_clock) -> SiteCredentials:
-    """Unpack what :func:`pack` made into the folder ``into`` and check it; newer credentials replace older ones.
+    """Unpack an archive of :func:`pack` and check the credentials; newer ones replace older ones.
 
-    An archive comes from outside: only the files of a site are taken, whatever else it holds is refused, and nothing
-    is written anywhere but directly in ``into``. Raises :class:`UserError`.
+    Archives are untrusted: one with any other file is refused, and files are written only directly in ``into``.
+
+    Args:
+        archive: the tar file.
+        into: the folder to write to.
+        clock: returns the time, UTC.
+    Raises:
+        UserError: for another kind of file, credentials of another site than those in ``into``, or invalid ones.
     """
-    wrong = UserError(f"{archive} is no archive of a site's credentials, as `fedferret pki issue` makes them")
+    wrong = UserError(f"{archive}: not an archive of a site's credentials, as `fedferret pki issue` makes them")
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
@@ -166,9 +191,9 @@ def unpack(archive: Path, into: Path, clock: Clock = wall_clock) -> SiteCredenti
         raise wrong
     private_folder(into)
     before, now = into / "site.crt", files["site.crt"]
-    if before.exists() and (whose := _name_in(before.read_bytes())) != _name_in(now):
+    if before.exists() and (name := _name_in(before.read_bytes())) != _name_in(now):
         raise UserError(
-            f"{into} holds the credentials of {whose}, {archive} those of {_name_in(now)}: give another folder"
+            f"{into} holds the credentials of {name}, {archive} those of {_name_in(now)}: give another folder"
         )
     for name, content in files.items():
         write_private(into / name, content)
@@ -176,7 +201,12 @@ def unpack(archive: Path, into: Path, clock: Clock = wall_clock) -> SiteCredenti
 
 
 def loopback(folder: Path, clock: Clock = wall_clock) -> tuple[Path, Path]:
-    """Certificate and key for this machine's own connections, made once in ``folder`` and kept there."""
+    """Return certificate and key for connections within this machine; make them where they are missing or expired.
+
+    Args:
+        folder: where the files are.
+        clock: returns the time, UTC.
+    """
     certificate, key = folder / "loopback.crt", folder / "loopback.key"
     if not (certificate.exists() and key.exists() and clock() < x.valid_until(certificate.read_bytes())):
         pair = x.loopback_certificate(LOOPBACK_DAYS, clock())
@@ -186,41 +216,69 @@ def loopback(folder: Path, clock: Clock = wall_clock) -> tuple[Path, Path]:
 
 
 def check_name(name: str) -> str:
-    """``name`` if it may be a site's: it becomes a folder, a host name and an argument. Raises :class:`UserError`."""
+    """Return ``name`` if a site can have that name: it becomes a folder, a host name and an argument.
+
+    Raises:
+        UserError: unless the name is valid.
+    """
     if not _NAME.fullmatch(name):
         raise UserError(
-            f'"{name}" cannot be the name of a site: use 1 to 63 of a-z, 0-9 and "-", not at either end, as in ward-7'
+            f'"{name}" cannot be the name of a site: use 1 to 63 of a-z, 0-9 and "-" (not first or last), as in ward-7'
         )
     return name
 
 
 def check_private(path: Path) -> None:
-    """Raises :class:`UserError` if anybody but its owner can read the file or enter the folder."""
+    """Check that only the owner can read the file or enter the folder.
+
+    Raises:
+        UserError: if others can.
+    """
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         wanted = "700" if path.is_dir() else "600"
-        raise UserError(f"{path} can be read by others (mode {mode:o}); give: chmod {wanted} {path}")
+        raise UserError(f"{path} can be read by others (mode {mode:o}); run: chmod {wanted} {path}")
 
 
-def check_time(certificate: bytes, whose: str, remedy: str, clock: Clock = wall_clock) -> list[str]:
-    """A line if it expires within ``WARN_DAYS``. Raises :class:`UserError` if it is not valid now."""
+def check_time(certificate: bytes, what: str, remedy: str, clock: Clock = wall_clock) -> list[str]:
+    """Check that a certificate is valid now.
+
+    Args:
+        certificate: PEM.
+        what: the certificate's name in messages.
+        remedy: what the operator has to do, in messages.
+        clock: returns the time, UTC.
+    Returns:
+        One line if the certificate expires within ``WARN_DAYS``; otherwise none.
+    Raises:
+        UserError: if the certificate is not valid now.
+    """
     now, until = clock(), x.valid_until(certificate)
     if now < (begin := x.valid_from(certificate)):
-        raise UserError(f"{whose} is valid only from {begin:%Y-%m-%d %H:%M} UTC: is this machine's clock right?")
+        raise UserError(f"{what} is valid only from {begin:%Y-%m-%d %H:%M} UTC: check this machine's clock")
     if now >= until:
-        raise UserError(f"{whose} expired on {until:%Y-%m-%d}: {remedy}")
+        raise UserError(f"{what} expired on {until:%Y-%m-%d}: {remedy}")
     days = (until - now).days
-    return [f"{whose} expires in {days} days, on {until:%Y-%m-%d}: {remedy}"] if days < WARN_DAYS else []
+    return [f"{what} expires in {days} days, on {until:%Y-%m-%d}: {remedy}"] if days < WARN_DAYS else []
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that its owner alone can enter; one that others can enter is refused."""
+    """Make a folder that only its owner can enter.
+
+    Raises:
+        UserError: if the folder exists and others can enter it.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(path)
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, that its owner alone can read."""
+    """Write a file atomically, readable only by its owner.
+
+    Args:
+        path: the file; its folder exists.
+        content: the file's bytes.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 600 from the start
     try:
         with os.fdopen(handle, "wb") as file:
@@ -238,7 +296,7 @@ def _check_there(path: Path, remedy: str) -> None:
 
 
 def _name_in(certificate: bytes) -> str:
-    """Whose it is; "nobody" for what is no certificate, which the check after unpacking names."""
+    """The common name; "nobody" for an invalid certificate, which the check after unpacking reports."""
     try:
         return x.common_name(certificate)
     except ValueError:
@@ -246,17 +304,17 @@ def _name_in(certificate: bytes) -> str:
 
 
 def _check_pair(pair: Pair, authority: bytes, path: Path) -> str:
-    """The name in the certificate. Raises :class:`UserError` for files that do not belong together."""
+    """Return the common name. Raises UserError for files that do not belong together."""
     try:
-        belongs, signed, name = (
-            x.belongs(pair),
+        matches, signed, name = (
+            x.key_matches(pair),
             x.signed_by(pair.certificate, authority),
             x.common_name(pair.certificate),
         )
     except ValueError as error:
         raise UserError(f"{path} or its key cannot be read as PEM: {error}") from None
-    if not belongs:
-        raise UserError(f"{path} and the key beside it do not belong together: unpack the newest archive again")
+    if not matches:
+        raise UserError(f"{path} and its key do not belong together: unpack the newest archive again")
     if not signed:
         raise UserError(f"{path} was not signed by the authority in ca.crt: unpack the newest archive again")
     return name

@@ -1,9 +1,9 @@
-"""Flower's processes, as this project runs them: quiet, alone on loopback, and without power over code.
+"""The commands of Flower's processes: on loopback, without telemetry, and without starting code.
 
-SuperLink (server) and SuperNode (site) pass messages on. In "process" isolation neither starts an app: each holds
-tasks for whoever shows its secret over loopback, here `server_app` and `client_app`, which run the installed
-fedferret. So no run package is ever unpacked, no dependency installed, and no process of Flower's is left behind.
-As in flwr 1.41 (`flwr/superlink/cli/flower_superlink.py`, `flwr/supernode/cli/flower_supernode.py`).
+SuperLink (server) and SuperNode (site) pass messages on. With `--isolation process` neither starts an app: each gives
+tasks to a process that shows the secret over loopback. Here these processes are `server_app` and `client_app`, which
+run the installed fedferret. So no run package is unpacked, no dependency is installed, and no process of Flower is left
+behind. Follows flwr 1.41 (`flwr/superlink/cli/flower_superlink.py`, `flwr/supernode/cli/flower_supernode.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Certificates:
-    """Paths of what a TLS server on loopback shows, and of what those who call it trust."""
+    """Paths of a TLS server's certificate and key, and of the authority that its clients trust."""
 
     authority: Path
     certificate: Path
@@ -32,13 +32,17 @@ class Certificates:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What every process with Flower in it is given: nothing is reported, looked up or installed over the network."""
+    """Return the environment of every process that imports Flower: no telemetry, no update check, no installation.
+
+    Args:
+        home: the folder for Flower's files, instead of ~/.flwr.
+    """
     never_by_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY", ""), LOOPBACK, "localhost")))
     return {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_HOME": str(home),  # or it writes to ~/.flwr
+        "FLWR_HOME": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": never_by_proxy,
@@ -47,7 +51,14 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def superlink(host: str, port: int, folder: Path, certificates: Certificates | None) -> list[str]:
-    """The command of a server's SuperLink, its state in ``folder``; ``host`` is loopback for all who have a choice."""
+    """Return the command of a server's SuperLink.
+
+    Args:
+        host: the interface to listen on: loopback, but for a server without certificates off loopback.
+        port: the port to listen on.
+        folder: the SuperLink's database and secret.
+        certificates: for TLS and registered node keys; None: insecure.
+    """
     if certificates is None:
         security = ["--insecure"]
     else:
@@ -55,22 +66,32 @@ def superlink(host: str, port: int, folder: Path, certificates: Certificates | N
         security += ["--ssl-keyfile", str(certificates.key), "--enable-supernode-auth"]
     address = ["--host", host, "--port", str(port)]
     state = ["--database", str(folder / "superlink.db")]
-    return [_script("flower-superlink"), *address, *security, *_alone(folder), *state]
+    return [_script("flower-superlink"), *address, *security, *_isolated(folder), *state]
 
 
 def supernode(
     server: str, port: int, folder: Path, authority: Path | None, key: Path | None, name: str, trainer: Path
 ) -> list[str]:
-    """The command of a site's SuperNode: it calls ``server``, and serves the site's app on loopback's ``port``."""
+    """Return the command of a site's SuperNode.
+
+    Args:
+        server: the address to call, HOST:PORT: the forwarder, or the server if insecure.
+        port: the port on loopback for the site's ClientApp.
+        folder: the SuperNode's secret.
+        authority: the certificate to trust; None: no TLS.
+        key: the private node key; None: insecure.
+        name: the site's name.
+        trainer: the trainer's socket.
+    """
     security = ["--insecure"] if authority is None else ["--root-certificates", str(authority)]
     security += ["--auth-supernode-private-key", str(key)] if key else []
     known = f'name="{name}" socket="{trainer}"'
     address = ["--superlink", server, "--host", LOOPBACK, "--port", str(port)]
-    return [_script("flower-supernode"), *address, *security, *_alone(folder), "--node-config", known]
+    return [_script("flower-supernode"), *address, *security, *_isolated(folder), "--node-config", known]
 
 
 def secret(folder: Path) -> bytes:
-    """The secret that Flower's half and ours share, made when there is none; for the folder's owner alone."""
+    """Return the secret that Flower's process and the app share; make it where it is missing, with mode 600."""
     path = folder / "secret"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -80,25 +101,29 @@ def secret(folder: Path) -> bytes:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody has at this moment."""
+    """Return a port on loopback that no process has at this moment."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 def check_free(port: int) -> None:
-    """Raise UserError where another process has this port of loopback."""
+    """Check that no process has this port of loopback.
+
+    Raises:
+        UserError: if one does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
         except OSError:
-            raise UserError(f"port {port} is taken by another process: give another one with --port") from None
+            raise UserError(f"port {port} is taken by another process: give another one with --listen") from None
 
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Flower's own log at errors: its lines on every message and every retry are no news for an operator."""
+    """Log only Flower's errors: it also logs every message and every retry, which an operator does not need."""
     import logging
 
     logger = logging.getLogger("flwr")
@@ -110,7 +135,7 @@ def quiet_flower() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _alone(folder: Path) -> list[str]:
+def _isolated(folder: Path) -> list[str]:
     secret(folder)
     return ["--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret")]
 

@@ -1,15 +1,15 @@
-"""`fedferret join`: everything that a site needs to take part, started, watched and started again when it ends.
+"""`fedferret join`: the processes of a site, started, watched, and started again when they end.
 
-trainer    model, data, replica; behind a socket in the site's folder      (`engines/resident.py`)
-relay      takes letters from the SuperNode to the trainer                 (`client_app.py`)
-SuperNode  Flower's half, calls the server; nothing calls this machine
+trainer    model, data, replica; behind a socket in the site's folder      (`resident/process.py`)
+relay      takes messages from the SuperNode to the trainer                (`client_app.py`)
+SuperNode  Flower's process, calls the server; nothing calls this machine
 forwarder  shows the site's certificate to the server                      (`forwarder.py`; not in insecure mode)
 
-SITE/site.toml       name and data file; what else can be set: `engines/site.py`
-     credentials/    what the server's administrator sent
+SITE/site.toml       name and data file; further settings: `sites/site.py`
+     credentials/    from the server's administrator
      runs/           per run: recipe, log and private state, all that a restarted trainer needs
-     audit.jsonl     every message that came and went
-     logs/, flower/  the processes' words, and Flower's own files
+     audit.jsonl     a line for every message received or sent
+     logs/, flower/  the processes' logs, and Flower's files
 """
 
 from __future__ import annotations
@@ -34,37 +34,46 @@ from fedferret.sites.flower_process import LOOPBACK, environment, free_port, sec
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
-LOOK = 0.2  # seconds between two looks at the processes
-NOT_ACTIVATED = "[code: 2004]"  # Flower's words for a node that it does not let in (`flwr/supercore/error/catalog.py`)
-SETTINGS = "site.toml"  # read by the trainer, `engines/site.py`
+LOOK = 0.2  # seconds between two polls of the processes
+NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
+SETTINGS = "site.toml"  # read by the trainer, `sites/site.py`
 STATE = "join.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JoinSettings:
-    """How a site takes part."""
+    """The settings of `fedferret join`."""
 
     address: str  # of the server, HOST:PORT
     name: str  # as the run's list of sites has it
     data: Path | None = None  # None: as in site.toml
-    folder: Path  # the site's own
-    credentials: Path | None = None  # folder or archive; None: those in the folder already
+    folder: Path  # of the site
+    credentials: Path | None = None  # folder or archive; None: those in the site's folder
     insecure: bool = False
     insecure_off_loopback: bool = False
-    package: str = ""  # SHA-256 of another run package to take; "": the one that this fedferret makes
+    package: str = ""  # SHA-256 of the run package to accept; "": the one that this fedferret makes
 
     def __post_init__(self) -> None:
         host, _ = split(self.address)
         check_name(self.name)
         if self.insecure and not is_loopback(host) and not self.insecure_off_loopback:
             raise UserError(
-                f"--insecure to {self.address}: anyone on the way could pose as the server; use --credentials, or add "
+                f"--insecure to {self.address}: anyone in between could pose as the server; use --credentials, or add "
                 f"--insecure-off-loopback"
             )
 
 
 def join(settings: JoinSettings, log: Callable[[str], None] = print) -> None:
-    """Take part until Ctrl-C. Raises UserError, RunError, KeyboardInterrupt."""
+    """Take part in a run until Ctrl-C.
+
+    Args:
+        settings: of the site.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for a mistake in the settings, the credentials or the data.
+        RunError: if the trainer does not start.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
+    """
     folder = settings.folder.resolve()
     with terminable():
         private_folder(folder)
@@ -72,31 +81,39 @@ def join(settings: JoinSettings, log: Callable[[str], None] = print) -> None:
             known = None if settings.insecure else _credentials(settings, folder)
             for notice in known.notices if known else ():
                 log(notice)
-            log(f"{settings.name} trains on {resolve_data(settings, folder)}, which stays where it is.")
-            log(f"Everything of this site is in {folder}; every message that comes or goes: audit.jsonl there.")
-            Site(settings, folder, known, log).play()
+            log(f"{settings.name} trains on {resolve_data(settings, folder)}; the data stays there.")
+            log(f"The site's folder is {folder}; audit.jsonl there has a line for every message received or sent.")
+            Site(settings, folder, known, log).run()
 
 
 def resolve_data(settings: JoinSettings, folder: Path) -> str:
-    """The site's data file, as ``site.toml`` has it; that is written where there is none. Raises UserError for options
-    that it contradicts."""
+    """Return the site's data file, from ``site.toml``; write ``site.toml`` where it is missing.
+
+    Args:
+        settings: of the site.
+        folder: the site's folder.
+    Raises:
+        UserError: if ``site.toml`` is invalid or contradicts the settings.
+    """
     import tomli_w
 
     path = folder / SETTINGS
     given = str(settings.data.resolve()) if settings.data else None
     if not path.exists():
         if given is None:
-            raise UserError(f"--data is missing: {path} is not there yet to say which file {settings.name} trains on")
+            raise UserError(
+                f"--data is missing: {path} does not exist yet; give the file that {settings.name} trains on"
+            )
         write_atomically(path, tomli_w.dumps({"name": settings.name, "data": {"path": given}}))
     try:
         known = tomllib.loads(path.read_text(encoding="utf-8"))
         name, data = str(known["name"]), str(folder / Path(known["data"]["path"]).expanduser())
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: must hold a name and a table [data] with a path ({error})") from None
+        raise UserError(f"{path}: give a name and a table [data] with a path ({error})") from None
     if name != settings.name:
-        raise UserError(f'{folder} is the folder of "{name}": give --folder another one for {settings.name}')
+        raise UserError(f'{folder} is the folder of "{name}": give another one for {settings.name} with --folder')
     if given is not None and Path(data).resolve() != Path(given):
-        raise UserError(f"--data {given}: {path} says {data}; change it there, or leave --data out")
+        raise UserError(f"--data {given}: {path} has {data}; change it there, or omit --data")
     return data
 
 
@@ -106,12 +123,20 @@ class Site:
     def __init__(
         self, settings: JoinSettings, folder: Path, credentials: SiteCredentials | None, log: Callable[[str], None]
     ) -> None:
+        """Create a site; nothing is started yet.
+
+        Args:
+            settings: of the site.
+            folder: the site's folder.
+            credentials: checked; None: insecure.
+            log: called with each line for the operator.
+        """
         self.settings, self.folder, self.credentials, self.log = settings, folder, credentials, log
         self.supervisor = Supervisor(log, self._explain)
         self.port, self.forwarding = free_port(), free_port()
-        self.connected, self.started = 0, time.time()  # the id of the SuperNode's process that said it is connected
+        self.connected, self.started = 0, time.time()  # id of the SuperNode's process that connected last
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Keep the processes running until Ctrl-C."""
         try:
             self._start_trainer()
@@ -120,28 +145,28 @@ class Site:
             while True:
                 self._check_trainer()
                 self.supervisor.poll()
-                self._greet()
+                self._log_connection()
                 time.sleep(LOOK)
         finally:
             self.supervisor.close()
             self._log_event("stopped")
 
     def _start_trainer(self) -> None:
-        """Start the trainer and wait until it is ready: a site whose data is of no use meets no server."""
-        command = [sys.executable, "-P", "-m", "fedferret.engines.resident", str(self.folder)]
+        """Start the trainer and wait until it is ready, so that a site with invalid data never calls the server."""
+        command = [sys.executable, "-P", "-m", "fedferret.resident", str(self.folder)]
         self.supervisor.start(Part("trainer", command, self.folder / "logs" / "trainer.log"))
-        while "ready\n" not in self.supervisor.words("trainer"):
-            code = self.supervisor.code("trainer")
+        while "ready\n" not in self.supervisor.output("trainer"):
+            code = self.supervisor.exit_code("trainer")
             if code is not None:
                 self._check_trainer()
-                raise RunError(f"the trainer {ended(code)}; {self.folder}/logs/trainer.log says why")
+                raise RunError(f"the trainer {ended(code)}; see {self.folder}/logs/trainer.log")
             time.sleep(LOOK)
 
     def _check_trainer(self) -> None:
-        """A trainer that ends for a mistake of the user's would end so again."""
-        if self.supervisor.code("trainer") == 2:
-            words = self.supervisor.words("trainer").strip().splitlines() or ["the trainer refused its folder"]
-            raise UserError(words[-1].removeprefix("fedferret: "))
+        """Raise UserError if the trainer ended for a mistake of the user: it would end so again."""
+        if self.supervisor.exit_code("trainer") == 2:
+            lines = self.supervisor.output("trainer").strip().splitlines() or ["the trainer refused its folder"]
+            raise UserError(lines[-1].removeprefix("fedferret: "))
 
     def _parts(self) -> list[Part]:
         logs, flower = self.folder / "logs", self.folder / "flower"
@@ -160,19 +185,19 @@ class Site:
         relay += ["--secret", str(flower / "secret"), "--package", package]
         return [*parts, Part("relay", relay, logs / "relay.log", quiet)]
 
-    def _greet(self) -> None:
-        """Say that the server let this site in, once for each time."""
+    def _log_connection(self) -> None:
+        """Log that the server accepted this site, once for each SuperNode process."""
         process = self.supervisor.process("SuperNode")
-        if process and process != self.connected and "SuperNode ID" in self.supervisor.words("SuperNode"):
+        if process and process != self.connected and "SuperNode ID" in self.supervisor.output("SuperNode"):
             self.connected = process
             self.log(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
             self._log_event("connected")
 
-    def _explain(self, part: Part, code: int, words: str) -> str:
-        if part.name == "SuperNode" and NOT_ACTIVATED in words:
+    def _explain(self, part: Part, code: int, output: str) -> str:
+        if part.name == "SuperNode" and NOT_ACTIVATED in output:
             return (
-                f"{self.settings.address} does not let {self.settings.name} in yet: after a cut it holds the old "
-                f"connection for up to a minute, or this site is not on the run's list; trying again."
+                f"{self.settings.address} refuses {self.settings.name} for now: it holds a lost connection for up to a "
+                f"minute, or this site is not on the run's list of sites; trying again."
             )
         return f"The {part.name} {ended(code)}; starting it again."
 
@@ -183,18 +208,20 @@ class Site:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the site's `join` last wrote of itself."""
+    """Return what `join` last wrote about itself in the site's folder."""
     known: dict[str, Any] = json.loads((folder / STATE).read_text())
     return known
 
 
 def _credentials(settings: JoinSettings, folder: Path) -> SiteCredentials:
-    given, own = settings.credentials, folder / "credentials"
-    if given is None and not own.exists():
-        raise UserError("no certificates: give the archive that the server's administrator sent with --credentials")
+    given, stored = settings.credentials, folder / "credentials"
+    if given is None and not stored.exists():
+        raise UserError("no certificates: give the archive from the server's administrator with --credentials")
     if given is not None and not given.exists():
         raise UserError(f"--credentials {given}: there is no such file or folder")
-    known = unpack(given, own) if given is not None and given.is_file() else read_site(given or own)
+    known = unpack(given, stored) if given is not None and given.is_file() else read_site(given or stored)
     if known.name != settings.name:
-        raise UserError(f"--name {settings.name}: these are the credentials of {known.name}")
+        raise UserError(
+            f"--name {settings.name}: the credentials are those of {known.name}; give those of {settings.name}"
+        )
     return known

@@ -1,13 +1,13 @@
 """nginx's configuration for the port that sites call, as text.
 
-Flower 1.41 serves nodes, operators and apps on one port, and asks operators for no login: who reaches ``/v1/control``
-can start code on every node. So SuperLink stays on loopback, and what is passed on to it is named here, call by call
-(``flwr/supernode/fleet_http_client.py``, ``flwr/superlink/routers/fleet/router.py``). It is sent on by the name written
-here, whatever the caller's spelling of it. Registering and unregistering are not among the calls: nodes are registered
-on the server, by their public keys.
+Flower 1.41 serves nodes, operators and apps on one port, and operators need no login: whoever reaches ``/v1/control``
+can start code on every node. So SuperLink listens on loopback, and ``FLEET`` names each call that nginx passes on to it
+(``flwr/supernode/fleet_http_client.py``, ``flwr/superlink/routers/fleet/router.py``). nginx passes a call on under the
+path in this configuration, however the client spelt it. Registering and unregistering are not among the calls:
+the server registers nodes, by their public keys.
 
-Requests and answers go through memory alone: a site's numbers are on no disk of the proxy. Certificates are checked at
-every connection and none is resumed from an earlier one, so that a revoked one is out once nginx has read the list.
+Requests and responses stay in memory: nginx writes no update of a site to disk. nginx checks certificates at every
+connection and resumes no TLS session, so that a revoked certificate is refused once nginx has read the list.
 """
 
 from __future__ import annotations
@@ -26,23 +26,30 @@ FLEET = (
     *("pull-object", "push-object", "get-run", "get-fab"),
 )
 
-_SAFE_PATH = re.compile(r"[^\"'\\;{}$\x00-\x1f]+")  # what nginx takes literally between quotes
+_SAFE_PATH = re.compile(r"[^\"'\\;{}$\x00-\x1f]+")  # characters without a meaning between quotes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a certified site may ask of the proxy."""
+    """The proxy's limits for a site with a certificate."""
 
     body: int = 256 << 20  # bytes of one request; an adapter of a 7B model has 80 MB; SuperLink holds it in memory
-    header_seconds: int = 20  # for the handshake and a request's head: a site on a bad line needs three
-    silence_seconds: int = 60  # between two reads or writes; flwr gives up after 30
-    connections: int = 512  # in all, two for each site's request; nginx's own default, below common limits of files
+    header_seconds: int = 20  # for the handshake and a request's head: a site with a bad connection needs three
+    idle_seconds: int = 60  # between two reads or writes; flwr gives up after 30
+    connections: int = 512  # in all, two for each site's request; nginx's default, below common limits of open files
 
 
 def configuration(folder: Path, listen: str, superlink: str, server: ServerCredentials, limits: Limits) -> str:
-    """nginx's configuration, for a folder of its own; ``listen`` and ``superlink`` as ADDRESS:PORT.
+    """Return nginx's configuration.
 
-    Raises :class:`UserError` for a path that could not be written into it.
+    Args:
+        folder: nginx's folder: process id, logs, temporary files.
+        listen: where sites call, ADDRESS:PORT.
+        superlink: the SuperLink on loopback, ADDRESS:PORT.
+        server: the server's credentials.
+        limits: for sites.
+    Raises:
+        UserError: for a path that nginx cannot read from its configuration.
     """
     certificate, key = server.proxy
     paths = {
@@ -54,7 +61,7 @@ def configuration(folder: Path, listen: str, superlink: str, server: ServerCrede
     }
     for path in paths.values():
         if not _SAFE_PATH.fullmatch(str(path)):
-            raise UserError(f"{str(path)!r}: nginx needs a path without quotes, backslashes, braces, $ and ;")
+            raise UserError(f"{str(path)!r}: give a path without quotes, backslashes, braces, $ and ;, for nginx")
     calls = "".join(_CALL.format(path=f"/v1/fleet/{name}") for name in FLEET)
     return _CONFIGURATION.format(
         **paths, limits=limits, listen=listen, superlink=superlink, user=_unprivileged(), calls=calls
@@ -62,7 +69,7 @@ def configuration(folder: Path, listen: str, superlink: str, server: ServerCrede
 
 
 def _unprivileged() -> str:
-    """Who the workers are where the master is root; the master itself only opens the port, the logs and the keys."""
+    """The workers' user where the master is root; the master only opens the port, the logs and the keys."""
     if os.geteuid() != 0:
         return ""
     import grp
@@ -107,8 +114,8 @@ http {{
 
     client_max_body_size {limits.body};
     client_header_timeout {limits.header_seconds}s;
-    client_body_timeout {limits.silence_seconds}s;
-    send_timeout {limits.silence_seconds}s;
+    client_body_timeout {limits.idle_seconds}s;
+    send_timeout {limits.idle_seconds}s;
 
     upstream superlink {{
         server {superlink};
@@ -143,8 +150,8 @@ http {{
         proxy_max_temp_file_size 0;
         proxy_next_upstream off;
         proxy_connect_timeout 5s;
-        proxy_send_timeout {limits.silence_seconds}s;
-        proxy_read_timeout {limits.silence_seconds}s;
+        proxy_send_timeout {limits.idle_seconds}s;
+        proxy_read_timeout {limits.idle_seconds}s;
 {calls}
         location / {{
             return 404;

@@ -1,8 +1,8 @@
-"""The run package: what a Flower server hands to its nodes as the code of a run. Here it holds no code.
+"""The run package (FAB): what a Flower server sends to its nodes as the code of a run. Ours holds no code.
 
-It names two modules of the installed fedferret and nothing else, so it depends on fedferret's version alone: server
-and sites each make it, byte for byte the same, and a site refuses any other by its SHA-256. The archive is stored,
-not compressed, since compressors differ between Python builds. Its format is Flower's (`flwr/cli/build.py`).
+It only names two modules of the installed fedferret, so it depends on fedferret's version alone. Server and sites each
+make it, byte for byte the same, and a site refuses a package with another SHA-256. The archive is not compressed,
+because compressors differ between Python builds. The format is Flower's (`flwr/cli/build.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ clientapp = "fedferret.engines.flower_relay:app"
 
 
 def run_package() -> bytes:
-    """The archive: the project's file and Flower's list of contents (name, SHA-256, bits)."""
+    """Return the archive: ``pyproject.toml`` and Flower's list of contents (name, SHA-256, bits)."""
     project = _PROJECT.encode()
     contents = f"pyproject.toml,{hashlib.sha256(project).hexdigest()},{8 * len(project)}".encode()
     buffer = io.BytesIO()
@@ -44,5 +44,5 @@ def run_package() -> bytes:
 
 
 def fingerprint(package: bytes) -> str:
-    """The SHA-256 that a package is known by."""
+    """Return the SHA-256 of a run package, hexadecimal."""
     return hashlib.sha256(package).hexdigest()

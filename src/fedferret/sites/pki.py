@@ -1,15 +1,15 @@
-"""The folder of ``fedferret pki``: an authority, the server's certificates, and what each site is sent.
+"""The folder of `fedferret pki`: an authority, the server's certificates, and each site's credentials.
 
     pki/ca.crt, ca.key    the authority; its key signs here and is in no archive
-        revoked.crl       what the proxy in front of Flower refuses
-        issued/           every certificate that was ever signed, by serial number: so that revoking a site revokes all
-        server/           see ``credentials.py``, for these too
-        sites/ward-7/     what was made for a site
-        sites/ward-7.tar  the same as one file: this is what goes to the site
+        revoked.crl       the certificates that the proxy refuses
+        issued/           every certificate ever signed, by serial number: revoking a site revokes all of them
+        server/           see ``credentials.py``, for the next two as well
+        sites/ward-7/     a site's credentials
+        sites/ward-7.tar  the same as one file, to send to the site
 
-Nothing that exists is written over, except by ``renew``, which keeps a site's node key (Flower knows the site by it)
-and replaces its certificate. ``revoke`` forgets the keys and lists every certificate of that name as revoked; the name
-can then be issued again, with all keys new.
+Existing files are never overwritten, except by ``renew``, which replaces a site's certificate and keeps its node key
+(Flower identifies the site by it). ``revoke`` deletes the keys and lists every certificate of the name as revoked. The
+name can then be issued again, with new keys.
 
 Serving needs ``ca.crt``, ``revoked.crl``, ``server/`` and ``sites/*/node.pub``; ``ca.key`` can be kept elsewhere.
 """
@@ -38,15 +38,15 @@ _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 
 @dataclass(frozen=True)
 class Validity:
-    """For how many days certificates are valid."""
+    """Validity of certificates, in days."""
 
-    authority: int = 3650  # longer than any study: a new authority means new credentials at every site on one day
-    certificate: int = 365  # a site that left and was forgotten loses its access within the year; renewing is one file
+    authority: int = 3650  # longer than any study: a new authority means new credentials for every site on one day
+    certificate: int = 365  # a site that left without being revoked loses access within a year; renewing is one file
 
 
 @dataclass(frozen=True)
 class CertificateStatus:
-    """How one certificate stands."""
+    """The status of one certificate."""
 
     name: str
     serial: int
@@ -55,18 +55,26 @@ class CertificateStatus:
 
 
 class Authority:
-    """The folder, opened by those who hold the authority's key."""
+    """The folder of `fedferret pki`, with the authority's key."""
 
     def __init__(self, folder: Path, clock: Clock = wall_clock, validity: Validity | None = None) -> None:
-        """Open a folder that :meth:`create` made. Raises :class:`UserError`."""
+        """Open a folder that :meth:`create` made.
+
+        Args:
+            folder: the folder of `fedferret pki`.
+            clock: returns the time, UTC.
+            validity: of new certificates.
+        Raises:
+            UserError: if the authority is missing, readable by others or not valid now.
+        """
         self.folder, self._clock, self._validity = folder.resolve(), clock, validity or Validity()
         key = self.folder / "ca.key"
         if not key.exists():
-            raise UserError(f"{self.folder} holds no authority's key (ca.key): make one with `fedferret pki init`")
+            raise UserError(f"{self.folder} has no authority's key (ca.key): make one with `fedferret pki init`")
         for private in (self.folder, key):
             credentials.check_private(private)
         self._pair = Pair((self.folder / "ca.crt").read_bytes(), key.read_bytes())
-        remedy = "make a new one in another folder, and send every site new credentials"
+        remedy = "make a new authority in another folder, and send every site new credentials"
         self.notices = credentials.check_time(self._pair.certificate, "the authority", remedy, clock)
 
     @classmethod
@@ -78,9 +86,16 @@ class Authority:
         clock: Clock = wall_clock,
         validity: Validity | None = None,
     ) -> Authority:
-        """Make the folder, the authority and the server's certificates. Raises :class:`UserError`.
+        """Make the folder, the authority and the server's certificates.
 
-        ``hosts``: every name and address under which sites will call the server; ``title``: the federation's name.
+        Args:
+            folder: new or empty.
+            hosts: every name and address under which sites will call the server.
+            title: the federation's name, in every certificate.
+            clock: returns the time, UTC.
+            validity: of new certificates.
+        Raises:
+            UserError: for an invalid host or title, or a folder that is not empty.
         """
         hosts, validity = _check_hosts(hosts), validity or Validity()
         if not _TITLE.fullmatch(title):
@@ -89,7 +104,7 @@ class Authority:
             )
         folder = folder.resolve()
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is not written over: choose another folder")
+            raise UserError(f"{folder} exists and is not overwritten: choose another folder")
         credentials.private_folder(folder)
         pair = x.authority(title, validity.authority, clock())
         credentials.write_private(folder / "ca.key", pair.key)
@@ -100,13 +115,17 @@ class Authority:
         return made
 
     def issue(self, name: str) -> Path:
-        """Make a site's certificate and node key; the archive to send. Raises :class:`UserError`."""
+        """Make a site's certificate and node key, and return the archive to send.
+
+        Raises:
+            UserError: for an invalid, reserved or existing name.
+        """
         site = self._site(credentials.check_name(name))
         if name in RESERVED:
-            raise UserError(f'"{name}" is a name of the server\'s own: choose another for the site')
+            raise UserError(f'"{name}" is reserved for the server: choose another name for the site')
         if site.exists():
             raise UserError(
-                f"{site} exists and is not written over: `fedferret pki renew {name}` makes a new certificate"
+                f"{site} exists and is not overwritten: `fedferret pki renew {name}` makes a new certificate"
             )
         credentials.private_folder(site.parent)
         with tempfile.TemporaryDirectory(dir=site.parent, prefix=f".{name}.") as temporary:
@@ -120,22 +139,32 @@ class Authority:
         return self._archive(site)
 
     def renew(self, name: str, hosts: Sequence[str] = ()) -> Path:
-        """Make a site's or the server's certificate anew; the archive to send, or the server's folder.
+        """Make a new certificate for a site or the server.
 
-        ``hosts``: for the server alone, if it is to be called otherwise than before. Raises :class:`UserError`.
+        Args:
+            name: a site's name, or "server".
+            hosts: the server's new names and addresses; none: as before.
+        Returns:
+            The archive to send, or the server's folder.
+        Raises:
+            UserError: for an unknown site, or hosts for a site.
         """
         if name == SERVER:
             known = x.hosts_of((self.folder / SERVER / "server.crt").read_bytes())
             self._certify_server(_check_hosts(hosts or known))
             return self.folder / SERVER
         if hosts:
-            raise UserError(f'{name} is a site, and sites are not called: hosts are for "{SERVER}" alone')
+            raise UserError(f'{name} is a site, and nothing calls sites: hosts are only for "{SERVER}"')
         site = self._known_site(name)
         self._certify_site(site)
         return self._archive(site)
 
     def revoke(self, name: str) -> int:
-        """Revoke every certificate of a site and forget its keys; how many were revoked. Raises :class:`UserError`."""
+        """Revoke every certificate of a site, delete the site's keys, and return how many were revoked.
+
+        Raises:
+            UserError: for an unknown site.
+        """
         site = self._known_site(name)
         revoked, now = self._revoked(), self._clock()
         mine = [serial for serial, certificate in self._issued().items() if x.common_name(certificate) == name]
@@ -146,7 +175,7 @@ class Authority:
         return len(fresh)
 
     def statuses(self) -> list[CertificateStatus]:
-        """The authority and every certificate that was ever signed, by name, the newest of a name first."""
+        """Return the status of the authority and of every certificate ever signed, by name, newest first."""
         now, revoked = self._clock(), self._revoked()
 
         def status_of(certificate: bytes) -> CertificateStatus:
@@ -155,19 +184,19 @@ class Authority:
             return CertificateStatus(x.common_name(certificate), serial, left, serial in revoked)
 
         newest_first = sorted(self._issued().values(), key=x.valid_from, reverse=True)
-        by_name = sorted(map(status_of, newest_first), key=lambda one: one.name)  # which keeps their order
+        by_name = sorted(map(status_of, newest_first), key=lambda one: one.name)  # a stable sort
         return [status_of(self._pair.certificate), *by_name]
 
     def _certify_server(self, hosts: Sequence[str]) -> None:
         folder = self.folder / SERVER
         credentials.private_folder(folder)
         for name, names in ((SERVER, hosts), ("superlink", x.LOOPBACK)):
-            pair = self._certified(name, x.BEING_CALLED, names)
+            pair = self._certified(name, x.SERVER_AUTH, names)
             credentials.write_private(folder / f"{name}.key", pair.key)
             credentials.write_private(folder / f"{name}.crt", pair.certificate)
 
     def _certify_site(self, site: Path) -> None:
-        pair = self._certified(site.name, x.CALLING)
+        pair = self._certified(site.name, x.CLIENT_AUTH)
         host = x.hosts_of((self.folder / SERVER / "server.crt").read_bytes())[0]
         until = f"{x.valid_until(pair.certificate):%Y-%m-%d}"
         credentials.write_private(site / "ca.crt", self._pair.certificate)
@@ -176,11 +205,11 @@ class Authority:
         readme = _README.format(name=site.name, host=host, until=until)
         credentials.write_private(site / "README.txt", readme.encode())
 
-    def _certified(self, name: str, use: x.Use, hosts: Sequence[str] = ()) -> Pair:
-        pair = x.certificate(self._pair, name, use, self._validity.certificate, self._clock(), hosts)
-        book = self.folder / "issued"
-        credentials.private_folder(book)
-        credentials.write_private(book / f"{x.serial_number(pair.certificate):040x}.crt", pair.certificate)
+    def _certified(self, name: str, usage: x.Usage, hosts: Sequence[str] = ()) -> Pair:
+        pair = x.certificate(self._pair, name, usage, self._validity.certificate, self._clock(), hosts)
+        issued = self.folder / "issued"
+        credentials.private_folder(issued)
+        credentials.write_private(issued / f"{x.serial_number(pair.certificate):040x}.crt", pair.certificate)
         return pair
 
     def _archive(self, site: Path) -> Path:
@@ -205,7 +234,7 @@ class Authority:
         site = self._site(credentials.check_name(name))
         if not site.exists():
             known = [path.name for path in site.parent.glob("*") if path.is_dir()]
-            hint = nearest(name, known) if known else "none was issued so far"
+            hint = nearest(name, known) if known else "none has been issued so far"
             raise UserError(f'no site is called "{name}": {hint}')
         return site
 
@@ -213,7 +242,7 @@ class Authority:
 def _check_hosts(hosts: Sequence[str]) -> list[str]:
     if not hosts:
         raise UserError(
-            "say under which names and addresses sites will call the server: --host fed.example.org --host 192.0.2.7"
+            "give every name and address under which sites call the server: --host fed.example.org --host 192.0.2.7"
         )
     return [_check_host(host) for host in hosts]
 
@@ -224,7 +253,7 @@ def _check_host(host: str) -> str:
     except ValueError:
         if not _HOST.fullmatch(host.lower()):
             raise UserError(
-                f'"{host}" is neither a host name nor an address: in ASCII, without port: fed.example.org or 192.0.2.7'
+                f'"{host}": give a host name (ASCII) or an IP address, without a port: fed.example.org or 192.0.2.7'
             ) from None
         return host.lower()
 
@@ -232,18 +261,18 @@ def _check_host(host: str) -> str:
 _README = """\
 Credentials of {name}, until {until}
 
-These files let {name}, and nobody else, take part in a federated run. Whoever holds site.key and node.key is {name}
-to the server: keep this folder readable by the account that runs fedferret alone, and send it nowhere.
+With these files {name}, and nobody else, can take part in a federated run. To the server, whoever has site.key and
+node.key is {name}: only the account that runs fedferret may read this folder. Send it to nobody.
 
-  ca.crt      whom to trust as the server
-  site.crt    who you are, for the server's port; with its key, site.key
-  node.pub    who you are, for the program behind it; with its key, node.key
+  ca.crt      the authority that certifies the server
+  site.crt    your identity for the server's port; with its key, site.key
+  node.pub    your identity for Flower, behind the port; with its key, node.key
 
 To take part, with fedferret installed (pip install "fedferret[flower]"):
 
   fedferret join {host}:8443 --data YOUR-FILE.jsonl --name {name} --credentials THIS-FOLDER-OR-ARCHIVE
 
-Only this machine calls the server; no port has to be opened here. Your data stays in your file: what is sent, and how
-many bytes, is written down in the site's audit.jsonl. If a key may have been seen by others, tell the server's
-administrator at once: it is revoked there, and you are sent a new archive.
+Your machine calls the server; you need not open a port. Your data stays in your file: the site's audit.jsonl records
+what is sent, and how many bytes. If others may have seen a key, tell the server's administrator at once. The
+administrator revokes it and sends you a new archive.
 """

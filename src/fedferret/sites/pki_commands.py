@@ -1,4 +1,4 @@
-"""What `fedferret pki` does and says: each function one command; ``log`` takes a line for the operator."""
+"""The commands of `fedferret pki`, one function each."""
 
 from __future__ import annotations
 
@@ -13,36 +13,78 @@ Log = Callable[[str], None]
 
 
 def init(folder: Path, hosts: Sequence[str], title: str, log: Log) -> None:
-    """Make the folder; raises :class:`UserError` where there is one."""
+    """Make the authority and the server's certificates.
+
+    Args:
+        folder: new or empty.
+        hosts: the names and addresses under which sites call the server.
+        title: the federation's name.
+        log: called with each line for the operator.
+    Raises:
+        UserError: if the folder is not empty, or for an invalid host or title.
+    """
     made = Authority.create(folder, hosts, title)
-    log(f"Authority:  {made.folder} (ca.key signs here and is sent to nobody: keep a copy in a safe place)")
-    log(f"Server:     to be called as {', '.join(read_server(made.folder).hosts)}")
-    log("Next:       fedferret pki issue NAME, once for each site")
+    log(f"Authority:  {made.folder} (send ca.key to nobody, and keep a copy in a safe place)")
+    log(f"Server:     sites call it as {', '.join(read_server(made.folder).hosts)}")
+    log("Next:       run `fedferret pki issue NAME` once for each site")
 
 
 def issue(folder: Path, name: str, log: Log) -> None:
-    """Make a site's archive."""
+    """Make a site's credentials.
+
+    Args:
+        folder: the folder of `fedferret pki`.
+        name: the site's name.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for an invalid or existing name.
+    """
     authority = _open(folder, log)
     _hand_over(authority.issue(name), name, log)
 
 
 def renew(folder: Path, name: str, hosts: Sequence[str], log: Log) -> None:
-    """Make a certificate anew."""
+    """Make a new certificate for a site or the server.
+
+    Args:
+        folder: the folder of `fedferret pki`.
+        name: a site's name, or "server".
+        hosts: the server's new names and addresses; none: as before.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for an unknown site, or hosts for a site.
+    """
     made = _open(folder, log).renew(name, hosts)
     if name == SERVER:
-        log(f"Server:   renewed, called as {', '.join(read_server(folder).hosts)}; a proxy that runs takes it over")
+        known = ", ".join(read_server(folder).hosts)
+        log(f"Server:   renewed, sites call it as {known}; a running proxy reads it within seconds")
     else:
         _hand_over(made, name, log)
 
 
 def revoke(folder: Path, name: str, log: Log) -> None:
-    """Shut a site out."""
+    """Revoke a site's certificates.
+
+    Args:
+        folder: the folder of `fedferret pki`.
+        name: the site's name.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for an unknown site.
+    """
     count = _open(folder, log).revoke(name)
-    log(f"Revoked:  {count} certificate{'s' * (count != 1)} of {name}; a proxy that runs refuses them from now on")
+    log(f"Revoked:  {count} certificate{'s' * (count != 1)} of {name}; a running proxy refuses them within seconds")
 
 
 def show(folder: Path, log: Log) -> None:
-    """List what there is."""
+    """List the certificates.
+
+    Args:
+        folder: the folder of `fedferret pki`.
+        log: called with a line for each certificate.
+    Raises:
+        UserError: if the folder has no authority.
+    """
     shown: set[str] = set()
     for one in _open(folder, log).statuses():
         if one.revoked:
@@ -67,4 +109,4 @@ def _open(folder: Path, log: Log) -> Authority:
 def _hand_over(archive: Path, name: str, log: Log) -> None:
     log(f"Archive:  {archive}")
     log(f"SHA-256:  {hashlib.sha256(archive.read_bytes()).hexdigest()}")
-    log(f"Send it to {name} by a way that nobody else reads (it holds keys), and compare the SHA-256 by telephone.")
+    log(f"Send it to {name} so that nobody else can read it (it holds keys), and compare the SHA-256 by telephone.")

@@ -1,12 +1,12 @@
-"""The one port that is open to the outside: nginx, which lets certified sites reach what Flower's nodes need.
+"""The proxy: nginx at the only port that is open to the network. Sites with a certificate reach the calls of a node.
 
     site --TLS, both certificates checked--> nginx --TLS on loopback--> SuperLink's one port
                                                |  /v1/fleet/..., the ten calls of a node: passed on
                                                +  /v1/control, /v1/runtime, all else: 404, never passed on
 
-What it is told is in ``nginx.py``. It runs from a folder of its own (configuration, process id, logs) and as an
-ordinary user; where the server is started by root, its workers are ``nobody``. ``keeper.py`` sees to it that it ends
-when it should and reads replaced files again.
+The configuration is in ``nginx.py``. nginx runs from a separate folder (configuration, process id, logs) and as an
+ordinary user; if root starts the server, nginx's workers run as ``nobody``. ``watchdog.py`` ends nginx with the server
+and makes nginx read replaced files again.
 """
 
 from __future__ import annotations
@@ -29,26 +29,36 @@ from fedferret.sites.nginx import Limits, configuration
 
 
 class Proxy:
-    """nginx in front of SuperLink; as a context manager, running."""
+    """nginx in front of SuperLink; as a context manager, it runs nginx."""
 
     def __init__(
         self, folder: Path, server: ServerCredentials, listen: str, superlink: str, limits: Limits | None = None
     ) -> None:
-        """``folder``: nginx's own; ``listen``: ADDRESS:PORT for sites to call; ``superlink``: ADDRESS:PORT on loopback.
+        """Create a proxy; nothing is started yet.
 
-        Raises :class:`UserError` for what nginx could not take.
+        Args:
+            folder: for nginx's configuration, process id and logs.
+            server: the server's credentials.
+            listen: where sites call, ADDRESS:PORT.
+            superlink: the SuperLink on loopback, ADDRESS:PORT.
+            limits: for sites.
+        Raises:
+            UserError: for an invalid address, or a SuperLink that is not on loopback.
         """
         self.folder, self._server, self._limits = folder.resolve(), server, limits or Limits()
         self._listen, self._superlink = _address(listen), _address(superlink)
         if not self._superlink[0].is_loopback:
-            raise UserError(f"SuperLink at {superlink}: keep it on loopback, where nobody reaches its control paths")
+            raise UserError(
+                f"SuperLink at {superlink}: keep it on loopback, so that nobody else reaches its control paths"
+            )
         self._process: subprocess.Popen[bytes] | None = None
-        self._logged = 0  # bytes in the log before this start
+        self._logged = 0  # bytes of the log from earlier starts
 
     def prepare(self) -> list[str]:
-        """Write the configuration and have nginx check it; the command that runs the proxy and ends with its starter.
+        """Write the configuration, have nginx check it, and return the proxy's command.
 
-        Raises :class:`UserError` where nginx is missing or refuses the configuration.
+        Raises:
+            UserError: if nginx is missing or refuses the configuration.
         """
         nginx = find_nginx()
         private_folder(self.folder)
@@ -60,7 +70,7 @@ class Proxy:
             [nginx, "-t", "-q", "-p", str(self.folder), "-c", str(path)], capture_output=True, text=True
         )
         if outcome.returncode:
-            raise UserError(f"nginx refuses its configuration {path}: {_last_words(outcome.stderr)}")
+            raise UserError(f"nginx refuses its configuration {path}: {_last_error(outcome.stderr)}")
         (self.folder / "nginx.pid").unlink(missing_ok=True)
         log = self.folder / "error.log"
         self._logged = log.stat().st_size if log.exists() else 0
@@ -68,19 +78,23 @@ class Proxy:
         return [sys.executable, "-P", "-m", "fedferret.sites.watchdog", nginx, str(path), *map(str, watched)]
 
     def wait(self, running: Callable[[], bool], patience: float = 60.0) -> None:
-        """Wait until the port answers.
+        """Wait until the port takes connections.
 
-        Raises :class:`RunError` after ``patience`` seconds, or once ``running`` says no.
+        Args:
+            running: returns whether nginx's process runs.
+            patience: how long to wait, in seconds.
+        Raises:
+            RunError: if nginx ends, or takes no connection in time.
         """
         end = time.monotonic() + patience
-        while not self.answers():
+        while not self.is_open():
             if not running() or time.monotonic() > end:
-                raise RunError(f"nginx does not answer on {_written(*self._listen)}: {self.words()}")
+                raise RunError(f"nginx takes no connection on {_written(*self._listen)}: {self.last_error()}")
             time.sleep(0.05)
 
-    def answers(self) -> bool:
-        """Whether nginx, and no other process, has the port, and takes connections."""
-        pid = self.folder / "nginx.pid"  # written once the port is its own
+    def is_open(self) -> bool:
+        """Return whether nginx, and no other process, has the port and takes connections."""
+        pid = self.folder / "nginx.pid"  # nginx writes it once it has the port
         if not (pid.exists() and pid.read_text().strip()):
             return False
         address, port = self._listen
@@ -91,10 +105,10 @@ class Proxy:
             return False
         return True
 
-    def words(self) -> str:
-        """nginx's last complaint since it was prepared."""
+    def last_error(self) -> str:
+        """Return the last error that nginx logged since ``prepare``."""
         log = self.folder / "error.log"
-        return _last_words(log.read_bytes()[self._logged :].decode(errors="replace") if log.exists() else "")
+        return _last_error(log.read_bytes()[self._logged :].decode(errors="replace") if log.exists() else "")
 
     def __enter__(self) -> Proxy:
         command = self.prepare()
@@ -122,17 +136,21 @@ class Proxy:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)  # the keeper kills an nginx that takes longer than a quarter of this
+            process.wait(20)  # the watchdog kills an nginx that takes longer than a quarter of this
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 def find_nginx() -> str:
-    """Where nginx is. Raises :class:`UserError`."""
+    """Return the path of the nginx program.
+
+    Raises:
+        UserError: if nginx is not installed.
+    """
     found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
     if found is None:
-        raise UserError("nginx is not installed: on Debian and Ubuntu, apt-get install nginx-light")
+        raise UserError("nginx is not installed; on Debian and Ubuntu: apt-get install nginx-light")
     return found
 
 
@@ -144,7 +162,7 @@ def _address(text: str) -> tuple[IPv4Address | IPv6Address, int]:
         if not 0 < number < 1 << 16:
             raise ValueError
     except ValueError:
-        raise UserError(f'"{text}": an address and a port are wanted, as in 0.0.0.0:8443 or [::]:8443') from None
+        raise UserError(f'"{text}": give an IP address and a port, as in 0.0.0.0:8443 or [::]:8443') from None
     return address, number
 
 
@@ -152,7 +170,7 @@ def _written(address: IPv4Address | IPv6Address, port: int) -> str:
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
-def _last_words(text: str) -> str:
-    lines = [line for line in text.splitlines() if "still could not bind" not in line]  # the line before says why
-    lines = [line for line in lines if "[emerg]" in line] or lines or ["it says nothing"]
+def _last_error(text: str) -> str:
+    lines = [line for line in text.splitlines() if "still could not bind" not in line]  # the line before has the reason
+    lines = [line for line in lines if "[emerg]" in line] or lines or ["its log is empty"]
     return lines[-1].removeprefix("nginx: ").strip()

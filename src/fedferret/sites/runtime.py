@@ -1,4 +1,4 @@
-"""Clients of the interface on loopback by which Flower hands out tasks (`flwr/supercore/runtime`)."""
+"""Clients of Flower's runtime API on loopback, which gives out tasks (`flwr/supercore/runtime`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 
-_ACQUIRES = frozenset(
-    {"/flwr.proto.Runtime/AcquireTask"}
-)  # what the secret is asked for; a task has a token of its own
+_ACQUIRES = frozenset({"/flwr.proto.Runtime/AcquireTask"})  # the call that needs the secret; a task has a token
 
 
 def authorised(address: str, secret: bytes, authority: Path | None = None) -> RuntimeHttpClient:
-    """A client that may take tasks; over TLS where there is an authority to trust."""
+    """Return a client that may take tasks.
+
+    Args:
+        address: of the SuperLink or SuperNode, HOST:PORT.
+        secret: shared with that process.
+        authority: the certificate to trust; None: no TLS.
+    """
     proof = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRES)
     return RuntimeHttpClient.from_server_address(
         address, authority is None, _read(authority), [RuntimeVersionHttpInterceptor("fedferret"), proof]
@@ -25,7 +29,13 @@ def authorised(address: str, secret: bytes, authority: Path | None = None) -> Ru
 
 
 def client_of_task(address: str, token: str, authority: Path | None = None) -> RuntimeHttpClient:
-    """A client that speaks for the task with that token."""
+    """Return a client for one task.
+
+    Args:
+        address: of the SuperLink or SuperNode, HOST:PORT.
+        token: of the task.
+        authority: the certificate to trust; None: no TLS.
+    """
     identity = RuntimeTokenHttpInterceptor(token)
     return RuntimeHttpClient.from_server_address(
         address, authority is None, _read(authority), [RuntimeVersionHttpInterceptor("fedferret"), identity]

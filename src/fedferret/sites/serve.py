@@ -1,11 +1,11 @@
-"""`fedferret serve`: everything that a federation's server needs, started, watched and ended as one.
+"""`fedferret serve`: the processes of a federation's server, started, watched, and ended together.
 
     nginx (proxy) --fleet paths only--> SuperLink on loopback <--task-- server_app: the round loop, the run's folder
 
-Flower resumes no run: where the SuperLink or the ServerApp is gone, both are started again with a new Flower run, and
-ours goes on from its log. Sites notice nothing but a pause; their keys and nodes are in the SuperLink's database.
+Flower cannot resume a run: if the SuperLink or the ServerApp ends, both are started again with a new Flower run, and
+the fedferret run is resumed from its log. Sites only see a pause; their keys and nodes are in the SuperLink's database.
 
-    RUN/server/          this module's: state for `nodes` and `status`, logs, database, the secret of the two processes
+    RUN/server/          state for `nodes` and `status`, logs, database, the secret of SuperLink and ServerApp
 """
 
 from __future__ import annotations
@@ -35,65 +35,84 @@ from fedferret.sites.server_app import AGAIN, approved_sites
 from fedferret.sites.supervisor import HEALTHY, Part, Supervisor, alone_in, ended, terminable
 from fedferret.tracking.summary import read_summary
 
-LOOK = 0.2  # seconds between two looks at the processes
-TELL = 5.0  # seconds between two looks at who is connected
-STARTING = 120.0  # seconds that a SuperLink may take to answer: seven on an idle machine of two cores
-FAILED_STARTS = 5  # one after the other end the server: none of them came to serve for as long as HEALTHY
+LOOK = 0.2  # seconds between two polls of the processes
+WRITE_EVERY = 5.0  # seconds between two records of the connected sites
+STARTING = 120.0  # seconds that a SuperLink may take to start: it takes seven on an idle machine of two cores
+FAILED_STARTS = 5  # after so many in a row, none serving for HEALTHY seconds, the server gives up
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """How a run is served."""
+    """The settings of `fedferret serve`."""
 
-    listen: str = f"{LOOPBACK}:8443"  # where sites call; loopback unless said otherwise
+    listen: str = f"{LOOPBACK}:8443"  # where sites call; default: loopback
     credentials: ServerCredentials | None = None  # None: insecure
     wait: float = 300.0  # seconds to wait for all sites before a round; a site's model takes minutes to load
-    patience: float = 86400.0  # seconds without a finished round after which the server gives up: a night and a day
+    patience: float = 86400.0  # seconds without a finished round after which the server gives up: a day
     insecure_off_loopback: bool = False
 
     def __post_init__(self) -> None:
         host, _ = split(self.listen)
         if self.credentials is None and not is_loopback(host) and not self.insecure_off_loopback:
             raise UserError(
-                f"--listen {self.listen} without certificates: anyone who reaches the port could pose as a site and as "
-                f"the server; make certificates with `fedferret pki init`, or add --insecure-off-loopback"
+                f"--listen {self.listen} without certificates: whoever reaches the port could pose as a site or as the "
+                f"server; make certificates with `fedferret pki init`, or add --insecure-off-loopback"
             )
 
 
 def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str], None] = print) -> None:
-    """Serve the recipe's run in the folder ``out`` to its end. Raises UserError, RunError, KeyboardInterrupt."""
+    """Serve a recipe until its run is finished.
+
+    Args:
+        recipe: with the data source "sites".
+        out: the run's folder.
+        settings: of the server.
+        log: called with each line for the operator.
+    Raises:
+        UserError: for a mistake in the recipe, the settings or the credentials.
+        RunError: if the run cannot go on.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
+    """
     sites = approved_sites(recipe)
     keys = _keys(settings.credentials, sites)
     if belongs(recipe, out) and read_summary(out).get("status") == "finished":
-        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) plays it again.")
+        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return
     out = out.resolve()
     with terminable(), alone_in(out / state.FOLDER, "a server"):
         write_atomically(out / state.FOLDER / "recipe.toml", recipe.to_toml())
         for notice in settings.credentials.notices if settings.credentials else ():
             log(notice)
-        Server(out, settings, keys, log).play()
+        Server(out, settings, keys, log).run()
 
 
 class Server:
     """The processes of one served run."""
 
     def __init__(self, out: Path, settings: ServeSettings, keys: dict[str, bytes], log: Callable[[str], None]) -> None:
+        """Create a server; nothing is started yet.
+
+        Args:
+            out: the run's folder.
+            settings: of the server.
+            keys: public node key (OpenSSH format) by site; empty: insecure.
+            log: called with each line for the operator.
+        """
         self.out, self.folder, self.settings, self.keys, self.log = out, out / state.FOLDER, settings, keys, log
         self.package = run_package()
-        self.supervisor = Supervisor(log, lambda part, code, words: f"{part.name} {ended(code)}; starting it again.")
+        self.supervisor = Supervisor(log, lambda part, code, output: f"{part.name} {ended(code)}; starting it again.")
         self.environment = environment(self.folder / "flower")
         self.proxied = settings.credentials is not None and _has_nginx(settings)
         self.port = free_port() if self.proxied else split(settings.listen)[1]
         self.authority = settings.credentials.authority if settings.credentials else None
-        self.started, self.restarts, self.told = time.time(), 0, 0.0
-        self.lived = 0.0  # seconds for which the present ServerApp has been served
+        self.started, self.restarts, self.written = time.time(), 0, 0.0
+        self.lived = 0.0  # seconds for which the current ServerApp has run
 
-    def play(self) -> None:
-        """Serve until the run is finished, cannot go on, or Ctrl-C."""
-        os.environ.update(self.environment)  # this process calls the SuperLink too: by no proxy
+    def run(self) -> None:
+        """Serve until the run is finished or cannot go on, or until Ctrl-C."""
+        os.environ.update(self.environment)  # this process calls the SuperLink too, without an HTTP proxy
         check_free(split(self.settings.listen)[1])
-        self.log(f"Run package: SHA-256 {fingerprint(self.package)}; sites with this fedferret take no other.")
+        self.log(f"Run package: SHA-256 {fingerprint(self.package)}; sites with this fedferret accept no other.")
         ending = "stopped"
         try:
             if self.proxied:
@@ -108,12 +127,14 @@ class Server:
                 if code in (1, 2):
                     ending = "failed"
                     kind = UserError if code == 2 else RunError
-                    raise kind("the run cannot go on; the line above says why, and its folder can be resumed")
+                    raise kind(
+                        "the run cannot go on, for the reason in the line above; the run's folder can be resumed"
+                    )
                 self.restarts += 1
                 starts = 0 if self.lived > HEALTHY else starts + 1
                 if starts == FAILED_STARTS:
                     ending = "failed"
-                    raise RunError(f"the server ended {starts} times in a row: {self.folder}/superlink.log may say why")
+                    raise RunError(f"the server ended {starts} times in a row: see {self.folder}/superlink.log")
         finally:
             self.supervisor.close()
             self._log_event(ending)
@@ -125,7 +146,7 @@ class Server:
         proxy.wait(lambda: self.supervisor.process("nginx") is not None)
 
     def _once(self) -> int:
-        """One life of SuperLink and ServerApp; the ServerApp's exit code, or AGAIN."""
+        """Start SuperLink and ServerApp, watch them until one ends, and return the ServerApp's exit code, or AGAIN."""
         self._log_event("starting")
         certificates = _certificates(self.settings.credentials)
         host = split(self.settings.listen)[0] if self.settings.insecure_off_loopback else LOOPBACK
@@ -135,13 +156,13 @@ class Server:
         try:
             control.wait(STARTING, lambda: self.supervisor.process("SuperLink") is not None)
             control.register(self.keys)
-            run = control.start(self.package)
+            run_id = control.start(self.package)
             if not self.restarts:
                 self.log(f"Sites call {self.settings.listen}.")
-            self.supervisor.start(Part("ServerApp", self._server_app(run), None, self.environment))
+            self.supervisor.start(Part("ServerApp", self._server_app(run_id), None, self.environment))
             return self._watch(control)
         except (RunError, httpx.HTTPError) as error:
-            self.log(f"The SuperLink did not take the run ({error}); it is started again.")
+            self.log(f"The SuperLink did not accept the run ({error}); it is started again.")
             return AGAIN
         finally:
             control.close()
@@ -152,23 +173,23 @@ class Server:
         began = time.monotonic()
         while True:
             self.lived = time.monotonic() - began
-            code = self.supervisor.code("ServerApp")
+            code = self.supervisor.exit_code("ServerApp")
             if code is not None:
                 if code not in (0, 1, 2):
-                    self.log(f"The ServerApp {ended(code)}; it is started again, and the run goes on from its log.")
+                    self.log(f"The ServerApp {ended(code)}; it is started again, and the run is resumed from its log.")
                 return code
             if self.supervisor.process("SuperLink") is None:
-                self.log("The SuperLink is gone; it is started again, and the run goes on from its log.")
+                self.log("The SuperLink ended; it is started again, and the run is resumed from its log.")
                 return AGAIN
             self.supervisor.poll("nginx")
-            if time.monotonic() - self.told > TELL:
+            if time.monotonic() - self.written > WRITE_EVERY:
                 self._log_event("serving", control)
             time.sleep(LOOK)
 
     def _log_event(self, doing: str, control: Control | None = None) -> None:
-        """Write down what `fedferret nodes` and `status` show."""
-        self.told = time.monotonic()
-        with suppress(httpx.HTTPError):  # a SuperLink that is ending: it is started again, and asked again
+        """Write the state that `fedferret nodes` and `status` show."""
+        self.written = time.monotonic()
+        with suppress(httpx.HTTPError):  # the SuperLink is ending: it is started again, and called again
             if control:
                 state.write(self.out, "nodes", {"time": time.time(), "nodes": self._nodes(control)})
         state.write(
@@ -188,7 +209,7 @@ class Server:
         )
 
     def _nodes(self, control: Control) -> dict[str, dict[str, object]]:
-        """The sites that were ever here; of two nodes with one name the one that is connected, or the newer."""
+        """Every site that ever connected; of two nodes with one name, the connected one, or the newer one."""
         names = state.read(self.out, "names")
         known = sorted(control.nodes(), key=lambda node: (node.connected, node.registered))
         named = {node.name or names.get(str(node.identifier), ""): node for node in known}
@@ -196,15 +217,15 @@ class Server:
             name: {"connected": node.connected, "node": str(node.identifier)} for name, node in named.items() if name
         }
 
-    def _server_app(self, run: int) -> list[str]:
+    def _server_app(self, run_id: int) -> list[str]:
         module = [sys.executable, "-P", "-m", "fedferret.sites.server_app", str(self.out)]
-        known = ["--run", str(run), "--port", str(self.port)]
+        known = ["--run", str(run_id), "--port", str(self.port)]
         known += ["--authority", str(self.authority)] if self.authority else []
         return [*module, *known, "--wait", str(self.settings.wait), "--patience", str(self.settings.patience)]
 
 
 def _has_nginx(settings: ServeSettings) -> bool:
-    """Whether nginx stands in front. On loopback it may be left out, for there is nobody to keep out."""
+    """Whether nginx is installed. A server on loopback may do without; for others UserError is raised."""
     try:
         find_nginx()
         return True
@@ -215,15 +236,13 @@ def _has_nginx(settings: ServeSettings) -> bool:
 
 
 def _keys(credentials: ServerCredentials | None, sites: list[str]) -> dict[str, bytes]:
-    """The approved sites' public keys. Raises UserError for a site that none were made for."""
+    """The public node keys of the approved sites. Raises UserError for a site without credentials."""
     if credentials is None:
         return {}
     known = credentials.node_public_keys()
     missing = [name for name in sites if name not in known]
     if missing:
-        raise UserError(
-            f"{', '.join(missing)}: no credentials there; make them with `fedferret pki issue {missing[0]}`"
-        )
+        raise UserError(f"{', '.join(missing)}: no credentials; make them with `fedferret pki issue {missing[0]}`")
     return {name: known[name].read_bytes() for name in sites}
 
 

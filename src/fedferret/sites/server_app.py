@@ -1,10 +1,11 @@
-"""The process that plays the ServerApp: it takes the run's task from the SuperLink beside it and plays the recipe.
+"""The process that runs as the ServerApp: it takes the run's task from the SuperLink and runs the recipe.
 
-    wait for the sites  ->  runner.run(recipe, folder), its engine over FlowerTransport(grid)
-                            too few answered: say so, wait for the sites, go on from the log
+    wait for the sites  ->  runner.run(recipe, folder), with an engine over FlowerTransport(grid)
+                            too few replies: log it, wait for the sites, resume from the log
 
-It stands where Flower would start a process that unpacks a package and imports what that names; follows
-`flwr/superlink/runtime/run_serverapp.py`. However it ends, the run's folder is resumable; `serve` starts it again.
+Flower would start a process that unpacks the run package and imports the modules that the package names. This process
+runs the installed fedferret instead; it follows `flwr/superlink/runtime/run_serverapp.py`. The run's folder can always
+be resumed; `serve` starts this process again.
 """
 
 from __future__ import annotations
@@ -30,23 +31,31 @@ from flwr.superlink.grid import HttpGrid
 from fedferret.config import Recipe, load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
-from fedferret.runner import run as play
+from fedferret.runner import run
 from fedferret.sites import state
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
 from fedferret.sites.runtime import authorised
 from fedferret.sites.supervisor import terminable
 
-RECONNECTS = 15.0  # seconds in which a request to the SuperLink is tried again; then `serve` begins anew
-AGAIN = 75  # exit code: as sysexits.h has it, a failure that may be over at the next try
-FIRST_PAUSE = 5.0  # seconds before a round that too few answered is played again; doubled each time
-LONGEST_PAUSE = 60.0  # a site that was cut off is let in again after 62 at most
+RECONNECTS = 15.0  # seconds for which a request to the SuperLink is retried; then `serve` starts both again
+AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
+FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
+LONGEST_PAUSE = 60.0  # seconds; Flower accepts a site that lost its connection again after at most 62
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the recipe in the folder that the context names, to its end."""
+    """Run the recipe in the folder that the context names, until the run is finished.
+
+    Args:
+        grid: of the Flower run.
+        context: its node_config has folder, insecure, and wait and patience in seconds.
+    Raises:
+        UserError: for a mistake in the recipe.
+        RunError: if the run cannot go on.
+    """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
     approved = approved_sites(recipe)
@@ -61,33 +70,43 @@ def main(grid: Grid, context: Context) -> None:
 
     transport = FlowerTransport(grid, connected, messages.traffic)
     gather(connected, approved, float(context.node_config["wait"]))
-    last, moved = messages.rounds(), time.monotonic()
+    newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
-            play(recipe, folder, _log, transport=transport, record=messages.message)
+            run(recipe, folder, _log, transport=transport, on_message=messages.record)
             return
         except TooFewClients as error:
-            if messages.rounds() > last:
-                last, moved, pause = messages.rounds(), time.monotonic(), FIRST_PAUSE
-            if time.monotonic() - moved + pause > patience:
+            if messages.newest_round() > newest:
+                newest, progressed, pause = messages.newest_round(), time.monotonic(), FIRST_PAUSE
+            if time.monotonic() - progressed + pause > patience:
                 raise
-            _log(f"{error}. It is played again in {pause:.0f} seconds.")
+            _log(f"{error}. The round is run again in {pause:.0f} seconds.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             gather(connected, approved, pause)
 
 
 def approved_sites(recipe: Recipe) -> list[str]:
-    """The sites of the run. Raises UserError for a recipe whose clients are no sites."""
+    """Return the names of the run's sites, sorted.
+
+    Raises:
+        UserError: unless the recipe's data source is "sites".
+    """
     if recipe.data_source != "sites":
         raise UserError(
-            f'data.source="{recipe.data_source}": only sites can be served; set source="sites" and name them in sites'
+            f'data.source="{recipe.data_source}": set data.source="sites" and name them in data.sites to serve a run'
         )
     return sorted(recipe.data.sites)  # type: ignore[attr-defined]  # of the source of that name
 
 
 def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], seconds: float) -> None:
-    """Wait for all sites, but not longer than that; those who come later are used from then on."""
+    """Wait until all sites are connected, or the time is over; sites that connect later join the next rounds.
+
+    Args:
+        connected: returns the node id of each connected site.
+        approved: the names of all sites.
+        seconds: how long to wait.
+    """
     end, known = time.monotonic() + seconds, set[str]()
     while True:
         nodes = connected()
@@ -100,11 +119,20 @@ def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], 
 
 
 @contextmanager
-def task_of(run: int, address: str, secret: bytes, authority: Path | None) -> Iterator[tuple[Grid, Context]]:
-    """The grid of a run that the SuperLink has just been told of. Raises RunError when its task is not to be had."""
-    token = _token(run, address, secret, authority)
+def task_of(run_id: int, address: str, secret: bytes, authority: Path | None) -> Iterator[tuple[Grid, Context]]:
+    """Take the task of a Flower run that was just started; yield the run's grid and context.
+
+    Args:
+        run_id: of the Flower run.
+        address: of the SuperLink, HOST:PORT.
+        secret: what the SuperLink requires for tasks.
+        authority: the certificate to trust; None: no TLS.
+    Raises:
+        RunError: if the SuperLink gives no task for the run.
+    """
+    token = _token(run_id, address, secret, authority)
     grid = HttpGrid(address, authority is None, authority.read_bytes() if authority else None, token=token)
-    grid._retry_invoker.max_time = RECONNECTS  # or it tries for ever, past every deadline
+    grid._retry_invoker.max_time = RECONNECTS  # the default is to retry without end, past every deadline
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -120,18 +148,18 @@ def task_of(run: int, address: str, secret: bytes, authority: Path | None) -> It
         grid._retry_invoker.max_tries = 1
         if heartbeat.is_running:
             heartbeat.stop()
-        with suppress(httpx.HTTPError):  # a SuperLink that is gone
+        with suppress(httpx.HTTPError):  # the SuperLink ended
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         grid.close()
 
 
-def _token(run: int, address: str, secret: bytes, authority: Path | None, patience: float = 30.0) -> str:
+def _token(run_id: int, address: str, secret: bytes, authority: Path | None, patience: float = 30.0) -> str:
     end = time.monotonic() + patience
     with closing(authorised(address, secret, authority)) as client:
         while time.monotonic() < end:
-            answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-            if answer.token and answer.task.run_id == run:
-                return str(answer.token)
+            response = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+            if response.token and response.task.run_id == run_id:
+                return str(response.token)
             time.sleep(0.1)
     raise RunError("the SuperLink gave no task for the run")
 
@@ -141,7 +169,7 @@ def _log(line: str) -> None:
 
 
 def start() -> int:
-    """`python -m fedferret.sites.server_app FOLDER --run ID ...`; exits as `fedferret run` does, or with AGAIN."""
+    """Run `python -m fedferret.sites.server_app FOLDER --run ID ...`; return `fedferret run`'s exit code, or AGAIN."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", type=int, required=True)
@@ -166,9 +194,9 @@ def start() -> int:
         _log(f"fedferret: {error}")
         return 1
     except (httpx.HTTPError, RunNotRunningException) as error:
-        _log(f"The SuperLink does not take what it is sent ({type(error).__name__}: {error}).")
+        _log(f"The SuperLink refused a request ({type(error).__name__}: {error}).")
         return AGAIN
-    except KeyboardInterrupt:  # by `serve`, which says why; or by Flower, where the SuperLink forgot this run
+    except KeyboardInterrupt:  # from `serve`, which logs why; or from Flower, if the SuperLink lost this run
         return AGAIN
 
 

@@ -1,11 +1,11 @@
-"""What a server's processes write down for `fedferret nodes` and `fedferret status`, in RUN/server.
+"""The state in RUN/server that a server's processes write for `fedferret nodes` and `fedferret status`.
 
-    server.json     `serve`: what it is doing, where it listens, since when
-    nodes.json      `serve`, every few seconds: who is connected
-    names.json      the ServerApp in insecure mode: what nodes said they are called
-    letters.jsonl   the ServerApp: a line for every order and receipt, and for each with Flower's bytes around it
+    server.json     by `serve`: what it is doing, where it listens, since when
+    nodes.json      by `serve`, every few seconds: which sites are connected
+    names.json      by the ServerApp in insecure mode: the names that nodes gave
+    messages.jsonl  by the ServerApp: a line for every request and response, and one for each with Flower's framing
 
-A file is whole or absent; a last line that a crash cut short is left out when read.
+Files are written atomically. Reading skips a last line that a crash cut short.
 """
 
 from __future__ import annotations
@@ -26,38 +26,49 @@ FOLDER = "server"  # in the run's folder; `runner.SERVED`
 
 
 def write(run: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Replace what the file of that name holds."""
+    """Replace a file.
+
+    Args:
+        run: the run's folder.
+        name: of the file, without ".json".
+        content: of the file.
+    """
     write_atomically(run / FOLDER / f"{name}.json", json.dumps(content, indent=1))
 
 
 def read(run: Path, name: str) -> dict[str, Any]:
-    """What was last written; {} if nothing was."""
+    """Return the content of a file; {} if it does not exist.
+
+    Args:
+        run: the run's folder.
+        name: of the file, without ".json".
+    """
     path = run / FOLDER / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return known
 
 
 class MessageLog:
-    """The file of letters, by the process that writes it."""
+    """Appends to ``messages.jsonl``."""
 
     def __init__(self, run: Path) -> None:
-        self._path = run / FOLDER / "letters.jsonl"
+        self._path = run / FOLDER / "messages.jsonl"
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("ab") as file:
                 file.write(b"\n")  # a crash cut the last line short
         self._newest = 0
 
-    def message(self, event: Mapping[str, Any]) -> None:
-        """An order that was sent or a receipt that came."""
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Append a line for a request that was sent or a response that was received."""
         self._newest = max(self._newest, event["round"])
         self._add(event)
 
     def traffic(self, traffic: Traffic) -> None:
-        """What both cost with Flower's records and headers around them."""
+        """Append a line for a request and its response, with the bytes of Flower's framing."""
         self._add({"what": "traffic", "client": traffic.site, **asdict(traffic)})
 
-    def rounds(self) -> int:
-        """The newest round that this process has sent an order of."""
+    def newest_round(self) -> int:
+        """Return the newest round that this process sent a request for; 0 if none."""
         return self._newest
 
     def _add(self, event: Mapping[str, Any]) -> None:
@@ -66,8 +77,8 @@ class MessageLog:
 
 
 def messages(run: Path) -> Iterator[dict[str, Any]]:
-    """Every line of the file of letters, the oldest first."""
-    path = run / FOLDER / "letters.jsonl"
+    """Yield every line of ``messages.jsonl``, the oldest first."""
+    path = run / FOLDER / "messages.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             event = json.loads(line)

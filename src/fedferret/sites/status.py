@@ -1,8 +1,8 @@
-"""`fedferret nodes` and `fedferret status`: what the files of a server or a site say, in words. They ask no process.
+"""`fedferret nodes` and `fedferret status`: the state in the files of a server or a site. They call no process.
 
-nodes RUN     a line for each site: connected?  last answer  version it holds  bytes
-status RUN    what the server is doing, how far the run is, who failed last and why
-status SITE   whether the site takes part, what it answered last, what came and went
+nodes RUN     a line for each site: connected?  last update  log version  bytes
+status RUN    what the server is doing, how far the run is, which clients failed last and why
+status SITE   whether the site takes part, its last update, bytes received and sent
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from fedferret.tracking.units import as_bytes, as_duration
 if TYPE_CHECKING:
     from rich.table import Table
 
-STALE = 30.0  # seconds after which what a server wrote about connections is old: it writes every five
+STALE = 30.0  # seconds after which the record of connections is out of date: the server writes it every five
 
 
 @dataclass
 class SiteStatus:
-    """One site, as its server knows it."""
+    """The status of one site, from the server's records."""
 
     connected: bool | None = None  # None: not known
-    answered: float = 0.0  # when its last answer came; 0: never
-    round: int = 0  # of that answer
-    version: int = -1  # of the log that it held then
-    process: int = 0  # of its trainer then
-    reason: str = ""  # why its last letter brought no answer; "" if it did
-    messages: int = 0  # bytes of orders and receipts, both ways
+    updated: float = 0.0  # time of the site's last update; 0: none
+    round: int = 0  # of that update
+    version: int = -1  # of the site's log at the last response
+    process: int = 0  # id of the site's trainer at the last response
+    reason: str = ""  # why the last request brought no update; "" if it did
+    messages: int = 0  # bytes of requests and responses
     framed: int = 0  # the same with Flower's records and headers
 
 
 def site_statuses(run: Path) -> dict[str, SiteStatus]:
-    """Every site that the server has heard of or written to. Raises UserError for a folder that was never served."""
+    """Return the status of every site that connected or was sent a request, by name.
+
+    Raises:
+        UserError: if no server was started in the folder.
+    """
     if not (run / state.FOLDER / "server.json").exists():
-        raise UserError(
-            f"{run}: no server was started in that folder; give the run's folder, as `fedferret serve` said"
-        )
+        raise UserError(f"{run}: no server was started in that folder; give the run's folder (`fedferret serve --out`)")
     found: dict[str, SiteStatus] = {}
     for event in state.messages(run):
         site = found.setdefault(str(event.get("client", "")), SiteStatus())
         if event["what"] == "ok":
-            site.answered, site.round, site.reason = event["time"], event["round"], ""
+            site.updated, site.round, site.reason = event["time"], event["round"], ""
         if "version" in event:
             site.version, site.process = event["version"], event["process"]
         if event["what"] == "traffic":
@@ -66,32 +68,36 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
 
 
 def nodes_table(run: Path) -> Table:
-    """The sites as a table."""
+    """Return the status of the sites as a table."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("site", "connected", "last answer", "holds", "letters", "framed", "trouble"):
-        table.add_column(title, justify="right" if title in ("letters", "framed") else "left")
+    for title in ("site", "connected", "last update", "log", "messages", "framed", "failure"):
+        table.add_column(title, justify="right" if title in ("messages", "framed") else "left")
     for name, site in sorted(site_statuses(run).items()):
         connected = {True: "yes", False: "no", None: "not known"}[site.connected]
-        answer = f"round {site.round}, {ago(site.answered)}" if site.answered else "none"
-        held = f"version {site.version}" if site.version >= 0 else "nothing"
-        table.add_row(name, connected, answer, held, as_bytes(site.messages), as_bytes(site.framed), site.reason)
+        update = f"round {site.round}, {ago(site.updated)}" if site.updated else "none"
+        version = f"version {site.version}" if site.version >= 0 else "none"
+        table.add_row(name, connected, update, version, as_bytes(site.messages), as_bytes(site.framed), site.reason)
     return table
 
 
 def status(folder: Path) -> str:
-    """Some lines on a run's folder or a site's. Raises UserError for another."""
+    """Return a few lines on a served run or a site.
+
+    Raises:
+        UserError: if the folder is neither a served run's nor a site's.
+    """
     if (folder / join.STATE).exists():
         return _site(folder)
     known = state.read(folder, "server")
     if not known:
-        raise UserError(f"{folder}: neither a run that was served nor a site's folder")
+        raise UserError(f"{folder}: not the folder of a served run or of a site")
     run = events.read(folder)
-    guarded = "certificates on both sides" if known["secure"] else "INSECURE: nobody is checked"
+    security = "certificates on both sides" if known["secure"] else "INSECURE: no certificates"
     sites = site_statuses(folder)
     lines = [
-        f"Server:   {_doing(known)}; sites call {known['listen']} ({guarded})",
+        f"Server:   {_doing(known)}; sites call {known['listen']} ({security})",
         f"Package:  SHA-256 {known['package']}",
         f"Run:      round {run.done} of {run.planned or '?'}; {run.status}; the server was restarted "
         f"{known['restarts']} times",
@@ -103,38 +109,38 @@ def status(folder: Path) -> str:
 
 
 def doing(known: dict[str, Any]) -> str:
-    """What the process that wrote this is doing; "gone" where it ended without a word."""
+    """Return what the process that wrote ``known`` is doing; "gone" if it ended without writing so."""
     at_work = known.get("doing") not in (None, "stopped", "finished", "failed")
     return "gone" if at_work and not _alive(known["process"]) else str(known.get("doing", ""))
 
 
 def ago(then: float) -> str:
-    """How long ago that was."""
+    """Return how long ago a time (seconds since the epoch) was, in words."""
     return f"{as_duration(max(0.0, time.time() - then))} ago"
 
 
 def _site(folder: Path) -> str:
     known = join.read_state(folder)
     audit = list(read_audit(folder))
-    answers = [event for event in audit if event["what"] == "ok"]
-    came = sum(event["framed_bytes"] for event in audit if event["what"] == "request")
-    went = sum(event["framed_bytes"] for event in audit if event["what"] in ("ok", "missing", "refused"))
+    updates = [event for event in audit if event["what"] == "ok"]
+    received = sum(event["framed_bytes"] for event in audit if event["what"] == "request")
+    sent = sum(event["framed_bytes"] for event in audit if event["what"] in ("ok", "missing", "refused"))
     sockets = [event for event in audit if event["what"] == "socket"]
     down, up = (sum(event[name] for event in sockets) for name in ("down_bytes", "up_bytes"))
-    last = f"round {answers[-1]['round']} at {answers[-1]['time'][:19]}" if answers else "none so far"
+    last = f"round {updates[-1]['round']} at {updates[-1]['time'][:19]}" if updates else "none so far"
     return "\n".join(
         [
             f"Site:     {known['name']}, {_doing(known)}; server {known['address']}",
-            f"Answers:  {len(answers)}; the last: {last}",
-            f"Letters:  {as_bytes(came)} came, {as_bytes(went)} went; each is a line of {folder}/audit.jsonl",
-            *([f"Sockets:  {as_bytes(down)} came, {as_bytes(up)} went, TLS and polling included"] if sockets else []),
+            f"Updates:  {len(updates)}; the last: {last}",
+            f"Messages: {as_bytes(received)} received, {as_bytes(sent)} sent; each is a line of {folder}/audit.jsonl",
+            *([f"Sockets:  {as_bytes(down)} received, {as_bytes(up)} sent, with TLS and polling"] if sockets else []),
         ]
     )
 
 
 def _doing(known: dict[str, Any]) -> str:
-    words = doing(known)
-    return f"ended without a word (process {known['process']})" if words == "gone" else words
+    now = doing(known)
+    return f"ended unexpectedly (process {known['process']})" if now == "gone" else now
 
 
 def _alive(process: int) -> bool:

@@ -1,14 +1,13 @@
-"""Keeps one nginx: `python -m fedferret.sites.watchdog NGINX CONFIGURATION WATCHED...`, run by `proxy.py`.
+"""The watchdog of nginx: `python -m fedferret.sites.watchdog NGINX CONFIGURATION WATCHED...`, run by `proxy.py`.
 
-nginx is a master and workers. This process stands between them and whoever started it, so that they come and go as
-one, whatever is killed:
+nginx is a master process and workers. The watchdog is the master's parent and ends all of them, whatever is killed:
 
-    asked to end, or the starter is gone  ->  nginx ends
-    the master is gone                    ->  its workers, who would hold the port, are ended, and so does this one
-    this one is killed                    ->  the kernel ends the master (on Linux), which ends its workers
-    a watched file is replaced            ->  nginx reads its files again: a revoked site is out within seconds
+    SIGTERM, or the watchdog's parent ends  ->  nginx ends
+    the master ends                         ->  its workers, which would keep the port, are killed; the watchdog ends
+    the watchdog is killed                  ->  the kernel ends the master (on Linux), which ends its workers
+    a watched file is replaced              ->  nginx reads its files again: a revoked site is refused within seconds
 
-Standard library alone: it lives as long as the server does.
+It runs as long as the server, so it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -23,13 +22,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_LOOK = 1.0  # seconds between looks at the watched files and the parent; ending and a gone master are noticed at once
-_PATIENCE = 5.0  # seconds for nginx to end by itself: it only has to close connections
+_LOOK = 1.0  # seconds between checks of the watched files and the parent; signals need no check
+_PATIENCE = 5.0  # seconds for nginx to end: it only has to close connections
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def watch(nginx: str, configuration: Path, watched: Sequence[Path]) -> int:
-    """Run nginx until it ends or is to end; its exit code, 0 if it was asked to."""
+    """Run nginx until it ends, or until SIGTERM, SIGINT or the end of the parent process.
+
+    Args:
+        nginx: path of the program.
+        configuration: nginx's configuration.
+        watched: files that nginx reads again when they are replaced.
+    Returns:
+        nginx's exit code; 0 if the watchdog ended nginx.
+    """
     parent, woken, asked = os.getppid(), threading.Event(), threading.Event()
 
     def ask(*_: object) -> None:
@@ -68,7 +75,7 @@ def watch(nginx: str, configuration: Path, watched: Sequence[Path]) -> int:
 
 
 def _stamps(watched: Sequence[Path]) -> list[tuple[int, int]]:
-    """What changes when a file is replaced; a missing one has none and is no reason to read again."""
+    """Inode and modification time of each file; a missing file has none and is no reason to read again."""
     found = [path.stat() for path in watched if path.exists()]
     return [(one.st_ino, one.st_mtime_ns) for one in found]
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind: events as they happen, a summary, a report to read, progress on the terminal."""
+"""The files of a run folder: event log, checkpoint, summary and report; and the live progress on the terminal."""

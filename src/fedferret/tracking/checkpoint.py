@@ -1,10 +1,10 @@
-"""What resuming needs beside the log: the server's private memory and each client's last version.
+"""Checkpoints: what resuming a run needs beside the log, namely the server state and each client's log version.
 
-    state/run.state        round, server state, versions: replaced whole, and thereby the moment a round is done
-    log/                   the records up to that round (later ones are a crash's; opening removes them)
-    state/clients/         private states, per client and round (``engines/client_store.py``)
+    state/run.state        round, server state, versions. Replacing this file atomically completes a round.
+    log/                   the records up to that round. Opening removes later records, which a crash left behind.
+    state/clients/         private client states, per client and round (``engines/client_store.py``)
 
-Public state is never saved apart from the log: it is rebuilt by replaying it.
+The public state has no checkpoint: a node rebuilds it from the log (``core/node.py``).
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, Task
 from fedferret.core.errors import RunError
 from fedferret.core.files import write_atomically
-from fedferret.core.keys import Key
-from fedferret.core.log import Log, Record, Update
+from fedferret.core.log import Log
 from fedferret.core.messages import state
-from fedferret.core.pooling import tensors
-from fedferret.core.restore import restore_tensors
+from fedferret.core.node import Node
 from fedferret.core.rounds import RunState
 from fedferret.wire import codec
 
@@ -35,7 +31,12 @@ class Progress:
 
 
 def save(folder: Path, run: RunState) -> None:
-    """Make the round that ``run`` has reached the one to resume from."""
+    """Make the round that a run has reached the one to resume from.
+
+    Args:
+        folder: of the run.
+        run: after its last round.
+    """
     progress = Progress(run.round, run.server, run.versions)
     write_atomically(folder / "state" / "run.state", codec.encode(progress))
     run.log.prune()
@@ -48,38 +49,32 @@ def saved_round(folder: Path) -> int | None:
 
 
 def read(path: Path) -> Any:
-    """The state in that file. Raises RunError for a damaged one."""
+    """The state in a checkpoint file.
+
+    Raises:
+        RunError: if the file is damaged or another version of fedferret wrote it.
+    """
     try:
         return codec.decode(path.read_bytes())
+    except codec.OtherVersion as error:
+        raise RunError(f"{path} was {error}") from None
     except codec.WireError as error:
-        raise RunError(f"{path} is damaged ({error}): restore a copy of it, or start again in another folder") from None
+        raise RunError(
+            f"{path} cannot be read ({error}): restore a copy of it, or start again in another folder"
+        ) from None
 
 
-def resume(folder: Path, task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], seed: int) -> RunState:
-    """The run in ``folder`` after its last finished round; ``task.model`` must hold the base weights.
+def resume(folder: Path, node: Node) -> RunState:
+    """The run in a folder after its last finished round.
 
-    Raises RunError where replaying the log gives other weights than it says.
+    Args:
+        folder: of the run.
+        node: at version 0, from the base weights; brought up to date.
+
+    Raises:
+        RunError: if replaying the log gives other weights than the log's fingerprints.
     """
     progress = read(folder / "state" / "run.state")
     log = Log.open(folder / "log", progress.round)
-    public, _ = algorithm.init(task, Key.of(seed, "begin"))
-    public = replay(task, algorithm, public, log.since(0))
-    return RunState(public, progress.server, log, progress.round, progress.versions)
-
-
-def replay(task: Task, algorithm: Algorithm[Any, Any, Any, Any, Any], public: Any, update: Update) -> Any:
-    """Bring a node's public state up to date with what ``Log.since`` gave it; returns the state to use from now on.
-
-    Raises RunError at the first record whose fingerprint differs.
-    """
-    if update.snapshot is not None:
-        public = restore_tensors(task, codec.decode(update.snapshot))
-    for encoded in update.records:
-        record: Record = codec.decode(encoded)
-        algorithm.apply(task, public, codec.decode(record.entry))
-        if record.fingerprint and tree.digest(tensors(public)) != record.fingerprint:
-            raise RunError(
-                f"version {record.version}: this machine rebuilt other weights than the log says; "
-                f"its base model, its fedferret or its memory differs"
-            )
-    return public
+    node.catch_up(log.since(0))
+    return RunState(node, progress.server, log, progress.round, progress.versions)

@@ -1,4 +1,4 @@
-"""What a run ran on: the machine and the versions, for whoever wants the same numbers again."""
+"""``environment.json``: the machine and the package versions of a run, for reproducing its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Python, platform, processor, cores this process may use, memory in bytes, accelerator and package versions."""
+    """Python, platform, processor, cores available to this process, memory (bytes), accelerator, package versions."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_environment(folder: Path) -> Path:
-    """Write ``environment.json``; returns its path."""
+    """Write ``environment.json`` into ``folder`` and return its path."""
     write_atomically(folder / FILE, json.dumps(environment(), indent=2) + "\n")
     return folder / FILE
 
@@ -62,7 +62,7 @@ def _processor() -> str:
 
 
 def _accelerator() -> str:
-    torch = sys.modules.get("torch")  # a run has imported it; looking must not cost seconds elsewhere
+    torch = sys.modules.get("torch")  # a run has imported torch; other commands must not pay seconds for the import
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return "none"

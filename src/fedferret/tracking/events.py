@@ -1,11 +1,13 @@
-"""The diary of a run: ``events.jsonl``, one JSON object a line, written as things happen.
+"""The event log of a run: ``events.jsonl``, one JSON object per line, appended as events happen.
 
+    {"event": "start", "time": "2026-11-22T19:01:40+00:00", "format": 2, "method": "ferret", ...}
     {"event": "round", "time": "2026-11-22T19:02:11+00:00", "round": 3, "clients": ["a", "b"], ...}
 
-Lines are only ever added, each flushed to disk as a whole. A crash can tear the last one: readers skip it, and
-the next writer cuts it off and says so. A resumed run plays the rounds after its checkpoint again, so the last
-event of a kind and round holds, and ``resume`` at round r takes back whatever was said of later rounds.
+Lines are only appended, and each is flushed to disk as a whole. A crash can tear the last line: readers skip it, and
+the next writer cuts it off and logs a warning. A resumed run repeats the rounds after its checkpoint. Therefore the
+last event of a kind and round holds, and ``resume`` at round r discards all events of later rounds.
 A number that is NaN or infinite is written as ``null`` (JSON has neither) and read as NaN.
+``format`` in the ``start`` event is the version of the file. Format 1 had no such field; fedferret 0.1 wrote it.
 """
 
 from __future__ import annotations
@@ -15,54 +17,84 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedferret.core.errors import UserError
-from fedferret.core.rounds import Failure, RoundRecord
+from fedferret.core.exchanges import Failure
+from fedferret.core.rounds import RoundRecord
 from fedferret.wire.ledger import Ledger
 
 FILE = "events.jsonl"
+FORMAT = 2  # of the file; 1 before fedferret 0.2
 Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends to the diary of the run in ``folder``; opening it again goes on where the last whole line ends."""
+    """Appends to the event log of the run in ``folder``. An existing log continues after its last whole line.
+
+    Raises:
+        UserError: if an existing log has another format or its first line is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE
+        check_format(folder)
         _cut_torn_line(self._path)
 
-    def write(self, kind: str, /, **fields: Any) -> None:
-        """Add one event. ``fields`` are what JSON can hold; when the call returns, the line is on disk."""
+    def write(self, kind: str, /, *, flushed: bool = True, **fields: Any) -> None:
+        """Append one event.
+
+        Args:
+            kind: of the event, such as "round". A "start" event also gets the file's format.
+            flushed: when the call returns, the line is on disk; without, a crash may lose it.
+            fields: JSON values.
+        """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        event = {"event": kind, "time": now, **_finite(fields)}
+        version = {"format": FORMAT} if kind == "start" else {}
+        event = {"event": kind, "time": now, **version, **_finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
         with self._path.open("ab") as file:
             file.write(line.encode())
             file.flush()
-            os.fsync(file.fileno())
+            if flushed:
+                os.fsync(file.fileno())
 
 
 def read_events(folder: Path) -> list[Event]:
-    """All whole lines of the diary, oldest first. Raises UserError where there is none or a line is damaged."""
+    """All whole lines of the event log, oldest first.
+
+    Raises:
+        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
+    """
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {FILE}; give the folder that `fedferret run` wrote")
     return list(_parse(path))
 
 
+def check_format(folder: Path) -> None:
+    """Refuse the event log in ``folder`` if it has another format. A folder without a log passes.
+
+    Raises:
+        UserError: if the log's format is not ``FORMAT``, with the version of fedferret that reads it.
+    """
+    path = folder / FILE
+    if path.is_file():
+        next(_parse(path), None)
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the model after ``round`` (0: before tuning), by held-out set; the first set is the main one."""
+    """Scores of the model after ``round`` (0: before tuning), by held-out set. The first set is the main set."""
 
     round: int
-    results: Mapping[str, Mapping[str, float]]  # name: loss (nats a token), perplexity, tokens, ...
+    results: Mapping[str, Mapping[str, float]]  # by held-out set: loss (nats per token), perplexity, tokens, ...
     seconds: float
-    who: str  # "global": the server's model; anything else says whose
+    who: str  # the evaluated model; "global": the server's
     per_client: Mapping[str, float] = field(default_factory=dict)  # the loss of each owner of the main set's examples
 
     @property
@@ -78,32 +110,33 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What tuning is compared with: a mean loss on the main held-out set, and one per client where it has them."""
+    """A reference that tuning is compared with: losses on the main held-out set, in nats per token."""
 
     name: str
-    loss: float
-    per_client: Mapping[str, float]
+    loss: float  # mean
+    per_client: Mapping[str, float]  # empty if the baseline has none
 
 
 @dataclass(frozen=True)
 class Round:
-    """What happened in a round, as the diary has it. Seconds are wall-clock, bytes include catching up."""
+    """One round, as the event log has it. Seconds are wall-clock time; bytes include catching up."""
 
     round: int
     clients: tuple[str, ...]  # sampled, in the cohort's order
     failures: tuple[Failure, ...]
-    loss: float  # mean training loss over the clients that answered
+    loss: float  # mean training loss over the client updates
     bytes_up: Mapping[str, int]
     bytes_down: Mapping[str, int]
     seconds: float
     seconds_local: float
     seconds_overhead: float
     fingerprint: str
+    bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
 
 
 @dataclass
 class Run:
-    """A run as its diary tells it, finished or not."""
+    """A run as its event log has it, finished or not."""
 
     start: Event = field(default_factory=dict)
     rounds: dict[int, Round] = field(default_factory=dict)
@@ -114,12 +147,12 @@ class Run:
 
     @property
     def done(self) -> int:
-        """The last round that was played; 0 before the first."""
+        """The last completed round; 0 before the first."""
         return max(self.rounds, default=0)
 
     @property
     def planned(self) -> int:
-        """Rounds that the recipe asks for."""
+        """Rounds in the recipe."""
         return int(self.start.get("rounds", self.done))
 
     @property
@@ -136,12 +169,16 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """The run in ``folder``. Raises UserError where there is none or its diary is damaged."""
+    """The run in ``folder``.
+
+    Raises:
+        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
+    """
     return replay(read_events(folder))
 
 
 def replay(events: Iterable[Event]) -> Run:
-    """Tell the run from its events: the last event of a kind and round holds."""
+    """Reconstruct a run from its events. The last event of a kind and round holds."""
     run = Run()
     for event in events:
         match event["event"]:
@@ -153,14 +190,16 @@ def replay(events: Iterable[Event]) -> Run:
                 run.status = "in progress"
             case "round":
                 run.rounds[event["round"]] = _round(event)
+            case "saved":
+                run.rounds[event["round"]] = _with_saving(run.rounds[event["round"]], event["seconds"])
             case "evaluation":
-                results = {name: _numbers(scores) for name, scores in event["results"].items()}
-                losses = _numbers(event.get("per_client", {}))
+                results = {name: _floats(scores) for name, scores in event["results"].items()}
+                losses = _floats(event.get("per_client", {}))
                 evaluation = Evaluation(event["round"], results, event["seconds"], event.get("who", "global"), losses)
                 run.evaluations[event["round"]] = evaluation
             case "baseline":
-                per_client = _numbers(event.get("per_client", {}))
-                run.baselines[event["name"]] = Baseline(event["name"], _number(event["loss"]), per_client)
+                per_client = _floats(event.get("per_client", {}))
+                run.baselines[event["name"]] = Baseline(event["name"], _float(event["loss"]), per_client)
             case "end":
                 run.status = "finished"
             case "interrupted":
@@ -169,19 +208,19 @@ def replay(events: Iterable[Event]) -> Run:
     return run
 
 
-def beside_loss(scores: Mapping[str, float]) -> dict[str, float]:
-    """A held-out set's figures without those that every set has: loss, perplexity and the number of tokens."""
+def extra_metrics(scores: Mapping[str, float]) -> dict[str, float]:
+    """A held-out set's metrics without those that every set has: loss, perplexity and the number of tokens."""
     return {name: value for name, value in scores.items() if name not in ("loss", "perplexity", "tokens")}
 
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:
-    """Of those, what is said first: of the owners' losses, the worst."""
+    """The extra metrics that progress and the report's head show: of the losses by owner, only the worst tenth."""
     hidden = ("client-mean", "deviation", "range")
-    return {name: value for name, value in beside_loss(scores).items() if name not in hidden}
+    return {name: value for name, value in extra_metrics(scores).items() if name not in hidden}
 
 
 def round_fields(record: RoundRecord) -> dict[str, Any]:
-    """The fields of a ``round`` event, from what the round loop yields."""
+    """The fields of a ``round`` event, from a record of the round loop."""
     losses = [metrics["loss"] for metrics in record.metrics.values() if "loss" in metrics]
     return {
         "round": record.round,
@@ -192,9 +231,10 @@ def round_fields(record: RoundRecord) -> dict[str, Any]:
         "bytes_down": dict(record.bytes_down),
         "seconds": record.seconds,
         "seconds_local": record.seconds_local,
-        # clients that train side by side can spend more seconds than the round lasts
+        # clients that train in parallel can spend more seconds than the round lasts
         "seconds_overhead": max(0.0, record.seconds - record.seconds_local),
         "fingerprint": record.fingerprint,
+        "bounded": list(record.bounded),
     }
 
 
@@ -203,23 +243,38 @@ def _round(event: Event) -> Round:
         event["round"],
         tuple(event["clients"]),
         tuple(Failure(**failure) for failure in event["failures"]),
-        _number(event["loss"]),
+        _float(event["loss"]),
         event["bytes_up"],
         event["bytes_down"],
         event["seconds"],
         event["seconds_local"],
         event["seconds_overhead"],
         event["fingerprint"],
+        tuple(event.get("bounded", ())),
     )
+
+
+def _with_saving(entry: Round, seconds: float) -> Round:
+    """The round with the seconds that writing it down took, which are overhead."""
+    return replace(entry, seconds=entry.seconds + seconds, seconds_overhead=entry.seconds_overhead + seconds)
 
 
 def _parse(path: Path) -> Iterator[Event]:
     whole, _, _torn = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}): delete that line to read the rest") from None
+        if event["event"] == "start" and event.get("format") != FORMAT:
+            raise UserError(f"{path} was {_other_format(event.get('format'))}")
+        yield event
+
+
+def _other_format(version: object) -> str:
+    if isinstance(version, int) and version > FORMAT:
+        return f"written by a newer fedferret (format {version}; this one reads {FORMAT}): update fedferret"
+    return 'written by fedferret 0.1; pip install "fedferret==0.1.*" reads it'
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -233,7 +288,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null for every number that JSON has no word for."""
+    """``value`` with None for every NaN or infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -243,9 +298,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _number(value: float | None) -> float:
+def _float(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {key: _number(value) for key, value in values.items()}
+def _floats(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: _float(value) for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""The files of a run folder, and the ``README.txt`` that explains them to whoever opens it later."""
+"""The files of a run folder, and the ``README.txt`` that explains them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 from fedferret.core.files import write_atomically
 
 FILES = {
-    "recipe.toml": "what was asked for, every setting resolved; `fedferret run recipe.toml` repeats the run",
-    "environment.json": "what it ran on: machine and versions",
-    "events.jsonl": "what happened, one JSON object a line, in order",
-    "summary.json": "the figures of the run so far, rewritten after every round",
-    "report.html": "all of it to look at, in any browser, without a network",
+    "recipe.toml": "the recipe with every setting resolved; `fedferret run recipe.toml` repeats the run",
+    "environment.json": "the machine and the package versions",
+    "events.jsonl": "the event log, one JSON object per line, in order",
+    "summary.json": "the metrics of the run so far, rewritten after every round",
+    "report.html": "the report, for any browser, without a network",
     "plots/": "the report's plots, one SVG each",
-    "log/": "the tuned model: the entries that lead from the base checkpoint to it",
-    "state/": "what resuming needs beside the log: the server's and the clients' private memory",
-    "tensorboard/": "the same curves for TensorBoard, if the recipe asks for them",
-    "README.txt": "this page",
+    "log/": "the tuned model: the log entries that turn the base checkpoint into it",
+    "state/": "the checkpoint: server state and private client states, for resuming",
+    "tensorboard/": "the same curves for TensorBoard, if the recipe turns it on",
+    "README.txt": "this file",
 }
 
 
 def explain(folder: Path) -> Path:
-    """Write ``README.txt``; returns its path."""
+    """Write ``README.txt`` into ``folder`` and return its path."""
     width = max(map(len, FILES))
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in FILES.items()]
     text = "\n".join(["A run of fedferret.", "", *lines, "", "Every file appears whole or not at all.", ""])

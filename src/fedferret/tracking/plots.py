@@ -1,8 +1,8 @@
 """The report's plots: each a function from a run to a matplotlib figure, drawn without pyplot or global settings.
 
-The figures become small SVGs that scale from a phone to a poster: text stays text, bytes are the same in every
-run of the same data (fixed hash salt, no date), ids carry the plot's name so that several can share a page.
-In the page every colour turns into a CSS variable, so the plots follow the reader's light or dark theme.
+The figures become small SVGs that scale from a phone to a poster. Text stays text. The same data give the same bytes
+(fixed hash salt, no date). Ids contain the plot's name, so that several plots can share a page.
+In the page a CSS variable replaces every colour, so the plots follow the reader's light or dark theme.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedferret.tracking.events import Run
 from fedferret.tracking.summary import times
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
-# every colour is its own word: the page replaces the light value by a variable of that name
+# each value occurs once: the page replaces the light value by a variable of that name
 LIGHT = {
     "ink": "#1d2733",
     "quiet": "#5b6876",
@@ -82,14 +82,14 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
-SIZE = (4.4, 3.5)  # inches; a point is about a pixel on a phone, so that text needs no glasses there
+SIZE = (4.4, 3.5)  # inches; a point is about a pixel on a phone, so that text is readable there
 _LONGEST_LABEL = 22
-_MOST_ROWS, _MOST_COLUMNS = 100, 100  # cells of the map of who was sampled
+_MOST_ROWS, _MOST_COLUMNS = 100, 100  # cells of the map of sampled clients
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, drawn: ``text`` says in words what it shows, for those who cannot see it."""
+    """One plot, drawn. ``text`` describes it for readers who cannot see it."""
 
     name: str
     title: str
@@ -98,7 +98,7 @@ class Plot:
 
     @property
     def themed(self) -> str:
-        """The SVG for inlining: colours as CSS variables."""
+        """The SVG to inline, with colours as CSS variables."""
         svg = self.svg
         for name, colour in LIGHT.items():
             svg = svg.replace(colour, f"var(--{name})")
@@ -106,13 +106,13 @@ class Plot:
 
 
 def draw(run: Run) -> list[Plot]:
-    """Every plot that ``run`` has data for, in the order of the report."""
+    """Every plot for which ``run`` has data, in the order of the report."""
     plots = []
     for name, title, needs, paint in (
         ("loss-by-round", "Loss against rounds", bool(run.evaluations), _loss_by_round),
-        ("loss-by-bytes", "Loss against bytes moved", bool(_loss_after_bytes(run)), _loss_by_bytes),
-        ("sampled", "Who took part", bool(run.rounds), _sampled),
-        ("time", "Where the time went", bool(run.rounds), _time),
+        ("loss-by-bytes", "Loss against bytes", bool(_loss_after_bytes(run)), _loss_by_bytes),
+        ("sampled", "Sampled clients", bool(run.rounds), _sampled),
+        ("time", "Time per round", bool(run.rounds), _time),
     ):
         if needs:
             plots.append(drawn(name, title, partial(paint, run)))
@@ -126,17 +126,24 @@ def drawn(
     size: tuple[float, float] = SIZE,
     save: Callable[[Figure], object] = lambda figure: None,
 ) -> Plot:
-    """One plot in the report's style. ``paint`` fills the axes and returns in words what they show; ``save`` may write
-    the figure in other formats."""
+    """One plot in the report's style.
+
+    Args:
+        name: the id in the page and the file's name.
+        title: the heading.
+        paint: fills the axes and returns a description of the plot.
+        size: width and height, inches.
+        save: may write the figure in other formats.
+    """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        canvas = FigureCanvasSVG(figure)
         text = paint(figure.add_subplot())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the font
-            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+            canvas.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # savefig draws twice
             save(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -147,7 +154,7 @@ def drawn(
 
 
 def _rounded(path: str) -> str:
-    """Path coordinates to a hundredth of a point: a third of the bytes, nothing to see."""
+    """Round path coordinates to a hundredth of a point: a third of the bytes, no visible difference."""
     return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path)
 
 
@@ -161,9 +168,9 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
     for name, colour in zip(names, ("main", "third", "fourth", "quiet"), strict=False):
         points = [(e.round, e.results[name]["loss"]) for e in evaluations if name in e.results]
         _curve(axes, points, colour, name, main=name == names[0])
-    _yardsticks(run, axes)
+    _baselines(run, axes)
     axes.set_xlabel("round")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     _legend(axes)
@@ -175,11 +182,11 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
 
 
 def _loss_after_bytes(run: Run) -> list[tuple[int, float]]:
-    """(bytes moved so far, main held-out loss) after every evaluated round that had moved any."""
+    """(cumulative bytes, main held-out loss) after every evaluated round with a count above 0."""
     ledger = run.ledger()
-    moved = np.cumsum([up + down for up, down in zip(ledger.up_by_round, ledger.down_by_round, strict=True)])
-    so_far = dict(zip(sorted(run.rounds), moved.tolist(), strict=True))
-    points = [(so_far[number], entry.loss) for number, entry in sorted(run.evaluations.items()) if number in so_far]
+    cumulative = np.cumsum([up + down for up, down in zip(ledger.up_by_round, ledger.down_by_round, strict=True)])
+    total = dict(zip(sorted(run.rounds), cumulative.tolist(), strict=True))
+    points = [(total[number], entry.loss) for number, entry in sorted(run.evaluations.items()) if number in total]
     return [(count, loss) for count, loss in points if count]
 
 
@@ -189,18 +196,24 @@ def _loss_by_bytes(run: Run, axes: Axes) -> str:
     fedavg = run.ledger().fedavg_by_round[0]
     if fedavg:
         axes.axvline(fedavg, color=LIGHT["alarm"], linewidth=1.4, linestyle=(0, (4, 3)), label="one round of FedAvg")
-    _yardsticks(run, axes)
+    _baselines(run, axes)
     bytes_axis(axes, min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg))
     axes.set_xlabel("bytes up and down, all clients")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     _legend(axes)
     count, loss = points[-1]
-    beside = f"; one round of FedAvg moves {as_bytes(fedavg)}" if fedavg else ""
-    return f"Held-out loss against bytes moved, logarithmic: {as_loss(loss)} after {as_bytes(count)}{beside}."
+    reference = f"; one round of FedAvg takes {as_bytes(fedavg)}" if fedavg else ""
+    return f"Held-out loss against bytes, logarithmic: {as_loss(loss)} after {as_bytes(count)}{reference}."
 
 
 def bytes_axis(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis of bytes that shows ``low`` to ``high``."""
+    """Make the horizontal axis a logarithmic one of bytes.
+
+    Args:
+        axes: to change.
+        low: the smallest value to show, bytes.
+        high: the largest value to show, bytes.
+    """
     axes.set_xscale("log")
     axes.set_xlim(low / 2, high * 2)
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
@@ -209,7 +222,7 @@ def bytes_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _sampled(run: Run, axes: Axes) -> str:
-    """A map, a row per client in the order of joining; beyond the map's size, cells stand for several."""
+    """A map of clients by rounds, clients in the order of their first round. In a large run a cell is several."""
     seen = {client: row for row, client in enumerate(first_seen(run))}
     per_row, per_column = math.ceil(len(seen) / _MOST_ROWS), math.ceil(run.done / _MOST_COLUMNS)
     shape = (math.ceil(len(seen) / per_row), math.ceil(run.done / per_column))
@@ -230,22 +243,22 @@ def _sampled(run: Run, axes: Axes) -> str:
     axes.set_ylim(shape[0] * per_row + 0.5, 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.set_xlabel("round" if per_column == 1 else f"round ({per_column} a cell)")
-    axes.set_ylabel("clients, in the order they joined" if per_row == 1 else f"clients, {per_row} a cell")
-    for colour, label in (("main", "answered"), ("alarm", "failed")):
+    axes.set_xlabel("round" if per_column == 1 else f"round ({per_column} per cell)")
+    axes.set_ylabel("clients, by first round" if per_row == 1 else f"clients, {per_row} per cell")
+    for colour, label in (("main", "replied"), ("alarm", "failed")):
         axes.plot([], [], "s", color=LIGHT[colour], label=label)
     _legend(axes)
     of = f" of {run.start['clients']:,}" if "clients" in run.start else ""
-    return f"Who was sampled in which round: {len(seen):,}{of} clients so far; failures: {len(run.failures):,}."
+    return f"Clients sampled in each round: {len(seen):,}{of} clients so far; failures: {len(run.failures):,}."
 
 
 def first_seen(run: Run) -> list[str]:
-    """Every client that was sampled, in the order of its first round."""
+    """Every sampled client, in the order of their first rounds."""
     return list(dict.fromkeys(client for number in sorted(run.rounds) for client in run.rounds[number].clients))
 
 
 def _cells(axes: Axes, where: npt.NDArray[np.bool_], cell: tuple[int, int], colour: str, opacity: float) -> None:
-    """Fill the cells of a map in one path: apart while they are few, neighbours in one piece when they are many."""
+    """Fill the cells of a map in one path: with gaps between few cells, with neighbours joined among many."""
     few = where.size < 1500
     steps = np.diff(np.pad(where.astype(int), ((0, 0), (1, 1))), axis=1)
     (rows, begins), (_, ends) = np.nonzero(steps == 1), np.nonzero(steps == -1)
@@ -280,17 +293,17 @@ def _time(run: Run, axes: Axes) -> str:
     axes.set_ylim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
-    axes.set_ylabel(f"{unit} a round")
+    axes.set_ylabel(f"{unit} per round")
     _legend(axes)
     spent = times(run)
     return (
-        f"Seconds of every round by purpose: clients' training {as_duration(spent['seconds_local'])} in all, "
+        f"Time per round by purpose. Totals: clients' training {as_duration(spent['seconds_local'])}, "
         f"evaluation {as_duration(spent['seconds_evaluation'])}, the rest {as_duration(spent['seconds_overhead'])}."
     )
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str, main: bool = True) -> None:
-    """A line with a dot at every point, while the points are few enough to tell apart."""
+    """A line, with a dot at every point if there are at most 60."""
     style = "-o" if len(points) <= 60 else "-"
     width, above = (2.4, 3) if main else (1.4, 2)
     axes.plot(
@@ -298,7 +311,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label
     )
 
 
-def _yardsticks(run: Run, axes: Axes) -> None:
+def _baselines(run: Run, axes: Axes) -> None:
     lines = [(name, baseline.loss) for name, baseline in run.baselines.items()]
     if 0 in run.evaluations:
         lines.insert(0, ("untuned", run.evaluations[0].loss))
@@ -310,7 +323,7 @@ def _yardsticks(run: Run, axes: Axes) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the plot: the inside belongs to the data. Long names are cut, they would push the plot away."""
+    """A legend above the plot, where it covers no data. Long names are cut, because they would shrink the plot."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
     axes.legend(

@@ -1,8 +1,8 @@
 """Live progress on the terminal: round, client, step, loss, bytes so far, time left.
 
-On a terminal two lines that change in place, with messages scrolling above them; into a file or a pipe one plain
+On a terminal: two lines that change in place, with messages scrolling above them. In a file or a pipe: one plain
 line per message, evaluation and round. Time left = time so far · (1 − f)/f, where the done fraction f counts
-rounds, clients within the round and steps within the client. A ``Progress`` can itself be printed by rich.
+rounds, clients within the round and steps within the client. rich can print a ``Progress``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
 
 class Progress:
-    """Shows a run of ``total_rounds`` rounds, of which ``done`` were played before. A context manager.
+    """Shows the progress of a run. A context manager.
 
-    Its methods are called as things happen; none of them changes the run.
+    The runner calls the methods as things happen. No method changes the run.
+
+    Args:
+        total_rounds: rounds in the recipe.
+        done: rounds completed before this session.
+        console: standard output by default.
     """
 
     def __init__(self, total_rounds: int, done: int = 0, console: Console | None = None) -> None:
@@ -56,55 +61,88 @@ class Progress:
             self._live.stop()
 
     def round(self, number: int, cohort_size: int) -> None:
-        """Round ``number`` begins, with that many clients."""
+        """A round begins.
+
+        Args:
+            number: of the round, from 1.
+            cohort_size: clients sampled.
+        """
         self._round, self._cohort_size = number, cohort_size
         self._client = self._step = self._steps = 0
         self._name = ""
 
     def client(self, name: str, index: int) -> None:
-        """The round's client ``index`` (from 0) begins its work."""
+        """A client begins its local training.
+
+        Args:
+            name: of the client.
+            index: of the client within the round, from 0.
+        """
         self._name, self._client = name, index
         self._label = f"client {index + 1}/{self._cohort_size}"
         self._step = self._steps = 0
 
     def aside(self, label: str, step: int, total: int) -> None:
-        """Work that is no client's: scoring a held-out set, a yardstick. It has done ``step`` of ``total`` steps."""
+        """Other work than a round: evaluation or a baseline.
+
+        Args:
+            label: what the work is.
+            step: steps done.
+            total: steps in all.
+        """
         self._label, self._name, self._aside = label, "", (step, total)
 
     def end_aside(self) -> None:
-        """That work is over."""
+        """The other work is over."""
         self._aside = None
 
     def step(self, step: int, total: int, loss: float) -> None:
-        """The client has done ``step`` of ``total`` steps; ``loss`` is the newest that is known, NaN before any."""
+        """A client has done one more step.
+
+        Args:
+            step: steps done.
+            total: steps in all.
+            loss: the newest known training loss, nats per token; NaN before the first.
+        """
         self._step, self._steps, self._loss = step, total, loss
 
-    def evaluated(self, round: int, loss: float, beside: Mapping[str, float] = MappingProxyType({})) -> None:
-        """The model after ``round`` has this loss on held-out data, and other figures ``beside`` it."""
+    def evaluated(self, round: int, loss: float, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """The model was evaluated on the main held-out set.
+
+        Args:
+            round: the last completed round; 0 before tuning.
+            loss: nats per token.
+            metrics: other metrics to show, by name.
+        """
         self._held_out = loss
-        figures = "".join(f", {name} {as_loss(value)}" for name, value in beside.items())
-        self.message(f"round {round}/{self._total}: held-out loss {as_loss(loss)}{figures}")
+        others = "".join(f", {name} {as_loss(value)}" for name, value in metrics.items())
+        self.message(f"round {round}/{self._total}: held-out loss {as_loss(loss)}{others}")
 
     def message(self, text: str) -> None:
-        """Say something that stays."""
+        """Print a line that stays."""
         self._console.print(Text(text), soft_wrap=True)  # Text: a name from the data is never read as markup
 
     def finished_round(self, record: RoundRecord, bytes_so_far: int) -> None:
-        """Round ``record.round`` is over, the run has moved ``bytes_so_far``."""
+        """A round is over.
+
+        Args:
+            record: of the round.
+            bytes_so_far: up and down, all clients, since round 1.
+        """
         self._bytes = bytes_so_far
         self._finished = float(record.round - self._first)
         self._client, self._step, self._steps, self._name = 0, 0, 0, ""
         for failure in record.failures:
             self.message(f"round {record.round}: client {failure.client} failed ({failure.stage}): {failure.reason}")
-        answered = len(record.cohort) - len(record.failures)
+        replied = len(record.cohort) - len(record.failures)
         self.message(
-            f"round {record.round}/{self._total}: {answered} of {len(record.cohort)} clients answered in "
+            f"round {record.round}/{self._total}: {replied} of {len(record.cohort)} clients replied in "
             f"{as_duration(record.seconds)}, {as_bytes(bytes_so_far)} so far, {self.time_left()}"
         )
 
     @property
     def fraction(self) -> float:
-        """How much of this session's rounds is done, between 0 and 1."""
+        """The done fraction of this session's rounds, between 0 and 1."""
         within_client = self._step / self._steps if self._steps else 0.0
         within_round = (self._client + within_client) / self._cohort_size if self._cohort_size else 0.0
         if self._round - self._first <= self._finished:  # between two rounds
@@ -112,7 +150,7 @@ class Progress:
         return min(1.0, (self._finished + within_round) / max(1, self._total - self._first))
 
     def time_left(self) -> str:
-        """In words; nothing is known before the first step."""
+        """The time left, as text; unknown before the first step."""
         fraction = self.fraction
         if not fraction:
             return "time left unknown"
@@ -120,7 +158,7 @@ class Progress:
         return f"{as_duration(left)} left" if fraction < 1 else "done"
 
     def __rich__(self) -> Group:
-        """The two lines as they are now."""
+        """The two lines in their present state."""
         overall = (self._first + self.fraction * (self._total - self._first)) / max(1, self._total)
         rows = Table.grid(padding=(0, 2))
         held_out = "" if self._held_out is None else f"held-out loss {as_loss(self._held_out)}"

@@ -1,8 +1,8 @@
-"""``report.html``: a run on one page that opens from disk, without a network, on a phone or a desk.
+"""``report.html``: a run on one page that opens from disk, without a network, on a phone or a desktop.
 
-The page is one file: inline CSS, inline SVG, no script; a content policy forbids it to load anything. It is a jinja2
-template (torch needs jinja2, so it is always there) because jinja2 escapes everything that comes from data.
-It can be written at any time: of a run that is not finished it tells the rounds so far.
+The page is one file with inline CSS, inline SVG and no script. A content security policy forbids it to load anything.
+It is a jinja2 template (torch depends on jinja2, so jinja2 is installed), because jinja2 escapes all values from data.
+It can be written at any time. For an unfinished run it shows the rounds so far.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from fedferret.core.files import write_atomically
 from fedferret.tracking import environment
-from fedferret.tracking.events import Run, beside_loss, headline, read
+from fedferret.tracking.events import Run, extra_metrics, headline, read
 from fedferret.tracking.summary import read_summary, summarise
 from fedferret.tracking.units import as_bytes, as_count, as_duration, as_loss, as_ratio
 
@@ -28,23 +28,21 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the page's head, with what it is and what to compare it with."""
+    """One figure at the head of the page."""
 
     label: str
     value: str
-    beside: str = ""
+    detail: str = ""  # a second line, such as FedAvg's value
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` and ``plots/*.svg`` of the run in ``folder``; returns the report's path.
+    """Write ``report.html`` and ``plots/*.svg`` of the run in ``folder`` and return the report's path.
 
-    Raises UserError where ``folder`` holds no run.
+    Raises:
+        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
     """
-    from fedferret.tracking.plots import (
-        DARK,
-        LIGHT,
-        draw,
-    )  # matplotlib takes a second that other commands need not wait
+    # here, because other commands need not wait a second for matplotlib
+    from fedferret.tracking.plots import DARK, LIGHT, draw
 
     run = read(folder)
     summary = {**read_summary(folder), **summarise(run)}
@@ -57,11 +55,12 @@ def write_report(folder: Path) -> Path:
         sentence=_sentence(run),
         status=_status(run),
         figures=_figures(run, summary),
-        plots=[(plot.name, plot.title, plot.text, Markup(plot.themed)) for plot in plots],  # our own markup
+        plots=[(plot.name, plot.title, plot.text, Markup(plot.themed)) for plot in plots],  # safe: made here
         rounds=_rounds(run),
-        score_names=_score_names(run),
-        scores=_scores(run),
+        metric_names=_metric_names(run),
+        metrics=_metrics(run),
         failures=[(number, f.client, f.stage, f.reason) for number, f in run.failures],
+        bounded=[(number, client) for number, entry in sorted(run.rounds.items()) for client in entry.bounded],
         clients=_clients(run),
         owners=_owners(run),
         recipe=_text(folder / "recipe.toml"),
@@ -75,7 +74,7 @@ def write_report(folder: Path) -> Path:
 
 
 def templates(*folders: Path) -> Environment:
-    """The templates of the report, and those in ``folders``; whatever they are given is escaped."""
+    """The report's templates and those in ``folders``. They escape every value."""
     return Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
@@ -92,12 +91,12 @@ def _title(run: Run) -> str:
 def _sentence(run: Run) -> str:
     start = run.start
     weights = f" ({as_count(start['parameters'])} weights)" if start.get("parameters") else ""
-    clients = f", held by {start['clients']:,} clients that keep it" if start.get("clients") else ""
+    clients = f", held by {start['clients']:,} clients" if start.get("clients") else ""
     seed = f"; seed {start['seed']}" if "seed" in start else ""
-    unseen = " Nothing is held out where it was run, so nothing was evaluated." if start.get("held_out") == 0 else ""
+    unevaluated = " The run had no held-out examples, so nothing was evaluated." if start.get("held_out") == 0 else ""
     return _capital(
         f"{start.get('method', 'a method')} tuned {start.get('model', 'a model')}{weights} on "
-        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}.{unseen}"
+        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}.{unevaluated}"
     )
 
 
@@ -109,11 +108,11 @@ def _status(run: Run) -> str:
     when = f"{run.last[:10]} {run.last[11:16]} UTC"
     if run.status == "finished":
         return f"finished {when}"
-    return f"{run.status} after round {run.done} of {run.planned}, last heard of {when}"
+    return f"{run.status} after round {run.done} of {run.planned}, last event {when}"
 
 
 def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
-    """The numbers at the head of the page: what it gained, and what that cost."""
+    """The figures at the head of the page: losses, bytes, time and memory."""
     figures = []
     if run.evaluations:
         first, last = run.evaluations[min(run.evaluations)], run.evaluations[max(run.evaluations)]
@@ -127,20 +126,17 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
             if name in before
         ]
         figures += [
-            Figure(f"yardstick: {name}", as_loss(baseline.loss), _against(last.loss, baseline.loss))
+            Figure(f"baseline: {name}", as_loss(baseline.loss), _against(last.loss, baseline.loss))
             for name, baseline in run.baselines.items()
         ]
     ledger = run.ledger()
     if ledger.up:
         model = 4 * ledger.parameters
         per_client = ledger.up_per_client_round
-        figures.append(Figure("up, a client and round", as_bytes(per_client), f"FedAvg: {as_bytes(model)}"))
-        less = as_ratio(ledger.fedavg / (ledger.up + ledger.down))
-        figures.append(
-            Figure(
-                "moved in all", as_bytes(ledger.up + ledger.down), f"FedAvg: {as_bytes(ledger.fedavg)}, {less}× as much"
-            )
-        )
+        figures.append(Figure("up, per client and round", as_bytes(per_client), f"FedAvg: {as_bytes(model)}"))
+        total = ledger.up + ledger.down
+        fedavg = f"FedAvg: {as_bytes(ledger.fedavg)}, {as_ratio(ledger.fedavg / total)}× as much"
+        figures.append(Figure("total up and down", as_bytes(total), fedavg))
     if summary["seconds"]:
         share = summary["seconds_overhead"] / summary["seconds"]
         figures.append(Figure("time", as_duration(summary["seconds"]), f"{share:.1%} overhead"))
@@ -157,7 +153,7 @@ def _against(loss: float, baseline: float) -> str:
 
 
 def _rounds(run: Run) -> list[tuple[str, ...]]:
-    """The table of rounds; round 0 is the model before tuning."""
+    """The table of rounds. Round 0 is the model before tuning."""
     rows: list[tuple[str, ...]] = []
     for number in sorted({*run.rounds, *run.evaluations}):
         entry, evaluation = run.rounds.get(number), run.evaluations.get(number)
@@ -181,15 +177,15 @@ def _rounds(run: Run) -> list[tuple[str, ...]]:
     return rows
 
 
-def _score_names(run: Run) -> list[str]:
-    """Everything that was measured on a held-out set beside its loss."""
+def _metric_names(run: Run) -> list[str]:
+    """Every extra metric of any held-out set."""
     scores = (each for entry in run.evaluations.values() for each in entry.results.values())
-    return list(dict.fromkeys(name for each in scores for name in beside_loss(each)))
+    return list(dict.fromkeys(name for each in scores for name in extra_metrics(each)))
 
 
-def _scores(run: Run) -> list[tuple[str, ...]]:
-    """A row for each evaluation and held-out set in which anything was measured beside the loss."""
-    names = _score_names(run)
+def _metrics(run: Run) -> list[tuple[str, ...]]:
+    """A row for each evaluation and held-out set with an extra metric."""
+    names = _metric_names(run)
     return [
         (
             str(number),
@@ -199,12 +195,12 @@ def _scores(run: Run) -> list[tuple[str, ...]]:
         )
         for number, entry in sorted(run.evaluations.items())
         for held_out, scores in entry.results.items()
-        if beside_loss(scores)
+        if extra_metrics(scores)
     ]
 
 
 def _owners(run: Run) -> list[tuple[str, str, str]]:
-    """Whose held-out examples have which loss, untuned and tuned, the highest first."""
+    """Every owner of held-out examples with the untuned and the tuned loss, the highest first."""
     if not run.evaluations:
         return []
     first, last = (run.evaluations[number].per_client for number in (min(run.evaluations), max(run.evaluations)))
@@ -215,8 +211,8 @@ def _owners(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _clients(run: Run) -> list[tuple[str, int, int, str, str]]:
-    """Every client that was sampled: id, times sampled, failures, bytes up, its own local-only loss."""
-    alone = run.baselines["local-only"].per_client if "local-only" in run.baselines else {}
+    """Every sampled client: id, times sampled, failures, bytes up, loss of the local-only baseline."""
+    local_only = run.baselines["local-only"].per_client if "local-only" in run.baselines else {}
     sampled: dict[str, list[int]] = {}
     for _, entry in sorted(run.rounds.items()):
         for client in entry.clients:
@@ -226,13 +222,13 @@ def _clients(run: Run) -> list[tuple[str, int, int, str, str]]:
         for failure in entry.failures:
             sampled[failure.client][1] += 1
     return [
-        (client, times, failed, as_bytes(sent), as_loss(alone[client]) if client in alone else "")
+        (client, times, failed, as_bytes(sent), as_loss(local_only[client]) if client in local_only else "")
         for client, (times, failed, sent) in sampled.items()
     ]
 
 
 def environment_of(folder: Path) -> list[tuple[str, str]]:
-    """What the run in ``folder`` ran on, to be read: names and values."""
+    """The machine and versions of the run in ``folder``: names and values as text."""
     path = folder / environment.FILE
     if not path.exists():
         return []

@@ -1,7 +1,7 @@
-"""``summary.json``: the figures of a run in one small file, rewritten whole after every round.
+"""``summary.json``: the metrics of a run in one small file, rewritten whole after every round.
 
-Time is what the run itself took, interruptions left out: seconds = Σ rounds + Σ evaluations, and
-seconds_overhead = seconds − seconds_local − seconds_evaluation, never below 0. Yardsticks are not counted.
+Times exclude interruptions: seconds = Σ rounds + Σ evaluations, and
+seconds_overhead = seconds − seconds_local − seconds_evaluation, never below 0. Baselines are not counted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core.files import write_atomically
-from fedferret.tracking.events import Evaluation, Run, beside_loss, read
+from fedferret.tracking.events import Evaluation, Run, extra_metrics, read
 
 FILE = "summary.json"
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The figures of ``run``: losses in nats a token, counts in bytes, times in seconds. No loss: None."""
+    """The metrics of ``run``: losses in nats per token (None if not finite), counts in bytes, times in seconds."""
     ledger = run.ledger()
     rounds = [entry for _, entry in sorted(run.rounds.items())]
     evaluations = [entry for _, entry in sorted(run.evaluations.items())]
@@ -57,20 +57,20 @@ def summarise(run: Run) -> dict[str, Any]:
 
 
 def _metrics(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> dict[str, dict[str, list[float | None]]]:
-    """Of each held-out set the figures beside its loss, by evaluated round; None where one was not measured."""
+    """The extra metrics of each held-out set, by evaluated round; None where a metric was not computed."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for name in sets:
-        scores = [beside_loss(entry.results.get(name, {})) for entry in evaluations]
-        figures = dict.fromkeys(figure for each in scores for figure in each)
-        if figures:
+        scores = [extra_metrics(entry.results.get(name, {})) for entry in evaluations]
+        metrics = dict.fromkeys(metric for each in scores for metric in each)
+        if metrics:
             found[name] = {
-                figure: [_plain(each[figure]) if figure in each else None for each in scores] for figure in figures
+                metric: [_plain(each[metric]) if metric in each else None for each in scores] for metric in metrics
             }
     return found
 
 
 def times(run: Run) -> dict[str, float]:
-    """Where the seconds of ``run`` went."""
+    """The seconds of ``run`` in all, and of training, evaluation and overhead."""
     evaluation = sum(entry.seconds for entry in run.evaluations.values())
     local = sum(entry.seconds_local for entry in run.rounds.values())
     total = sum(entry.seconds for entry in run.rounds.values()) + evaluation
@@ -83,9 +83,12 @@ def times(run: Run) -> dict[str, float]:
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Bring ``summary.json`` up to date from the events, with the peak memory of this process; returns it.
+    """Bring ``summary.json`` up to date from the event log, with the peak memory of this process, and return it.
 
-    The memory of a run that was resumed is the largest of its processes'.
+    The peak memory of a resumed run is the maximum over its processes.
+
+    Raises:
+        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
     """
     before = read_summary(folder).get("peak_memory_bytes", 0)
     summary = {**summarise(read(folder)), "peak_memory_bytes": max(before, peak_memory_bytes())}
@@ -94,14 +97,14 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """``summary.json`` as it was last written; empty before the first time."""
+    """``summary.json`` as last written; empty if the file does not exist."""
     path = folder / FILE
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held in RAM so far."""
-    import resource  # not on Windows, where only this figure would be missing
+    """The largest resident set of this process so far."""
+    import resource  # does not exist on Windows; only this value would be missing there
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

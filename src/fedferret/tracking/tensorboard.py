@@ -1,6 +1,6 @@
-"""The curves of a run for TensorBoard, on request: the same events, the same losses, the same bytes.
+"""The curves of a run for TensorBoard, on request, from the same events as the event log.
 
-Tags: ``loss/<held-out set>``, ``perplexity/<held-out set>`` and so on for whatever else is measured, ``loss/training``,
+Tags: ``loss/<held-out set>``, ``perplexity/<held-out set>`` and so on for every metric, ``loss/training``,
 ``bytes/up``, ``bytes/down`` (totals so far), ``seconds/round``, ``seconds/local``, ``seconds/overhead``,
 ``clients/failed``. A step is a round.
 """
@@ -16,29 +16,38 @@ from fedferret.core.errors import UserError
 
 
 class TensorBoard:
-    """Takes the events that ``EventLog`` takes and keeps those that are curves, in ``folder``/tensorboard.
+    """Writes the events of ``EventLog`` that are curves into ``folder``/tensorboard.
 
-    ``after``: the round that a resumed run goes on from; curves beyond it are taken back. ``moved``: bytes up and
-    down until then. Raises UserError where the tensorboard package is missing.
+    Args:
+        folder: the run folder.
+        after: the last round of the checkpoint that a resumed run continues from. Later points are discarded.
+        total_bytes: up and down until that round.
+    Raises:
+        UserError: if the tensorboard package is not installed.
     """
 
-    def __init__(self, folder: Path, after: int = 0, moved: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, folder: Path, after: int = 0, total_bytes: tuple[int, int] = (0, 0)) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError(
                 "TensorBoard logs need a package that is not installed: `pip install tensorboard`, or turn them off"
             )
-        from torch.utils.tensorboard import SummaryWriter  # a second that other runs need not wait
+        from torch.utils.tensorboard import SummaryWriter  # here, because other runs need not wait a second for it
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
-        self._up, self._down = moved
+        self._up, self._down = total_bytes
 
     def write(self, kind: str, /, **fields: Any) -> None:
-        """Add the points of one event; kinds without curves pass by."""
+        """Add the points of one event. Kinds without curves are ignored.
+
+        Args:
+            kind: of the event.
+            fields: as ``EventLog.write`` takes them.
+        """
         if kind == "evaluation":
             for name, scores in fields["results"].items():
-                for measure, value in scores.items():
-                    if measure != "tokens":
-                        self._point(f"{measure}/{name}", value, fields["round"])
+                for metric, value in scores.items():
+                    if metric != "tokens":
+                        self._point(f"{metric}/{name}", value, fields["round"])
         elif kind == "round":
             self._up += sum(fields["bytes_up"].values())
             self._down += sum(fields["bytes_down"].values())

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, seconds, counts, ratios. Decimal units: 1 KB is 1,000 bytes."""
+"""Bytes, seconds, counts, losses and ratios as text. Decimal units: 1 KB is 1,000 bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 
 def as_bytes(count: float) -> str:
-    """
+    """A number of bytes.
+
     >>> as_bytes(501), as_bytes(8192), as_bytes(538_060_032), as_bytes(999_999)
     ('501 B', '8.19 KB', '538 MB', '1.00 MB')
     """
@@ -14,7 +15,8 @@ def as_bytes(count: float) -> str:
 
 
 def as_count(count: float) -> str:
-    """
+    """A count.
+
     >>> as_count(90), as_count(134_515_008)
     ('90', '134.5 million')
     """
@@ -25,7 +27,8 @@ def as_count(count: float) -> str:
 
 
 def as_duration(seconds: float) -> str:
-    """
+    """A duration in seconds.
+
     >>> as_duration(0.25), as_duration(42.4), as_duration(252), as_duration(7500)
     ('0.25 s', '42 s', '4 min 12 s', '2 h 5 min')
     """
@@ -40,7 +43,8 @@ def as_duration(seconds: float) -> str:
 
 
 def as_loss(loss: float) -> str:
-    """
+    """A loss, "none" for NaN.
+
     >>> as_loss(3.07821), as_loss(float("nan"))
     ('3.078', 'none')
     """
@@ -48,7 +52,7 @@ def as_loss(loss: float) -> str:
 
 
 def as_ratio(ratio: float) -> str:
-    """Two digits of how many times.
+    """A ratio with two significant digits.
 
     >>> as_ratio(1.04), as_ratio(65.3), as_ratio(1_073_972)
     ('1.0', '65', '1,100,000')

@@ -1,1 +1,1 @@
-"""What crosses the wire, and what it costs."""
+"""The encoding of everything that crosses the wire, and the count of its bytes."""

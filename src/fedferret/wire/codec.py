@@ -1,17 +1,17 @@
-"""One binary form for every message and every saved state; no pickle.
+"""One binary format for every message and every saved state; no pickle.
 
     "fF"  version(1)  value  CRC-32(4)
 
-A value is a one-byte tag and its content, numbers little-endian, counts as LEB128 varints:
+A value is a one-byte tag and its content. Numbers are little-endian, counts are LEB128 varints:
 
     n none   t/f bool   i int (zigzag varint)   d float (fp64)   s str   b bytes
     [ tuple: count, values          { mapping of strings: count, (str, value)*
-    m message: type name, its fields' values in order of declaration (no field names travel)
+    m message: type name, its fields' values in order of declaration (field names are not sent)
     T tensor: dtype code(1), number of dimensions, sizes, raw bytes
 
-Cost: ``len(encode(x))``; 7 bytes of frame, and a tensor costs its bytes + 3 to 8. ``size`` computes it without
-building the bytes. Decoding creates only registered message types (``core/messages.py``), checks every
-length against what is there, and refuses damage, a newer version or trailing bytes with a WireError.
+A message costs ``len(encode(x))`` bytes: 7 bytes of frame, and its bytes + 3 to 8 for a tensor. ``size`` computes the
+cost without building the bytes. Decoding creates only registered message types (``core/messages.py``) and checks every
+length against the bytes left. Damage, another version and trailing bytes raise WireError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from fedferret.core.messages import message_type
 
 VERSION = 2
-_BEFORE = "0.1"  # the fedferret that wrote wire version 1
+_BEFORE = "0.1"  # the fedferret version that wrote wire version 1
 _MAGIC = b"fF"
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
@@ -41,11 +41,26 @@ Contents: TypeAlias = Callable[[Tensor], Buffer | range]
 
 
 class WireError(ValueError):
-    """Bytes that are not a message: damaged, truncated, of a newer version or of an unknown type."""
+    """Bytes that are not a message: damaged, truncated, of another version or of an unknown type."""
+
+
+class OtherVersion(WireError):
+    """Bytes that another version of fedferret wrote; the message names the version that reads them."""
 
 
 def encode(value: Any) -> bytes:
-    """The bytes of ``value``. Raises TypeError for what no message may hold."""
+    """Encode a value in the wire's format.
+
+    Args:
+        value: a message, or anything that a field of a message may hold; tensors on any device.
+
+    Returns:
+        Frame and value; ``decode`` reads them.
+
+    Raises:
+        TypeError: for a value of another type.
+        NotImplementedError: on a big-endian machine.
+    """
     if sys.byteorder != "little":
         raise NotImplementedError("the wire is little-endian and this machine is not")
     parts: list[Any] = [_MAGIC, bytes([VERSION]), *_write(value, _bytes)]
@@ -56,18 +71,36 @@ def encode(value: Any) -> bytes:
 
 
 def size(value: Any) -> int:
-    """``len(encode(value))``, without a copy of the tensors."""
+    """What a value costs on the wire, without a copy of the tensors.
+
+    Args:
+        value: as for ``encode``.
+
+    Returns:
+        ``len(encode(value))`` in bytes, the frame included.
+    """
     return len(_MAGIC) + 1 + sum(len(part) for part in _write(value, _length)) + 4
 
 
 def decode(data: bytes) -> Any:
-    """The value that ``encode`` made ``data`` from; tensors own their memory. Raises WireError."""
+    """Decode received bytes; the sender is not trusted.
+
+    Args:
+        data: what ``encode`` returned.
+
+    Returns:
+        The value; tensors are on the CPU and own their memory.
+
+    Raises:
+        WireError: if bytes are damaged, missing or left over, or name an unknown type.
+        OtherVersion: if the bytes are of another version.
+    """
     if len(data) < 8:
         raise WireError(f"message of {len(data)} bytes: truncated")
     if data[:2] != _MAGIC:
         raise WireError(f"message starts with {data[:2]!r}, not {_MAGIC!r}: not a fedferret message")
     if data[2] != VERSION:
-        raise WireError(other_version(data[2]))
+        raise OtherVersion(other_version(data[2]))
     view = memoryview(data)
     if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
         raise WireError(f"message of {len(data)} bytes: checksum differs, it is damaged or truncated")
@@ -77,12 +110,19 @@ def decode(data: bytes) -> Any:
     except RecursionError:
         raise WireError("message nested too deeply") from None
     if reader.position != len(reader.view):
-        raise WireError(f"message has {len(reader.view) - reader.position} bytes too many")
+        raise WireError(f"message has {len(reader.view) - reader.position} trailing bytes")
     return value
 
 
 def other_version(version: int) -> str:
-    """What to say of bytes of another wire version: which fedferret reads them."""
+    """Explain that bytes are of another wire version.
+
+    Args:
+        version: the wire version in the bytes, different from ``VERSION``.
+
+    Returns:
+        The error message, which names the fedferret that reads the bytes or the side to update.
+    """
     if version > VERSION:
         return f"written by a newer fedferret (wire version {version}; this one reads {VERSION}): update this side"
     return (
@@ -92,6 +132,7 @@ def other_version(version: int) -> str:
 
 
 def _write(value: Any, contents: Contents) -> Iterator[Buffer | range]:
+    """The parts of an encoded value; ``contents`` gives the part of a tensor's elements."""
     if value is None:
         yield b"n"
     elif isinstance(value, bool):
@@ -127,12 +168,13 @@ def _write(value: Any, contents: Contents) -> Iterator[Buffer | range]:
 
 
 def _bytes(tensor: Tensor) -> Buffer:
+    """The bytes of a tensor's elements."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[arg-type]  # a buffer
 
 
 def _length(tensor: Tensor) -> range:
-    """Something as long as the tensor's bytes: counting them must not fetch a model from its device."""
+    """A range as long as the tensor's bytes: counting must not copy a model from its device."""
     return range(tensor.numel() * tensor.dtype.itemsize)
 
 
@@ -151,7 +193,7 @@ def _text(text: str) -> bytes:
 
 
 class _Reader:
-    """Reads values one after the other; every read is checked against what is left."""
+    """Reads values in turn; every read is checked against the bytes left."""
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
@@ -181,8 +223,8 @@ class _Reader:
 
     def count(self) -> int:
         number = self.varint()
-        if number > len(self.view) - self.position:  # every item takes at least a byte
-            raise WireError(f"message claims {number} items, more than it has bytes")
+        if number > len(self.view) - self.position:  # every item takes at least one byte
+            raise WireError(f"message claims {number} items, more than the bytes left")
         return number
 
     def value(self) -> Any:
@@ -228,7 +270,7 @@ class _Reader:
         flat = torch.frombuffer(bytearray(data), dtype=dtype) if elements else torch.empty(0, dtype=dtype)
         try:
             return flat.reshape(shape)
-        except (RuntimeError, TypeError):  # no elements along one dimension, and more than 2^63 along another
+        except (RuntimeError, TypeError):  # one dimension of size 0, and another above 2^63
             raise WireError(f"tensor of impossible shape {shape}") from None
 
 

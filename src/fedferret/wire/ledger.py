@@ -1,11 +1,11 @@
 """The ledger: every byte that crossed the wire, by round and client, catching up included.
 
-Beside what was moved it keeps what FedAvg would have moved in the same rounds: the d weights in fp32, down to
-every sampled client and up from every client that answered,
+For comparison it also counts the bytes of FedAvg in the same rounds: the d weights in fp32, down to every sampled
+client and up from every client that returned an update,
 
-    bytes_fedavg = 4 d · Σ_rounds (sampled + answered)
+    bytes_fedavg = 4 d · Σ_rounds (sampled + returned)
 
-The comparison charges FedAvg's first download too, as its clients receive the weights in every round.
+FedAvg's first download is included, as its clients receive the weights in every round.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class RoundBytes:
-    """One round's bytes. ``down`` has an entry per sampled client, ``up`` one per client that answered."""
+    """One round's bytes by client."""
 
-    up: Mapping[str, int]
-    down: Mapping[str, int]
+    up: Mapping[str, int]  # from every client that returned an update
+    down: Mapping[str, int]  # to every sampled client
 
 
 @dataclass
@@ -36,29 +36,43 @@ class Ledger:
 
     @classmethod
     def of(cls, parameters: int, records: Iterable[RoundRecord]) -> Ledger:
-        """The ledger of these rounds."""
+        """Make the ledger of some rounds.
+
+        Args:
+            parameters: d, the number of weights of the model.
+            records: one per round.
+
+        Returns:
+            One entry per round; the bytes of catching up are included.
+        """
         ledger = cls(parameters)
         for record in records:
             ledger.add(record.round, record.bytes_up, record.bytes_down)
         return ledger
 
     def add(self, number: int, up: Mapping[str, int], down: Mapping[str, int]) -> None:
-        """Enter round ``number``; a round that is played again after a crash replaces its first try."""
+        """Record a round; a round that is run again after a crash replaces its first attempt.
+
+        Args:
+            number: of the round, from 1.
+            up: bytes from each client that returned an update.
+            down: bytes to each sampled client.
+        """
         self.rounds[number] = RoundBytes(dict(up), dict(down))
 
     @property
     def up_by_round(self) -> list[int]:
-        """Bytes that clients sent, in the order of rounds."""
+        """Bytes that clients sent, by round."""
         return [sum(entry.up.values()) for _, entry in sorted(self.rounds.items())]
 
     @property
     def down_by_round(self) -> list[int]:
-        """Bytes that clients received, in the order of rounds."""
+        """Bytes that clients received, by round."""
         return [sum(entry.down.values()) for _, entry in sorted(self.rounds.items())]
 
     @property
     def fedavg_by_round(self) -> list[int]:
-        """Bytes that FedAvg would have moved, up and down together, in the order of rounds."""
+        """Bytes of FedAvg, up and down together, by round."""
         model = FP32_BYTES * self.parameters
         return [model * (len(entry.up) + len(entry.down)) for _, entry in sorted(self.rounds.items())]
 
@@ -74,27 +88,38 @@ class Ledger:
 
     @property
     def fedavg(self) -> int:
-        """All bytes that FedAvg would have moved, up and down together."""
+        """All bytes of FedAvg, up and down together."""
         return sum(self.fedavg_by_round)
 
     @property
     def up_per_client_round(self) -> float:
-        """Mean bytes that one client sent in one round; 0 before any did."""
+        """Mean bytes up, per client and round; 0 before a client has sent any."""
         return _mean([count for entry in self.rounds.values() for count in entry.up.values()])
 
     @property
     def down_per_client_round(self) -> float:
-        """Mean bytes that one sampled client received in one round; 0 before any was sampled."""
+        """Mean bytes down, per client and round; 0 before a client was sampled."""
         return _mean([count for entry in self.rounds.values() for count in entry.down.values()])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` is the way back."""
+        """Write the ledger as plain values for JSON.
+
+        Returns:
+            ``parameters``, and ``rounds``: by the round's number as a string, bytes ``up`` and ``down`` by client.
+        """
         rounds = {str(number): {"up": dict(r.up), "down": dict(r.down)} for number, r in sorted(self.rounds.items())}
         return {"parameters": self.parameters, "rounds": rounds}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Ledger:
-        """The ledger that ``to_dict`` wrote down."""
+        """Read a ledger.
+
+        Args:
+            plain: what ``to_dict`` returned, also after JSON.
+
+        Returns:
+            An equal ledger.
+        """
         ledger = cls(plain["parameters"])
         for number, entry in plain["rounds"].items():
             ledger.add(int(number), entry["up"], entry["down"])

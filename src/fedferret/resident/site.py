@@ -1,4 +1,4 @@
-"""A site's own settings, ``site.toml``, and what a recipe becomes with them.
+"""The settings of a site, ``site.toml``, and what a recipe becomes with them.
 
     name = "ward-7"
     model = "/models/smollm2"     # where this site has the base model, if not under the recipe's name
@@ -7,8 +7,8 @@
     [data]
     path = "ward-7.jsonl"         # and columns, as for the data source "files"
 
-A recipe that comes over the wire says what to do with the data, never which: that is said here alone. Without [data]
-the recipe's own source is loaded and any client played, which is what a simulation's worker does.
+A recipe that comes over the wire says what to do with the data, never which data: only this file does. Without [data]
+the recipe's source is loaded and any client works here, as in a worker of a simulation.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedferret.config import Recipe, from_tables
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.sites import SiteFile
-from fedferret.engines.trainer import Work
 from fedferret.settings import build, table_of
+
+if TYPE_CHECKING:
+    from fedferret.config import Recipe
+    from fedferret.engines.trainer import Work
 
 FILE = "site.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One site's settings."""
+    """The settings of one site."""
 
     name: str  # as the run's list of sites has it
     data: SiteFile | None = None  # None: the recipe's own data, in a simulation
@@ -77,27 +79,36 @@ def check_data(site: Site) -> tuple[Example, ...]:
 
 
 def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None] = lambda line: None) -> Work:
-    """What ``recipe``, as TOML, becomes here: model and data loaded. Raises UserError."""
-    from fedferret.experiment import Experiment
+    """What a recipe becomes here: model and data loaded.
+
+    Args:
+        site: the settings of this site.
+        recipe: as TOML.
+        folder: of the run at this site; None keeps nothing on disk.
+        log: called with lines on slow steps.
+
+    Raises:
+        UserError: the recipe cannot run here.
+    """
+    # imported late: a mistake in the site's own files is told before seconds of importing PyTorch
+    from fedferret.build import Parts, check, load_data
+    from fedferret.config import from_tables
+    from fedferret.engines.trainer import Work
 
     settings = adapted(site, from_tables(tomllib.loads(recipe)))
     if site.data is None:
-        experiment = Experiment.load(settings, folder, log)
+        check(settings)
+        data = load_data(settings)
     else:
         data = FederatedData({site.name: check_data(site)}, {}, source=site.data.path)
-        experiment = Experiment.over(settings, data, folder, log)
-    return Work(
-        experiment.task,
-        settings.algorithm,
-        settings.seed,
-        experiment.tokens,
-        experiment.base_fingerprint,
-        experiment.data.fingerprint,
-    )
+    parts = Parts.over(settings, data, folder, log)
+    node, _ = parts.start_node()
+    held_out = parts.tokens.held_out_by_client
+    return Work(node, parts.tokens, parts.base_fingerprint, data.fingerprint, held_out)
 
 
 def adapted(site: Site, recipe: Recipe) -> Recipe:
-    """The recipe with the site's own model, device and memory; none of them changes what is computed."""
+    """The recipe with the site's model, device and memory; none of them changes what is computed."""
     execution = replace(recipe.execution, device=site.device, memory=site.memory, engine="in-process")
     model = recipe.model if site.model is None else replace(recipe.model, name=site.model)
     return replace(recipe, execution=execution, model=model)

@@ -11,7 +11,7 @@ from fedferret import models
 from fedferret.core.keys import Key
 from fedferret.data.batches import Batch, TokenisedData
 from fedferret.data.templates import Tokens
-from fedferret.local.response_loss import IGNORED, ResponseLoss, head_is_linear
+from fedferret.objectives.next_token import IGNORED, NextToken, head_is_linear
 
 
 def batch() -> Batch:
@@ -55,7 +55,7 @@ class Capped(nn.Module):
 
 def test_it_is_the_plain_loss_and_gradient(tiny: nn.Module) -> None:
     assert head_is_linear(tiny)
-    ours = ResponseLoss(tiny)(tiny, batch())
+    ours = NextToken().loss(tiny, batch())
     gradients = torch.autograd.grad(ours, list(tiny.parameters()))
     theirs = plain(tiny, batch())
     torch.testing.assert_close(ours, theirs)
@@ -66,34 +66,34 @@ def test_it_is_the_plain_loss_and_gradient(tiny: nn.Module) -> None:
 def test_a_head_that_is_not_linear_is_noticed(tiny: nn.Module) -> None:
     capped = Capped(tiny)
     assert not head_is_linear(capped)
-    torch.testing.assert_close(ResponseLoss(capped)(capped, batch()), plain(capped, batch()))
+    torch.testing.assert_close(NextToken().loss(capped, batch()), plain(capped, batch()))
     assert not torch.isclose(plain(capped, batch()), plain(tiny, batch()), rtol=1e-3)
 
 
 def test_the_rows_sums_are_the_mean_times_the_tokens(tiny: nn.Module) -> None:
-    loss = ResponseLoss(tiny)
+    loss = NextToken()
     sums, tokens = loss.by_row(tiny, batch())
     assert sum(tokens) == 6
-    assert sum(sums) / 6 == pytest.approx(loss(tiny, batch()).item(), rel=1e-6)
+    assert sum(sums) / 6 == pytest.approx(loss.loss(tiny, batch()).item(), rel=1e-6)
     for row, (row_sum, count) in enumerate(zip(sums, tokens, strict=True)):
         whole = batch()
         alone = Batch(*(part[row : row + 1] for part in (whole.input_ids, whole.attention_mask, whole.labels)))
-        assert row_sum / count == pytest.approx(loss(tiny, alone).item(), rel=1e-5)
+        assert row_sum / count == pytest.approx(loss.loss(tiny, alone).item(), rel=1e-5)
 
 
 def test_what_is_padding_or_prompt_does_not_count(tiny: nn.Module) -> None:
     rows = batch()
     other = Batch(rows.input_ids.clone(), rows.attention_mask, rows.labels)
     other.input_ids[1, 6:] = 77  # padding
-    loss = ResponseLoss(tiny)
-    assert torch.equal(loss(tiny, rows), loss(tiny, other))
+    loss = NextToken()
+    assert torch.equal(loss.loss(tiny, rows), loss.loss(tiny, other))
     other.input_ids[1, 5] = 88  # the last response token is only predicted, never read
-    torch.testing.assert_close(loss(tiny, rows), loss(tiny, other))
+    torch.testing.assert_close(loss.loss(tiny, rows), loss.loss(tiny, other))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_rounded_shapes_under_autocast_change_no_loss(tiny: nn.Module, packed: bool) -> None:
-    model, loss = tiny, ResponseLoss(tiny)
+    model, loss = tiny, NextToken()
     examples = [Tokens(tuple(range(3, 3 + length)), 2, False) for length in (5, 9, 13)]
     (batch,) = TokenisedData(examples, packed).batches(3, Key.of(1))
     plain, counts = loss.by_row(model, batch)

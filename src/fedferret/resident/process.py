@@ -1,6 +1,6 @@
 """The resident process of a site or a simulation: one trainer behind a local socket, its model loaded once.
 
-    python -m fedferret.engines.resident SITE_FOLDER [--with-parent]
+    python -m fedferret.resident SITE_FOLDER [--with-parent]
 
 Takes the folder (0700, one resident at a time), checks the site's data, binds SITE_FOLDER/trainer.sock (0600) and
 prints ``ready``. One frame in, one frame out, one at a time. ``--with-parent``: ends at once when standard input does,
@@ -17,22 +17,27 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.engines.relay import SOCKET, address, receive, send
-from fedferret.engines.trainer import Trainer
+from fedferret.resident.site import check_data, read_site, work
+from fedferret.tracking.audit import Audit
+
+if TYPE_CHECKING:
+    from fedferret.engines.trainer import Trainer
 
 PATIENCE = 60.0  # seconds that a relay may take over one frame before it is given up
 
 
 def open_trainer(folder: Path) -> Trainer:
     """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once. Raises UserError."""
-    from fedferret.engines.site import check_data, read_site, work
-    from fedferret.tracking.audit import Audit
-
     site = read_site(folder)
     check_data(site)
+    with quick_imports():
+        from fedferret.engines.trainer import Trainer  # PyTorch with it, which takes seconds
+
     if site.threads:
         import torch
 
@@ -72,7 +77,7 @@ def listen(folder: Path) -> socket.socket:
 
 
 def serve(trainer: Trainer, listener: socket.socket) -> None:
-    """Answer one connection after the other, for ever. One that breaks off costs nothing but its answer."""
+    """Handle one connection after the other, for ever. One that breaks off costs nothing but its response."""
     while True:
         connection, _ = listener.accept()
         with connection:
@@ -92,7 +97,7 @@ def main() -> None:
     """Serve the site in the folder that the command line names."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--with-parent"]
     if len(arguments) != 1:
-        sys.exit("usage: python -m fedferret.engines.resident SITE_FOLDER [--with-parent]")
+        sys.exit("usage: python -m fedferret.resident SITE_FOLDER [--with-parent]")
     if len(sys.argv) > len(arguments) + 1:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -108,7 +113,3 @@ def main() -> None:
     with lock, listener:
         print("ready", flush=True)
         serve(trainer, listener)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,212 @@
+"""The parts of a recipe: model, data, objective, task, node, evaluator. Where clients run is no part of it.
+
+    recipe -> check (seconds, no weights) -> Parts (model and data loaded) -> node
+
+A run's process, a site, a simulation's worker and an export are built from the same parts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fedferret import models
+from fedferret.config import Recipe
+from fedferret.core import rounds, tree
+from fedferret.core.algorithm import AnyAlgorithm, Shapes
+from fedferret.core.allocator import return_large_blocks
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.core.mapped import MappedTree
+from fedferret.core.node import Node
+from fedferret.core.stages import shapes_by_round
+from fedferret.core.task import Task
+from fedferret.data.batches import FederatedTokens
+from fedferret.data.examples import FederatedData
+from fedferret.data.sites import Sites
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.evaluation.evaluator import Evaluator
+from fedferret.evaluation.scorers import check_metrics
+from fedferret.models import LanguageModel
+from fedferret.models.adapters import prefix_of
+from fedferret.objectives.next_token import NextToken
+from fedferret.wire import codec
+
+P = TypeVar("P", bound="Parts")
+
+
+def prepare(algorithm: AnyAlgorithm, model: nn.Module, seed: int) -> nn.Module:
+    """What the method tunes of the base ``model``: on every node of a run the same, to the bit."""
+    return algorithm.prepare(model, Key.of(seed, "prepare"))
+
+
+def check(recipe: Recipe) -> Callable[[int], Shapes]:
+    """Refuse everything that can be known to be wrong before weights are read.
+
+    Returns:
+        The shapes of the tensors that are tuned in each round.
+
+    Raises:
+        UserError: as said.
+    """
+    models.check(recipe.model.name, device=recipe.execution.device)
+    if template(recipe.text.template) == Chat() and not models.has_chat_template(recipe.model.name):
+        raise UserError(f'text.template="{recipe.text.template}": {NO_CHAT_TEMPLATE}')
+    algorithm = recipe.algorithm
+    model = prepare(algorithm, models.skeleton(recipe.model.name), recipe.seed)
+    if recipe.text.packed and prefix_of(model, 1) is not None:
+        raise UserError(
+            f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
+            f"examples; set packed=false"
+        )
+    algorithm.check(model, recipe.rounds)
+    return shapes_by_round(algorithm, model, recipe.rounds)
+
+
+def load_data(recipe: Recipe, at_sites: bool = False) -> FederatedData:
+    """The clients' data, with the counts checked against the recipe.
+
+    Args:
+        recipe: with the data's source.
+        at_sites: sites hold the examples; here is only what is held out.
+
+    Raises:
+        UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
+    """
+    data = recipe.data.load(Key.of(recipe.seed, "data"))
+    if recipe.clients.per_round > len(data.clients):
+        raise UserError(
+            f"clients.per_round={recipe.clients.per_round}: the data has {len(data.clients)} clients, "
+            f"set per_round to at most that"
+        )
+    for client, examples in data.clients.items():
+        if not examples and not at_sites:
+            raise UserError(f"client {client!r} holds no example: give it data or leave it out")
+    if isinstance(recipe.data, Sites) and not data.held_out:
+        if recipe.evaluation.metrics != ("loss",):
+            raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")
+        return data
+    if not data.held_out or not all(data.held_out.values()):
+        raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
+    check_metrics(recipe.evaluation.metrics, data.held_out)
+    return data
+
+
+@dataclass
+class Parts:
+    """A recipe with its parts loaded.
+
+    Attributes:
+        recipe: resolved.
+        language_model: the base model with its tokenizer.
+        data: of all clients, or of the one site that this is.
+        folder: of the run, where weights wait under memory = "lean"; None keeps nothing on disk.
+        trains_here: whether clients work in this process or on this machine, rather than at sites.
+        model: what is tuned: the base, with the method's adapter if it has one.
+        base_size: weights of the base alone.
+        base_fingerprint: SHA-256 of those.
+    """
+
+    recipe: Recipe
+    language_model: LanguageModel
+    data: FederatedData
+    folder: Path | None = None
+    trains_here: bool = True
+    model: nn.Module = field(init=False)
+    base_size: int = field(init=False)
+    base_fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        base = tree.parameters(self.language_model.model)
+        self.base_size, self.base_fingerprint = tree.size(base), tree.fingerprint(base)
+        self.model = prepare(self.recipe.algorithm, self.language_model.model, self.recipe.seed)
+
+    @classmethod
+    def over(
+        cls: type[P],
+        recipe: Recipe,
+        data: FederatedData,
+        folder: Path | None = None,
+        log: Callable[[str], None] = print,
+        **options: Any,
+    ) -> P:
+        """The recipe with this data, whatever source the recipe names; the model is loaded.
+
+        Args:
+            recipe: resolved and checked.
+            data: of the clients that are to train here, and what is held out.
+            folder: of the run; None keeps nothing on disk.
+            log: called with lines on slow steps.
+            options: further fields of a subclass.
+        """
+        model = models.load(recipe.model.name, device=recipe.execution.device, log=log)
+        return cls(recipe, model, data, folder, **options)
+
+    @cached_property
+    def tokens(self) -> FederatedTokens:
+        """The data as tokens, client by client, made when first asked for."""
+        text = self.recipe.text
+        tokenizer = self.language_model.tokenizer
+        all_tokens = text.train_on == "all"
+        return FederatedTokens(self.data, template(text.template), tokenizer, text.max_tokens, text.packed, all_tokens)
+
+    @cached_property
+    def objective(self) -> NextToken:
+        """What is trained and scored."""
+        return NextToken()
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What scores models on the held-out sets."""
+        text, asked = self.recipe.text, self.recipe.evaluation
+        return Evaluator(
+            tokens=self.tokens,
+            template=template(text.template),
+            tokenizer=self.language_model.tokenizer,
+            max_tokens=text.max_tokens,
+            objective=self.objective,
+            key=Key.of(self.recipe.seed, "examples to answer"),
+            metrics=asked.metrics,
+            batch_size=asked.batch_size,
+            generate_examples=asked.generate_examples,
+            max_new_tokens=asked.max_new_tokens,
+            per_client=asked.per_client,
+        )
+
+    @cached_property
+    def task(self) -> Task:
+        """What every method sees."""
+        return Task.of(self.model, self.objective, self.recipe.rounds, self._store)
+
+    def start_node(self) -> tuple[Node, Any]:
+        """A node before round 1, and the server's own state."""
+        return Node.start(self.task, self.recipe.algorithm, self.recipe.seed, codec)
+
+    def plan(self) -> rounds.Plan:
+        """How the rounds are run."""
+        recipe = self.recipe
+        return rounds.Plan(
+            recipe.seed,
+            recipe.rounds,
+            recipe.clients.per_round,
+            recipe.clients.min_clients,
+            recipe.clients.min_fraction,
+            recipe.clients.bounds(),
+            recipe.pool,
+        )
+
+    def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:
+        idle = not self.trains_here and not self.data.held_out  # a server that neither trains nor evaluates
+        if self.recipe.execution.memory == "lean" or idle:
+            return_large_blocks()
+            folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
+            return MappedTree(folder / f".weights-{os.getpid()}", weights)
+        device = self.task.device
+        return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}

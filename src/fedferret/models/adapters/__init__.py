@@ -1,0 +1,29 @@
+"""Adapters: a few new weights in or around a frozen model, behind one interface.
+
+    LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W
+    LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
+    EncodedPrompt    the same V vectors, made by a small network from V others           likewise
+
+An adapter's weights alone require a gradient after ``attach``, so they alone are trained, sent and saved. They follow
+from a key: peft draws from the global generator, which is put back, and the values are drawn again.
+"""
+
+from __future__ import annotations
+
+from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
+from fedferret.models.adapters.lora import ALL_LINEAR, LoRA, factors, linear_modules
+from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
+
+__all__ = [
+    "ALL_LINEAR",
+    "Adapter",
+    "EncodedPrompt",
+    "LearnedPrompt",
+    "LoRA",
+    "adapter_of",
+    "factors",
+    "linear_modules",
+    "prefix_of",
+    "released",
+    "transformer_of",
+]

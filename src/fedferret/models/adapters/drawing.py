@@ -1,0 +1,49 @@
+"""An adapter's first values, drawn by a key in place of peft's, which come from the global generator.
+
+The distributions are peft's: LoRA's A and linear layers uniform in ±1/√inputs, B zero, embeddings normal (here: sums of
+twelve uniforms, with bits that depend on no mathematical library). With B zero, a model with LoRA begins as its base,
+to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedferret.core.keys import Key
+
+
+@contextmanager
+def no_trace() -> Iterator[None]:
+    """Afterwards the global generator is as before; no warnings on what peft calls of transformers."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@torch.no_grad()
+def draw(model: nn.Module, key: Key) -> None:
+    """Overwrite all that requires a gradient with values drawn by ``key``; on the meta device nothing is drawn."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and not parameter.is_meta:
+                values = _initial(path, module, parameter.numel(), key.fold(f"{path}.{name}"))
+                parameter.copy_(values.view_as(parameter))
+
+
+def _initial(path: str, module: nn.Module, count: int, key: Key) -> Tensor:
+    """``count`` first values, float64, of a parameter of ``module``."""
+    if ".lora_B." in path:
+        return torch.zeros(count, dtype=torch.float64)
+    if isinstance(module, nn.Embedding):
+        values = torch.full((count,), -6.0, dtype=torch.float64)
+        for number in range(12):  # one after the other: the order of additions decides the bits
+            values += key.fold(number).uniform(count)
+        return values
+    assert isinstance(module, nn.Linear), f"{path}: no adapter of this project has such a part"
+    return (2 * key.uniform(count) - 1) / math.sqrt(module.in_features)

@@ -1,0 +1,164 @@
+"""Next-token prediction on completions: the loss of a causal language model on response positions only.
+
+Prompt positions need hidden states, never logits: the vocabulary is the widest layer of a small model, so skipping it
+where nothing is scored saves time and most of the activation memory. Whether the output head is a plain linear map is
+measured once per model; where it is not (a soft cap, a logit scale), the forward pass of the model makes the logits and
+the prompt's are dropped.
+
+A model with a learned prompt reads the prompt's vectors before every row; the positions counted here are those after.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from fedferret.models.adapters import prefix_of, transformer_of
+
+IGNORED = -100  # the label of a position that is not scored
+_MULTIPLE = (
+    16  # oneDNN compiles bf16 kernels for every new shape: with batches by length, that cost more than bf16 saved
+)
+
+
+class NextToken:
+    """Mean cross-entropy over a batch's response tokens, fp32.
+
+    A batch has ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are aligned with the inputs and
+    hold ``IGNORED`` outside the response.
+    """
+
+    def __init__(self) -> None:
+        self._linear_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss that training minimises.
+
+        Args:
+            model: a transformers causal model, with or without an adapter.
+            batch: ``input_ids``, ``labels`` and, unless packed, ``attention_mask``; int64, shape (B, T), any device.
+
+        Returns:
+            The mean over the batch's response tokens, nats per token; fp32, a scalar with a gradient.
+        """
+        logits_NV, targets_N = self.scored(model, batch)
+        return functional.cross_entropy(logits_NV, targets_N)
+
+    def scores(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """Sums that add up over batches; the ratio of the two is the mean loss.
+
+        Args:
+            model: as in ``loss``.
+            batch: as in ``loss``.
+
+        Returns:
+            ``loss``, the sum over the batch's response tokens in nats, and ``count``, how many tokens.
+        """
+        sums, counts = self.by_row(model, batch)
+        return {"loss": sum(sums), "count": float(sum(counts))}
+
+    def by_row(self, model: nn.Module, batch: Any) -> tuple[list[float], list[int]]:
+        """The loss of each row apart, detached.
+
+        Args:
+            model: as in ``loss``.
+            batch: as in ``loss``.
+
+        Returns:
+            For each of the B rows the sum over its response tokens, in nats; and for each row how many tokens.
+        """
+        logits_NV, targets_N = self.scored(model, batch)
+        counts = (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
+        losses_N = (
+            functional.cross_entropy(logits_NV, targets_N, reduction="none")[: sum(counts)].detach().cpu().double()
+        )
+        return [float(row.sum()) for row in torch.split(losses_N, counts)], counts
+
+    def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The forward pass, with logits at response positions only.
+
+        Under autocast T and N are rounded up to a multiple of 16, with targets that are ``IGNORED``.
+
+        Args:
+            model: as in ``loss``.
+            batch: as in ``loss``; ``position_ids``, shape (B, T), are read where the batch has them.
+
+        Returns:
+            Logits over V words, fp32, shape (N, V), and targets, int64, shape (N,), of the N response tokens, row by
+            row; both on the model's device.
+        """
+        device = next(model.parameters()).device
+        given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+        inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+        rounded = torch.is_autocast_enabled(device.type)
+        if rounded:
+            inputs = _lengthened(inputs)
+        length = inputs["input_ids"].shape[1]
+        targets = inputs.pop("labels")[:, 1:].reshape(-1)
+        where = (targets != IGNORED).nonzero().squeeze(1)  # the position before each response token predicts it
+        targets = targets[where]
+        if rounded:
+            extra = -len(where) % _MULTIPLE
+            where = functional.pad(where, (0, extra))
+            targets = functional.pad(targets, (0, extra), value=IGNORED)
+        causal = transformer_of(model)
+        inputs = _behind_prefix(model, inputs)
+        if self._head_is_linear(causal):
+            hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, -length:-1]
+            logits = causal.get_output_embeddings()(hidden.flatten(0, 1)[where])
+        else:
+            logits = causal(**inputs, use_cache=False).logits[:, -length:-1].flatten(0, 1)[where]
+        return logits.float(), targets
+
+    def _head_is_linear(self, causal: nn.Module) -> bool:
+        if causal not in self._linear_heads:
+            self._linear_heads[causal] = head_is_linear(causal)
+        return self._linear_heads[causal]
+
+
+def _behind_prefix(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as they are, or as embeddings with the V learned vectors of the model first."""
+    prefix_BVE = prefix_of(model, len(inputs["input_ids"]))
+    if prefix_BVE is None:
+        return inputs
+    embeddings_BTE = transformer_of(model).get_input_embeddings()(inputs["input_ids"])
+    mask_BT = inputs["attention_mask"]
+    mask_BV = mask_BT.new_ones(prefix_BVE.shape[:2])
+    return {
+        "inputs_embeds": torch.cat((prefix_BVE.to(embeddings_BTE.dtype), embeddings_BTE), dim=1),
+        "attention_mask": torch.cat((mask_BV, mask_BT), dim=1),
+    }
+
+
+def _lengthened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows, padded to a multiple of 16; in a packed batch, with one more example of padding."""
+    extra = -inputs["input_ids"].shape[1] % _MULTIPLE
+    padded = {name: functional.pad(tensor, (0, extra)) for name, tensor in inputs.items()}
+    padded["labels"] = functional.pad(inputs["labels"], (0, extra), value=IGNORED)
+    if "position_ids" in padded and extra:
+        padded["position_ids"][:, -extra:] = torch.arange(extra, device=padded["position_ids"].device)
+    return padded
+
+
+@torch.no_grad()
+def head_is_linear(model: nn.Module) -> bool:
+    """Compare the logits of the model with the output embedding applied to the last hidden state.
+
+    Args:
+        model: a transformers causal model without a wrapper around it.
+
+    Returns:
+        Whether the two agree to 1e-4 on a probe of three tokens; False where the model has no such parts.
+    """
+    base, head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
+    if base is None or base is model or head is None:
+        return False
+    probe = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    with torch.autocast(probe.device.type, enabled=False):
+        expected = model(input_ids=probe, use_cache=False).logits
+        found = head(base(input_ids=probe, use_cache=False).last_hidden_state)
+    return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-4)

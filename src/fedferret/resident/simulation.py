@@ -1,0 +1,69 @@
+"""The engines that simulate clients in several processes: which transport a recipe's ``[execution]`` asks for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from fedferret.core.files import write_atomically
+from fedferret.engines.processes import Processes
+from fedferret.engines.trainer import Trainer
+from fedferret.engines.workers import Workers
+
+RESIDENT = (sys.executable, "-P", "-m", "fedferret.resident")  # the program of a worker or a site
+
+
+class Settings(Protocol):
+    """The settings of ``[execution]`` that matter here."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def worker_cpus(self) -> float: ...
+    @property
+    def worker_gpus(self) -> float: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def memory(self) -> str: ...
+
+
+def simulation(settings: Settings, folder: Path | None) -> Workers:
+    """The workers that a recipe asks for, not yet started.
+
+    Args:
+        settings: of ``[execution]``.
+        folder: of the run; None: the workers' folders are temporary.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    threads = max(1, (os.cpu_count() or 1) // settings.workers)
+    text = site_toml(settings, threads)
+    if settings.engine == "ray":
+        from fedferret.engines.ray import RayWorkers
+
+        make = partial(open_worker, text)
+        return RayWorkers(settings.workers, make, cpus=settings.worker_cpus, gpus=settings.worker_gpus)
+    root = folder / "state" / "workers" if folder else None
+    return Processes.simulating(settings.workers, text, RESIDENT, root)
+
+
+def open_worker(text: str) -> Trainer:
+    """The trainer of a worker with this ``site.toml``; it keeps no folder."""
+    from fedferret.resident.process import open_trainer
+
+    with tempfile.TemporaryDirectory() as name:
+        write_atomically(Path(name) / "site.toml", text)
+        return open_trainer(Path(name))
+
+
+def site_toml(settings: Settings, threads: int) -> str:
+    """A worker's ``site.toml``: it names no data, so any client of the recipe works there."""
+    return f'name = "worker"\ndevice = "{settings.device}"\nmemory = "{settings.memory}"\nthreads = {threads}\n'
