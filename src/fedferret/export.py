@@ -35,7 +35,7 @@ from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
 from fedferret.objectives.next_token import NextToken
 from fedferret.settings import table_of
-from fedferret.tracking import checkpoint
+from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
 
 
@@ -108,6 +108,8 @@ def read_delta(path: Path) -> DeltaFile:
         raise UserError(f"{path}: there is no such file; `fedferret export RUN --delta FILE` makes one") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except codec.OtherVersion as error:
+        raise UserError(f"{path} was {error}") from None
     except ValueError as error:
         raise UserError(f"{path}: not a delta file: {error}") from None
     if not isinstance(delta, DeltaFile):
@@ -118,7 +120,8 @@ def read_delta(path: Path) -> DeltaFile:
 def _read_run(run: Path) -> tuple[Recipe, Log]:
     if not (run / "recipe.toml").exists():
         raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
-    recipe = load(run / "recipe.toml")  # first: it brings the method's messages
+    events.check_format(run)
+    recipe = load(run / "recipe.toml")  # before the log: it brings the method's messages
     rounds = checkpoint.saved_round(run)
     if not rounds:
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")

@@ -30,11 +30,11 @@ RENAMED = (
 )
 
 
-# settings of ferret that are gone, with what to do instead
+# settings of ferret that are gone, with what to do instead, and the value at which they did nothing
 _TO_PUBLISHED = 'is a setting of the published code: set algorithm.name="ferret-published"'
 GONE = {
-    "budget": f"{_TO_PUBLISHED}, where it is always the largest block's",
-    "coordinate_clip": _TO_PUBLISHED,
+    "budget": (f"{_TO_PUBLISHED}, where it is always the largest block's", "total"),
+    "coordinate_clip": (_TO_PUBLISHED, "none"),
 }
 _GONE_VALUES = {"keys": "fixed-pool", "scale": "published-code"}
 
@@ -83,10 +83,14 @@ def _with_new_method(algorithm: Mapping[str, Any]) -> Mapping[str, Any]:
         )
         given = {name: value for name, value in algorithm.items() if name not in ("preset", "entry_bits", "budget")}
         return {**given, "name": "ferret-published"}
-    for name, advice in GONE.items():
-        if name in algorithm:
+    for name, (advice, idle) in GONE.items():
+        if algorithm.get(name, idle) != idle:
             raise UserError(f"algorithm.{name}: {advice}")
+        if name in algorithm:
+            _log.warning(
+                "algorithm.%s is gone since fedferret 0.2; %r changes nothing and is read until 0.3", name, idle
+            )
     for name, value in _GONE_VALUES.items():
         if algorithm.get(name) == value:
             raise UserError(f'algorithm.{name}="{value}": {_TO_PUBLISHED}')
-    return algorithm
+    return {name: value for name, value in algorithm.items() if name not in GONE}

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fedferret.cli import app
 from tiny_runs import tiny_recipe
+from unit.written_run import downgrade
 
 COMMAND = [sys.executable, "-c", "from fedferret.cli import main; main()"]
 
@@ -48,6 +49,28 @@ def test_run_report_export_apply(recipe: Path, tmp_path: Path) -> None:
     fedferret("apply", "tiny", tmp_path / "tuned.delta", "--to", tmp_path / "again")
     first, second = (tmp_path / name / "model.safetensors" for name in ("model", "again"))
     assert first.read_bytes() == second.read_bytes()
+    make_old(out, tmp_path / "tuned.delta")
+    for words in (
+        ("run", recipe, "--out", out),
+        ("report", out),
+        ("export", out, "--to", tmp_path / "none"),
+        ("export", out, "--delta", tmp_path / "none"),
+        ("apply", "tiny", tmp_path / "tuned.delta", "--to", tmp_path / "none"),
+    ):
+        refused = CliRunner().invoke(app, [str(word) for word in words])
+        (line,) = refused.stderr.splitlines()
+        assert refused.exit_code == 2 and "was written by fedferret 0.1" in line and "reads it" in line
+    assert not (tmp_path / "none").exists()
+
+
+def make_old(run: Path, delta: Path) -> None:
+    """Make the run's folder and the delta those of fedferret 0.1, in recipe, events and wire version."""
+    downgrade(run)
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('name = "ferret"\n', 'name = "ferret"\nbudget = "total"\n'))
+    for path in (delta, *(run / "log").iterdir(), run / "state" / "run.state"):
+        encoded = path.read_bytes()
+        path.write_bytes(encoded[:2] + b"\x01" + encoded[3:])
 
 
 def test_list_names_every_method_model_and_source() -> None:

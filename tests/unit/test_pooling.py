@@ -174,6 +174,7 @@ def test_what_is_not_finite_or_of_another_form_is_refused_and_leaves_the_pool_al
             "of 2 clients a median is their mean, set clients.per_round",
         ),
         ({"name": "trimmed-mean"}, Pooling.MEAN, 4, "of 4 clients it cuts off nobody, set it to at least 0.25"),
+        ({"name": "multi-krum"}, Pooling.MEAN, 3, "of 3 clients it takes nobody for hostile, set it to at least 0.334"),
         ({"name": "multi-krum", "krum_fraction": 0.4}, Pooling.MEAN, 5, "with 2 hostile clients multi-krum needs 7"),
         ({"name": "median"}, Pooling.EACH, 9, "the payloads of ferret are not averaged .*set pool.name="),
         ({"name": "norm-bounded-mean"}, Pooling.SUM, 9, "are not averaged"),

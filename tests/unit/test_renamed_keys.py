@@ -57,9 +57,19 @@ def test_the_preset_that_became_a_method_is_that_method(tmp_path: Path, caplog: 
 
 
 @pytest.mark.parametrize(
-    "gone", [{"budget": "total"}, {"coordinate_clip": 1.0}, {"keys": "fixed-pool"}, {"scale": "published-code"}]
+    "gone", [{"budget": "largest-block"}, {"coordinate_clip": 1.0}, {"keys": "fixed-pool"}, {"scale": "published-code"}]
 )
 def test_a_setting_that_is_gone_names_what_to_do(gone: dict[str, object], tmp_path: Path) -> None:
     tables = tiny_tables(tmp_path, algorithm={"name": "ferret", **gone})
     with pytest.raises(UserError, match=rf"algorithm.{next(iter(gone))}.*set algorithm.name=\"ferret-published\""):
         from_tables(tables)
+
+
+def test_a_setting_that_is_gone_is_read_where_it_changed_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in every recipe that fedferret 0.1 wrote, with all its defaults."""
+    old = tiny_tables(tmp_path, algorithm={"name": "ferret", "budget": "total", "coordinate_clip": "none"})
+    with caplog.at_level(logging.WARNING):
+        assert from_tables(old) == from_tables(tiny_tables(tmp_path, algorithm={"name": "ferret"}))
+    assert ["is gone since fedferret 0.2" in line for line in caplog.messages] == [True, True]

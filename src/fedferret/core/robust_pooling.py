@@ -70,6 +70,11 @@ class PoolSettings:
                 f"pool.trim_fraction={self.trim_fraction}: of {cohort} clients it cuts off nobody, set it to at least "
                 f"{math.ceil(1000 / cohort) / 1000} or sample more clients"
             )
+        if self.name == "multi-krum" and not hostile:
+            raise UserError(
+                f"pool.krum_fraction={self.krum_fraction}: of {cohort} clients it takes nobody for hostile, set it "
+                f"to at least {math.ceil(1000 / cohort) / 1000} or sample more clients"
+            )
         if self.name == "multi-krum" and cohort < 2 * hostile + 3:
             raise UserError(
                 f"pool.krum_fraction={self.krum_fraction}: with {hostile} hostile clients multi-krum needs "
