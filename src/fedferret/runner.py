@@ -309,7 +309,8 @@ class Run:
 
     def _run_baseline(self, progress: Progress) -> None:
         count = self.recipe.evaluation.local_only_clients
-        progress.message(f"Local-only baseline: up to {count} clients train alone, for comparison.")
+        who = "one client trains" if count == 1 else f"up to {count} clients train"
+        progress.message(f"Local-only baseline: {who} alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
         untuned = prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
         base = MappedTree(self.out / "state" / ".base", tree.parameters(untuned))
