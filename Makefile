@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help demo test test-fast test-slow check bench venv lock clean
 
 help:
-	@echo "make demo    tune SmolLM2-135M on real people's conversations; about ten minutes on two cores"
+	@echo "make demo    tune SmolLM2-135M on real people's conversations; about seven minutes on two cores"
 	@echo "make test    run the fast tests, then the slow ones (real weights, processes, a browser)"
 	@echo "make check   check format, lint and types, and run the fast tests: required for every change"
 	@echo "make bench   run the benchmarks: speed and memory, relative to a baseline in the same run"

@@ -27,7 +27,7 @@ from fedferret.tracking.units import as_bytes, as_count, as_duration
 if TYPE_CHECKING:
     from fedferret.data.examples import Example, FederatedData
 
-_EFFICIENCY = 0.6  # of a product of the batch's size: softmax, norms and small layers take the rest
+_EFFICIENCY = 0.75  # of a product of the batch's size: softmax, norms and small layers take the rest
 _PADDING = 1.2  # padded tokens per token, in batches sorted by length
 _PER_TURN = 8  # tokens that a chat template adds to a turn
 _SAMPLE = 200  # examples of which lengths are taken
@@ -69,7 +69,7 @@ class Estimate:
 class _Lengths:
     """Means over examples, in tokens, and how many examples there are."""
 
-    tokens: float  # of prompt and response
+    tokens: float  # of prompt and response, padding included
     response: float
     count: float  # of a client, or of all held-out sets
 
@@ -82,7 +82,7 @@ class _Lengths:
         whole = [_tokens("".join(turn.content for turn in each.turns), len(each.turns)) for each in sample]
         response = [_tokens(each.response, 1) for each in sample]
         return cls(
-            statistics.fmean(min(max_tokens, each) for each in whole),
+            statistics.fmean(min(max_tokens, _PADDING * each) for each in whole),
             statistics.fmean(min(max_tokens, each) for each in response),
             count,
         )
@@ -140,7 +140,7 @@ def _seconds(
     body = sum(math.prod(shape) for shape in shapes) - vocabulary
     width = min(min(shape) for shape in matrices if math.prod(shape) == vocabulary)
     batch = training.batch_size if training else recipe.evaluation.batch_size
-    copy_seconds, rate = _rates(batch * client.tokens * _PADDING, width)
+    copy_seconds, rate = _rates(batch * client.tokens, width)
     trainings = recipe.rounds * recipe.clients.per_round
     if data.held_out:
         trainings += recipe.rounds * min(recipe.evaluation.local_only_clients, len(data.clients))
@@ -150,9 +150,9 @@ def _seconds(
     share = tuned / sum(math.prod(shape) for shape in shapes)
     per_weight = 4 + 2 * min(1.0, share) if backward else 4.0  # a frozen weight needs no gradient
     examples = batches * batch
-    operations = trainings * examples * per_weight * (client.tokens * _PADDING * body + client.response * vocabulary)
+    operations = trainings * examples * per_weight * (client.tokens * body + client.response * vocabulary)
     evaluations = recipe.rounds // recipe.evaluation.every + 1
-    operations += 2 * evaluations * scored.count * (scored.tokens * _PADDING * body + scored.response * vocabulary)
+    operations += 2 * evaluations * scored.count * (scored.tokens * body + scored.response * vocabulary)
     passes = trainings * (steps * _STEP_PASSES * tuned + batches * _BATCH_PASSES * (body + vocabulary))
     passes += trainings * _CLIENT_PASSES * tuned
     return operations / (_EFFICIENCY * rate) + passes * copy_seconds
@@ -169,9 +169,8 @@ def _rates(rows: float, width: int) -> tuple[float, float]:
     left = torch.ones(max(1, min(4096, round(rows))), width)
     right = torch.ones(width, 3 * width)
     values = torch.ones(1 << 24)
-    values.clone()
     left @ right
-    return _timed(values.clone) / values.numel() / 2, 2 * left.numel() * 3 * width / _timed(lambda: left @ right)
+    return _timed(lambda: values.mul_(1.0)) / values.numel(), 2 * left.numel() * 3 * width / _timed(lambda: left @ right)
 
 
 def _timed(work: Any) -> float:
