@@ -170,7 +170,8 @@ def _rates(rows: float, width: int) -> tuple[float, float]:
     right = torch.ones(width, 3 * width)
     values = torch.ones(1 << 24)
     left @ right
-    return _timed(lambda: values.mul_(1.0)) / values.numel(), 2 * left.numel() * 3 * width / _timed(lambda: left @ right)
+    operations = 2 * left.numel() * 3 * width
+    return _timed(lambda: values.mul_(1.0)) / values.numel(), operations / _timed(lambda: left @ right)
 
 
 def _timed(work: Any) -> float:
