@@ -181,6 +181,14 @@ def test_a_rounds_secret_lives_for_one_round_and_is_in_no_memory_that_is_kept(tm
         codec.encode(secret)
 
 
+def test_the_secret_of_a_client_that_sits_the_next_round_out_ends_with_its_round() -> None:
+    run = guarded(EQUAL, [ToySecureSum()], per_round=2)
+    first, second = (set(record.cohort) for record in run.records)
+    assert first != second
+    secrets = run.state.node._secrets
+    assert set(secrets) == second and {secret.round for secret in secrets.values()} == {2}
+
+
 def test_guards_apply_in_order_at_the_client_and_are_undone_in_reverse() -> None:
     order: list[str] = []
 

@@ -279,10 +279,10 @@ class Node:
         return on_device(private, self.task.device)
 
     def _secret(self, round: int, client: str) -> RoundSecret:
-        known = self._secrets.get(client)
-        if known is None or known.round != round:  # a round's secret ends with the round
-            known = self._secrets[client] = RoundSecret(round)
-        return known
+        known = next(iter(self._secrets.values()), None)
+        if known is not None and known.round != round:  # every client's secret ends with its round
+            self._secrets.clear()
+        return self._secrets.setdefault(client, RoundSecret(round))
 
 
 def client_key(seed: int, round: int, client: str) -> Key:
