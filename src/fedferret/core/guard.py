@@ -80,9 +80,7 @@ class Guard:
 
     before: Sequence[Exchange] = ()  # exchanges before Train
     after: Sequence[Exchange] = ()  # exchanges after Train, with the clients of accepted updates
-    modulus: int | None = (
-        None  # of the masked integer sums that clients send; None: they send floats, in the method's code
-    )
+    modulus: int | None = None  # of the integer sums that clients send; None: floats, in the method's code
 
     def on_client(self, sum: Any, client: str, secret: RoundSecret, randomness: Randomness) -> Any:
         """Protect one client's sum before it leaves the client.

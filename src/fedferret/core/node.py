@@ -9,8 +9,7 @@ exporting own one each. The in-process engine uses the server's.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from fedferret.core.exchanges import Body, ClientScores, ClientUpdate, Masked, S
 from fedferret.core.guard import Guard, Randomness, RoundSecret, check_guards, exchange_for, os_randomness
 from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate, Record
-from fedferret.core.pooling import tensors
+from fedferret.core.pooling import mapped, tensors
 from fedferret.core.restore import restore_tensors
 from fedferret.core.task import Examples, Task
 
@@ -309,13 +308,4 @@ def on_device(value: Any, device: torch.device) -> Any:
     Returns:
         A value of the same form with every tensor on ``device``; tensors that are there already are shared.
     """
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: on_device(item, device) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(on_device(item, device) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: on_device(getattr(value, field.name), device) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
-    return value
+    return mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)

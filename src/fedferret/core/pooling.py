@@ -253,7 +253,7 @@ def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
         names = [item.name for item in dataclasses.fields(value)]
         parts = {name: mapped(function, getattr(value, name), *(getattr(o, name) for o in others)) for name in names}
         return dataclasses.replace(value, **parts)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: mapped(function, item, *(o[name] for o in others)) for name, item in value.items()}
     if isinstance(value, tuple):
         return tuple(mapped(function, *items) for items in zip(value, *others, strict=True))

@@ -115,20 +115,6 @@ class RoundRecord:
     seconds_saving: float = 0.0  # spent in writing events, checkpoint and clients' states
 
 
-def initial_state(node: Node, server: Any, log: Log) -> RunState:
-    """The state before round 1.
-
-    Args:
-        node: the server's, at version 0.
-        server: the server's own state, from ``Node.start``.
-        log: empty, at version 0.
-
-    Returns:
-        A state at round 0, in which every client holds the base.
-    """
-    return RunState(node, server, log)
-
-
 def run(
     engine: Engine,
     clients: Sequence[str],
@@ -175,7 +161,7 @@ def score(
     Returns:
         The sums of each client that scored, the failures, and bytes per client, both ways.
     """
-    bodies = bodies_of(Score(state.round, batch_size), list(clients))
+    bodies, missing = bodies_of(Score(state.round, batch_size), list(clients)), _missing_bytes(state, clients)
     sums: dict[str, dict[str, float]] = {}
     failures: list[Failure] = []
     moved: dict[str, int] = {}
@@ -183,7 +169,7 @@ def score(
         if isinstance(outcome, Reply) and isinstance(outcome.body, ClientScores):
             sums[outcome.client] = dict(outcome.body.sums)
             # the books stay as they are: what a client is sent in the next round does not depend on scoring
-            moved[outcome.client] = outcome.bytes_up + state.log.since(state.versions.get(outcome.client, 0)).size
+            moved[outcome.client] = outcome.bytes_up + missing[outcome.client]
         elif isinstance(outcome, Reply):
             failures.append(Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores"))
         else:
@@ -203,10 +189,8 @@ def _round(
     node = state.node
     task, algorithm, codec = node.task, node.algorithm, node.codec
     cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
-    missing = {version: state.log.since(version).size for version in {state.versions.get(each, 0) for each in cohort}}
-    bytes_down = {client: missing[state.versions.get(client, 0)] for client in cohort}
-    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(task.model).items()}
-    intake = Intake(node, plan, _longest_update(node, shapes, len(cohort), number))
+    bytes_down = _missing_bytes(state, cohort)
+    intake = Intake(node, plan, _longest_update(node, tree.shapes(tree.parameters(task.model)), len(cohort), number))
     alive, received = list(cohort), {}
     exchanged: dict[str, int] = {}
 
@@ -265,6 +249,13 @@ def _round(
         sum(update.metrics.get("seconds", 0.0) for update in intake.accepted.values()),
         intake.bounded(),
     )
+
+
+def _missing_bytes(state: RunState, clients: Sequence[str]) -> dict[str, int]:
+    """The bytes of the log that each client has not been sent, by the books; the log is read once per version."""
+    held = {client: state.versions.get(client, 0) for client in clients}
+    sizes = {version: state.log.since(version).size for version in set(held.values())}
+    return {client: sizes[version] for client, version in held.items()}
 
 
 def _longest_update(node: Node, shapes: Shapes, cohort: int, round: int) -> float:

@@ -177,8 +177,7 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
             A function from a round's number, from 1, to shapes by parameter name.
         """
         by_stage = [
-            (given, {name: tuple(weight.shape) for name, weight in tree.parameters(prepared).items()})
-            for _, given, prepared in self._prepared(model, rounds)
+            (given, tree.shapes(tree.parameters(prepared))) for _, given, prepared in self._prepared(model, rounds)
         ]
 
         def of_round(round: int) -> Shapes:
@@ -343,7 +342,7 @@ def shapes_by_round(algorithm: AnyAlgorithm, model: nn.Module, rounds: int) -> C
     """
     if isinstance(algorithm, Staged):
         return algorithm.shapes(model, rounds)
-    shapes = {name: tuple(weight.shape) for name, weight in tree.parameters(model).items()}
+    shapes = tree.shapes(tree.parameters(model))
     return lambda round: shapes
 
 

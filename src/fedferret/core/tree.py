@@ -88,6 +88,18 @@ def sizes(tree: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.numel() for name, tensor in tree.items()}
 
 
+def shapes(tree: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Read the shape of each tensor.
+
+    Args:
+        tree: tensors of any shapes, by name.
+
+    Returns:
+        Shapes by name, in the tree's order.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in tree.items()}
+
+
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Subtract trees, one tensor at a time.
 

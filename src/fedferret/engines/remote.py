@@ -4,8 +4,7 @@
     order
 
 * A request carries what the client's site is missing of the log, by the server's books. A site that is missing more
-says so
-  and is sent that; a site with another hash of its replica is named, and rebuilds it from base and log once.
+  says so and is sent that; a site with another hash of its replica is named, and rebuilds it from base and log once.
 * Every request has a ticket. A response with another is late, or a second one, and counts for nothing.
 * Responses wait for their turn in a temporary file: the server's memory does not grow with their number.
 * Whatever a site does becomes one Failure with one line; nothing that comes back raises here.
@@ -31,9 +30,7 @@ from fedferret.core.spool import Place, Spool
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport, check_fields
 
-SENDINGS = (
-    4  # of requests to one client in an exchange: the recipe may be missing, then records, then the replica differs
-)
+SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
 _SMALLEST_LIMIT = 1 << 20  # bytes that any response may have, however small the model
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any, Literal
 
 import torch
@@ -206,12 +206,9 @@ class FirstOrder:
             batches = endless(data, self.batch_size, key)
             while True:
                 yield list(islice(batches, self.accumulate))
-        epoch = 0
-        while True:
-            batches = iter(data.batches(self.batch_size, key.fold("epoch", epoch)))
+        for batches in _passes(data, self.batch_size, key):
             while group := list(islice(batches, self.accumulate)):
                 yield group
-            epoch += 1
 
     def _stepper(
         self,
@@ -242,7 +239,10 @@ def endless(data: Examples, size: int, key: Key) -> Iterator[Any]:
     Returns:
         Batches without end; no batch spans two passes.
     """
-    epoch = 0
-    while True:
-        yield from data.batches(size, key.fold("epoch", epoch))
-        epoch += 1
+    return chain.from_iterable(_passes(data, size, key))
+
+
+def _passes(data: Examples, size: int, key: Key) -> Iterator[Iterator[Any]]:
+    """The batches of each pass, without end."""
+    for epoch in count():
+        yield iter(data.batches(size, key.fold("epoch", epoch)))

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from fedferret.models.adapters import prefix_of, transformer_of
 
 IGNORED = -100  # the label of a position that is not scored
-_MULTIPLE = (
-    16  # oneDNN compiles bf16 kernels for every new shape: with batches by length, that cost more than bf16 saved
-)
+_MULTIPLE = 16  # oneDNN compiles bf16 kernels for every new shape, which cost more than bf16 saved
 
 
 class NextToken:

@@ -7,34 +7,21 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from fedferret.core.files import write_atomically
 from fedferret.engines.processes import Processes
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.workers import Workers
+from fedferret.resident.site import FILE, Site
+
+if TYPE_CHECKING:
+    from fedferret.config import ExecutionSettings
 
 RESIDENT = (sys.executable, "-P", "-m", "fedferret.resident")  # the program of a worker or a site
 
 
-class Settings(Protocol):
-    """The settings of ``[execution]`` that matter here."""
-
-    @property
-    def engine(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def worker_cpus(self) -> float: ...
-    @property
-    def worker_gpus(self) -> float: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def memory(self) -> str: ...
-
-
-def simulation(settings: Settings, folder: Path | None) -> Workers:
+def simulation(settings: ExecutionSettings, folder: Path | None) -> Workers:
     """The workers that a recipe asks for, not yet started.
 
     Args:
@@ -45,7 +32,8 @@ def simulation(settings: Settings, folder: Path | None) -> Workers:
         UserError: Ray is not installed.
     """
     threads = max(1, (os.cpu_count() or 1) // settings.workers)
-    text = site_toml(settings, threads)
+    # the worker names no data, so any client of the recipe works there
+    text = Site(name="worker", device=settings.device, memory=settings.memory, threads=threads).to_toml()
     if settings.engine == "ray":
         from fedferret.engines.ray import RayWorkers
 
@@ -60,10 +48,5 @@ def open_worker(text: str) -> Trainer:
     from fedferret.resident.process import open_trainer
 
     with tempfile.TemporaryDirectory() as name:
-        write_atomically(Path(name) / "site.toml", text)
+        write_atomically(Path(name) / FILE, text)
         return open_trainer(Path(name))
-
-
-def site_toml(settings: Settings, threads: int) -> str:
-    """A worker's ``site.toml``: it names no data, so any client of the recipe works there."""
-    return f'name = "worker"\ndevice = "{settings.device}"\nmemory = "{settings.memory}"\nthreads = {threads}\n'
