@@ -194,7 +194,8 @@ class Experiment(Parts):
             extra: whether metrics beside the loss are due.
 
         Returns:
-            Metrics by held-out set, and each client's loss in nats per token; empty where nothing is scored.
+            Metrics by held-out set, each client's loss in nats per token, and the bytes that moved; empty where nothing
+            is scored.
 
         Raises:
             RunError: a client could not score its model.
@@ -208,7 +209,7 @@ class Experiment(Parts):
         asked = [client for client in sorted(state.versions) if client in self.tokens.held_out_by_client]
         if not asked or not self.trains_here:
             return Scores({}, {})
-        sums, failures, _ = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)
+        sums, failures, moved = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)
         if failures:
             raise RunError(f"clients could not be scored ({rounds.reasons(failures)})")
         losses = {client: each["loss"] / max(1.0, each["count"]) for client, each in sums.items()}
@@ -216,7 +217,7 @@ class Experiment(Parts):
         loss = math.fsum(each["loss"] for each in sums.values()) / max(1.0, count)
         main = next(iter(self.data.held_out))
         figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count, **fairness(losses)}
-        return Scores({main: figures}, losses)
+        return Scores({main: figures}, losses, moved)
 
     def local_only(
         self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None

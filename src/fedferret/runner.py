@@ -287,6 +287,7 @@ class Run:
             round=state.round,
             results=scores.results,
             per_client=scores.per_client,
+            bytes=dict(scores.moved),
             seconds=time.perf_counter() - started,
             who="global",
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from fedferret.tracking import events
+from fedferret.tracking.summary import summarise
 from fedferret.wire.ledger import Ledger
 from unit.written_run import record
 
@@ -43,5 +46,19 @@ def test_rounds_are_listed_in_order_in_whatever_order_they_are_added() -> None:
     assert (run.up_by_round, run.down_by_round) == ([1, 2], [10, 20])
 
 
+def test_scoring_at_the_clients_is_booked_as_evaluation_and_in_no_total_of_the_rounds(tmp_path: Path) -> None:
+    log = events.EventLog(tmp_path)
+    log.write("start", parameters=1000)
+    log.write("round", **events.round_fields(record(1)))
+    before = events.read(tmp_path).ledger()
+    results = {"held out": {"loss": 1.0, "perplexity": 2.7, "tokens": 3.0}}
+    log.write("evaluation", round=1, results=results, seconds=0.1, bytes={"ann": 40, "bob": 2})
+    run = events.read(tmp_path)
+    assert (run.ledger().up, run.ledger().down, run.ledger().evaluation) == (before.up, before.down, 42)
+    assert summarise(run)["bytes_evaluation"] == 42
+
+
 def test_json_and_back() -> None:
-    assert Ledger.from_dict(json.loads(json.dumps(ledger().to_dict()))) == ledger()
+    scored = ledger()
+    scored.add_scores(3, {"ann": 9})
+    assert Ledger.from_dict(json.loads(json.dumps(scored.to_dict()))) == scored

@@ -207,6 +207,7 @@ def test_without_a_global_model_each_owners_examples_are_scored_with_the_owners_
             if examples:
                 expected[name] = evaluate(model, experiment.objective, experiment.tokens.encode(examples)).loss
     assert len(expected) == 2 and found.per_client == pytest.approx(expected)
+    assert set(found.moved) == set(expected) and min(found.moved.values()) > 0
     assert found.results["rows"]["client-mean"] == pytest.approx(statistics.fmean(expected.values()))
     everything = [each for each in main if each.owner in expected]
     assert found.results["rows"]["tokens"] == experiment.tokens.encode(everything).num_response_tokens

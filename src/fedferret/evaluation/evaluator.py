@@ -39,6 +39,7 @@ class Scores:
 
     results: Results
     per_client: Mapping[str, float] = field(default_factory=dict)  # each owner's loss on the main set; nats per token
+    moved: Mapping[str, int] = field(default_factory=dict)  # bytes, both ways, by client that scored its own model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,7 @@ class Evaluation:
     seconds: float
     who: str  # the evaluated model; "global": the server's
     per_client: Mapping[str, float] = field(default_factory=dict)  # the loss of each owner of the main set's examples
+    moved: Mapping[str, int] = field(default_factory=dict)  # bytes, both ways, by client that scored its own model
 
     @property
     def loss(self) -> float:
@@ -161,10 +162,12 @@ class Run:
         return [(number, failure) for number in sorted(self.rounds) for failure in self.rounds[number].failures]
 
     def ledger(self) -> Ledger:
-        """The bytes of all rounds."""
+        """The bytes of all rounds, and those of scoring at the clients."""
         ledger = Ledger(int(self.start.get("parameters", 0)))
         for number, entry in sorted(self.rounds.items()):
             ledger.add(number, entry.bytes_up, entry.bytes_down)
+        for number, evaluation in sorted(self.evaluations.items()):
+            ledger.add_scores(number, evaluation.moved)
         return ledger
 
 
@@ -195,8 +198,14 @@ def replay(events: Iterable[Event]) -> Run:
             case "evaluation":
                 results = {name: _floats(scores) for name, scores in event["results"].items()}
                 losses = _floats(event.get("per_client", {}))
-                evaluation = Evaluation(event["round"], results, event["seconds"], event.get("who", "global"), losses)
-                run.evaluations[event["round"]] = evaluation
+                run.evaluations[event["round"]] = Evaluation(
+                    event["round"],
+                    results,
+                    event["seconds"],
+                    event.get("who", "global"),
+                    losses,
+                    event.get("bytes", {}),
+                )
             case "baseline":
                 per_client = _floats(event.get("per_client", {}))
                 run.baselines[event["name"]] = Baseline(event["name"], _float(event["loss"]), per_client)

@@ -137,6 +137,8 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
         total = ledger.up + ledger.down
         fedavg = f"FedAvg: {as_bytes(ledger.fedavg)}, {as_ratio(ledger.fedavg / total)}× as much"
         figures.append(Figure("total up and down", as_bytes(total), fedavg))
+    if ledger.evaluation:
+        figures.append(Figure("evaluation at the clients", as_bytes(ledger.evaluation), "both ways, not in the total"))
     if summary["seconds"]:
         share = summary["seconds_overhead"] / summary["seconds"]
         figures.append(Figure("time", as_duration(summary["seconds"]), f"{share:.1%} overhead"))

@@ -6,6 +6,9 @@ client and up from every client that returned an update,
     bytes_fedavg = 4 d · Σ_rounds (sampled + returned)
 
 FedAvg's first download is included, as its clients receive the weights in every round.
+
+Scoring clients' own models moves bytes too: the log that a client is missing, and its sums. These are booked apart, as
+evaluation, and are in no total of the rounds.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Ledger:
 
     parameters: int
     rounds: dict[int, RoundBytes] = field(default_factory=dict)
+    scores: dict[int, dict[str, int]] = field(default_factory=dict)  # by evaluated round and client, both ways
 
     @classmethod
     def of(cls, parameters: int, records: Iterable[RoundRecord]) -> Ledger:
@@ -59,6 +63,16 @@ class Ledger:
             down: bytes to each sampled client.
         """
         self.rounds[number] = RoundBytes(dict(up), dict(down))
+
+    def add_scores(self, number: int, moved: Mapping[str, int]) -> None:
+        """Record what scoring at the clients moved after a round.
+
+        Args:
+            number: of the evaluated round; 0 is before tuning.
+            moved: bytes, both ways together, by client that scored its model.
+        """
+        if moved:
+            self.scores[number] = dict(moved)
 
     @property
     def up_by_round(self) -> list[int]:
@@ -92,6 +106,11 @@ class Ledger:
         return sum(self.fedavg_by_round)
 
     @property
+    def evaluation(self) -> int:
+        """All bytes of scoring at the clients, both ways together."""
+        return sum(count for moved in self.scores.values() for count in moved.values())
+
+    @property
     def up_per_client_round(self) -> float:
         """Mean bytes up, per client and round; 0 before a client has sent any."""
         return _mean([count for entry in self.rounds.values() for count in entry.up.values()])
@@ -105,10 +124,12 @@ class Ledger:
         """Write the ledger as plain values for JSON.
 
         Returns:
-            ``parameters``, and ``rounds``: by the round's number as a string, bytes ``up`` and ``down`` by client.
+            ``parameters``; ``rounds``: by the round's number as a string, bytes ``up`` and ``down`` by client;
+            ``scores``: likewise, bytes both ways by client.
         """
         rounds = {str(number): {"up": dict(r.up), "down": dict(r.down)} for number, r in sorted(self.rounds.items())}
-        return {"parameters": self.parameters, "rounds": rounds}
+        scores = {str(number): dict(moved) for number, moved in sorted(self.scores.items())}
+        return {"parameters": self.parameters, "rounds": rounds, "scores": scores}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Ledger:
@@ -123,6 +144,8 @@ class Ledger:
         ledger = cls(plain["parameters"])
         for number, entry in plain["rounds"].items():
             ledger.add(int(number), entry["up"], entry["down"])
+        for number, moved in plain.get("scores", {}).items():
+            ledger.add_scores(int(number), moved)
         return ledger
 
 
