@@ -6,21 +6,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 CODE   := src tests examples benchmarks docs
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-# Slow tests wait for processes, time-outs and sockets more than they compute, so several run at a time. Each has one
-# thread, because threads of more processes than cores wait for each other.
+# Tests have one thread each: threads of more processes than cores wait for each other, and small pieces gain nothing.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadgroup --no-loadscopereorder
+# Slow tests wait for processes, time-outs and sockets as much as they compute: a third process fills these waits.
 TOGETHER ?= 3
-# Fast tests compute small pieces, which a second thread hardly speeds up: two processes of one thread take half the time.
-FAST   := OMP_NUM_THREADS=1 $(PYTEST) -q -m "not slow" -n 2 --junitxml=build/fast.xml
 
 # Without byte code on disk every process compiles PyTorch and transformers again: 7 of 12 seconds of its imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-fast test-slow check bench venv lock clean
+.PHONY: help demo test check bench venv lock clean
 
 help:
 	@echo "make demo    tune SmolLM2-135M on real people's conversations; about seven minutes on two cores"
-	@echo "make test    run the fast tests, then the slow ones (real weights, processes, a browser)"
+	@echo "make test    run every test: the slow ones (real weights, processes, a browser) beside the fast ones"
 	@echo "make check   check format, lint and types, and run the fast tests: required for every change"
 	@echo "make bench   run the benchmarks: speed and memory, relative to a baseline in the same run"
 	@echo "make venv    set up .venv for development only"
@@ -58,19 +56,14 @@ demo: $(VENV)/installed-demo
 	@echo "Delta file   $(DEMO)/tuned.fedferret   $$(wc -c < $(DEMO)/tuned.fedferret | tr -d ' ') bytes; base + delta = the tuned model:"
 	@echo "             $(BIN)/fedferret apply packaged:smollm2 $(DEMO)/tuned.fedferret --to FOLDER"
 
-test: test-fast test-slow
-
-test-fast: $(VENV)/installed-dev
-	@$(FAST)
-
-test-slow: $(VENV)/installed-dev
-	@OMP_NUM_THREADS=1 $(PYTEST) -q -m slow -n $(TOGETHER) --dist loadgroup --durations=10 --junitxml=build/slow.xml
+test: $(VENV)/installed-dev
+	@$(PYTEST) -n $(TOGETHER) --durations=10 --junitxml=build/tests.xml
 
 check: $(VENV)/installed-dev
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/mypy
-	@$(FAST)
+	@$(PYTEST) -n 2 -m "not slow"
 
 bench: $(VENV)/installed-dev
 	@$(BIN)/fedferret bench all

@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
         The shapes of the tensors that are tuned in each round.
 
     Raises:
-        UserError: as said.
+        UserError: the recipe cannot run: its model, template, data or method's settings.
     """
     models.check(recipe.model.name, device=recipe.execution.device)
     if template(recipe.text.template) == Chat() and not models.has_chat_template(recipe.model.name):

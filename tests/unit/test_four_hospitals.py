@@ -15,7 +15,7 @@ from fedferret.tracking.events import read
 
 pytest.importorskip("flwr")
 pytest.importorskip("chitchat_dataset")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=190)
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "four-hospitals" / "run.py"
 

@@ -53,7 +53,7 @@ class Chunked:
         """Refuse fields that contradict each other, or a scale or a seed out of range.
 
         Raises:
-            UserError: as said.
+            UserError: a field contradicts another, or is out of range.
         """
         known = (
             type(self.bits) is int and self.bits in BITS and all(type(size) is int and size >= 0 for size in self.sizes)

@@ -65,7 +65,7 @@ class Packed:
         """Refuse fields that contradict each other, or a scale or seed out of range.
 
         Raises:
-            UserError: as said.
+            UserError: a field contradicts another, or is out of range.
         """
         fits = type(self.bits) is int and self.bits in BITS
         fits = fits and is_code(self.codes, self.length, num_bytes(self.length, self.bits))

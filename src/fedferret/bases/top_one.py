@@ -56,7 +56,7 @@ class TopOneCode:
         """Refuse fields that contradict each other, or a scale or seed out of range.
 
         Raises:
-            UserError: as said.
+            UserError: a field contradicts another, or is out of range.
         """
         known = type(self.group) is int and self.group in GROUP_SIZES
         fits = known and is_code(self.codes, self.length, top_one_bytes(self.length, self.group))
