@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 CODE   := src tests examples benchmarks docs
 # Tests have one thread each: threads of more processes than cores wait for each other, and small pieces gain nothing.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadgroup --no-loadscopereorder
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadgroup --no-loadscope-reorder
 # Slow tests wait for processes, time-outs and sockets as much as they compute: a third process fills these waits.
 TOGETHER ?= 3
 
