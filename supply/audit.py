@@ -95,7 +95,7 @@ def main(words: Sequence[str]) -> None:
     try:
         records = audit(versions, options)
     except NoAnswer as why:
-        print(f"Vulnerabilities: not audited, the service cannot be reached ({why})")
+        print(f"Vulnerabilities: not audited, the service does not answer ({why})")
         return
     lines, used = judged(records, accepted)
     if skipped := [record["name"] for record in records if "skip_reason" in record]:

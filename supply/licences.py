@@ -1,7 +1,7 @@
-"""Refuse dependencies whose licence is not allowed: ``python -m supply.licences``; ``--write`` renews the list.
+"""Refuse dependencies with a licence that is not allowed: ``python -m supply.licences``; ``--write`` renews the list.
 
 pip-licenses reads what each installed package states. ``accepted.toml`` has the licences that are allowed, word for
-word, and the packages whose statement is missing or needs a reason.
+word, and packages that are accepted for a reason, whatever they state.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from supply.pins import LOCK, ROOT, pins
 PAGE = ROOT / "docs" / "licences.md"
 HEAD = """# Licences of the dependencies
 
-`make lock` writes this page from what the packages of `requirements.lock` state. `make check` refuses a package whose
-licence is not in `supply/accepted.toml`. PyTorch's CUDA build adds NVIDIA's libraries, under NVIDIA's own terms.
+`make lock` writes this page from what the packages of `requirements.lock` state. `make check` refuses a
+licence that is not in `supply/accepted.toml`. PyTorch's CUDA build adds NVIDIA's libraries, under NVIDIA's own terms.
 
 | package | version | licence |
 |---|---|---|
@@ -40,7 +40,7 @@ def installed() -> dict[str, tuple[str, str]]:
 
 
 def refused(licences: Mapping[str, str], allowed: Sequence[str], reasons: Mapping[str, str]) -> list[str]:
-    """A line for each package whose licence is not allowed.
+    """A line for each package with a licence that is not allowed.
 
     Args:
         licences: What each package states: SPDX, or names of classifiers that are separated by semicolons.

@@ -25,7 +25,7 @@ def pins(lock: Path) -> dict[str, str]:
     Raises:
         ValueError: If a line pins no exact version.
     """
-    found = {}
+    found: dict[str, str] = {}
     for line in lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
         text = re.split(r"\s--hash=|(?:^|\s)#", line)[0].strip()
         if not text:
