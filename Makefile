@@ -5,7 +5,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
-CODE   := src tests examples benchmarks docs
+CODE   := src tests examples benchmarks docs supply
+DIST   := dist
+# `make hashes TORCH=cpu` locks PyTorch's CPU build for an image without CUDA; the lock in this repository has PyPI's builds.
+TORCH  :=
+HASHES := requirements-hashes$(TORCH:%=-%).lock
 # Tests have one thread each: threads of more processes than cores wait for each other, and small pieces gain nothing.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadgroup --no-loadscope-reorder
 # Slow tests wait for processes, time-outs and sockets as much as they compute: a third process fills these waits.
@@ -14,15 +18,16 @@ TOGETHER ?= 3
 # Without byte code on disk every process compiles PyTorch and transformers again: 7 of 12 seconds of its imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test check bench venv lock clean
+.PHONY: help demo test check supply bench venv lock hashes release committed clean
 
 help:
 	@echo "make demo    tune SmolLM2-135M on real people's conversations; about seven minutes on two cores"
 	@echo "make test    run every test: the slow ones (real weights, processes, a browser) beside the fast ones"
-	@echo "make check   check format, lint and types, and run the fast tests: required for every change"
+	@echo "make check   check format, lint, types and dependencies, and run the fast tests: required for every change"
 	@echo "make bench   run the benchmarks: speed and memory, relative to a baseline in the same run"
 	@echo "make venv    set up .venv for development only"
-	@echo "make lock    rewrite requirements.lock from the versions in .venv"
+	@echo "make lock    rewrite requirements.lock from the versions in .venv, then requirements-hashes.lock and docs/licences.md"
+	@echo "make release build the packages into dist/, with the lock with hashes, a bill of materials and SHA256SUMS"
 	@echo "make clean   remove .venv and caches, but not runs/"
 	@echo ""
 	@echo "PYTHON=python3.12 make ... selects the interpreter. On Linux without a GPU, set PIP_EXTRA_INDEX_URL to"
@@ -59,11 +64,21 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-dev
 	@$(PYTEST) -n $(TOGETHER) --durations=10 --junitxml=build/tests.xml
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-dev supply
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/mypy
 	@$(PYTEST) -n 2 -m "not slow"
+
+# The audit runs when a lock or what is accepted has changed, and once a week: new vulnerabilities are found in old versions.
+supply: $(VENV)/installed-dev
+	@$(BIN)/python -m supply.licences
+	@find $(VENV) -maxdepth 1 -name audited -mtime +6 -delete
+	@$(MAKE) --no-print-directory $(VENV)/audited
+
+# Without a network nothing is audited, so that the next call tries again.
+$(VENV)/audited: requirements.lock requirements-hashes.lock supply/accepted.toml
+	@$(BIN)/python -m supply.audit --stamp $@
 
 bench: $(VENV)/installed-dev
 	@$(BIN)/fedferret bench all
@@ -72,6 +87,26 @@ lock: $(VENV)/installed-dev
 	@sed '/^#/!d' requirements.lock > .requirements.lock
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> .requirements.lock
 	@mv .requirements.lock requirements.lock
+	@$(MAKE) --no-print-directory hashes
+	@$(BIN)/python -m supply.licences --write
+
+# The packages of a server or site on Linux, each with the SHA-256 of its files: for the container image and the release.
+hashes: $(VENV)/installed-dev
+	@$(BIN)/uv pip compile pyproject.toml --extra flower --constraint requirements.lock --generate-hashes --quiet \
+		--python-version 3.11 --python-platform linux $(TORCH:%=--torch-backend %) \
+		--custom-compile-command "make hashes$(TORCH:%= TORCH=%)" --output-file $(HASHES)
+
+committed:
+	@test -z "$$(git status --porcelain -- src pyproject.toml README.md LICENSE requirements-hashes.lock)" || { echo "A release has committed files only: commit or revert your changes" >&2; exit 1; }
+
+release: $(VENV)/installed-dev committed supply
+	@rm -rf $(DIST)
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir $(DIST) . >/dev/null
+	@cp requirements-hashes.lock $(DIST)
+	@$(BIN)/cyclonedx-py requirements requirements-hashes.lock --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --no-validate --of JSON -o $(DIST)/sbom.cdx.json 2>/dev/null
+	@cd $(DIST) && sha256sum * > SHA256SUMS
+	@ls -1 $(DIST)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

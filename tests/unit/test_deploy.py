@@ -72,10 +72,12 @@ def test_containers_start_commands_that_exist_with_few_rights() -> None:
     assert all(mount.endswith(":ro") for mount in SERVICES["site"]["join"]["volumes"] if "train" in mount)
 
 
-def test_the_image_has_existing_files_and_runs_as_an_ordinary_user() -> None:
+def test_the_image_has_existing_files_and_locked_packages_and_runs_as_an_ordinary_user() -> None:
     text = (DEPLOY / "container" / "Dockerfile").read_text()
     sources = [word for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for word in line.split()]
-    assert sources and all((ROOT / source).exists() for source in sources)
+    assert sources and all(list(ROOT.glob(source)) for source in sources)
+    installs = re.findall(r"pip install ([^&\n]*)", text)
+    assert installs and all("--require-hashes" in install or "--no-index" in install for install in installs)
     ignored = (DEPLOY / "container" / "Dockerfile.dockerignore").read_text().splitlines()
     assert "*" in ignored and all(f"!{source}" in ignored for source in sources)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -10,7 +10,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SEARCHED = ("src", "docs", "examples", "benchmarks", "recipes", "deploy", "README.md", "CONTRIBUTING.md", "Makefile")
+SEARCHED = (
+    "src",
+    "docs",
+    "examples",
+    "benchmarks",
+    "recipes",
+    "deploy",
+    "supply",
+    "README.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+)
 EXEMPT = ("docs/results/", "docs/images/", "recipes/small/chat-3m/")
 ALIASES = "src/fedferret/renamed_keys.py"  # where old keys are read
 SUFFIXES = {".py", ".md", ".toml", ".jinja", ".html", ".css", ".c", ".sh", ".yaml", ".yml", ".service", ""}
