@@ -1,0 +1,206 @@
+"""Whatever happened to a file of a run or a site, a command says so in one line that names the file and the remedy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedferret.cli import app
+from fedferret.runner import Interrupted, run
+from fedferret.tracking import checkpoint
+from fedferret.tracking.events import read
+from site_folders import FERRET
+from tiny_runs import silent, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+Damage = Callable[[Path], object]
+RESTORE = "restore the folder of the run from a copy"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that were stopped after round 2 of 3, of one recipe with two seeds, and the first one undisturbed."""
+    root = tmp_path_factory.mktemp("damaged")
+    save = checkpoint.save
+
+    def stop(folder: Path, state: checkpoint.RunState) -> None:
+        if state.round == 3 and folder.name != "whole":
+            raise KeyboardInterrupt
+        save(folder, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop)
+        for name, seed in (("stopped", 1), ("other", 2), ("whole", 1)):
+            recipe = tiny_recipe(root, algorithm=FERRET, seed=seed)
+            (root / f"{name}.toml").write_text(recipe.to_toml())
+            with suppress(Interrupted):
+                run(recipe, root / name, silent)
+    return root
+
+
+def outcome(*words: str | Path) -> tuple[int, str]:
+    """Exit code and standard error of a command, which shows no traceback."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.stderr
+
+
+def cut(name: str) -> Damage:
+    """Lose the end of the file."""
+    return lambda folder: one(folder, name).write_bytes(one(folder, name).read_bytes()[:-7])
+
+
+def flip(name: str, place: int = 30) -> Damage:
+    """Turn one bit."""
+
+    def damage(folder: Path) -> None:
+        content = bytearray(one(folder, name).read_bytes())
+        content[place] ^= 4
+        one(folder, name).write_bytes(content)
+
+    return damage
+
+
+def lose(name: str) -> Damage:
+    """Remove the file."""
+    return lambda folder: one(folder, name).unlink()
+
+
+def occupy(name: str) -> Damage:
+    """Put a folder in the file's place."""
+
+    def damage(folder: Path) -> None:
+        path = one(folder, name)
+        path.unlink()
+        path.mkdir()
+
+    return damage
+
+
+def lock(name: str) -> Damage:
+    """Make the file unreadable, for root too: a link to itself."""
+
+    def damage(folder: Path) -> None:
+        path = one(folder, name)
+        path.unlink()
+        path.symlink_to(path.name)
+
+    return damage
+
+
+def swap(name: str, source: str | None = None) -> Damage:
+    """Put the file of the other run there, or another file of this run."""
+
+    def damage(folder: Path) -> None:
+        path = one(folder, name)
+        other = folder.parent / "other" / path.relative_to(folder) if source is None else folder / source
+        path.write_bytes((max(path.parent.iterdir()) if source == "last" else other).read_bytes())
+
+    return damage
+
+
+def without(name: str, words: str) -> Damage:
+    """Remove the lines that have these words."""
+
+    def damage(folder: Path) -> None:
+        lines = one(folder, name).read_text().splitlines(keepends=True)
+        one(folder, name).write_text("".join(line for line in lines if words not in line))
+
+    return damage
+
+
+def replace_text(name: str, old: str, new: str) -> Damage:
+    """Change the text."""
+    return lambda folder: one(folder, name).write_text(one(folder, name).read_text().replace(old, new))
+
+
+def one(folder: Path, name: str) -> Path:
+    """The first file of that name or pattern."""
+    return min(folder.glob(name)) if "*" in name else folder / name
+
+
+STATE, RECORD, CLIENT, EVENTS = "state/run.state", "log/000001.record", "state/clients/*.state", "events.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("command", "damage", "file", "words"),
+    [
+        ("run", cut(STATE), STATE, "is damaged"),
+        ("run", flip(STATE), STATE, "checksum differs"),
+        ("run", lose(STATE), STATE, "is missing"),
+        ("run", occupy(STATE), STATE, "Is a directory"),
+        ("run", lock(STATE), STATE, "cannot be read"),
+        ("run", swap(STATE), RECORD, "is damaged, or of another run"),
+        ("run", swap(STATE, RECORD), STATE, "holds a Record and no checkpoint"),
+        ("run", cut(RECORD), RECORD, "is damaged"),
+        ("run", flip(RECORD), RECORD, "is damaged"),
+        ("run", lose(RECORD), RECORD, "is missing"),
+        ("run", occupy(RECORD), RECORD, "Is a directory"),
+        ("run", swap(RECORD), RECORD, "is damaged, or of another run"),
+        ("run", swap(RECORD, "log/000002.record"), RECORD, "is damaged, or of another run"),
+        ("run", cut(CLIENT), CLIENT, "is damaged"),
+        ("run", flip(CLIENT), CLIENT, "is damaged"),
+        ("run", lose(CLIENT), CLIENT, "is missing"),
+        ("run", occupy(CLIENT), CLIENT, "Is a directory"),
+        ("run", swap(CLIENT, "last"), CLIENT, "it is that of"),
+        ("run", lose(EVENTS), EVENTS, "is missing"),
+        ("run", flip(EVENTS, 0), EVENTS, "line 1 is not JSON"),
+        ("run", occupy(EVENTS), EVENTS, "Is a directory"),
+        ("run", without(EVENTS, '"round": 1,'), EVENTS, "no round 1"),
+        ("run", without(EVENTS, '"round"'), EVENTS, "ends with round 0"),
+        ("run", swap(EVENTS), "recipe.toml", "is not the one that the run in"),
+        ("run", replace_text(EVENTS, '"bytes_up"', '"bytes_uq"'), EVENTS, "is damaged (KeyError: 'bytes_up')"),
+        ("run", lose("recipe.toml"), "recipe.toml", "is missing"),
+        ("run", cut("recipe.toml"), "recipe.toml", "cannot be used"),
+        ("run", cut("summary.json"), "summary.json", "remove it"),
+        ("run", occupy("summary.json"), "summary.json", "Is a directory"),
+        ("report", cut("summary.json"), "summary.json", "remove it"),
+        ("report", cut("environment.json"), "environment.json", "remove it"),
+        ("report", occupy("recipe.toml"), "recipe.toml", "Is a directory"),
+        ("report", without(EVENTS, '"round": 1,'), EVENTS, "no round 1"),
+        ("report", replace_text(EVENTS, '"loss"', '"lors"'), EVENTS, "is damaged"),
+        ("report", replace_text(EVENTS, '{"event": "interrupted"', '["event"'), EVENTS, "is not JSON"),
+        ("export", lose("recipe.toml"), "recipe.toml", "not a run folder"),
+        ("export", replace_text("recipe.toml", "seed = 1", "seed = 3"), "recipe.toml", "is not the one that the run"),
+        ("export", cut(STATE), STATE, "is damaged"),
+        ("export", swap(RECORD), RECORD, "is damaged, or of another run"),
+        ("export", lose(EVENTS), EVENTS, "is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_one_line(
+    command: str, damage: Damage, file: str, words: str, runs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(runs / "stopped", folder)
+    (tmp_path / "other").symlink_to(runs / "other")
+    path = one(folder, file)
+    damage(folder)
+    given = {
+        "run": ("run", runs / "stopped.toml", "--out", folder),
+        "report": ("report", folder),
+        "export": ("export", folder, "--delta", tmp_path / "delta"),
+    }
+    code, line = outcome(*given[command])
+    assert code in (1, 2) and line.count("\n") == 1, line
+    assert str(path) in line or f"has no {path.name}" in line, line
+    assert words in line and (RESTORE in line or "remove it" in line or "makes one" in line), line
+    assert not (tmp_path / "delta").exists()
+
+
+def test_stray_files_change_no_bit(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(runs / "stopped", folder)
+    for name in ("000002.snapshot", "000001.snapshot", "000003.record", "notes.record", ".000002.record.ab12"):
+        shutil.copy(runs / "other" / "log" / "000002.record", folder / "log" / name)
+    shutil.copy(one(folder, CLIENT), folder / "state" / "clients" / f"{'0' * 24}.000001.state")
+    (folder / "state" / "clients" / "notes.state").write_text("mine")
+    assert outcome("run", runs / "stopped.toml", "--out", folder)[0] == 0
+    assert (folder / "log" / "000003.record").read_bytes() == (runs / "whole" / "log" / "000003.record").read_bytes()
+    assert read(folder).rounds[3].fingerprint == read(runs / "whole").rounds[3].fingerprint != ""
+    assert (folder / "state" / "clients" / "notes.state").exists() and (folder / "log" / "notes.record").exists()
