@@ -29,7 +29,8 @@ from fedferret.core.files import write_atomically
 from fedferret.engines.relay import SOCKET
 from fedferret.sites import forwarder
 from fedferret.sites.address import is_loopback, split
-from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site, unpack
+from fedferret.sites.archive import unpack
+from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site
 from fedferret.sites.flower_process import LOOPBACK, environment, free_port, secret, supernode
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
@@ -219,7 +220,9 @@ def _credentials(settings: JoinSettings, folder: Path) -> SiteCredentials:
         raise UserError("no certificates: give the archive from the server's administrator with --credentials")
     if given is not None and not given.exists():
         raise UserError(f"--credentials {given}: there is no such file or folder")
-    known = unpack(given, stored) if given is not None and given.is_file() else read_site(given or stored)
+    if given is not None and given.is_file():
+        return unpack(given, stored, name=settings.name)
+    known = read_site(given or stored)
     if known.name != settings.name:
         raise UserError(
             f"--name {settings.name}: the credentials are those of {known.name}; give those of {settings.name}"
