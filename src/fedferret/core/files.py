@@ -24,7 +24,7 @@ def write_atomically(path: Path, data: bytes | str, *, private: bool = False) ->
     Args:
         path: the file; missing folders are made.
         data: the content; text is written as UTF-8.
-        private: only the owner may read the file and enter the folders that are made; else the umask decides.
+        private: only the owner may read the file, and enter its folder if that is made; else the umask decides.
     """
     content = data.encode() if isinstance(data, str) else data
     build_atomically(path, lambda temporary: temporary.write_bytes(content), private=private)
@@ -56,11 +56,11 @@ def make_folder(folder: Path, *, private: bool = False) -> None:
 
     Args:
         folder: nothing happens if it exists.
-        private: only the owner may enter the folders that are made; else the umask decides.
+        private: only the owner may enter the folder; else the umask decides, as it does for those above it.
     """
     if folder.is_dir():
         return
-    make_folder(folder.parent, private=private)
+    make_folder(folder.parent)
     folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
     flush(folder.parent)
 

@@ -127,14 +127,19 @@ class Trainer:
         holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
-        private = self._private(request, notes)
-        reply, private = node.handle(request.body, request.client, private, holdings[request.client])
+        noted = len(notes)
+        before = self._private(request, notes)
+        reply, private = node.handle(request.body, request.client, before, holdings[request.client])
         trains = isinstance(request.body, Train)
-        kept = codec.encode(private) if trains and private is not None else b""
+        kept = trains and private is not None
         folder = self._run_folder(request.run)
         if folder and kept:
-            folder.keep(request.round, kept)
-        response = self._response(request, DONE, codec.encode(reply), private=b"" if folder else kept)
+            if request.counted and before is None and len(notes) == noted:
+                notes.append(f"the private state of round {request.counted} is not in {folder.path}: it is begun again")
+            folder.keep(request.client, request.round, private)
+        response = self._response(
+            request, DONE, codec.encode(reply), private=codec.encode(private) if kept and not folder else b""
+        )
         if folder:  # one client: a server that was killed meanwhile asks for the same again
             self._last = request, response
         return response
@@ -148,7 +153,7 @@ class Trainer:
         self._replica, self._last = None, None  # the memory of two models is one too many
         if folder and request.rebuild:
             folder.forget()
-        recipe = request.recipe or (folder.recipe() if folder else "")
+        recipe = request.recipe or (folder.recipe(request.run, notes) if folder else "")
         if not recipe:
             raise MissingState("recipe")
         if hashlib.sha256(recipe.encode()).hexdigest() != request.run:
@@ -198,12 +203,7 @@ class Trainer:
         folder = self._run_folder(request.run)
         if folder is None:
             return codec.decode(request.private) if request.private else None
-        encoded = folder.private(request.counted)
-        try:
-            return codec.decode(encoded) if encoded else None
-        except codec.WireError as error:
-            notes.append(f"the private state of round {request.counted} is damaged ({error}): it is begun again")
-            return None
+        return folder.private(request.client, request.counted, notes)
 
     def _run_folder(self, run: str) -> RunFolder | None:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
