@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner
 
 from fedferret.cli import app
+from fedferret.config import load
 from fedferret.runner import Interrupted, run
 from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
 from site_folders import FERRET
-from tiny_runs import silent, tiny_recipe
+from tiny_runs import silent, tiny_recipe, tiny_tables
+from unit.written_run import write_run
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -204,3 +208,94 @@ def test_stray_files_change_no_bit(runs: Path, tmp_path: Path) -> None:
     assert (folder / "log" / "000003.record").read_bytes() == (runs / "whole" / "log" / "000003.record").read_bytes()
     assert read(folder).rounds[3].fingerprint == read(runs / "whole").rounds[3].fingerprint != ""
     assert (folder / "state" / "clients" / "notes.state").exists() and (folder / "log" / "notes.record").exists()
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """The folders of a served run ("run") and of a site ("site"), and a recipe, as a server and `join` leave them."""
+    pytest.importorskip("flwr")
+    pytest.importorskip("cryptography")
+    from fedferret.sites import state
+
+    tables = tiny_tables(tmp_path, data={"sites": ["w"]}, clients={"per_round": 1})
+    tables["data"] = {"source": "sites", "sites": ["w"]}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+    write_run(tmp_path / "run", finished=False)
+    (tmp_path / "run" / "recipe.toml").write_text(load(tmp_path / "recipe.toml").to_toml())
+    state.write(tmp_path / "run", "server", {"doing": "stopped", "listen": "127.0.0.1:1", "secure": False})
+    state.write(tmp_path / "run", "nodes", {"time": 0, "nodes": {"w": {"connected": True}}})
+    state.write(tmp_path / "run", "names", {})
+    state.MessageLog(tmp_path / "run").record({"what": "done", "client": "w", "round": 3, "version": 2, "process": 7})
+    site = tmp_path / "site"
+    site.mkdir(mode=0o700)
+    (site / "rows.jsonl").write_text('{"instruction": "The door?", "response": "Red."}\n')
+    (site / "site.toml").write_text('name = "w"\n[data]\npath = "rows.jsonl"\n')
+    (site / "join.json").write_text('{"doing": "stopped", "name": "w", "address": "127.0.0.1:1"}')
+    line = {"what": "done", "round": 3, "framed_bytes": 1000, "time": "2026-11-22T19:02:11"}
+    (site / "audit.jsonl").write_text(json.dumps(line) + "\n")
+    (site / "logs").mkdir()
+    (site / "logs" / "trainer.log").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "damage", "file", "words"),
+    [
+        ("status run", cut("run/server/server.json"), "run/server/server.json", "`fedferret serve` writes it again"),
+        ("status run", occupy("run/server/server.json"), "run/server/server.json", "Is a directory"),
+        ("nodes run", cut("run/server/nodes.json"), "run/server/nodes.json", "is damaged"),
+        ("nodes run", lock("run/server/messages.jsonl"), "run/server/messages.jsonl", "remove it"),
+        ("nodes run", occupy("run/server/messages.jsonl"), "run/server/messages.jsonl", "Is a directory"),
+        ("status run", cut("run/events.jsonl"), "", ""),
+        ("status run", flip("run/events.jsonl", 0), "run/events.jsonl", "line 1 is not JSON"),
+        ("status site", cut("site/join.json"), "site/join.json", "`fedferret join` writes it again"),
+        ("status site", occupy("site/audit.jsonl"), "site/audit.jsonl", "Is a directory"),
+        ("serve", flip("run/events.jsonl", 0), "run/events.jsonl", "line 1 is not JSON"),
+        ("serve", occupy("run/events.jsonl"), "run/events.jsonl", "Is a directory"),
+        ("serve", lose("run/recipe.toml"), "run/recipe.toml", "is missing"),
+        ("serve", cut("run/recipe.toml"), "run/recipe.toml", "cannot be used"),
+        ("serve", occupy("run/server/server.json"), "run/server/server.json", "Is a directory"),
+        ("serve", occupy("run/server/messages.jsonl"), "run/server/messages.jsonl", "remove it"),
+        ("join", cut("site/site.toml"), "site/site.toml", "give a name and a table"),
+        ("join", occupy("site/site.toml"), "site/site.toml", "Is a directory"),
+        ("join", occupy("site/logs/trainer.log"), "site/logs/trainer.log", "Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_server_or_a_site_is_one_line(
+    command: str, damage: Damage, file: str, words: str, places: Path
+) -> None:
+    damage(places)
+    verb, _, folder = command.partition(" ")
+    options = {
+        "serve": (places / "recipe.toml", "--out", places / "run", "--insecure"),
+        "join": ("127.0.0.1:1", "--name", "w", "--folder", places / "site", "--insecure"),
+    }
+    code, line = outcome(verb, *options.get(verb, (places / folder,)))
+    if not file:
+        assert (code, line) == (0, "")  # a torn last line: a crash's
+        return
+    assert code in (1, 2) and line.count("\n") == 1, line
+    assert str(places / file) in line and words in line, line
+
+
+def test_lines_that_are_no_records_are_passed_over_and_a_server_writes_its_files_again(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    junk = '\n[]\n7\n{"what": "traffic"}\n{"what": {}}\n{"what": "done"}\n{"what": "socket"}\n\xff\n{"wha'
+    for path in (places / "run" / "server" / "messages.jsonl", places / "site" / "audit.jsonl"):
+        with path.open("a", encoding="latin-1") as file:
+            file.write(junk)
+    run = CliRunner().invoke(app, ["nodes", str(places / "run")])
+    site = CliRunner().invoke(app, ["status", str(places / "site")])
+    assert (run.exit_code, site.exit_code) == (0, 0), (run.exception, site.exception)
+    assert "round 3" in run.stdout and "version 2" in run.stdout
+    assert "Updates:  1; the last: round 3 at 2026-11-22T19:02:11" in site.stdout
+    monkeypatch.setattr("fedferret.sites.serve.Server.run", lambda server: None)
+    for name in ("server", "nodes", "names"):
+        cut(f"run/server/{name}.json")(places)
+    words = ["serve", str(places / "recipe.toml"), "--out", str(places / "run"), "--insecure"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.exception
+    for name in ("server", "nodes", "names"):
+        assert f"server/{name}.json is damaged" in result.stdout
+        assert not (places / "run" / "server" / f"{name}.json").exists()

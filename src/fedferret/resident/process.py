@@ -107,7 +107,7 @@ def main() -> None:
         lock = take(folder)
         trainer = open_trainer(folder)
         listener = listen(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a folder or file that cannot be what it should be
         print(f"fedferret: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     with lock, listener:

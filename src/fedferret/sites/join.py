@@ -33,6 +33,7 @@ from fedferret.sites.archive import unpack
 from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site
 from fedferret.sites.flower_process import LOOPBACK, environment, free_port, secret, supernode
 from fedferret.sites.package import fingerprint, run_package
+from fedferret.sites.state import read_json
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes
@@ -109,6 +110,10 @@ def resolve_data(settings: JoinSettings, folder: Path) -> str:
     try:
         known = tomllib.loads(path.read_text(encoding="utf-8"))
         name, data = str(known["name"]), str(folder / Path(known["data"]["path"]).expanduser())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): write it again, or remove it and give --data"
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: give a name and a table [data] with a path ({error})") from None
     if name != settings.name:
@@ -209,9 +214,8 @@ class Site:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return what `join` last wrote about itself in the site's folder."""
-    known: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return known
+    """Return what `join` last wrote about itself in the site's folder. Raises UserError if the file is damaged."""
+    return read_json(folder / STATE, "`fedferret join`")
 
 
 def _credentials(settings: JoinSettings, folder: Path) -> SiteCredentials:

@@ -81,6 +81,7 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
     out = out.resolve()
     with terminable(), alone_in(out / state.FOLDER, "a server"):
         write_atomically(out / state.FOLDER / "recipe.toml", recipe.to_toml())
+        state.remove_damaged(out, log)
         for notice in settings.credentials.notices if settings.credentials else ():
             log(notice)
         Server(out, settings, keys, log).run()
