@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -17,6 +19,7 @@ from fedferret.config import load
 from fedferret.runner import Interrupted, run
 from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
+from fedferret.wire import codec
 from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
 from unit.written_run import write_run
@@ -299,3 +302,31 @@ def test_lines_that_are_no_records_are_passed_over_and_a_server_writes_its_files
     for name in ("server", "nodes", "names"):
         assert f"server/{name}.json is damaged" in result.stdout
         assert not (places / "run" / "server" / f"{name}.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fingerprint": ""}, "states no SHA-256 of the tuned weights"),
+        ({"fingerprint": "f" * 64}, "the rebuilt weights have SHA-256"),
+        ({"settings": "{"}, "cannot be applied"),
+        ({"settings": "7"}, "cannot be applied"),
+        ({"settings": "{}"}, "cannot be applied"),
+        ({"method": "fedavg", "settings": "{}"}, "cannot be applied"),
+        ({"method": "no such"}, "no method is called"),
+        ({"records": (b"garbage",)}, "cannot be applied"),
+        ({"records": (), "version": 9}, "cannot be applied"),
+        ({"snapshot": codec.encode(7), "version": 9}, "cannot be applied"),
+    ],
+)
+def test_a_delta_that_cannot_be_applied_is_one_line(
+    changes: dict[str, Any], words: str, runs: Path, tmp_path: Path
+) -> None:
+    from fedferret.export import export_delta
+
+    delta = runs / "whole.delta"
+    known = codec.decode(delta.read_bytes()) if delta.exists() else export_delta(runs / "whole", delta, silent)
+    (tmp_path / "delta").write_bytes(codec.encode(replace(known, **changes)))
+    code, line = outcome("apply", "tiny", tmp_path / "delta", "--to", tmp_path / "model")
+    assert code in (1, 2) and line.count("\n") == 1 and words in line, line
+    assert not (tmp_path / "model").exists()

@@ -23,7 +23,7 @@ from fedferret.core.keys import Key
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
-from fedferret.models.huggingface import check_source, folder_has_chat_template, read_config, read_model
+from fedferret.models.huggingface import check_source, folder_has_chat_template, one_line, read_config, read_model
 from fedferret.models.packaged import describe, ensure, is_cached
 from fedferret.models.quiet import quiet_transformers
 from fedferret.models.small import DONOR, small_config, small_model, small_tokenizer
@@ -172,7 +172,7 @@ def skeleton(name: str) -> nn.Module:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             config = read_config(name)
-        with torch.device("meta"):
+        with one_line(name), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
 
