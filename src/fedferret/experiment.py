@@ -43,6 +43,9 @@ def read_recipe(run: Path) -> Recipe:
     Args:
         run: the run's folder.
 
+    Returns:
+        The recipe, resolved.
+
     Raises:
         RunError: the file is missing or cannot be read.
         UserError: it is no recipe.
@@ -56,7 +59,14 @@ def read_recipe(run: Path) -> Recipe:
 
 
 def recipe_fingerprint(run: Path) -> str:
-    """The SHA-256 of a run's recipe file, which stays as it was written when the run began."""
+    """Hash a run's recipe file, which stays as it was written when the run began.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        SHA-256 of the file, as 64 hexadecimal digits.
+    """
     return hashlib.sha256(read_intact(run / "recipe.toml", RESTORE)).hexdigest()
 
 
@@ -187,7 +197,7 @@ class Experiment(Parts):
         )
 
     def _kept_rounds(self, state: RunState) -> dict[str, int]:
-        """The last counted round of each client whose private state is kept here."""
+        """The last counted round of each client with a private state in this folder."""
         counted = {client: version + 1 for client, version in state.versions.items()} if self.trains_here else {}
         if not counted:
             return {}

@@ -127,7 +127,7 @@ def _read_run(run: Path) -> tuple[Recipe, Log]:
         raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
     events.check_format(run)
     recipe = read_recipe(run)  # before the log: it brings the method's messages
-    for name in ("state", "log"):
+    for name in ("state", "log", "state/run.state"):
         inside(run, run / name)
     if not checkpoint.saved_round(run):
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")

@@ -22,6 +22,7 @@ from fedferret.tracking.events import read
 from fedferret.wire import codec
 from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
+from unit.written_grid import write_cell, written_grid
 from unit.written_run import write_run
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -330,3 +331,50 @@ def test_a_delta_that_cannot_be_applied_is_one_line(
     code, line = outcome("apply", "tiny", tmp_path / "delta", "--to", tmp_path / "model")
     assert code in (1, 2) and line.count("\n") == 1 and words in line, line
     assert not (tmp_path / "model").exists()
+
+
+def test_a_flipped_bit_of_the_events_is_one_line_or_another_figure(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    content = (tmp_path / EVENTS).read_bytes()
+    refused = 0
+    for place in range(7, len(content), len(content) // 60):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / EVENTS).write_bytes(bytes(damaged))
+        code, line = outcome("report", tmp_path)
+        assert (code, line.count("\n")) in ((0, 0), (1, 1), (2, 1)), (line, content[place - 20 : place + 5])
+        refused += code != 0
+    assert refused > 20
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "state", "log", "state/run.state", "log/000001.record", EVENTS])
+def test_an_export_follows_no_link_out_of_its_folder(name: str, runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(runs / "stopped", folder)
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    code, line = outcome("export", folder, "--delta", tmp_path / "delta")
+    assert code == 2 and f"{name} is a link that leads out of" in line and line.count("\n") == 1, line
+    assert not (tmp_path / "delta").exists()
+
+
+@pytest.mark.parametrize("name", ["runs/a/seed-1", "runs/a/seed-1.json", "runs/a/seed-1/events.jsonl", "plots"])
+def test_a_comparison_follows_no_link_out_of_its_folder_and_names_damage(name: str, tmp_path: Path) -> None:
+    grid, out = written_grid(tmp_path, ["A"], seeds=[1]), tmp_path / "out"
+    for cell in grid.cells(out):
+        write_cell(cell, {0: 5.0, 2: 4.0})
+    (out / "grid.toml").write_text(grid.to_toml())
+    (out / "plots").mkdir()
+    path = out / name
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    words = ("compare", out / "grid.toml", "--out", out, "--table-only")
+    code, line = outcome(*words)
+    assert code == 2 and f"{path} is a link that leads out of" in line and line.count("\n") == 1, line
+    path.unlink()
+    if name.endswith(("json", "jsonl")):
+        path.write_text("{")
+        if name.endswith("jsonl"):
+            path.write_text("{\n")
+        code, line = outcome(*words)
+        assert code == 2 and str(path) in line and line.count("\n") == 1, line

@@ -73,9 +73,14 @@ def is_local(name: str) -> bool:
         return True
     if name == "small" or name.startswith(PACKAGED):
         return is_cached(DONOR if name == "small" else name)
-    from huggingface_hub import try_to_load_from_cache
+    with quick_imports():
+        from transformers import AutoConfig
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def has_chat_template(name: str) -> bool:

@@ -38,6 +38,8 @@ from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, termin
 
 LOOK = 0.2  # seconds between two polls of the processes
 NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
+NOT_SIGNED = "401 Unauthorized"  # of a call with a signature that Flower refuses, by its time for instance
+SIGNED_BEFORE, SIGNED_AHEAD = 305, 5  # seconds, of Flower's (`flwr/superlink/routers/fleet/node_auth.py`); measured
 SETTINGS = "site.toml"  # read by the trainer, `sites/site.py`
 STATE = "join.json"
 
@@ -200,17 +202,35 @@ class Site:
             self._log_event("connected")
 
     def _explain(self, part: Part, code: int, output: str) -> str:
-        if part.name == "SuperNode" and NOT_ACTIVATED in output:
-            return (
-                f"{self.settings.address} refuses {self.settings.name} for now: it holds a lost connection for up to a "
-                f"minute, or this site is not on the run's list of sites; trying again."
-            )
-        return f"The {part.name} {ended(code)}; starting it again."
+        return explain(self.settings, part.name, code, output)
 
     def _log_event(self, doing: str) -> None:
         content = {"doing": doing, "time": time.time(), "process": os.getpid(), "started": self.started}
         content |= {"address": self.settings.address, "name": self.settings.name, "secure": bool(self.credentials)}
         write_atomically(self.folder / STATE, json.dumps(content, indent=1))
+
+
+def explain(settings: JoinSettings, process: str, code: int, output: str) -> str:
+    """Return a line for the operator on a process of the site that ended.
+
+    Args:
+        settings: of the site.
+        process: its name.
+        code: its exit code.
+        output: the last that it printed.
+    """
+    if process == "SuperNode" and NOT_ACTIVATED in output:
+        return (
+            f"{settings.address} refuses {settings.name} for now: it holds a lost connection for up to a minute, or "
+            f"this site is not on the run's list of sites; trying again."
+        )
+    if process == "SuperNode" and NOT_SIGNED in output:
+        return (
+            f"{settings.address} refuses the signatures of {settings.name} (401): set this machine's clock and the "
+            f"server's, for instance with chrony; calls may be signed at most {SIGNED_BEFORE} s before they arrive, "
+            f"and at most {SIGNED_AHEAD} s ahead; trying again."
+        )
+    return f"The {process} {ended(code)}; starting it again."
 
 
 def read_state(folder: Path) -> dict[str, Any]:
