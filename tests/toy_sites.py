@@ -59,8 +59,9 @@ def toy_trainer(
     built: list[str] | None = None,
     guards: Sequence[Guard] = (),
     held_out: Mapping[str, Examples] | None = None,
+    **limits: Any,
 ) -> Trainer:
-    """A trainer with a toy model; ``built`` counts how often it was made."""
+    """A trainer with a toy model; ``built`` counts how often it was made, ``limits`` are those of a site's policy."""
 
     def build(recipe: str, _: Path | None) -> Work:
         if built is not None:
@@ -68,7 +69,7 @@ def toy_trainer(
         node, _ = Node.start(toy_task(rounds, algorithm), algorithm, 3, codec, guards=guards)
         return Work(node, data, base, "fingerprint of the data", held_out or {})
 
-    return Trainer(build, folder, client, on_message)
+    return Trainer(build, folder, client, on_message, **limits)
 
 
 def simulate_sites(

@@ -304,7 +304,7 @@ def simulate(
         state = checkpoint.resume(folder, node)
     else:
         state = RunState(node, server, Log(folder / "log" if folder else None))
-    store = FolderClientStore(folder / "clients", codec, state.round) if folder else ClientStore()
+    store = FolderClientStore(folder / "clients", codec, kept_rounds(algorithm, state)) if folder else ClientStore()
     running = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
     if state.round >= (until or rounds_):
@@ -315,6 +315,17 @@ def simulate(
         if record.round == until:
             break
     return simulation
+
+
+def kept_rounds(algorithm: AnyAlgorithm, state: RunState) -> dict[str, int]:
+    """The last counted round of each client that keeps a private state."""
+    shapes = shapes_of(algorithm, state.node.task.rounds)
+    counted = {client: version + 1 for client, version in state.versions.items()}
+    return {
+        client: number
+        for client, number in counted.items()
+        if algorithm.wire_cost(shapes(number), len(counted), number).client_state_bytes
+    }
 
 
 def bits(value: Any) -> bytes:

@@ -7,7 +7,6 @@ A run's process, a site, a simulation's worker and an export are built from the 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -206,7 +205,6 @@ class Parts:
         idle = not self.trains_here and not self.data.held_out  # a server that neither trains nor evaluates
         if self.recipe.execution.memory == "lean" or idle:
             return_large_blocks()
-            folder = self.folder / "state" if self.folder else Path(tempfile.gettempdir())
-            return MappedTree(folder / f".weights-{os.getpid()}", weights)
+            return MappedTree(self.folder / "state" if self.folder else Path(tempfile.gettempdir()), weights)
         device = self.task.device
         return {name: weight.detach().to(device, copy=True) for name, weight in weights.items()}

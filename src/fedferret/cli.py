@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
 import typer
 
+from fedferret.command_errors import one_line_errors as _one_line_errors
 from fedferret.core.imports import quick_imports
 
 _log = typer.echo
@@ -375,25 +374,3 @@ def _closing_lines(folder: Path) -> str:
         f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)\n"
         f"              fedferret export {folder} --delta FILE  (kilobytes)"
     )
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print errors as one line and exit: UserError with code 2, RunError with 1, Ctrl-C with 130."""
-    from fedferret.core.errors import RunError, UserError
-
-    try:
-        yield
-    except UserError as error:
-        _print_error(error)
-        raise typer.Exit(2) from None
-    except RunError as error:
-        _print_error(error)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as error:
-        _print_error(error if error.args else "stopped")
-        raise typer.Exit(130) from None
-
-
-def _print_error(error: object) -> None:
-    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # messages of torch can have many lines

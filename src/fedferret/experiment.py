@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fedferret.build import Parts, check, load_data
-from fedferret.config import Recipe
+from fedferret import models
+from fedferret.build import Parts, check, load_data, prepare
+from fedferret.config import Recipe, load
 from fedferret.core import rounds, tree
-from fedferret.core.errors import RunError
+from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
+from fedferret.core.files import inside, read_intact
 from fedferret.core.keys import Key
-from fedferret.core.log import Log
+from fedferret.core.log import RESTORE, Log
 from fedferret.core.rounds import Engine, RoundRecord, RunState
+from fedferret.core.stages import shapes_by_round
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
@@ -33,23 +37,67 @@ from fedferret.wire import codec
 ENGINES = {"in-process": InProcess, "debug": Debug}
 
 
-def check_base(run: Path, fingerprint: str) -> None:
-    """Refuse another base than the one that the run in a folder began from.
-
-    Where all weights are tuned, replaying the log would find out; the log of an adapter fits any base.
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of the run in a folder.
 
     Args:
         run: the run's folder.
-        fingerprint: SHA-256 of the base weights at hand.
+
+    Returns:
+        The recipe, resolved.
 
     Raises:
-        RunError: the folder names other weights.
+        RunError: the file is missing or cannot be read.
+        UserError: it is no recipe.
     """
-    known = events.read(run).start.get("base", fingerprint) if (run / events.FILE).exists() else fingerprint
-    if known != fingerprint:
+    path = inside(run, run / "recipe.toml")
+    read_intact(path, RESTORE)
+    try:
+        return load(path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used ({error}): {RESTORE}") from None
+
+
+def recipe_fingerprint(run: Path) -> str:
+    """Hash a run's recipe file, which stays as it was written when the run began.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        SHA-256 of the file, as 64 hexadecimal digits.
+    """
+    return hashlib.sha256(read_intact(run / "recipe.toml", RESTORE)).hexdigest()
+
+
+def check_start(run: Path, base: str, round: int) -> None:
+    """Refuse another base or recipe than the run in a folder began with, and events that end before its checkpoint.
+
+    Where all weights are tuned, replaying the log would find another base; the log of an adapter fits any.
+
+    Args:
+        run: the run's folder.
+        base: SHA-256 of the base weights at hand.
+        round: that the checkpoint has reached.
+
+    Raises:
+        RunError: a file of the folder does not belong to the others, or to this base.
+    """
+    path = run / events.FILE
+    if not path.exists():
+        raise RunError(f"{path} is missing, which says what the run began from: {RESTORE}")
+    known = events.read(run)
+    if known.start.get("base", base) != base:
         raise RunError(
-            f"{run} began from a base with SHA-256 {known[:12]}…, and this one has {fingerprint[:12]}…: "
+            f"{run} began from a base with SHA-256 {str(known.start['base'])[:12]}…, and this one has {base[:12]}…: "
             f"give it the weights that it began from"
+        )
+    recipe = recipe_fingerprint(run)
+    if known.start.get("recipe", recipe) != recipe:
+        raise RunError(f"{run / 'recipe.toml'} is not the one that the run in {path} began with: {RESTORE}")
+    if known.done < round:
+        raise RunError(
+            f"{path} ends with round {known.done}, and {run / 'state' / 'run.state'} is of round {round}: {RESTORE}"
         )
 
 
@@ -102,8 +150,8 @@ class Experiment(Parts):
         Raises:
             RunError: the run began from another base, or this machine rebuilds other weights.
         """
-        if self.folder and checkpoint.saved_round(self.folder) is not None:
-            check_base(self.folder, self.base_fingerprint)
+        if self.folder and (saved := checkpoint.saved_round(self.folder)) is not None:
+            check_start(self.folder, self.base_fingerprint, saved)
             node, _ = self.start_node()
             return checkpoint.resume(self.folder, node)
         node, server = self.start_node()
@@ -129,7 +177,7 @@ class Experiment(Parts):
             after ``state.round``.
         """
         folder = self.folder and self.folder / "state" / "clients"
-        store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
+        store = FolderClientStore(folder, codec, self._kept_rounds(state)) if folder else ClientStore()
         execution = self.recipe.execution
         if self.transport is None and execution.engine in ENGINES:
             held_out = self.tokens.held_out_by_client
@@ -147,6 +195,20 @@ class Experiment(Parts):
             log=log,
             on_message=on_message,
         )
+
+    def _kept_rounds(self, state: RunState) -> dict[str, int]:
+        """The last counted round of each client with a private state in this folder."""
+        counted = {client: version + 1 for client, version in state.versions.items()} if self.trains_here else {}
+        if not counted:
+            return {}
+        algorithm, cohort = self.recipe.algorithm, self.recipe.clients.per_round
+        skeleton = prepare(algorithm, models.skeleton(self.recipe.model.name), self.recipe.seed)
+        shapes = shapes_by_round(algorithm, skeleton, self.recipe.rounds)
+        keeps = {
+            number: algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes > 0
+            for number in set(counted.values())
+        }
+        return {client: number for client, number in counted.items() if keeps[number]}
 
     def run_rounds(
         self,

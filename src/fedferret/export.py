@@ -20,16 +20,16 @@ from torch import nn
 
 from fedferret import models
 from fedferret.build import prepare
-from fedferret.config import Recipe, build_algorithm, load
+from fedferret.config import Recipe, build_algorithm
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import write_atomically
+from fedferret.core.files import inside, write_atomically
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
-from fedferret.experiment import check_base
+from fedferret.experiment import check_start, read_recipe
 from fedferret.models import LanguageModel
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
@@ -63,7 +63,7 @@ def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -
     refuse_filled(folder)
     recipe, entries = _read_run(run)
     base = models.load(recipe.model.name, log=log)
-    check_base(run, tree.fingerprint(tree.parameters(base.model)))
+    check_start(run, tree.fingerprint(tree.parameters(base.model)), entries.version)
     return _write_folder(base, _delta(recipe, entries.since(0)), folder, log)
 
 
@@ -74,7 +74,7 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> D
     recipe, entries = _read_run(run)
     base = models.load(recipe.model.name, log=log)
     delta = replace(_delta(recipe, entries.since(0)), base_fingerprint=tree.fingerprint(tree.parameters(base.model)))
-    check_base(run, delta.base_fingerprint)
+    check_start(run, delta.base_fingerprint, entries.version)
     with _tuned(base, delta) as (_, model):
         delta = replace(delta, fingerprint=tree.fingerprint(tree.parameters(model)))
     write_atomically(path, codec.encode(delta))
@@ -114,6 +114,11 @@ def read_delta(path: Path) -> DeltaFile:
         raise UserError(f"{path}: not a delta file: {error}") from None
     if not isinstance(delta, DeltaFile):
         raise UserError(f"{path}: not a delta file: it holds a {type(delta).__name__}")
+    if not delta.fingerprint:
+        raise UserError(
+            f"{path} states no SHA-256 of the tuned weights, so nothing shows that they are the right ones: "
+            f"write it again with `fedferret export RUN --delta FILE`"
+        )
     return delta
 
 
@@ -121,11 +126,12 @@ def _read_run(run: Path) -> tuple[Recipe, Log]:
     if not (run / "recipe.toml").exists():
         raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
     events.check_format(run)
-    recipe = load(run / "recipe.toml")  # before the log: it brings the method's messages
-    rounds = checkpoint.saved_round(run)
-    if not rounds:
+    recipe = read_recipe(run)  # before the log: it brings the method's messages
+    for name in ("state", "log", "state/run.state"):
+        inside(run, run / name)
+    if not checkpoint.saved_round(run):
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
-    return recipe, Log.read(run / "log", rounds)
+    return recipe, checkpoint.read_log(run)
 
 
 def _delta(recipe: Recipe, update: LogUpdate) -> DeltaFile:
@@ -147,10 +153,18 @@ def _delta(recipe: Recipe, update: LogUpdate) -> DeltaFile:
 @contextmanager
 def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[tuple[AnyAlgorithm, nn.Module]]:
     """The method, and the base's model with the method's adapter if it has one and the delta's log applied."""
-    algorithm = build_algorithm(delta.method, json.loads(delta.settings))
-    task = Task.of(prepare(algorithm, base.model, delta.seed), NextToken(), delta.rounds)
-    node, _ = Node.start(task, algorithm, delta.seed, codec)
-    node.catch_up(LogUpdate(delta.version, delta.snapshot, delta.records))
+    try:
+        algorithm = build_algorithm(delta.method, json.loads(delta.settings))
+        task = Task.of(prepare(algorithm, base.model, delta.seed), NextToken(), delta.rounds)
+        node, _ = Node.start(task, algorithm, delta.seed, codec)
+        node.catch_up(LogUpdate(delta.version, delta.snapshot, delta.records))
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # whatever a log brings that was not written for this method and model
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RunError(
+            f"the log of {delta.method} cannot be applied to {base.name} ({reason}): nothing was written"
+        ) from None
     with algorithm.model(task, node.public) as model:
         if model is None:
             raise UserError(f"{delta.method} has no global model: there is nothing to export")

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from fedferret import models
 from fedferret.build import prepare
-from fedferret.config import Recipe, load
+from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
@@ -31,13 +31,13 @@ from fedferret.core.rounds import Engine, RunState
 from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.transport import Transport
-from fedferret.experiment import Experiment
+from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
 from fedferret.tracking import events, folder
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
-from fedferret.tracking.summary import read_summary, write_summary
+from fedferret.tracking.summary import is_finished, read_summary, write_summary
 from fedferret.tracking.units import as_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
@@ -74,9 +74,10 @@ def run(
         Interrupted: Ctrl-C.
     """
     resumes = belongs(recipe, out)
-    if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
+    known = read_summary(out) if resumes else {}
+    if resumes and is_finished(out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
-        return read_summary(out)
+        return known or write_summary(out)
     with ExitStack() as stack:
         stack.enter_context(_lost_files_in_a_line(out))
         if resumes:
@@ -138,10 +139,15 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def belongs(recipe: Recipe, out: Path) -> bool:
-    """Whether ``out`` is this recipe's folder already. Raises UserError if it is another's, or not a free one."""
+    """Whether ``out`` is this recipe's folder already.
+
+    Raises:
+        UserError: it is another's, not a free one, or its recipe cannot be read.
+        RunError: its recipe is missing, or its event log cannot be read.
+    """
     events.check_format(out)
-    if (out / "recipe.toml").exists():
-        change = difference(load(out / "recipe.toml").identity(), recipe.identity())
+    if (out / "recipe.toml").exists() or (out / events.FILE).exists():
+        change = difference(read_recipe(out).identity(), recipe.identity())
         if change:
             raise UserError(f"{out} holds a run with another {change}: choose another folder with --out")
         return True
@@ -251,6 +257,7 @@ class Run:
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
             base=experiment.base_fingerprint,
+            recipe=recipe_fingerprint(self.out),
         )
         plot_partition(experiment.data, self.out / "plots" / "data.svg")
         import rich
@@ -314,7 +321,7 @@ class Run:
         progress.message(f"Local-only baseline: {who} alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
         untuned = prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
-        base = MappedTree(self.out / "state" / ".base", tree.parameters(untuned))
+        base = MappedTree(self.out / "state", tree.parameters(untuned))
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:
             losses = self.experiment.local_only(base, on_progress)

@@ -77,15 +77,6 @@ def test_resuming_with_another_base_is_refused(tmp_path: Path) -> None:
         simulate(METHODS["ferret"], 3, folder=tmp_path, task=task)
 
 
-def test_a_damaged_state_is_refused_in_one_line(tmp_path: Path) -> None:
-    simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
-    path = tmp_path / "state" / "run.state"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"run\.state cannot be read \(.*\): restore a copy of it") as raised:
-        checkpoint.saved_round(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
 def test_the_state_of_fedferret_0_1_is_refused_with_the_version_that_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "state" / "run.state"
     path.parent.mkdir()

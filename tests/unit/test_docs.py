@@ -33,6 +33,7 @@ MARKER = re.compile(r"<!-- settings: (\S+) -->\n((?:\|.*\n)+)")
 COMMON = ["config.ModelSettings", "config.TextSettings", "config.ClientSettings", "config.EvaluationSettings"]
 COMMON += ["config.ExecutionSettings", "local.first_order.FirstOrder", "data.partition.Partition"]
 COMMON += ["core.robust_pooling.PoolSettings", "local.zeroth_order.ZerothOrder", "resident.site.Site"]
+COMMON += ["resident.policy.Policy"]
 
 Row = dict[str, str]
 

@@ -80,7 +80,7 @@ def test_the_debug_engine_catches_a_method_that_changes_the_public_state() -> No
 
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_a_state_becomes_the_state_by_commit_alone(kind: str, tmp_path: Path) -> None:
-    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, 0)
+    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, {})
     store.stage("a", 1, 1)
     assert store.get("a") is None
     store.commit(1)
@@ -94,7 +94,7 @@ def test_a_state_becomes_the_state_by_commit_alone(kind: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_a_refused_client_stays_what_it_was(kind: str, tmp_path: Path) -> None:
-    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, 0)
+    store = ClientStore() if kind == "memory" else FolderClientStore(tmp_path, codec, {})
     store.stage("a", 1, 1)
     store.commit(1)
     store.stage("a", 2, 2)
@@ -102,6 +102,17 @@ def test_a_refused_client_stays_what_it_was(kind: str, tmp_path: Path) -> None:
     store.withdraw(["a", "nobody"])
     store.commit(2)
     assert (store.get("a"), store.get("b")) == (1, 2)
+
+
+def test_a_crash_before_a_refusal_is_carried_out_leaves_the_state_from_before_it(tmp_path: Path) -> None:
+    store = FolderClientStore(tmp_path, codec, {})
+    store.stage("a", 1, 1)
+    store.commit(1)
+    store.stage("a", 2, 2)  # refused in round 2; the checkpoint is written, and the process ends before ``withdraw``
+    store.stage("b", 2, 2)
+    again = FolderClientStore(tmp_path, codec, {"a": 1, "b": 2})
+    assert (again.get("a"), again.get("b")) == (1, 2)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_client_that_the_engine_leaves_out_is_a_failure_and_those_after_it_count() -> None:

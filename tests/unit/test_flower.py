@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
+import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from fedferret import load_recipe, run
 from fedferret.cli import app
 from fedferret.engines.flower import SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
 from fedferret.engines.flower_relay import deliver
+from fedferret.sites import join as joining
 from fedferret.sites.flower_process import environment
 from fedferret.sites.package import run_package
 from fedferret.tracking import events
@@ -217,6 +219,20 @@ def test_mistakes_are_one_line(
     outcome = CliRunner().invoke(app, [str(recipe) if each == "RECIPE" else each for each in arguments])
     assert outcome.exit_code == 2, outcome.output
     assert line in outcome.output and outcome.output.strip().count("\n") == 0
+
+
+def test_a_clock_that_is_wrong_is_named_with_the_limits_that_flower_has() -> None:
+    from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
+
+    assert (joining.SIGNED_BEFORE, -joining.SIGNED_AHEAD) == (MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS)
+    settings = joining.JoinSettings(address="fed.example.org:8443", name="w", folder=Path("w"))
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        httpx.Response(401, request=httpx.Request("POST", "https://fed.example.org")).raise_for_status()
+    line = joining.explain(settings, "SuperNode", 1, f"Failed to initialize the connection.\n{refused.value}")
+    assert "clock" in line and "305 s" in line and "5 s ahead" in line and "\n" not in line
+    assert (
+        joining.explain(settings, "relay", 1, "401 Unauthorized") == "The relay ended with code 1; starting it again."
+    )
 
 
 def join(made: Federation, site: str, address: str, *more: str) -> None:

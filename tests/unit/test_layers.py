@@ -33,7 +33,7 @@ MAY = {
     "engines": {"core", "wire"},
     "evaluation": {"core", "data", "models", "objectives"},
     "tracking": {"core", "wire", "data"},
-    "resident": {"core", "data", "engines", "tracking", "build", "config", "settings"},
+    "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "settings"},
     "sites": {"core", "data", "engines", "resident", "tracking", "config", "runner"},
     "comparison": {"core", "tracking", "build", "config", "estimate", "recipe_file", "runner"},
 }

@@ -24,7 +24,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_reads_as_it_was_written(tmp_path: Path) -> None:
-    mapped = MappedTree(tmp_path / "weights", tensors())
+    mapped = MappedTree(tmp_path, tensors())
     assert list(mapped) == list(tensors())
     for name, tensor in tensors().items():
         assert mapped[name].dtype == tensor.dtype
@@ -33,7 +33,7 @@ def test_reads_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_changes_in_place_last_beyond_the_tensor_that_made_them(tmp_path: Path) -> None:
-    mapped, ordinary = MappedTree(tmp_path / "weights", tensors()), tree.clone(tensors())
+    mapped, ordinary = MappedTree(tmp_path, tensors()), tree.clone(tensors())
     for _ in range(3):
         for weights in (mapped, ordinary):
             for tensor in weights.values():
@@ -44,6 +44,6 @@ def test_changes_in_place_last_beyond_the_tensor_that_made_them(tmp_path: Path) 
 
 
 def test_leaves_no_file_behind(tmp_path: Path) -> None:
-    mapped = MappedTree(tmp_path / "weights", tensors())
+    mapped = MappedTree(tmp_path, tensors())
     assert not list(tmp_path.iterdir())
     assert len(mapped) == 5

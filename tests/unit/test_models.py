@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +285,57 @@ def test_missing_or_damaged_weights_are_refused_and_never_initialised(folder: Pa
     with pytest.raises(UserError, match="could not be read") as error:
         models.load(str(folder))
     one_line(error)
+
+
+class Planted:
+    """A pickle that would run a command."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.victim}",)
+
+
+@pytest.mark.parametrize("kind", ["planted", "planted zip", "pickle of numbers", "text", "cut", "emptied"])
+def test_weights_that_are_a_pickle_run_nothing_and_are_refused_in_our_words(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    weights, victim = folder / "pytorch_model.bin", tmp_path / "victim"
+    torch.save({"w": torch.ones(9)}, weights)
+    zipped = weights.read_bytes()
+    if kind == "planted zip":
+        torch.save({"w": Planted(victim)}, weights)
+    else:
+        contents = {
+            "planted": pickle.dumps(Planted(victim)),
+            "pickle of numbers": pickle.dumps([1, 2, 3]),
+            "text": b"version https://git-lfs.github.com/spec/v1",
+            "cut": zipped[:-100],
+            "emptied": b"",
+        }
+        weights.write_bytes(contents[kind])
+    with pytest.raises(UserError, match=r"could not be read from this folder|weights are missing") as refused:
+        models.load(str(folder))
+    assert len(one_line(refused)) < 500
+    if kind.startswith("planted"):
+        assert "pickle" in str(refused.value) and "safetensors" in str(refused.value)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", '{"architectures": 3}', '{"architectures": ["LlamaForCausalLM"], "hidden_size": {}}']
+)
+def test_a_configuration_of_another_form_is_refused(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    for act in (models.check, models.skeleton, models.load):
+        try:
+            act(str(folder))  # type: ignore[operator]
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert act is models.check and "hidden_size" in text  # what a check does not see, loading refuses
 
 
 def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedferret import cli
 from fedferret.core.errors import UserError
 from fedferret.sites import certificates, credentials
+from fedferret.sites.archive import unpack
+from fedferret.sites.credentials import read_server
 from fedferret.sites.pki import Authority, Validity
 
 HOSTS = ["fed.example.org", "192.0.2.7", "127.0.0.1"]
@@ -132,7 +134,7 @@ def test_an_archive_has_the_files_of_its_site_and_nothing_of_the_authority(
     archive = authority.issue("ward-7")
     (archive.with_suffix("") / "notes.txt").write_text("of the administrator")
     authority.renew("ward-7")
-    site = credentials.unpack(archive, tmp_path / "site" / "keys")
+    site = unpack(archive, tmp_path / "site" / "keys")
     assert site.name == "ward-7" and set(files(site.folder)) == set(credentials.SITE_FILES)
     sent = b"".join(files(site.folder).values()) + archive.read_bytes()
     assert (authority.folder / "ca.key").read_bytes().splitlines()[1] not in sent
@@ -146,12 +148,12 @@ def test_an_archive_has_the_files_of_its_site_and_nothing_of_the_authority(
 def test_a_newer_archive_replaces_an_older_one_but_not_that_of_another_site(
     authority: Authority, tmp_path: Path
 ) -> None:
-    first = credentials.unpack(authority.issue("ward-7"), tmp_path / "site")
+    first = unpack(authority.issue("ward-7"), tmp_path / "site")
     before = files(first.folder)
     with pytest.raises(UserError, match=r"holds the credentials of ward-7, .* those of ward-8"):
-        credentials.unpack(authority.issue("ward-8"), first.folder)
+        unpack(authority.issue("ward-8"), first.folder)
     assert files(first.folder) == before
-    again = credentials.unpack(authority.renew("ward-7"), first.folder)
+    again = unpack(authority.renew("ward-7"), first.folder)
     assert files(again.folder)["site.crt"] != before["site.crt"]
 
 
@@ -162,7 +164,7 @@ def test_an_archive_with_another_entry_is_refused(authority: Authority, tmp_path
     with tarfile.open(bad, "a") as tar:
         tar.addfile(tarfile.TarInfo(entry), io.BytesIO())
     with pytest.raises(UserError, match=r"bad\.tar: not an archive"):
-        credentials.unpack(bad, tmp_path / "site")
+        unpack(bad, tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
 
@@ -175,9 +177,9 @@ def test_archives_that_are_truncated_linked_or_invalid_are_refused(authority: Au
     for content in (bad.read_bytes(), archive.read_bytes()[:3000], b"PK\3\4 no tar", b""):
         bad.write_bytes(content)
         with pytest.raises(UserError, match="not an archive"):
-            credentials.unpack(bad, tmp_path / "site")
+            unpack(bad, tmp_path / "site")
     with pytest.raises(UserError, match=r"there is no file .*none\.tar"):
-        credentials.unpack(tmp_path / "none.tar", tmp_path / "site")
+        unpack(tmp_path / "none.tar", tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
 
@@ -316,6 +318,9 @@ def test_files_that_do_not_belong_together_are_named(authority: Authority, tmp_p
             "not signed by the authority",
         ),
         ("site.crt", b"nothing", "cannot be read as PEM"),
+        ("node.key", (two / "node.key").read_bytes(), r"node\.key and node\.pub do not belong together"),
+        ("node.pub", (two / "node.pub").read_bytes(), r"node\.key and node\.pub do not belong together"),
+        ("node.key", b"nothing", "a node key cannot be read"),
     ):
         before = (one / name).read_bytes()
         (one / name).write_bytes(content)
@@ -323,6 +328,82 @@ def test_files_that_do_not_belong_together_are_named(authority: Authority, tmp_p
             credentials.read_site(one)
         (one / name).write_bytes(before)
     credentials.read_site(one)
+
+
+def repack(archive: Path, bad: Path, changes: dict[str, bytes], folder: str = "ward-7") -> Path:
+    """An archive with other content in some files."""
+    with tarfile.open(archive) as old, tarfile.open(bad, "w") as new:
+        for member in old:
+            file = old.extractfile(member)
+            assert file is not None
+            name = member.name.partition("/")[2]
+            content = changes.get(name, file.read())
+            entry = tarfile.TarInfo(f"{folder}/{name}")
+            entry.size = len(content)
+            new.addfile(entry, io.BytesIO(content))
+    return bad
+
+
+def test_a_bad_archive_leaves_good_credentials_as_they_are(authority: Authority, tmp_path: Path) -> None:
+    archive = authority.issue("ward-7")
+    other = files(authority.issue("ward-8").with_suffix(""))
+    strange = files(Authority.create(tmp_path / "strange", HOSTS).issue("ward-7").with_suffix(""))
+    into = unpack(archive, tmp_path / "site" / "credentials").folder
+    credentials.loopback(into)
+    before = files(into)
+    bad = tmp_path / "bad.tar"
+    node = {name: other[name] for name in ("node.key", "node.pub")}
+    site = {name: other[name] for name in ("site.key", "site.crt")}
+    for changes, folder, words in (
+        ({"site.key": other["site.key"]}, "ward-7", r"bad\.tar: site\.crt and its key do not belong together"),
+        ({"site.crt": b"nothing"}, "ward-7", "cannot be read as PEM"),
+        ({"ca.crt": strange["ca.crt"]}, "ward-7", "not signed by the authority"),
+        ({"node.key": other["node.key"]}, "ward-7", r"node\.key and node\.pub do not belong together"),
+        (node, "ward-7", r"node\.pub is the node key of ward-8, and site\.crt the certificate of ward-7"),
+        (site, "ward-7", "the certificate of ward-8"),
+        ({}, "ward-9", "its folder is called ward-9, and its credentials are those of ward-7"),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
+            unpack(repack(archive, bad, changes, folder), into)
+        assert "\n" not in str(raised.value) and files(into) == before
+    with pytest.raises(UserError, match=r"holds the credentials of ward-7; give those of ward-9"):
+        unpack(archive, tmp_path / "elsewhere", name="ward-9")
+    assert not (tmp_path / "elsewhere").exists() and [path.name for path in into.parent.iterdir()] == [into.name]
+    unpack(authority.renew("ward-7"), into)
+    assert {name for name, content in files(into).items() if content == before.get(name)} >= {"loopback.key"}
+
+
+def test_the_server_refuses_a_node_key_under_another_sites_name(authority: Authority) -> None:
+    one, two = (authority.issue(name).with_suffix("") for name in ("ward-7", "ward-8"))
+    (one / "node.pub").write_bytes((two / "node.pub").read_bytes())
+    with pytest.raises(UserError, match=r"ward-7/node\.pub is the node key of ward-8"):
+        credentials.read_server(authority.folder).node_public_keys()
+
+
+def test_a_damaged_file_of_the_authority_is_one_line(authority: Authority) -> None:
+    for name in ("ca.crt", "ca.key", "revoked.crl", "server/server.crt", "server/superlink.key"):
+        path = authority.folder / name
+        before = path.read_bytes()
+        flipped = before[: len(before) // 2] + bytes([before[len(before) // 2] ^ 0x80]) + before[len(before) // 2 + 1 :]
+        for damaged in (b"", flipped, None):
+            path.unlink()
+            if damaged is None:
+                path.mkdir(mode=0o700)
+            else:
+                credentials.write_private(path, damaged)
+            lines = []
+            for command in (lambda: Authority(authority.folder).statuses(), lambda: read_server(authority.folder)):
+                try:
+                    command()  # type: ignore[no-untyped-call]
+                except UserError as error:
+                    lines.append(str(error))
+            assert lines  # a server needs no ca.key, and `pki show` none of the server's files
+            for line in lines:
+                assert str(path.with_suffix("")) in line or "the authority" in line, line
+                assert "\n" not in line and ": " in line
+            if damaged is None:
+                path.rmdir()
+            credentials.write_private(path, before)
 
 
 def test_the_commands(tmp_path: Path) -> None:

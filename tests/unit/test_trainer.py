@@ -144,7 +144,7 @@ def test_a_site_keeps_its_private_state_to_itself(server: Server, tmp_path: Path
     assert simulated.private and not list(tmp_path.glob("runs/*/nothing"))
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut", "another record", "emptied"])
+@pytest.mark.parametrize("kind", ["flipped", "cut", "another record", "emptied", "a folder"])
 def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server, tmp_path: Path) -> None:
     events: list[Any] = []
     ask(trainer(tmp_path), server.request(3))
@@ -156,7 +156,13 @@ def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server
         "another record": record.with_name("000003.record").read_bytes(),
         "emptied": b"",
     }
-    record.write_bytes(damaged[kind])
+    record.unlink()
+    if kind in damaged:
+        record.write_bytes(damaged[kind])
+    else:
+        record.mkdir()
+    for name in ("notes.record", "000001.snapshot.old"):  # strays
+        record.with_name(name).write_bytes(b"mine")
     site = trainer(tmp_path, on_message=events.append)
     missing = ask(site, server.request(3, since=3, recipe=""))
     assert (missing.reason, missing.version) == ("records", 1)
@@ -165,13 +171,39 @@ def test_a_damaged_record_is_named_and_asked_for_again(kind: str, server: Server
     assert ask(trainer(tmp_path), server.request(3, since=3, recipe="")).status == "done"
 
 
-def test_a_damaged_private_state_is_named_and_begun_again(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["spoilt", "another site's", "another round's", "a folder", "gone"])
+def test_a_damaged_private_state_is_named_and_begun_again(kind: str, server: Server, tmp_path: Path) -> None:
     events: list[Any] = []
     ask(trainer(tmp_path), server.request(0))
     (state,) = tmp_path.rglob("*.state")
-    state.write_bytes(b"spoilt")
-    assert ask(trainer(tmp_path, on_message=events.append), server.request(1)).status == "done"
-    assert "the private state of round 1 is damaged" in events[-1]["note"]
+    content = state.read_bytes()
+    state.unlink()
+    if kind == "a folder":
+        state.mkdir()
+    elif kind == "another site's":
+        ask(toy_trainer(METHOD, ROUNDS, {"b": DATA["b"]}, tmp_path / "b", "b"), server.request(0, client="b"))
+        state.write_bytes(next((tmp_path / "b").rglob("*.state")).read_bytes())
+    elif kind != "gone":
+        state.write_bytes(content if kind == "another round's" else b"spoilt")
+    if kind == "another round's":
+        state.rename(state.with_name("000002.state"))
+    counted = 2 if kind == "another round's" else 1
+    anew = ask(trainer(tmp_path, on_message=events.append), server.request(1, counted=counted))
+    assert anew.status == "done" and "is begun again" in events[-1]["note"]
+    assert ("000001.state is damaged" in events[-1]["note"]) == (kind in ("spoilt", "another site's", "a folder"))
+    assert payload(anew) == payload(ask(trainer(tmp_path / "new"), server.request(1, counted=0)))
+
+
+def test_a_damaged_recipe_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    ask(trainer(tmp_path), server.request(1))
+    recipe = tmp_path / "runs" / RUN[:16] / "recipe.toml"
+    for damaged in (b"rounds = 1\n", RECIPE.encode()[:-3], b"\xff"):
+        events: list[Any] = []
+        recipe.write_bytes(damaged)
+        site = trainer(tmp_path, on_message=events.append)
+        assert ask(site, server.request(1, since=1, recipe="")).reason == "recipe"
+        assert "recipe.toml is damaged" in events[-1]["note"] and not recipe.exists()
+        assert ask(site, server.request(1, since=1)).status == "done" and recipe.read_text() == RECIPE
 
 
 def test_another_base_is_named(server: Server, tmp_path: Path) -> None:

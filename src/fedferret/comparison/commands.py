@@ -21,7 +21,7 @@ from fedferret.comparison.run_grid import run_grid
 from fedferret.comparison.run_status import RunStatus, run_status
 from fedferret.comparison.table import as_rich, missing_runs, notes, write_tables
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import write_atomically
+from fedferret.core.files import inside, write_atomically
 from fedferret.estimate import Estimate, estimate
 from fedferret.recipe_file import read_tables
 from fedferret.runner import belongs
@@ -140,7 +140,9 @@ def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
             raise UserError(f"{row.label}: {error}") from None
     if out.exists() and not (out / FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no grid: choose another folder with --out")
+    inside(out, out / "plots")
     for cell in grid.cells(out):
+        inside(out, cell.folder)
         check_format(cell.folder)
         belongs(cell.recipe, cell.folder)
     return grid

@@ -21,8 +21,11 @@ from fedferret.comparison.comparability import Task
 from fedferret.comparison.grid import Cell, Grid
 from fedferret.comparison.grid import resolve as resolve_grid
 from fedferret.comparison.results import Point, RunResult
-from fedferret.core.errors import UserError
+from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import inside, read_intact
 from fedferret.recipe_file import read_tables
+
+_REMEDY = "give a folder that `fedferret compare` wrote"
 
 
 def import_runs(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, RunResult]:
@@ -41,7 +44,10 @@ def import_runs(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, Run
     for folder in folders:
         other, comparison = _read(folder)
         recipes = {(cell.row.label, cell.seed): cell.recipe.identity() for cell in other.cells(folder)}
-        runs = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
+        try:
+            runs = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"--also {folder}: comparison.json is damaged ({error}): {_REMEDY}") from None
         for cell in grid.cells(out):
             key = (cell.row.label, cell.seed)
             if key in runs and cell.name not in found and recipes.get(key) == cell.recipe.identity():
@@ -50,15 +56,16 @@ def import_runs(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, Run
 
 
 def _read(folder: Path) -> tuple[Grid, dict[str, Any]]:
+    path, grid = (inside(folder, folder / name) for name in ("comparison.json", "grid.toml"))
     try:
-        comparison: dict[str, Any] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-        return resolve_grid(read_tables(folder / "grid.toml", ())), comparison
-    except FileNotFoundError as error:
-        raise UserError(
-            f"--also {folder}: {error.filename} is missing; give a folder that `fedferret compare` wrote"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--also {folder}: comparison.json cannot be read ({error})") from None
+        content = read_intact(path, _REMEDY)
+        read_intact(grid, _REMEDY)
+        comparison = dict(json.loads(content))
+    except RunError as error:
+        raise UserError(f"--also {folder}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--also {folder}: comparison.json cannot be read ({error}): {_REMEDY}") from None
+    return resolve_grid(read_tables(grid, ())), comparison
 
 
 def _result(cell: Cell, folder: Path, run: dict[str, Any]) -> RunResult:
@@ -73,5 +80,5 @@ def _result(cell: Cell, folder: Path, run: dict[str, Any]) -> RunResult:
             Task(**run["task"]),
             folder,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--also {folder}: {cell.name} has no {error}; an older fedferret wrote it") from None

@@ -114,7 +114,7 @@ def result_of(cell: Cell) -> RunResult:
         "bytes_down_all_clients": summary["bytes_down"],
         "seconds_local": summary["seconds_local"],
         "seconds_overhead": summary["seconds_overhead"],
-        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "peak_memory_bytes": summary.get("peak_memory_bytes", math.nan),
     }
     return RunResult(cell, tuple(curve), figures, scores, task_of(run))
 

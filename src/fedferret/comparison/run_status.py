@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from fedferret.comparison.grid import Cell
 from fedferret.comparison.worker import Outcome
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import UserError
+from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.tracking.summary import read_summary
 
 
@@ -47,11 +48,11 @@ def run_status(cell: Cell) -> RunStatus:
     threads, seconds = tuple(part["threads"] for part in parts), sum(part["seconds"] for part in parts)
     summary = read_summary(cell.folder)
     if summary.get("status") == "finished":
-        if summary["eval_loss"] and summary["eval_loss"][-1] is None:
+        if summary.get("eval_loss") and summary["eval_loss"][-1] is None:
             return RunStatus("diverged", "the held-out loss is not finite", threads, seconds)
         return RunStatus("finished", "", threads, seconds)
     if record.get("outcome") in ("diverged", "failed"):
-        return RunStatus(record["outcome"], record["reason"], threads, seconds)
+        return RunStatus(record["outcome"], record.get("reason", ""), threads, seconds)
     return RunStatus("unfinished" if cell.folder.exists() else "waiting", "", threads, seconds)
 
 
@@ -86,5 +87,15 @@ def output_of(cell: Cell) -> Path:
 
 
 def _read(cell: Cell) -> dict[str, Any]:
-    path = record_of(cell)
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    path, remedy = record_of(cell), "remove it; only the times and reasons of the run's processes are lost"
+    if not path.exists():
+        return {}
+    content = read_intact(inside(path.parent, path), remedy)
+    try:
+        record = dict(json.loads(content))
+        if all({"threads", "seconds"} <= part.keys() for part in record.get("parts", [])):
+            return record
+        reason = "a process has no threads or seconds"
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise UserError(f"{path} is damaged ({reason}): {remedy}")

@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all, and the folder for those that can be made again."""
+"""Files that appear whole or not at all, files that may be damaged, and the folder for what can be made again."""
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from fedferret.core.errors import RunError, UserError
 
 
 def cache_folder() -> Path:
@@ -15,23 +18,96 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret"
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``data`` beside ``path`` and rename it into place; a crash leaves the old file or none."""
+def write_atomically(path: Path, data: bytes | str, *, private: bool = False) -> None:
+    """Write ``data`` beside ``path`` and rename it into place; a crash leaves the old file or none.
+
+    Args:
+        path: the file; missing folders are made.
+        data: the content; text is written as UTF-8.
+        private: only the owner may read the file, and enter its folder if that is made; else the umask decides.
+    """
     content = data.encode() if isinstance(data, str) else data
-    build_atomically(path, lambda temporary: temporary.write_bytes(content))
+    build_atomically(path, lambda temporary: temporary.write_bytes(content), private=private)
 
 
-def build_atomically(path: Path, build: Callable[[Path], object]) -> None:
-    """Let ``build`` write a temporary file beside ``path``, flush it to disk, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+def build_atomically(path: Path, build: Callable[[Path], object], *, private: bool = False) -> None:
+    """Let ``build`` write a temporary file beside ``path``, rename it into place, and flush file and folder to disk.
+
+    Args:
+        path: the file; missing folders are made.
+        build: is called with the temporary file, which exists and is empty.
+        private: as for ``write_atomically``.
+    """
+    make_folder(path.parent, private=private)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # a name that nobody can have planted, and the mode that the umask gives to any new file
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666))
     try:
         build(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep colleagues from reading a run folder
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)  # a rename is on disk only when its folder is
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, *, private: bool = False) -> None:
+    """Make a folder and those above it, on disk when the call returns.
+
+    Args:
+        folder: nothing happens if it exists.
+        private: only the owner may enter the folder; else the umask decides, as it does for those above it.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # file systems that flush no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def read_intact(path: Path, remedy: str) -> bytes:
+    """The content of a file that ought to be there.
+
+    Args:
+        path: the file.
+        remedy: what the user has to do otherwise, for the message.
+
+    Raises:
+        RunError: if the file is missing, is no file, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: {remedy}") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from None
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """Refuse a path that a link leads out of its folder: a folder that was sent may point anywhere.
+
+    Args:
+        folder: of a run or a comparison; may be a link itself.
+        path: below ``folder``; it need not exist.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: if the path leads elsewhere.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link that leads out of {folder}: remove the link, it is not followed")
+    return path

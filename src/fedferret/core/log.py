@@ -11,6 +11,8 @@
 * Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
 * On disk, what a fold makes superfluous goes only by ``prune``, after the checkpoint says that this version is
   reached: a crash in between finds the version before it whole.
+* The checkpoint has the checksum of every file of the log. A file that is missing, damaged or of another run is named
+  before any of them is applied; files that are not in the checkpoint's list are left out.
 
 The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
 each file whole or absent; without, it is in memory.
@@ -18,12 +20,18 @@ each file whole or absent; without, it is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import RunError
+from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.core.messages import message
+
+RESTORE = "restore the folder of the run from a copy, or run the recipe again in another folder (--out)"
+_NAME = re.compile(r"(\d{6,})\.(record|snapshot)")
 
 
 @message
@@ -68,47 +76,67 @@ class Log:
         self._folder = folder
         self._records: dict[int, bytes] = {}
         self._snapshot: tuple[int, bytes] | None = None
+        self._checksums: dict[str, int] = {}  # by file name
         self._superfluous: list[Path] = []
 
     @classmethod
-    def read(cls, folder: Path, version: int) -> Log:
+    def read(cls, folder: Path, version: int, checksums: Mapping[str, int] | None = None) -> Log:
         """Look at a log on disk; the folder stays as it is.
 
         Args:
             folder: of the log's files.
             version: to stop at; later files are ignored.
+            checksums: of the log's files, as the checkpoint has them; None takes the files that are there as they are.
 
         Returns:
             A log in memory, at ``version``.
+
+        Raises:
+            RunError: a file is missing, cannot be read, or has another checksum.
         """
         log = cls()
-        for path in sorted(folder.glob("*.record")):
-            if int(path.stem) <= version:
-                log._records[int(path.stem)] = path.read_bytes()
-        for path in sorted(folder.glob("*.snapshot")):
-            if int(path.stem) <= version:
-                log._snapshot = (int(path.stem), path.read_bytes())
+        for name in checksums if checksums is not None else [path.name for path, _ in log_files(folder)]:
+            number, kind = _parts(name)
+            if number > version:
+                continue
+            content = read_intact(inside(folder, folder / name), RESTORE)
+            if checksums is not None and checksum(content) != checksums[name]:
+                raise RunError(f"{folder / name} is damaged, or of another run: {RESTORE}")
+            if kind == "record":
+                log._records[number] = content
+            elif log._snapshot is None or number > log._snapshot[0]:
+                log._snapshot = (number, content)
+            log._checksums[name] = checksum(content)
         log.version = version
         return log
 
     @classmethod
-    def open(cls, folder: Path, version: int) -> Log:
+    def open(cls, folder: Path, version: int, checksums: Mapping[str, int] | None = None) -> Log:
         """Go on with a log on disk; what a crash left after ``version`` is removed.
 
         Args:
             folder: of the log's files; further entries go there too.
             version: that the checkpoint names.
+            checksums: as for ``read``.
 
         Returns:
             A log on disk, at ``version``.
+
+        Raises:
+            RunError: as for ``read``.
         """
-        log = cls.read(folder, version)
+        log = cls.read(folder, version, checksums)
         log._folder = folder
         newest = log._snapshot[0] if log._snapshot else 0
-        for path in [*folder.glob("*.record"), *folder.glob("*.snapshot")]:
-            if int(path.stem) > version or (path.suffix == ".snapshot" and int(path.stem) < newest):
+        for path, number in log_files(folder):
+            if number > version or path.name not in log._checksums or (path.suffix == ".snapshot" and number < newest):
                 path.unlink()
         return log
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """The Adler-32 of each file that this version of the log is made of, by the file's name."""
+        return dict(self._checksums)
 
     def append(self, record: bytes, snapshot_size: int, snapshot: Callable[[], bytes]) -> None:
         """Add one record; fold where the module's docstring says so.
@@ -120,8 +148,7 @@ class Log:
         """
         self.version += 1
         self._records[self.version] = record
-        if self._folder:
-            write_atomically(self._folder / f"{self.version:06d}.record", record)
+        self._write(f"{self.version:06d}.record", record)
         base = self._snapshot[0] if self._snapshot else 0
         if 2 * sum(len(r) for version, r in self._records.items() if version > base) > snapshot_size:
             self._fold(snapshot())
@@ -154,14 +181,57 @@ class Log:
     def _fold(self, snapshot: bytes) -> None:
         old = self._snapshot[0] if self._snapshot else None
         self._snapshot = (self.version, snapshot)
-        if self._folder:
-            write_atomically(self._folder / f"{self.version:06d}.snapshot", snapshot)
-            if old is not None:
-                self._superfluous.append(self._folder / f"{old:06d}.snapshot")
+        self._write(f"{self.version:06d}.snapshot", snapshot)
+        if old is not None:
+            self._drop(f"{old:06d}.snapshot")
         kept = 0
         for number in sorted(self._records, reverse=True):
             kept += len(self._records[number])
             if kept >= len(snapshot):
                 del self._records[number]
-                if self._folder:
-                    self._superfluous.append(self._folder / f"{number:06d}.record")
+                self._drop(f"{number:06d}.record")
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._folder:
+            write_atomically(self._folder / name, content)
+            self._checksums[name] = checksum(content)
+
+    def _drop(self, name: str) -> None:
+        """This version needs the file no longer; it goes with the next ``prune``."""
+        if self._folder:
+            self._checksums.pop(name, None)
+            self._superfluous.append(self._folder / name)
+
+
+def log_files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The files of a log.
+
+    Args:
+        folder: of a log; files with other names are passed over.
+
+    Yields:
+        Each file with its version, in the order of their names.
+    """
+    for path in sorted(folder.glob("*")):
+        if _NAME.fullmatch(path.name):
+            yield path, _parts(path.name)[0]
+
+
+def checksum(content: bytes) -> int:
+    """What tells one file of a log from another.
+
+    Args:
+        content: of the file.
+
+    Returns:
+        Its Adler-32. The CRC-32 would be the same for every encoded message, which ends with its own.
+    """
+    return zlib.adler32(content)
+
+
+def _parts(name: str) -> tuple[int, str]:
+    """Version and kind of a file of the log. Raises RunError for another name."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise RunError(f"{name!r} cannot be a file of a log: {RESTORE}")
+    return int(found[1]), found[2]

@@ -10,6 +10,7 @@ cache while there is room, which is not the process's memory. Values are the sam
 from __future__ import annotations
 
 import mmap
+import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
@@ -22,13 +23,18 @@ _PAGE = mmap.ALLOCATIONGRANULARITY
 class MappedTree(MutableMapping[str, Tensor]):
     """A tree in a file. Tensors are changed in place; replacing or deleting one is not supported."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write ``tensors`` to a new file at ``path`` and map it; the file lives no longer than the tree."""
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write ``tensors`` to a new file and map it.
+
+        Args:
+            folder: where there is room; made where it is missing. The file in it has no name, so that nobody can put a
+                link in its place, and it lives no longer than the tree, whatever ends the process.
+            tensors: by name; copied.
+        """
         self._places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
         self._last: str | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb+") as file:
-            path.unlink()  # the mapping keeps it; nothing is left behind, whatever ends the process
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
             for name, tensor in tensors.items():
                 offset = -(-file.tell() // _PAGE) * _PAGE  # every tensor starts a page, so pages have one owner
                 file.seek(offset)

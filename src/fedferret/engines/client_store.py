@@ -7,12 +7,31 @@ round resumes with the states from before it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import RunError
+from fedferret.core.files import read_intact, write_atomically
+from fedferret.core.log import RESTORE
+from fedferret.core.messages import state
 from fedferret.core.node import Codec
+
+_NAME = re.compile(r"[0-9a-f]{24}\.\d{6,}\.state")
+
+
+class DamagedState(RunError):
+    """A client's private state that cannot be read: with another one the run would go on to other weights."""
+
+
+@state
+class ClientState:
+    """What a file holds: a private state, and of whom and when."""
+
+    client: str
+    round: int
+    state: Any
 
 
 class ClientStore:
@@ -44,46 +63,87 @@ class ClientStore:
 class FolderClientStore(ClientStore):
     """Private states on disk, one file per client and round: memory does not grow with their number."""
 
-    def __init__(self, folder: Path, codec: Codec, round: int) -> None:
-        """Open ``folder`` as it was after ``round``; later files are a crash's and are removed."""
+    def __init__(self, folder: Path, codec: Codec, rounds: Mapping[str, int]) -> None:
+        """Open ``folder`` as the checkpoint knows it; other files of it are a crash's and are removed.
+
+        Args:
+            folder: of the files; made, for its owner alone, when the first is written.
+            codec: of states.
+            rounds: by client, the last round in which it was counted; clients without a state are left out.
+
+        Raises:
+            RunError: the state of one of these clients is missing.
+        """
         super().__init__()
-        self._folder, self._codec = folder, codec
+        self._folder, self._codec, self._rounds = folder, codec, dict(rounds)
+        kept = {self._path(client, round) for client, round in rounds.items()}
         for path in folder.glob("*.state"):
-            if _round(path) > round:
+            if path not in kept and _NAME.fullmatch(path.name):
                 path.unlink()
+        for path in sorted(kept):
+            if not path.exists():
+                raise RunError(f"{path} is missing, the private state of a client: {RESTORE}")
 
     def get(self, client: str) -> Any | None:
-        """The newest committed state."""
-        paths = self._paths(client)
-        staged = self._staged.get(client)
-        committed = [path for path in paths if path != staged]
-        return self._codec.decode(committed[-1].read_bytes()) if committed else None
+        """The newest committed state.
+
+        Raises:
+            DamagedState: its file is damaged, or another client's or round's.
+        """
+        round = self._rounds.get(client)
+        if round is None:
+            return None
+        path = self._path(client, round)
+        try:
+            return read_state(read_intact(path, RESTORE), client, round, self._codec)
+        except RunError as error:
+            raise DamagedState(str(error)) from None
+        except ValueError as error:
+            raise DamagedState(f"{path} is damaged ({error}): {RESTORE}") from None
 
     def stage(self, client: str, state: Any, round: int) -> None:
         """Write the new state beside the old one."""
-        path = self._folder / f"{_identifier(client)}.{round:06d}.state"
-        write_atomically(path, self._codec.encode(state))
-        self._staged[client] = path
+        content = self._codec.encode(ClientState(client, round, state))
+        write_atomically(self._path(client, round), content, private=True)
+        self._staged[client] = round
 
     def commit(self, round: int) -> None:
         """Keep the new files; the old ones of the same clients go."""
-        for client in self._staged:
-            for path in self._paths(client)[:-1]:
-                path.unlink()
+        for client, new in self._staged.items():
+            old = self._rounds.get(client)
+            self._rounds[client] = new
+            if old is not None and old != new:
+                self._path(client, old).unlink(missing_ok=True)
         self._staged.clear()
 
     def withdraw(self, clients: Iterable[str]) -> None:
         """Remove what these clients wrote."""
         for client in clients:
             if client in self._staged:
-                self._staged.pop(client).unlink(missing_ok=True)
+                self._path(client, self._staged.pop(client)).unlink(missing_ok=True)
 
-    def _paths(self, client: str) -> list[Path]:
-        return sorted(self._folder.glob(f"{_identifier(client)}.*.state"), key=_round)
+    def _path(self, client: str, round: int) -> Path:
+        return self._folder / f"{_identifier(client)}.{round:06d}.state"
 
 
-def _round(path: Path) -> int:
-    return int(path.name.split(".")[1])
+def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
+    """The private state in the content of a file.
+
+    Args:
+        content: an encoded ``ClientState``.
+        client: that it must be of.
+        round: that it must be of.
+        codec: of states.
+
+    Raises:
+        ValueError: the content is damaged, or of another client or round.
+    """
+    kept = codec.decode(content)
+    if not isinstance(kept, ClientState):
+        raise ValueError(f"it holds a {type(kept).__name__} and no private state")
+    if (kept.client, kept.round) != (client, round):
+        raise ValueError(f"it is that of {kept.client} in round {kept.round}")
+    return kept.state
 
 
 def _identifier(client: str) -> str:

@@ -16,7 +16,7 @@ from fedferret.core.exchanges import Body, Failure, Reply, Score, Train
 from fedferret.core.node import Codec
 from fedferret.core.rounds import RunState
 from fedferret.core.task import Examples
-from fedferret.engines.client_store import ClientStore
+from fedferret.engines.client_store import ClientStore, DamagedState
 
 
 class InProcess:
@@ -80,6 +80,8 @@ class InProcess:
             stage = "wire"
             encoded = self._codec.encode(reply)
             received = Reply(client, self._codec.decode(encoded), len(encoded))
+        except DamagedState:
+            raise  # without this client the run would go on to other weights
         except Exception as error:
             return self.failed(body, client, stage, error)
         if private is not None and isinstance(body, Train):

@@ -5,11 +5,14 @@ Files appear whole or not at all; what a crash left half-written is removed when
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from fedferret.core.files import write_atomically
-from fedferret.core.log import Log, LogUpdate, Record
+from fedferret.core.log import Log, LogUpdate, Record, log_files
+from fedferret.engines.client_store import ClientState, read_state
 from fedferret.wire import codec
 
 
@@ -19,10 +22,26 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def recipe(self) -> str:
-        """The run's recipe as it once came; "" before."""
+    def recipe(self, run: str, notes: list[str]) -> str:
+        """The run's recipe as it once came; "" before, and where it is damaged, which is noted.
+
+        Args:
+            run: SHA-256 of the recipe.
+            notes: gets a line about damage.
+        """
         path = self.path / "recipe.toml"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        if not path.exists():
+            return ""
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == run:
+                return content.decode()
+            reason = "it is of another run, or cut short"
+        except (OSError, UnicodeDecodeError) as error:
+            reason = str(error)
+        notes.append(f"{path} is damaged ({reason}): the server is asked for it again")
+        _remove(path)
+        return ""
 
     def log(self, notes: list[str]) -> LogUpdate:
         """What leads from the base to the newest version that is whole here.
@@ -30,17 +49,16 @@ class RunFolder:
         A damaged file ends it: that one and those after it are removed and named in ``notes``.
         """
         self._sweep()
-        snapshots = sorted(self._log.glob("*.snapshot"), reverse=True)
         version = 0
-        for path in snapshots:
-            if _whole(path, notes):
-                version = int(path.stem)
+        for path, number in reversed(list(log_files(self._log))):
+            if path.suffix == ".snapshot" and _whole(path, notes):
+                version = number
                 break
         while (path := self._log / f"{version + 1:06d}.record").exists() and _whole(path, notes):
             version += 1
-        for path in self._log.glob("*.record"):
-            if int(path.stem) > version:
-                path.unlink()
+        for path, number in log_files(self._log):
+            if path.suffix == ".record" and number > version:
+                _remove(path)
         return Log.read(self._log, version).since(0)
 
     def add(self, update: LogUpdate, before: int) -> None:
@@ -48,9 +66,9 @@ class RunFolder:
         first = update.version - len(update.records)  # the version that the records follow
         if update.snapshot is not None and before < first:
             write_atomically(self._log / f"{first:06d}.snapshot", update.snapshot)
-            for path in [*self._log.glob("*.record"), *self._log.glob("*.snapshot")]:
+            for path, _ in log_files(self._log):
                 if path.name != f"{first:06d}.snapshot":
-                    path.unlink()  # older than the snapshot, which holds all that they led to
+                    _remove(path)  # older than the snapshot, which holds all that they led to
         for number, record in enumerate(update.records, start=first + 1):
             if number > before:
                 write_atomically(self._log / f"{number:06d}.record", record)
@@ -59,17 +77,33 @@ class RunFolder:
         """The log is of no use: begin again. Private states stay, they are this site's alone."""
         shutil.rmtree(self._log, ignore_errors=True)
 
-    def private(self, round: int) -> bytes:
-        """The private state that ``round`` left; b"" where it left none. States of other rounds are removed."""
-        wanted = self._state(round)
-        for path in self._clients.glob("*.state"):
-            if path != wanted:
-                path.unlink()
-        return wanted.read_bytes() if wanted.exists() else b""
+    def private(self, client: str, round: int, notes: list[str]) -> Any | None:
+        """The private state that a round left.
 
-    def keep(self, round: int, private: bytes) -> None:
+        Args:
+            client: that works here.
+            round: the last in which the client was counted; 0 before.
+            notes: gets a line where the state is damaged.
+
+        Returns:
+            The state; None where it is to be begun anew. States of other rounds are removed.
+        """
+        wanted, state = self._state(round), None
+        others = [path for path in self._clients.glob("*.state") if path != wanted]
+        try:
+            if wanted.exists():
+                state = read_state(wanted.read_bytes(), f"{self.path.name}/{client}", round, codec)
+        except (OSError, ValueError) as error:
+            notes.append(f"{wanted} is damaged ({error}): the private state is begun again")
+            _remove(wanted)
+        for path in others:
+            _remove(path)
+        return state
+
+    def keep(self, client: str, round: int, private: Any) -> None:
         """Write the state that ``round`` leaves beside the one before it: which of them counts, the server will say."""
-        write_atomically(self._state(round), private)
+        kept = ClientState(f"{self.path.name}/{client}", round, private)
+        write_atomically(self._state(round), codec.encode(kept), private=True)
 
     @property
     def _log(self) -> Path:
@@ -85,7 +119,7 @@ class RunFolder:
     def _sweep(self) -> None:
         for folder in (self._log, self._clients):
             for path in folder.glob(".*"):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def _whole(path: Path, notes: list[str]) -> bool:
@@ -95,7 +129,15 @@ def _whole(path: Path, notes: list[str]) -> bool:
         if path.suffix == ".record" and not (isinstance(value, Record) and value.version == int(path.stem)):
             raise codec.WireError("it is no such record")
         return True
-    except codec.WireError as error:
+    except (OSError, ValueError) as error:
         notes.append(f"{path} is damaged ({error}): the server is asked for it again")
-        path.unlink()
+        _remove(path)
         return False
+
+
+def _remove(path: Path) -> None:
+    """Take a file, or what is in its place, out of the folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

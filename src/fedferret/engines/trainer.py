@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from fedferret.core.errors import RunError
 from fedferret.core.exchanges import Score, Train
 from fedferret.core.files import write_atomically
+from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
@@ -79,6 +81,9 @@ class Trainer:
         folder: Path | None = None,
         client: str | None = None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        *,
+        allow: Callable[[str, str], None] = lambda recipe, base: None,
+        longest_round: float | None = None,
     ) -> None:
         """A trainer without a run yet.
 
@@ -87,8 +92,12 @@ class Trainer:
             folder: of the site; None keeps nothing.
             client: the only one that works here; None: any.
             on_message: called with every request and response, for the audit file.
+            allow: called with a run's recipe, as TOML, and the SHA-256 of its base before either is used; raises for a
+                run that this site does not take part in.
+            longest_round: seconds that one request may compute; None: as long as it takes.
         """
         self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
+        self._allow, self._longest_round = allow, longest_round
         self._replica: Replica | None = None
         self._last: tuple[Request, Response] | None = None  # the response given last: the same request has the same
 
@@ -127,14 +136,22 @@ class Trainer:
         holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
-        private = self._private(request, notes)
-        reply, private = node.handle(request.body, request.client, private, holdings[request.client])
+        noted = len(notes)
+        before = self._private(request, notes)
+        examples = holdings[request.client]
+        if self._longest_round is not None:
+            examples = TimedExamples(examples, self._longest_round)
+        reply, private = node.handle(request.body, request.client, before, examples)
         trains = isinstance(request.body, Train)
-        kept = codec.encode(private) if trains and private is not None else b""
+        kept = trains and private is not None
         folder = self._run_folder(request.run)
         if folder and kept:
-            folder.keep(request.round, kept)
-        response = self._response(request, DONE, codec.encode(reply), private=b"" if folder else kept)
+            if request.counted and before is None and len(notes) == noted:
+                notes.append(f"the private state of round {request.counted} is not in {folder.path}: it is begun again")
+            folder.keep(request.client, request.round, private)
+        response = self._response(
+            request, DONE, codec.encode(reply), private=codec.encode(private) if kept and not folder else b""
+        )
         if folder:  # one client: a server that was killed meanwhile asks for the same again
             self._last = request, response
         return response
@@ -148,11 +165,12 @@ class Trainer:
         self._replica, self._last = None, None  # the memory of two models is one too many
         if folder and request.rebuild:
             folder.forget()
-        recipe = request.recipe or (folder.recipe() if folder else "")
+        recipe = request.recipe or (folder.recipe(request.run, notes) if folder else "")
         if not recipe:
             raise MissingState("recipe")
         if hashlib.sha256(recipe.encode()).hexdigest() != request.run:
             raise RunError("the recipe that came is not the one that the request names")
+        self._allow(recipe, request.base)
         work = self._build(recipe, folder.path if folder else None)
         self._check_base(work, request)
         work.node.epoch = request.epoch
@@ -198,12 +216,7 @@ class Trainer:
         folder = self._run_folder(request.run)
         if folder is None:
             return codec.decode(request.private) if request.private else None
-        encoded = folder.private(request.counted)
-        try:
-            return codec.decode(encoded) if encoded else None
-        except codec.WireError as error:
-            notes.append(f"the private state of round {request.counted} is damaged ({error}): it is begun again")
-            return None
+        return folder.private(request.client, request.counted, notes)
 
     def _run_folder(self, run: str) -> RunFolder | None:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
@@ -234,6 +247,38 @@ class Trainer:
                 "note": note,
             }
         )
+
+
+class TimedExamples:
+    """Examples that give no more batches once a time is over, so that a training of any method ends."""
+
+    def __init__(self, examples: Examples, seconds: float, end: float | None = None) -> None:
+        """Examples with a clock that runs.
+
+        Args:
+            examples: of one client.
+            seconds: until no more batches are given.
+            end: of that time on the monotonic clock; None: from now.
+        """
+        self._examples, self._seconds = examples, seconds
+        self._end = time.monotonic() + seconds if end is None else end
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def batches(self, size: int, key: Key | None) -> Iterator[Any]:
+        """See ``Examples``. Raises RunError once the time is over."""
+        for batch in self._examples.batches(size, key):
+            if time.monotonic() > self._end:
+                raise RunError(
+                    f"policy.longest_round={self._seconds:g}: the round asks for more than the {self._seconds:g} s "
+                    f"that this site allows"
+                )
+            yield batch
+
+    def take(self, rows: Sequence[int]) -> TimedExamples:
+        """See ``Examples``; the clock runs on."""
+        return TimedExamples(self._examples.take(rows), self._seconds, self._end)
 
 
 def read_request(message: bytes) -> Request:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fedferret.core.errors import UserError
+from fedferret.core.files import flush, make_folder
 
 
 def refuse_filled(folder: Path) -> None:
@@ -25,7 +25,9 @@ def refuse_filled(folder: Path) -> None:
 
 
 def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
-    """Fill a temporary folder beside ``folder``, flush it to disk, then rename it to ``folder``.
+    """Fill a temporary folder beside ``folder``, rename it to ``folder``, and flush all of it to disk.
+
+    Modes are those that the umask gives to new files, whatever ``build`` gave them.
 
     Args:
         folder: the folder to make; absent or empty.
@@ -35,18 +37,20 @@ def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
     """
     refuse_filled(folder)
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    make_folder(folder.parent)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         build(temporary)
+        mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
             if path.is_file():
-                path.chmod(0o644)
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users out
+                path.chmod(mode)
+            flush(path)
+        flush(temporary)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
+        flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

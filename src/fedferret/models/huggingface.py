@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
@@ -41,8 +42,11 @@ def check_source(name: str) -> None:
         raise UserError(f'model "{name}": no config.json there; give a folder in Hugging Face\'s format')
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'model "{name}": its config.json is not JSON ({error})') from None
+    kinds = config.get("architectures") or [] if isinstance(config, dict) else None
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(f'model "{name}": its config.json is no configuration; fetch or save the folder again')
     _require_causal(name, config)
 
 
@@ -73,7 +77,7 @@ def read_config(name: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_source(name)
-    with _one_line(name):
+    with one_line(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     _require_causal(name, config.to_dict())
     return config
@@ -92,7 +96,7 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(name)
-    with _one_line(name), quiet_transformers():
+    with one_line(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(_source(name), trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _source(name),
@@ -141,13 +145,22 @@ def _require_causal(name: str, config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Turn what transformers, the hub and safetensors raise for a bad source into a UserError of one line."""
-    from safetensors import SafetensorError
+def one_line(name: str) -> Iterator[None]:
+    """Turn whatever transformers, the hub, torch and safetensors raise for a bad source into a UserError of one line.
 
+    Args:
+        name: of the model, for the message.
+    """
+    where = "this folder" if Path(name).expanduser().exists() else "the Hugging Face hub (no such folder here)"
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        where = "this folder" if Path(name).expanduser().exists() else "the Hugging Face hub (no such folder here)"
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f'model "{name}": could not be read from {where}: its weights are a damaged pickle, or one that holds more '
+            f"than tensors, and nothing of it is run; save the model as safetensors"
+        ) from error
+    except Exception as error:  # none of them promises which
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f'model "{name}": could not be read from {where}: {reason[:300]}') from error

@@ -23,10 +23,10 @@ from fedferret.core.keys import Key
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
-from fedferret.models.huggingface import check_source, folder_has_chat_template, read_config, read_model
-from fedferret.models.packaged import describe, ensure
+from fedferret.models.huggingface import check_source, folder_has_chat_template, one_line, read_config, read_model
+from fedferret.models.packaged import describe, ensure, is_cached
 from fedferret.models.quiet import quiet_transformers
-from fedferret.models.small import small_config, small_model, small_tokenizer
+from fedferret.models.small import DONOR, small_config, small_model, small_tokenizer
 from fedferret.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -58,6 +58,29 @@ def check(name: str, *, device: str = "cpu") -> None:
         describe(name)
     elif name not in ("tiny", "small"):
         check_source(name)
+
+
+def is_local(name: str) -> bool:
+    """Look whether a model can be loaded without a network.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        Whether it is made here, in the cache, or in a folder. Of a model on the hub only ``config.json`` is looked for.
+    """
+    if name == "tiny" or Path(name).expanduser().is_dir():
+        return True
+    if name == "small" or name.startswith(PACKAGED):
+        return is_cached(DONOR if name == "small" else name)
+    with quick_imports():
+        from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def has_chat_template(name: str) -> bool:
@@ -154,7 +177,7 @@ def skeleton(name: str) -> nn.Module:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             config = read_config(name)
-        with torch.device("meta"):
+        with one_line(name), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
 

@@ -57,9 +57,7 @@ def ensure(name: str, log: Callable[[str], None]) -> Path:
         UserError: if pip cannot fetch the package, or the cache cannot be written.
         RunError: if a digest differs from the pinned one.
     """
-    model = describe(name)
-    short = name.removeprefix(PACKAGED)
-    folder = cache_folder() / "models" / f"{short}-{model.weights_sha256[:12]}-{_CONVERSION}"
+    model, folder = describe(name), _folder_of(name)
     if folder.is_dir():  # it was renamed into place, so it is complete
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -77,6 +75,22 @@ def ensure(name: str, log: Callable[[str], None]) -> Path:
             "set FEDFERRET_CACHE to a writable folder with free space"
         ) from error
     return folder
+
+
+def is_cached(name: str) -> bool:
+    """Whether a packaged model is in the cache.
+
+    Args:
+        name: such as "packaged:smollm2".
+    Raises:
+        UserError: if there is no such model.
+    """
+    return _folder_of(name).is_dir()
+
+
+def _folder_of(name: str) -> Path:
+    short = name.removeprefix(PACKAGED)
+    return cache_folder() / "models" / f"{short}-{describe(name).weights_sha256[:12]}-{_CONVERSION}"
 
 
 @contextmanager

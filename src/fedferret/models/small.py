@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 _VOCABULARY = 4096
-_DONOR = "packaged:smollm2"
+DONOR = "packaged:smollm2"
 # ChatML without SmolLM2's default system message, which would fill a fifth of a short example
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -63,7 +63,7 @@ def small_tokenizer(log: Callable[[str], None]) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    folder = ensure(_DONOR, log)
+    folder = ensure(DONOR, log)
     written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = written["model"]
     model["vocab"] = {token: index for token, index in model["vocab"].items() if index < _VOCABULARY}

@@ -15,14 +15,15 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
 from fedferret.core.imports import quick_imports
 from fedferret.engines.relay import SOCKET, address, receive, send
-from fedferret.resident.site import check_data, read_site, work
+from fedferret.resident.site import allow, check_data, read_site, work
 from fedferret.tracking.audit import Audit
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def open_trainer(folder: Path) -> Trainer:
     """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once. Raises UserError."""
     site = read_site(folder)
     check_data(site)
+    if not site.policy.fetch_models:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported, which reads it once
     with quick_imports():
         from fedferret.engines.trainer import Trainer  # PyTorch with it, which takes seconds
 
@@ -44,7 +47,15 @@ def open_trainer(folder: Path) -> Trainer:
         torch.set_num_threads(site.threads)
     if site.data is None:
         return Trainer(partial(work, site))
-    return Trainer(partial(work, site), folder, site.name, Audit(folder))
+    audit = Audit(folder)
+
+    def record(event: Mapping[str, Any]) -> None:
+        audit(event)
+        if event["note"]:  # for whoever reads the log of the trainer
+            print(f"round {event['round']}: {event['note']}", file=sys.stderr, flush=True)
+
+    longest = site.policy.longest_round
+    return Trainer(partial(work, site), folder, site.name, record, allow=partial(allow, site), longest_round=longest)
 
 
 def take(folder: Path) -> IO[bytes]:
@@ -107,7 +118,7 @@ def main() -> None:
         lock = take(folder)
         trainer = open_trainer(folder)
         listener = listen(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a folder or file that cannot be what it should be
         print(f"fedferret: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     with lock, listener:

@@ -7,6 +7,8 @@
     [data]
     path = "ward-7.jsonl"         # and columns, as for the data source "files"
 
+    [policy]                      # what servers may ask for; see ``policy.py``
+
 A recipe that comes over the wire says what to do with the data, never which data: only this file does. Without [data]
 the recipe's source is loaded and any client works here, as in a worker of a simulation.
 """
@@ -15,13 +17,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.sites import SiteFile
+from fedferret.resident.policy import Policy
 from fedferret.settings import build, table_of
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class Site:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
+    policy: Policy = field(default_factory=Policy)  # what a server may ask for
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
@@ -51,6 +55,8 @@ class Site:
         import tomli_w
 
         table = table_of(self)
+        if self.policy == Policy():
+            del table["policy"]
         return tomli_w.dumps({name: value for name, value in table.items() if value != "none"})
 
 
@@ -63,14 +69,36 @@ def read_site(folder: Path) -> Site:
         raise UserError(f"{path}: there is no such file; it names the site and its data") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    data = tables.pop("data", None)
+    data, policy = tables.pop("data", None), tables.pop("policy", {})
     if data is not None and not isinstance(data, Mapping):
         raise UserError(f"{path}: data={data!r}: must be a table, [data], with a path")
-    site = build(Site, tables, FILE)
+    if not isinstance(policy, Mapping):
+        raise UserError(f"{path}: policy={policy!r}: must be a table, [policy]")
+    site = replace(build(Site, tables, FILE), policy=build(Policy, policy, f"{FILE}: policy"))
     if data is None:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
     return replace(site, data=replace(file, path=str(folder / Path(file.path).expanduser())))
+
+
+def allow(site: Site, text: str, base: str) -> None:
+    """Refuse a run that the site's policy excludes, before its model is loaded.
+
+    Args:
+        site: the settings of this site.
+        text: the recipe, as TOML.
+        base: SHA-256 of the base weights, as the request names it.
+
+    Raises:
+        UserError: the policy excludes it, or the recipe is none.
+    """
+    if site.policy == Policy():
+        return
+    from fedferret.config import from_tables  # late, like the imports of ``work``
+
+    recipe = from_tables(tomllib.loads(text))
+    site.policy.check(recipe, base, len(check_data(site)))
+    site.policy.check_fetch(adapted(site, recipe).model.name)
 
 
 def check_data(site: Site) -> tuple[Example, ...]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
@@ -147,6 +147,25 @@ def node_key(comment: str) -> tuple[bytes, bytes]:
     secret = key.private_bytes(encoding.PEM, private.OpenSSH, serialization.NoEncryption())
     public = key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return secret, public + b" " + comment.encode() + b"\n"
+
+
+def node_key_owner(public: bytes, private: bytes | None = None) -> str:
+    """Return the name of the site that a node's public key is for, as :func:`node_key` writes it behind the key.
+
+    Args:
+        public: in OpenSSH's format.
+        private: its private key, also in OpenSSH's format; None: not at hand.
+    Raises:
+        ValueError: if a key cannot be read, or the two are no pair.
+    """
+    try:
+        known = serialization.load_ssh_public_key(public)
+        secret = None if private is None else serialization.load_ssh_private_key(private, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"a node key cannot be read: {error}") from None
+    if secret is not None and secret.public_key() != known:
+        raise ValueError("node.key and node.pub do not belong together")
+    return public.decode(errors="replace").split(maxsplit=2)[-1].strip()
 
 
 def key_matches(pair: Pair) -> bool:

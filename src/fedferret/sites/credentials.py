@@ -1,4 +1,4 @@
-"""The credentials of the server and of the sites: reading, checking and unpacking them; writing private files.
+"""The credentials of the server and of the sites: reading and checking them; writing private files.
 
     server/  server.crt, server.key         for the port that sites call; names and addresses as given
              superlink.crt, superlink.key   for the SuperLink behind the proxy; loopback's names only
@@ -8,22 +8,20 @@
              README.txt
 
 Reading checks what would otherwise fail later with an obscure error: that the files exist and only their owner can
-read them, that keys belong to their certificates, that the authority signed the certificates, and that they are valid
-now. ``notices`` has a line for each certificate that will expire soon; the commands log these lines when they start.
+read them, that keys belong to their certificates, that the authority signed the certificates, that the node key is a
+pair and that of the site in the certificate, and that certificates are valid now. ``notices`` has a line for each
+certificate that will expire soon; the commands log these lines when they start.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import re
 import stat
-import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedferret.core.errors import UserError
+from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import read_intact, write_atomically
 from fedferret.sites import certificates as x
 from fedferret.sites.certificates import Clock, Pair, wall_clock
 
@@ -31,8 +29,7 @@ SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "README.
 WARN_DAYS = 30  # a month: an administrator on holiday still has time to renew
 LOOPBACK_DAYS = 3650  # the key never leaves the machine and signs nothing else: no reason to renew it
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_LARGEST = 1 << 16  # bytes; the largest file in an archive of ours has some 1,500
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,22 @@ class ServerCredentials:
         return self.folder / "server" / "superlink.crt", self.folder / "server" / "superlink.key"
 
     def node_public_keys(self) -> dict[str, Path]:
-        """Return the path of each site's public node key, by site name."""
-        return {path.parent.name: path for path in sorted(self.folder.glob("sites/*/node.pub"))}
+        """Return the path of each site's public node key, by site name.
+
+        Raises:
+            UserError: if a key is damaged, or names another site than its folder.
+        """
+        found = {}
+        for path in sorted(self.folder.glob("sites/*/node.pub")):
+            name, remedy = path.parent.name, "copy it again from the folder of `fedferret pki`"
+            try:
+                owner = x.node_key_owner(content_of(path, remedy))
+            except ValueError as error:
+                raise UserError(f"{path} is no node key ({error}): {remedy}") from None
+            if owner != name:
+                raise UserError(f"{path} is the node key of {owner}: {remedy}")
+            found[name] = path
+        return found
 
 
 def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
@@ -113,13 +124,21 @@ def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
     """
     folder = folder.resolve()
     what = f"the credentials in {folder}"
-    for name in ("ca.crt", "site.crt", "site.key", "node.key", "node.pub"):
-        _check_there(folder / name, f"unpack the archive that the server's administrator sent ({what} are incomplete)")
+    again = f"unpack the archive that the server's administrator sent ({what} are incomplete)"
+    files = {name: content_of(folder / name, again) for name in SITE_FILES if name != "README.txt"}
     for private in (folder, folder / "site.key", folder / "node.key"):
         check_private(private)
-    authority = (folder / "ca.crt").read_bytes()
-    pair = Pair((folder / "site.crt").read_bytes(), (folder / "site.key").read_bytes())
-    name = _check_pair(pair, authority, folder / "site.crt")
+    pair = Pair(files["site.crt"], files["site.key"])
+    name = check_pair(pair, files["ca.crt"], folder / "site.crt")
+    try:
+        owner = x.node_key_owner(files["node.pub"], files["node.key"])
+    except ValueError as error:
+        raise UserError(f"{folder / 'node.key'}: {error}: unpack the newest archive again") from None
+    if owner != name:
+        raise UserError(
+            f"{folder / 'node.pub'} is the node key of {owner}, and site.crt the certificate of {name}: unpack the "
+            f"newest archive again"
+        )
     remedy = "ask the server's administrator for `fedferret pki renew`"
     notices = check_time(pair.certificate, f"the certificate of {name}", remedy, clock)
     return SiteCredentials(name, folder, tuple(notices))
@@ -135,69 +154,21 @@ def read_server(folder: Path, clock: Clock = wall_clock) -> ServerCredentials:
         UserError: if a file is missing, readable by others, invalid now, or of another authority.
     """
     folder = folder.resolve()
-    for name in ("ca.crt", "revoked.crl", "server/server.crt", "server/server.key"):
-        _check_there(folder / name, "make it with `fedferret pki init`")
-    authority = (folder / "ca.crt").read_bytes()
+    made = "make it with `fedferret pki init`"
+    authority, revoked = content_of(folder / "ca.crt", made), content_of(folder / "revoked.crl", made)
+    try:
+        x.read_revocations(revoked)
+    except ValueError as error:
+        remedy = "copy it again from where `fedferret pki` runs"
+        raise UserError(f"{folder / 'revoked.crl'} cannot be read as PEM ({error}): {remedy}") from None
     notices = check_time(authority, "the authority", "make a new authority, and send every site new credentials", clock)
     for name in ("server", "superlink"):
+        pair = Pair(*(content_of(folder / "server" / f"{name}.{end}", made) for end in ("crt", "key")))
         check_private(folder / "server" / f"{name}.key")
-        pair = Pair(*((folder / "server" / f"{name}.{end}").read_bytes() for end in ("crt", "key")))
-        _check_pair(pair, authority, folder / "server" / f"{name}.crt")
+        check_pair(pair, authority, folder / "server" / f"{name}.crt", "run `fedferret pki renew server`")
         notices += check_time(pair.certificate, "the server's certificate", "run `fedferret pki renew server`", clock)
     hosts = tuple(x.hosts_of((folder / "server" / "server.crt").read_bytes()))
     return ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
-
-
-def pack(folder: Path) -> bytes:
-    """Return a tar archive of the credentials in ``folder``, with mode 600; other files are left out."""
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name in SITE_FILES:
-            content = (folder / name).read_bytes()
-            entry = tarfile.TarInfo(f"{folder.name}/{name}")
-            entry.size, entry.mode, entry.mtime = len(content), 0o600, int((folder / name).stat().st_mtime)
-            tar.addfile(entry, io.BytesIO(content))
-    return archive.getvalue()
-
-
-def unpack(archive: Path, into: Path, clock: Clock = wall_clock) -> SiteCredentials:
-    """Unpack an archive of :func:`pack` and check the credentials; newer ones replace older ones.
-
-    Archives are untrusted: one with any other file is refused, and files are written only directly in ``into``.
-
-    Args:
-        archive: the tar file.
-        into: the folder to write to.
-        clock: returns the time, UTC.
-    Raises:
-        UserError: for another kind of file, credentials of another site than those in ``into``, or invalid ones.
-    """
-    wrong = UserError(f"{archive}: not an archive of a site's credentials, as `fedferret pki issue` makes them")
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.partition("/")
-                if not (member.isfile() and member.size <= _LARGEST and name in SITE_FILES and _NAME.fullmatch(folder)):
-                    raise wrong
-                file = tar.extractfile(member)
-                assert file is not None  # only of folders and the like
-                files[name] = file.read()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {archive}") from None
-    except (tarfile.TarError, OSError, EOFError):
-        raise wrong from None
-    if set(files) != set(SITE_FILES):
-        raise wrong
-    private_folder(into)
-    before, now = into / "site.crt", files["site.crt"]
-    if before.exists() and (name := _name_in(before.read_bytes())) != _name_in(now):
-        raise UserError(
-            f"{into} holds the credentials of {name}, {archive} those of {_name_in(now)}: give another folder"
-        )
-    for name, content in files.items():
-        write_private(into / name, content)
-    return read_site(into, clock)
 
 
 def loopback(folder: Path, clock: Clock = wall_clock) -> tuple[Path, Path]:
@@ -221,7 +192,7 @@ def check_name(name: str) -> str:
     Raises:
         UserError: unless the name is valid.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UserError(
             f'"{name}" cannot be the name of a site: use 1 to 63 of a-z, 0-9 and "-" (not first or last), as in ward-7'
         )
@@ -253,8 +224,11 @@ def check_time(certificate: bytes, what: str, remedy: str, clock: Clock = wall_c
     Raises:
         UserError: if the certificate is not valid now.
     """
-    now, until = clock(), x.valid_until(certificate)
-    if now < (begin := x.valid_from(certificate)):
+    try:
+        now, begin, until = clock(), x.valid_from(certificate), x.valid_until(certificate)
+    except ValueError as error:
+        raise UserError(f"{what} cannot be read as PEM ({error}): {remedy}") from None
+    if now < begin:
         raise UserError(f"{what} is valid only from {begin:%Y-%m-%d %H:%M} UTC: check this machine's clock")
     if now >= until:
         raise UserError(f"{what} expired on {until:%Y-%m-%d}: {remedy}")
@@ -266,9 +240,12 @@ def private_folder(path: Path) -> None:
     """Make a folder that only its owner can enter.
 
     Raises:
-        UserError: if the folder exists and others can enter it.
+        UserError: if the folder exists and others can enter it, or there is a file of that name.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is a file: give a folder") from None
     check_private(path)
 
 
@@ -279,42 +256,45 @@ def write_private(path: Path, content: bytes) -> None:
         path: the file; its folder exists.
         content: the file's bytes.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 600 from the start
+    write_atomically(path, content, private=True)
+
+
+def content_of(path: Path, remedy: str) -> bytes:
+    """Return the content of a file that must be there.
+
+    Args:
+        path: the file.
+        remedy: what the operator has to do, in messages.
+    Raises:
+        UserError: if the file is missing or cannot be read.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        return read_intact(path, remedy)
+    except RunError as error:
+        raise UserError(str(error)) from None
 
 
-def _check_there(path: Path, remedy: str) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing: {remedy}")
+def check_pair(pair: Pair, authority: bytes, path: Path, remedy: str = "unpack the newest archive again") -> str:
+    """Return the common name in a certificate that belongs to its key and to the authority.
 
-
-def _name_in(certificate: bytes) -> str:
-    """The common name; "nobody" for an invalid certificate, which the check after unpacking reports."""
-    try:
-        return x.common_name(certificate)
-    except ValueError:
-        return "nobody"
-
-
-def _check_pair(pair: Pair, authority: bytes, path: Path) -> str:
-    """Return the common name. Raises UserError for files that do not belong together."""
+    Args:
+        pair: certificate and key.
+        authority: the authority's certificate, PEM.
+        path: of the certificate, in messages.
+        remedy: what the operator has to do, in messages.
+    Raises:
+        UserError: for files that cannot be read or do not belong together.
+    """
     try:
         matches, signed, name = (
             x.key_matches(pair),
             x.signed_by(pair.certificate, authority),
             x.common_name(pair.certificate),
         )
-    except ValueError as error:
-        raise UserError(f"{path} or its key cannot be read as PEM: {error}") from None
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(f"{path} or its key cannot be read as PEM ({error}): {remedy}") from None
     if not matches:
-        raise UserError(f"{path} and its key do not belong together: unpack the newest archive again")
+        raise UserError(f"{path} and its key do not belong together: {remedy}")
     if not signed:
-        raise UserError(f"{path} was not signed by the authority in ca.crt: unpack the newest archive again")
+        raise UserError(f"{path} was not signed by the authority in ca.crt: {remedy}")
     return name

@@ -29,13 +29,17 @@ from fedferret.core.files import write_atomically
 from fedferret.engines.relay import SOCKET
 from fedferret.sites import forwarder
 from fedferret.sites.address import is_loopback, split
-from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site, unpack
+from fedferret.sites.archive import unpack
+from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site
 from fedferret.sites.flower_process import LOOPBACK, environment, free_port, secret, supernode
 from fedferret.sites.package import fingerprint, run_package
+from fedferret.sites.state import read_json
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes
 NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
+NOT_SIGNED = "401 Unauthorized"  # of a call with a signature that Flower refuses, by its time for instance
+SIGNED_BEFORE, SIGNED_AHEAD = 305, 5  # seconds, of Flower's (`flwr/superlink/routers/fleet/node_auth.py`); measured
 SETTINGS = "site.toml"  # read by the trainer, `sites/site.py`
 STATE = "join.json"
 
@@ -108,6 +112,10 @@ def resolve_data(settings: JoinSettings, folder: Path) -> str:
     try:
         known = tomllib.loads(path.read_text(encoding="utf-8"))
         name, data = str(known["name"]), str(folder / Path(known["data"]["path"]).expanduser())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): write it again, or remove it and give --data"
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: give a name and a table [data] with a path ({error})") from None
     if name != settings.name:
@@ -194,12 +202,7 @@ class Site:
             self._log_event("connected")
 
     def _explain(self, part: Part, code: int, output: str) -> str:
-        if part.name == "SuperNode" and NOT_ACTIVATED in output:
-            return (
-                f"{self.settings.address} refuses {self.settings.name} for now: it holds a lost connection for up to a "
-                f"minute, or this site is not on the run's list of sites; trying again."
-            )
-        return f"The {part.name} {ended(code)}; starting it again."
+        return explain(self.settings, part.name, code, output)
 
     def _log_event(self, doing: str) -> None:
         content = {"doing": doing, "time": time.time(), "process": os.getpid(), "started": self.started}
@@ -207,10 +210,32 @@ class Site:
         write_atomically(self.folder / STATE, json.dumps(content, indent=1))
 
 
+def explain(settings: JoinSettings, process: str, code: int, output: str) -> str:
+    """Return a line for the operator on a process of the site that ended.
+
+    Args:
+        settings: of the site.
+        process: its name.
+        code: its exit code.
+        output: the last that it printed.
+    """
+    if process == "SuperNode" and NOT_ACTIVATED in output:
+        return (
+            f"{settings.address} refuses {settings.name} for now: it holds a lost connection for up to a minute, or "
+            f"this site is not on the run's list of sites; trying again."
+        )
+    if process == "SuperNode" and NOT_SIGNED in output:
+        return (
+            f"{settings.address} refuses the signatures of {settings.name} (401): set this machine's clock and the "
+            f"server's, for instance with chrony; calls may be signed at most {SIGNED_BEFORE} s before they arrive, "
+            f"and at most {SIGNED_AHEAD} s ahead; trying again."
+        )
+    return f"The {process} {ended(code)}; starting it again."
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return what `join` last wrote about itself in the site's folder."""
-    known: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return known
+    """Return what `join` last wrote about itself in the site's folder. Raises UserError if the file is damaged."""
+    return read_json(folder / STATE, "`fedferret join`")
 
 
 def _credentials(settings: JoinSettings, folder: Path) -> SiteCredentials:
@@ -219,7 +244,9 @@ def _credentials(settings: JoinSettings, folder: Path) -> SiteCredentials:
         raise UserError("no certificates: give the archive from the server's administrator with --credentials")
     if given is not None and not given.exists():
         raise UserError(f"--credentials {given}: there is no such file or folder")
-    known = unpack(given, stored) if given is not None and given.is_file() else read_site(given or stored)
+    if given is not None and given.is_file():
+        return unpack(given, stored, name=settings.name)
+    known = read_site(given or stored)
     if known.name != settings.name:
         raise UserError(
             f"--name {settings.name}: the credentials are those of {known.name}; give those of {settings.name}"

@@ -28,6 +28,7 @@ from pathlib import Path
 from fedferret.core.errors import UserError, nearest
 from fedferret.sites import certificates as x
 from fedferret.sites import credentials
+from fedferret.sites.archive import pack
 from fedferret.sites.certificates import Clock, Pair, wall_clock
 
 SERVER = "server"
@@ -73,8 +74,10 @@ class Authority:
             raise UserError(f"{self.folder} has no authority's key (ca.key): make one with `fedferret pki init`")
         for private in (self.folder, key):
             credentials.check_private(private)
-        self._pair = Pair((self.folder / "ca.crt").read_bytes(), key.read_bytes())
-        remedy = "make a new authority in another folder, and send every site new credentials"
+        copy, remedy = "restore it from a copy", "make a new authority in another folder, and send every site new ones"
+        certificate = self.folder / "ca.crt"
+        self._pair = Pair(credentials.content_of(certificate, copy), credentials.content_of(key, copy))
+        credentials.check_pair(self._pair, self._pair.certificate, certificate, copy)
         self.notices = credentials.check_time(self._pair.certificate, "the authority", remedy, clock)
 
     @classmethod
@@ -214,7 +217,7 @@ class Authority:
 
     def _archive(self, site: Path) -> Path:
         archive = site.with_suffix(".tar")
-        credentials.write_private(archive, credentials.pack(site))
+        credentials.write_private(archive, pack(site))
         return archive
 
     def _write_revocations(self, revoked: dict[int, datetime]) -> None:
@@ -222,7 +225,15 @@ class Authority:
         credentials.write_private(self.folder / "revoked.crl", content)
 
     def _revoked(self) -> dict[int, datetime]:
-        return x.read_revocations((self.folder / "revoked.crl").read_bytes())
+        path, remedy = self.folder / "revoked.crl", "restore it from a copy, the server's for instance"
+        try:
+            return x.read_revocations(credentials.content_of(path, remedy))
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, UserError)
+                else UserError(f"{path} cannot be read as PEM ({error}): {remedy}")
+            ) from None
 
     def _issued(self) -> dict[int, bytes]:
         return {int(path.stem, 16): path.read_bytes() for path in (self.folder / "issued").glob("*.crt")}

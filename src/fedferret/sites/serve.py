@@ -33,7 +33,7 @@ from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.proxy import Proxy, find_nginx
 from fedferret.sites.server_app import AGAIN, approved_sites
 from fedferret.sites.supervisor import HEALTHY, Part, Supervisor, alone_in, ended, terminable
-from fedferret.tracking.summary import read_summary
+from fedferret.tracking.summary import is_finished
 
 LOOK = 0.2  # seconds between two polls of the processes
 WRITE_EVERY = 5.0  # seconds between two records of the connected sites
@@ -75,12 +75,13 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
     """
     sites = approved_sites(recipe)
     keys = _keys(settings.credentials, sites)
-    if belongs(recipe, out) and read_summary(out).get("status") == "finished":
+    if belongs(recipe, out) and is_finished(out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return
     out = out.resolve()
     with terminable(), alone_in(out / state.FOLDER, "a server"):
         write_atomically(out / state.FOLDER / "recipe.toml", recipe.to_toml())
+        state.remove_damaged(out, log)
         for notice in settings.credentials.notices if settings.credentials else ():
             log(notice)
         Server(out, settings, keys, log).run()

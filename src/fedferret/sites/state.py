@@ -5,24 +5,28 @@
     names.json      by the ServerApp in insecure mode: the names that nodes gave
     messages.jsonl  by the ServerApp: a line for every request and response, and one for each with Flower's framing
 
-Files are written atomically. Reading skips a last line that a crash cut short.
+Files are written atomically. Reading skips lines that are damaged, such as a last one that a crash cut short; a
+damaged JSON file is named.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import read_intact, write_atomically
 
 if TYPE_CHECKING:
     from fedferret.engines.flower import Traffic
 
 FOLDER = "server"  # in the run's folder; `runner.SERVED`
+_USUAL = {"what", "time", "client", "round"}
+_WHOLE = {"traffic": {"what", "time", "client", "payload_down", "payload_up", "framed_down", "framed_up", "reason"}}
 
 
 def write(run: Path, name: str, content: Mapping[str, Any]) -> None:
@@ -42,10 +46,53 @@ def read(run: Path, name: str) -> dict[str, Any]:
     Args:
         run: the run's folder.
         name: of the file, without ".json".
+    Raises:
+        UserError: if the file is damaged.
     """
-    path = run / FOLDER / f"{name}.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return known
+    return read_json(run / FOLDER / f"{name}.json", "`fedferret serve`")
+
+
+def read_json(path: Path, writer: str) -> dict[str, Any]:
+    """Return the content of a file with a JSON object; {} if it does not exist.
+
+    Args:
+        path: the file.
+        writer: the command that writes it again, for the message.
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    remedy = f"remove it; {writer} writes it again"
+    try:
+        return dict(json.loads(read_intact(path, remedy)))
+    except RunError as error:
+        raise UserError(str(error)) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def remove_damaged(run: Path, log: Callable[[str], None]) -> None:
+    """Remove the JSON files that cannot be read, for a server that writes them again.
+
+    Args:
+        run: the run's folder.
+        log: called with a line for each.
+    Raises:
+        UserError: if something else than a file is in the place of one.
+    """
+    for name in ("server", "nodes", "names"):
+        path = run / FOLDER / f"{name}.json"
+        try:
+            read(run, name)
+        except UserError as error:
+            if path.is_dir():
+                raise
+            log(f"{error}.")
+            path.unlink()
+    messages = run / FOLDER / "messages.jsonl"
+    if messages.exists() and not messages.is_file():
+        raise UserError(f"{messages} is no file: remove it; `fedferret serve` writes it again")
 
 
 class MessageLog:
@@ -77,12 +124,22 @@ class MessageLog:
 
 
 def messages(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield every line of ``messages.jsonl``, the oldest first."""
+    """Yield every whole line of ``messages.jsonl``, the oldest first.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     path = run / FOLDER / "messages.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    if not (path.exists() or path.is_symlink()):
+        return
+    try:
+        content = read_intact(path, "remove it; `fedferret serve` writes it again")
+    except RunError as error:
+        raise UserError(str(error)) from None
+    for line in content.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict):
+        if isinstance(event, dict) and _WHOLE.get(str(event.get("what")), _USUAL) <= event.keys():
             yield event

@@ -50,20 +50,20 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
     found: dict[str, SiteStatus] = {}
     for event in state.messages(run):
         site = found.setdefault(str(event.get("client", "")), SiteStatus())
-        if event["what"] == "ok":
+        if event["what"] == "done":
             site.updated, site.round, site.reason = event["time"], event["round"], ""
-        if "version" in event:
+        if "version" in event and "process" in event:
             site.version, site.process = event["version"], event["process"]
         if event["what"] == "traffic":
             site.messages += event["payload_down"] + event["payload_up"]
             site.framed += event["framed_down"] + event["framed_up"]
             site.reason = event["reason"]
         elif event["what"] == "refused":
-            site.reason = event["note"]
+            site.reason = event.get("note", "")
     known = state.read(run, "nodes")
     fresh = time.time() - known.get("time", 0.0) < STALE and doing(state.read(run, "server")) == "serving"
     for name, node in known.get("nodes", {}).items():
-        found.setdefault(name, SiteStatus()).connected = node["connected"] if fresh else None
+        found.setdefault(name, SiteStatus()).connected = bool(node.get("connected")) if fresh else None
     return found
 
 
@@ -94,13 +94,13 @@ def status(folder: Path) -> str:
     if not known:
         raise UserError(f"{folder}: not the folder of a served run or of a site")
     run = events.read(folder)
-    security = "certificates on both sides" if known["secure"] else "INSECURE: no certificates"
+    security = "certificates on both sides" if known.get("secure") else "INSECURE: no certificates"
     sites = site_statuses(folder)
     lines = [
-        f"Server:   {_doing(known)}; sites call {known['listen']} ({security})",
-        f"Package:  SHA-256 {known['package']}",
+        f"Server:   {_doing(known)}; sites call {known.get('listen', '?')} ({security})",
+        f"Package:  SHA-256 {known.get('package', '?')}",
         f"Run:      round {run.done} of {run.planned or '?'}; {run.status}; the server was restarted "
-        f"{known['restarts']} times",
+        f"{known.get('restarts', 0)} times",
         f"Sites:    {sum(site.connected is True for site in sites.values())} of {len(sites)} connected",
     ]
     return "\n".join(
@@ -111,7 +111,7 @@ def status(folder: Path) -> str:
 def doing(known: dict[str, Any]) -> str:
     """Return what the process that wrote ``known`` is doing; "gone" if it ended without writing so."""
     at_work = known.get("doing") not in (None, "stopped", "finished", "failed")
-    return "gone" if at_work and not _alive(known["process"]) else str(known.get("doing", ""))
+    return "gone" if at_work and not _alive(int(known.get("process", 0))) else str(known.get("doing", ""))
 
 
 def ago(then: float) -> str:
@@ -122,15 +122,15 @@ def ago(then: float) -> str:
 def _site(folder: Path) -> str:
     known = join.read_state(folder)
     audit = list(read_audit(folder))
-    updates = [event for event in audit if event["what"] == "ok"]
+    updates = [event for event in audit if event["what"] == "done"]
     received = sum(event["framed_bytes"] for event in audit if event["what"] == "request")
-    sent = sum(event["framed_bytes"] for event in audit if event["what"] in ("ok", "missing", "refused"))
+    sent = sum(event["framed_bytes"] for event in audit if event["what"] in ("done", "missing", "refused"))
     sockets = [event for event in audit if event["what"] == "socket"]
     down, up = (sum(event[name] for event in sockets) for name in ("down_bytes", "up_bytes"))
     last = f"round {updates[-1]['round']} at {updates[-1]['time'][:19]}" if updates else "none so far"
     return "\n".join(
         [
-            f"Site:     {known['name']}, {_doing(known)}; server {known['address']}",
+            f"Site:     {known.get('name', '?')}, {_doing(known)}; server {known.get('address', '?')}",
             f"Updates:  {len(updates)}; the last: {last}",
             f"Messages: {as_bytes(received)} received, {as_bytes(sent)} sent; each is a line of {folder}/audit.jsonl",
             *([f"Sockets:  {as_bytes(down)} received, {as_bytes(up)} sent, with TLS and polling"] if sockets else []),
@@ -140,7 +140,7 @@ def _site(folder: Path) -> str:
 
 def _doing(known: dict[str, Any]) -> str:
     now = doing(known)
-    return f"ended unexpectedly (process {known['process']})" if now == "gone" else now
+    return f"ended unexpectedly (process {known.get('process', '?')})" if now == "gone" else now
 
 
 def _alive(process: int) -> bool:

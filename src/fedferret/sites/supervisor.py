@@ -190,6 +190,7 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
         what: uses the folder, in the message.
     Raises:
         UserError: if another process has the lock.
+        OSError: if the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(folder / ".lock")

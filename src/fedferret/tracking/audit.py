@@ -5,7 +5,7 @@
      "privacy": "none", "note": ""}
     {"time": "2026-11-22T19:02:40.118+00:00", "what": "socket", "up_bytes": 5120, "down_bytes": 9216, "seconds": 60.0}
 
-``what``: "request" was received; "ok", "missing" or "refused" was sent as the response.
+``what``: "request" was received; "done", "missing" or "refused" was sent as the response.
 ``payload_bytes``: of a request, the log entries; of a response, the method's payload.
 ``framed_bytes``: the whole message as the transport takes it.
 ``data``: SHA-256 of the site's examples.
@@ -24,7 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedferret.core.files import read_intact
+
 FILE = "audit.jsonl"
+_MESSAGE = {"what", "time", "round", "framed_bytes"}  # keys of a whole line
+_WHOLE = {"socket": {"what", "time", "up_bytes", "down_bytes"}}
 
 
 class Audit:
@@ -49,13 +53,16 @@ class Audit:
 
 
 def read_audit(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line, oldest first; nothing if the file does not exist."""
+    """Every whole line, oldest first; nothing if the file does not exist. Raises RunError if it cannot be read."""
     path = folder / FILE
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    remedy = "put a file in its place, or remove it; a new one is begun"
+    for line in read_intact(path, remedy).splitlines() if path.exists() else ():
         try:
-            yield json.loads(line)
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # torn by a crash
+        if isinstance(event, dict) and _WHOLE.get(str(event.get("what")), _MESSAGE) <= event.keys():
+            yield event
 
 
 def _ends_whole(path: Path) -> bool:

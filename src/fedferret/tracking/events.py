@@ -24,6 +24,8 @@ from typing import Any
 
 from fedferret.core.errors import UserError
 from fedferret.core.exchanges import Failure
+from fedferret.core.files import flush, inside, read_intact
+from fedferret.core.log import RESTORE
 from fedferret.core.rounds import RoundRecord
 from fedferret.wire.ledger import Ledger
 
@@ -58,10 +60,13 @@ class EventLog:
         event = {"event": kind, "time": now, **version, **_finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
         with self._path.open("ab") as file:
+            first = not file.tell()
             file.write(line.encode())
             file.flush()
             if flushed:
                 os.fsync(file.fileno())
+        if first:
+            flush(self._path.parent)
 
 
 def read_events(folder: Path) -> list[Event]:
@@ -69,9 +74,10 @@ def read_events(folder: Path) -> list[Event]:
 
     Raises:
         UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
+        RunError: if the log cannot be read.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} is not a run folder: it has no {FILE}; give the folder that `fedferret run` wrote")
     return list(_parse(path))
 
@@ -83,7 +89,7 @@ def check_format(folder: Path) -> None:
         UserError: if the log's format is not ``FORMAT``, with the version of fedferret that reads it.
     """
     path = folder / FILE
-    if path.is_file():
+    if path.exists():
         next(_parse(path), None)
 
 
@@ -175,9 +181,37 @@ def read(folder: Path) -> Run:
     """The run in ``folder``.
 
     Raises:
-        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
+        UserError: if ``folder`` has no event log, the log has another format, a line is damaged or a round is missing.
+        RunError: if the log cannot be read.
     """
-    return replay(read_events(folder))
+    found, line = read_events(folder), 0
+
+    def counted() -> Iterator[Event]:
+        nonlocal line
+        for line, event in enumerate(found, start=1):  # noqa: B007  # read below
+            yield event
+
+    try:
+        run = replay(counted())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder / FILE}, line {line} is damaged ({reason}): {RESTORE}") from None
+    if fault := _fault(run):
+        raise UserError(f"{folder / FILE} is damaged ({fault}): {RESTORE}")
+    return run
+
+
+def _fault(run: Run) -> str:
+    """What a whole log cannot have, which the files that are made of it would stumble over; "" if nothing."""
+    if gaps := sorted({*range(1, run.done + 1)} ^ run.rounds.keys()):
+        return f"it has no round {gaps[0]}" if gaps[0] > 0 else f"it has a round {gaps[0]}"
+    for number, entry in run.rounds.items():
+        if any(failure.client not in entry.clients for failure in entry.failures):
+            return f"a client failed in round {number} that was not sampled"
+    for number, evaluation in run.evaluations.items():
+        if not evaluation.results or any({"loss", "perplexity"} - each.keys() for each in evaluation.results.values()):
+            return f"the evaluation after round {number} has no loss"
+    return ""
 
 
 def replay(events: Iterable[Event]) -> Run:
@@ -269,12 +303,14 @@ def _with_saving(entry: Round, seconds: float) -> Round:
 
 
 def _parse(path: Path) -> Iterator[Event]:
-    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    whole, _, _torn = read_intact(inside(path.parent, path), RESTORE).rpartition(b"\n")
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             event = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}): delete that line to read the rest") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}): {RESTORE}") from None
+        if not isinstance(event, dict) or not all(isinstance(event.get(name), str) for name in ("event", "time")):
+            raise UserError(f"{path}, line {number} is no event with a kind and a time: {RESTORE}")
         if event["event"] == "start" and event.get("format") != FORMAT:
             raise UserError(f"{path} was {_other_format(event.get('format'))}")
         yield event

@@ -17,7 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import UserError
+from fedferret.core.files import inside, read_intact, write_atomically
+from fedferret.core.log import RESTORE
 from fedferret.tracking import environment
 from fedferret.tracking.events import Run, extra_metrics, headline, read
 from fedferret.tracking.summary import read_summary, summarise
@@ -39,7 +41,8 @@ def write_report(folder: Path) -> Path:
     """Write ``report.html`` and ``plots/*.svg`` of the run in ``folder`` and return the report's path.
 
     Raises:
-        UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
+        UserError: if ``folder`` has no event log, a file of it is damaged, or a link leads out of it.
+        RunError: if a file cannot be read.
     """
     # here, because other commands need not wait a second for matplotlib
     from fedferret.tracking.plots import DARK, LIGHT, draw
@@ -48,7 +51,7 @@ def write_report(folder: Path) -> Path:
     summary = {**read_summary(folder), **summarise(run)}
     plots = draw(run)
     for plot in plots:
-        write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg)
+        write_atomically(inside(folder, folder / "plots") / f"{plot.name}.svg", plot.svg)
     template = templates().get_template("report.html.jinja")
     page = template.render(
         title=_title(run),
@@ -63,7 +66,7 @@ def write_report(folder: Path) -> Path:
         bounded=[(number, client) for number, entry in sorted(run.rounds.items()) for client in entry.bounded],
         clients=_clients(run),
         owners=_owners(run),
-        recipe=_text(folder / "recipe.toml"),
+        recipe=_recipe(folder),
         environment=environment_of(folder),
         folder=shlex.quote(str(folder)),
         light=LIGHT,
@@ -234,11 +237,17 @@ def environment_of(folder: Path) -> list[tuple[str, str]]:
     path = folder / environment.FILE
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    packages = found.pop("packages", {})
-    found["memory"] = as_bytes(found.pop("memory_bytes", 0))
+    remedy = "remove it; the report leaves the machine out"
+    content = read_intact(inside(folder, path), remedy)
+    try:
+        found = dict(json.loads(content))
+        packages = dict(found.pop("packages", {}))
+        found["memory"] = as_bytes(found.pop("memory_bytes", 0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     return [(str(name), str(value)) for name, value in {**found, **packages}.items()]
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _recipe(folder: Path) -> str:
+    path = folder / "recipe.toml"
+    return read_intact(inside(folder, path), RESTORE).decode(errors="replace") if path.exists() else ""

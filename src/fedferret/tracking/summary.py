@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedferret.core.files import write_atomically
+from fedferret.core.errors import UserError
+from fedferret.core.files import inside, read_intact, write_atomically
+from fedferret.tracking import events
 from fedferret.tracking.events import Evaluation, Run, extra_metrics, read
 
 FILE = "summary.json"
@@ -92,15 +94,34 @@ def write_summary(folder: Path) -> dict[str, Any]:
         UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
     """
     before = read_summary(folder).get("peak_memory_bytes", 0)
-    summary = {**summarise(read(folder)), "peak_memory_bytes": max(before, peak_memory_bytes())}
+    peak = max(before, peak_memory_bytes()) if isinstance(before, int) else peak_memory_bytes()
+    summary = {**summarise(read(folder)), "peak_memory_bytes": peak}
     write_atomically(folder / FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """``summary.json`` as last written; empty if the file does not exist."""
+    """``summary.json`` as last written; empty if the file does not exist.
+
+    Raises:
+        UserError: if the file is damaged.
+        RunError: if it cannot be read.
+    """
     path = folder / FILE
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    if not path.exists():
+        return {}
+    remedy = "remove it; the event log has all its figures"
+    try:
+        return dict(json.loads(read_intact(inside(folder, path), remedy)))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the event log says that the run in ``folder`` is finished. Raises as ``events.read``."""
+    return (folder / events.FILE).exists() and read(folder).status == "finished"
 
 
 def peak_memory_bytes() -> int:
