@@ -62,7 +62,7 @@ class NormLimits:
             return None
         node = self._node
         norm = node.algorithm.update_norm(node.task, node.public, payload)
-        if norm is None or not norm <= LARGEST:
+        if norm is None or not math.isfinite(norm):  # names what is wrong
             check_values(payload.decoded())
         if norm is not None and not norm <= self.most:
             raise ValueError(f"the update's norm is {norm:.4g}: at most {self.most:.4g} is allowed{self._why}")
@@ -83,7 +83,7 @@ class NormLimits:
 
     @property
     def _why(self) -> str:
-        return ", 1 + the norm of the model that it would change" if self.on else ""
+        return ", 1 + the norm of the model (pool.norm_limit)" if self.on else ""
 
     def outliers(self, norms: Mapping[str, float | None]) -> dict[str, str]:
         """Find updates far above the others.
@@ -101,7 +101,7 @@ class NormLimits:
         most = self._ratio * statistics.median(known.values())
         return {
             client: f"the update's norm is {norm:.4g}: at most {most:.4g} is allowed, {self._ratio:g} times the "
-            f"median of {len(known)} updates"
+            f"median of {len(known)} updates (pool.norm_ratio)"
             for client, norm in known.items()
             if most and norm > most
         }
