@@ -68,7 +68,7 @@ def times(factor: float) -> Change:
         ({"loss": 1e300}, "the metric 'loss' is 1e+300: "),
         ({"loss": 1}, "metrics came that are no numbers"),
         (
-            {"\x1b[2J\n" + 1000 * "x": 1.0},
+            {"\x1b[2J\n" + 99 * "x": 1.0},
             "an unknown metric came, '\\x1b[2J\\n" + 30 * "x" + ": known are loss, seconds",
         ),
     ],

@@ -169,20 +169,27 @@ def score(
     failures: list[Failure] = []
     moved: dict[str, int] = {}
     for outcome in in_order(engine.exchange(bodies, state), clients):
+        outcome = _scored(outcome)
         if isinstance(outcome, Failure):
             failures.append(outcome)
-            continue
-        try:
-            if not isinstance(outcome.body, ClientScores):
-                raise ValueError(f"sent a {type(outcome.body).__name__} for its scores")
-            check_sums(outcome.body.sums)
-        except ValueError as error:
-            failures.append(Failure(outcome.client, "score", str(error)))
-            continue
-        sums[outcome.client] = dict(outcome.body.sums)
-        # the books stay as they are: what a client is sent in the next round does not depend on scoring
-        moved[outcome.client] = outcome.bytes_up + missing[outcome.client]
+        else:
+            sums[outcome.client] = dict(outcome.body.sums)
+            # the books stay as they are: what a client is sent in the next round does not depend on scoring
+            moved[outcome.client] = outcome.bytes_up + missing[outcome.client]
     return sums, failures, moved
+
+
+def _scored(outcome: Reply | Failure) -> Reply | Failure:
+    """A reply with sums that can be, or the failure that it is."""
+    if isinstance(outcome, Failure):
+        return outcome
+    if not isinstance(outcome.body, ClientScores):
+        return Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores")
+    try:
+        check_sums(outcome.body.sums)
+    except ValueError as error:
+        return Failure(outcome.client, "score", str(error))
+    return outcome
 
 
 def _round(
@@ -263,15 +270,15 @@ def _round(
     )
 
 
-def _apply(node: Node, entry: Any, whose: str) -> None:
-    """Apply an entry of finite values to a finite state, or say in one line whose it was.
+def _apply(node: Node, entry: Any, origin: str) -> None:
+    """Apply an entry of finite values, and see that the state is finite; raises RunError, which names ``origin``.
 
     No client can cause this: its update was bounded before it was pooled. A method or its settings can.
     """
-    _check(entry, FINITE, f"the entry of {whose}")
+    _check(entry, FINITE, f"the entry of {origin}")
     node.apply(entry)
     try:
-        _check(node.public, FINITE, f"the public state after {whose}")
+        _check(node.public, FINITE, f"the public state after {origin}")
     except RunError:
         node.void = True  # the round is not in the log: the next start rebuilds the state before the round
         raise
