@@ -199,6 +199,7 @@ class Parts:
             recipe.clients.min_fraction,
             recipe.clients.bounds(),
             recipe.pool,
+            recipe.execution.deadline,
         )
 
     def _store(self, weights: Mapping[str, Tensor]) -> tree.Tree:

@@ -27,6 +27,7 @@ from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
 from fedferret.core.mapped import MappedTree
+from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
@@ -240,6 +241,9 @@ class Run:
 
     def _announce(self, state: RunState) -> None:
         experiment, recipe = self.experiment, self.recipe
+        unlimited = limits_off(state.node, recipe.pool)
+        if unlimited:
+            self.log(f"The norms of clients' updates are not limited: {unlimited}.")
         if state.round or (self.out / events.FILE).exists():
             self.log(f"Resuming after round {state.round} of {recipe.rounds}.")
             self._log_event("resume", round=state.round)

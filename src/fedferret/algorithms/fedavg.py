@@ -21,11 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import check_tensors, deltas, loaded, norm
+from fedferret.algorithms.full_model import check_tensors, deltas, loaded
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
+from fedferret.core.norms import euclidean_norm
 from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
 from fedferret.local.first_order import FirstOrder, Trained
@@ -77,7 +78,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: Delta) -> float:
         """η ‖Δ_j‖."""
-        return self.server_learning_rate * norm(payload.delta.values())
+        return self.server_learning_rate * euclidean_norm(payload.delta.values())
 
     def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
         """The base weights."""

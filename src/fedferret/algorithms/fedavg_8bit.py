@@ -23,12 +23,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import FedAvgPublic
-from fedferret.algorithms.full_model import deltas, loaded, norm
+from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.bases.chunks import Chunked, num_bytes, num_scales, pack_tensors
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
+from fedferret.core.norms import euclidean_norm
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder
 
@@ -108,7 +109,7 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: QuantizedDelta) -> float:
         """η ‖Δ_j‖."""
-        return self.server_learning_rate * norm(payload.delta.unpack())
+        return self.server_learning_rate * euclidean_norm(payload.delta.unpack())
 
     def server_update(
         self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[DecodedDelta], key: Key

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgPublic
-from fedferret.algorithms.full_model import deltas, loaded, norm
+from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.bases.positions import Positions, num_bytes, pack_positions
 from fedferret.bases.quantise import Packed, pack_vector
 from fedferret.bases.top_k import top_k
@@ -34,6 +34,7 @@ from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Po
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
+from fedferret.core.norms import euclidean_norm
 from fedferret.core.pooling import MeanPool, NotFinite
 from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
@@ -145,7 +146,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: Sparse) -> float:
         """η ‖Δ_j‖ of what was sent."""
-        return self.server_learning_rate * norm([payload.values.unpack()])
+        return self.server_learning_rate * euclidean_norm([payload.values.unpack()])
 
     def server_update(
         self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Sparse], key: Key

@@ -135,7 +135,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
         """η ‖V_j c_j‖: exact for sign buckets, in expectation over keys for dense columns."""
         projector = self.projector(public)
         counts = projector.counts(decode_norms(self._norms(public, payload)))
-        return self.server_learning_rate * projector.reconstructed_norm(payload.coordinates.unpack(), counts)
+        rate = scheduled(self.schedule, self.server_learning_rate, public.round + 1, task.rounds)
+        return rate * projector.reconstructed_norm(payload.coordinates.unpack(), counts)
 
     def init(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to move alike."""
@@ -186,8 +187,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     def accept_sum(self, task: Task, public: FerretPublic, sum: DecodedCoordinates) -> None:
         """Refuse a sum of other lengths."""
         counts = self.projector(public).counts(decode_norms(public.norms))
-        wanted = (math.fsum(counts),), (len(counts),)
-        if (tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != wanted:
+        if (tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != ((math.fsum(counts),), (len(counts),)):
             raise ValueError("a sum of other coordinates or blocks came than the round's")
 
     def server_update(

@@ -65,8 +65,3 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], d
     kinds = {tensor.dtype for tensor in found.values()}
     if came != wanted or (dtype is not None and kinds != {dtype}):
         raise ValueError("the update's tensors are not the model's: another model or version sent it")
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm over all of them."""
-    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(tensor.double())) ** 2 for tensor in tensors))

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
@@ -224,6 +224,18 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
             The norm, or its expectation where it depends on random directions; None where it has no meaning.
         """
         return None
+
+    def tuned(self, task: Task, public: Public) -> Mapping[str, Tensor]:
+        """The public weights that ``apply`` changes: what ``update_norm`` is compared with.
+
+        Args:
+            task: model and objective.
+            public: the public state after the round before.
+
+        Returns:
+            Tensors by name, not to be changed; ``public.weights``, and nothing where there are none.
+        """
+        return cast("Mapping[str, Tensor]", getattr(public, "weights", {}))
 
     @abstractmethod
     def init(self, task: Task, key: Key) -> tuple[Public, Server]:

@@ -1,7 +1,7 @@
 """A round's updates on their way into the pool: each is checked when it comes, and pooled when its weight is known.
 
-    weights known at once       pooled at once: one update in memory
-    weights bounded by all      every accepted payload waits in a temporary file until the last claim is known
+    weight known at once, fewer than four updates     pooled at once: one update in memory
+    weights or norms bounded by those of all          accepted payloads wait in a temporary file until all are known
 
 Whatever an update holds becomes one failure with one line; nothing that a client sends raises here.
 """
@@ -9,13 +9,16 @@ Whatever an update holds becomes one failure with one line; nothing that a clien
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.algorithm import Payload, Pooled, Pooling, Weighting
 from fedferret.core.exchanges import ClientUpdate, Failure, Masked, Reply
+from fedferret.core.metrics import check_metrics
 from fedferret.core.node import Node
+from fedferret.core.norms import FEWEST, NormLimits
 from fedferret.core.pooling import NotFinite, basic_pool, nonfinite, tensors
 from fedferret.core.spool import Place, Spool
 from fedferret.core.weighting import bounded_clients, weights_of
@@ -23,6 +26,7 @@ from fedferret.core.weighting import bounded_clients, weights_of
 if TYPE_CHECKING:
     from fedferret.core.rounds import Plan
 
+SMALL = 1 << 24  # bytes of waiting payloads that stay in memory
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)  # what a strange payload may raise
 
 
@@ -33,13 +37,22 @@ class Accepted:
     num_examples: int
     metrics: Mapping[str, float]
     bytes_up: int
+    norm: float | None = None  # of what the update alone would add to the weights
 
 
 class Intake:
     """Takes one round's outcomes in client order."""
 
-    def __init__(self, node: Node, plan: Plan, longest: float) -> None:
-        """``longest``: bytes that an update may have."""
+    def __init__(self, node: Node, plan: Plan, longest: float, asked: int = 0) -> None:
+        """Begin a round.
+
+        Args:
+            node: the server's, before the round.
+            plan: of the run.
+            longest: bytes that an update may have.
+            asked: clients that were asked for an update.
+        """
+        self._started = time.perf_counter()
         self.accepted: dict[str, Accepted] = {}
         self.failures: list[Failure] = []
         self._node, self._plan, self._longest = node, plan, longest
@@ -47,11 +60,13 @@ class Intake:
         self._masked = next((guard.modulus for guard in node.guards if guard.modulus is not None), None)
         pooling = node.algorithm.pooling_at(node.public)
         self._pool = plan.pool.pool(pooling) if self._masked is None else basic_pool(Pooling.SUM)
-        self._needs_norm = plan.pool.name == "norm-bounded-mean"
-        self._spool: Spool | None = None  # payloads that wait for their weights
-        self._places: list[Place] = []
-        if plan.bounds is not None and self._weighting == "examples":
-            self._spool = Spool(tempfile.TemporaryFile())  # noqa: SIM115  # closed with the round's intake
+        self._limits = NormLimits(node, plan.pool)
+        self._spool: Spool | None = None  # payloads that wait for their weights, or for the others' norms
+        self._places: dict[str, Place] = {}
+        bounded = plan.bounds is not None and self._weighting == "examples"
+        if bounded or (self._limits.on and asked >= FEWEST):
+            file = tempfile.SpooledTemporaryFile(max_size=SMALL)  # noqa: SIM115  # closed with the round's intake
+            self._spool = Spool(file)
 
     @property
     def clients(self) -> list[str]:
@@ -71,12 +86,21 @@ class Intake:
         self.failures.append(outcome)
         return outcome
 
+    def refuse_outliers(self) -> list[Failure]:
+        """Refuse, now that all updates are in, those with a norm far above the cohort's median."""
+        wrong = self._limits.outliers({client: update.norm for client, update in self.accepted.items()})
+        refused = [Failure(client, "norm", reason) for client, reason in wrong.items()]
+        for failure in refused:
+            del self.accepted[failure.client], self._places[failure.client]
+        self.failures += refused
+        return refused
+
     def result(self) -> Pooled[Any]:
         """The pooled sums of all that was accepted."""
         if self._spool is not None:
             codec, weights = self._node.codec, self._weights()
-            for place, weight in zip(self._places, weights, strict=True):
-                self._add(codec.decode(self._spool.get(place)), weight)
+            for (client, place), weight in zip(self._places.items(), weights, strict=True):
+                self._add(codec.decode(self._spool.get(place)), weight, self.accepted[client].norm)
             self._spool = None
         return self._pool.result()
 
@@ -92,7 +116,9 @@ class Intake:
             raise ValueError(f"sent a {type(update).__name__} where a ClientUpdate was expected")
         if reply.bytes_up > self._longest:
             raise ValueError(f"sent {reply.bytes_up:,} bytes; an update of this round has at most {self._longest:,.0f}")
-        check_claims(update)
+        check_examples(update.num_examples)
+        # a stored reply to a round that is run again may be older than the round, but took no longer than the deadline
+        check_metrics(update.metrics, max(self._plan.deadline, time.perf_counter() - self._started))
         node = self._node
         if self._masked is not None:
             check_masked(update.payload, self._masked)
@@ -101,20 +127,19 @@ class Intake:
             raise ValueError(f"a {type(update.payload).__name__} came where a payload was expected")
         else:
             node.algorithm.accept(node.task, node.public, update.payload)
+        norm = self._limits.norm(update.payload)
         if self._spool is None:
             weight = 1.0 if self._weighting == "equal" else float(update.num_examples)
-            self._add(update.payload, weight)
+            self._add(update.payload, weight, norm)
         else:
             wrong = nonfinite(update.payload.decoded())
             if wrong is not None:
                 raise NotFinite(f"{wrong} holds NaN or infinity")
-            self._places.append(self._spool.put(node.codec.encode(update.payload)))
+            self._places[reply.client] = self._spool.put(node.codec.encode(update.payload))
         # the payload is in the pool; keeping it would cost a model per client
-        self.accepted[reply.client] = Accepted(update.num_examples, update.metrics, reply.bytes_up)
+        self.accepted[reply.client] = Accepted(update.num_examples, update.metrics, reply.bytes_up, norm)
 
-    def _add(self, payload: Any, weight: float) -> None:
-        node = self._node
-        norm = node.algorithm.update_norm(node.task, node.public, payload) if self._needs_norm else None
+    def _add(self, payload: Any, weight: float, norm: float | None) -> None:
         self._pool.add(payload if isinstance(payload, Masked) else payload.decoded(), weight, norm)
 
     def _claims(self) -> list[int]:
@@ -124,13 +149,10 @@ class Intake:
         return weights_of(self._claims(), self._weighting, self._plan.bounds)
 
 
-def check_claims(update: ClientUpdate) -> None:
-    """Refuse, with a ValueError, a number of examples or metrics that cannot be."""
-    examples = update.num_examples
+def check_examples(examples: Any) -> None:
+    """Refuse, with a ValueError, a number of examples that cannot be."""
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"states {examples!r} examples: must be a whole number, at least 1")
-    if not isinstance(update.metrics, dict) or not all(isinstance(value, float) for value in update.metrics.values()):
-        raise ValueError("metrics came that are no numbers")
 
 
 def check_masked(payload: Any, modulus: int) -> None:

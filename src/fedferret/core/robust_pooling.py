@@ -29,6 +29,8 @@ class PoolSettings:
     trim_fraction: float = 0.1  # of the clients, cut off at either end of every coordinate by "trimmed-mean"
     krum_fraction: float = 0.2  # of the clients that "multi-krum" takes for hostile
     norm_bound: float | None = None  # of an update, by "norm-bounded-mean"; None: the cohort's median norm
+    norm_limit: Literal["on", "off"] = "on"  # refuses updates with a norm above that of the model, or of most others
+    norm_ratio: float = 10.0  # times the cohort's median norm that an update may have, from four updates on
 
     def __post_init__(self) -> None:
         if not 0 <= self.trim_fraction < 0.5:
@@ -41,6 +43,8 @@ class PoolSettings:
             )
         if self.norm_bound is not None and not 0 < self.norm_bound < math.inf:
             raise UserError(f"norm_bound={self.norm_bound}: must be greater than 0 and finite")
+        if not 1 <= self.norm_ratio < math.inf:
+            raise UserError(f"norm_ratio={self.norm_ratio}: must be at least 1 and finite")
 
     def check(self, pooling: Pooling, method: str, cohort: int) -> None:
         """Refuse a pool that a method's payloads or a round's number of clients do not allow.

@@ -20,13 +20,15 @@ from typing import Any, Protocol
 
 from fedferret.core import tree
 from fedferret.core.algorithm import Shapes, framing_bytes
-from fedferret.core.errors import TooFewClients
+from fedferret.core.errors import RunError, TooFewClients
 from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
 from fedferret.core.guard import TRAIN, exchanges_after, exchanges_before
 from fedferret.core.intake import Intake
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
+from fedferret.core.metrics import check_sums
 from fedferret.core.node import Node
+from fedferret.core.norms import FINITE, LARGEST, check_values
 from fedferret.core.robust_pooling import PoolSettings
 from fedferret.core.weighting import Bounds
 
@@ -95,6 +97,7 @@ class Plan:
     min_fraction: float = 0.0  # and so does a smaller share of those sampled
     bounds: Bounds | None = None  # on the weight that a claim of examples gives; None: claims are trusted
     pool: PoolSettings = field(default_factory=PoolSettings)
+    deadline: float = 3600.0  # seconds of an exchange, where the engine has a deadline
     fingerprint_every: int = 5  # rounds between hashes of the public state in the log; 0: only the last
 
 
@@ -166,15 +169,27 @@ def score(
     failures: list[Failure] = []
     moved: dict[str, int] = {}
     for outcome in in_order(engine.exchange(bodies, state), clients):
-        if isinstance(outcome, Reply) and isinstance(outcome.body, ClientScores):
+        outcome = _scored(outcome)
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+        else:
             sums[outcome.client] = dict(outcome.body.sums)
             # the books stay as they are: what a client is sent in the next round does not depend on scoring
             moved[outcome.client] = outcome.bytes_up + missing[outcome.client]
-        elif isinstance(outcome, Reply):
-            failures.append(Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores"))
-        else:
-            failures.append(outcome)
     return sums, failures, moved
+
+
+def _scored(outcome: Reply | Failure) -> Reply | Failure:
+    """A reply with sums that can be, or the failure that it is."""
+    if isinstance(outcome, Failure):
+        return outcome
+    if not isinstance(outcome.body, ClientScores):
+        return Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores")
+    try:
+        check_sums(outcome.body.sums)
+    except ValueError as error:
+        return Failure(outcome.client, "score", str(error))
+    return outcome
 
 
 def _round(
@@ -190,7 +205,8 @@ def _round(
     task, algorithm, codec = node.task, node.algorithm, node.codec
     cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
     bytes_down = _missing_bytes(state, cohort)
-    intake = Intake(node, plan, _longest_update(node, tree.shapes(tree.parameters(task.model)), len(cohort), number))
+    longest = _longest_update(node, tree.shapes(tree.parameters(task.model)), len(cohort), number)
+    intake = Intake(node, plan, longest, len(cohort))
     alive, received = list(cohort), {}
     exchanged: dict[str, int] = {}
 
@@ -212,6 +228,8 @@ def _round(
         alive = ask(exchange.name, exchange.bodies(number, alive, received))
     for outcome in in_order(engine.exchange(bodies_of(Train(number), alive), state), alive):
         on_outcome(intake.take(outcome))
+    for failure in intake.refuse_outliers():
+        on_outcome(failure)
     received[TRAIN] = dict.fromkeys(intake.accepted)
     answered = intake.clients
     for exchange in exchanges_after(node.guards):
@@ -226,11 +244,12 @@ def _round(
     if node.guards:
         for pooled_sum in pooled.sums:
             algorithm.accept_sum(task, node.public, pooled_sum)
+            _check(pooled_sum, LARGEST * len(answered), f"round {number}: the sum of {', '.join(answered)}")
     server, entry = algorithm.server_update(
         task, node.public, state.server, pooled, Key.of(plan.seed, "update", number)
     )
     encoded = codec.encode(entry)
-    node.apply(codec.decode(encoded))  # the server applies what the clients will receive
+    _apply(node, codec.decode(encoded), f"round {number} of {', '.join(answered)}")  # what clients will receive
     due = plan.fingerprint_every and number % plan.fingerprint_every == 0
     fingerprint = node.fingerprint() if due or number == plan.rounds else ""
     record = codec.encode(Record(number, encoded, fingerprint))
@@ -249,6 +268,27 @@ def _round(
         sum(update.metrics.get("seconds", 0.0) for update in intake.accepted.values()),
         intake.bounded(),
     )
+
+
+def _apply(node: Node, entry: Any, origin: str) -> None:
+    """Apply an entry of finite values, and see that the state is finite; raises RunError, which names ``origin``.
+
+    No client can cause this: its update was bounded before it was pooled. A method or its settings can.
+    """
+    _check(entry, FINITE, f"the entry of {origin}")
+    node.apply(entry)
+    try:
+        _check(node.public, FINITE, f"the public state after {origin}")
+    except RunError:
+        node.void = True  # the round is not in the log: the next start rebuilds the state before the round
+        raise
+
+
+def _check(value: Any, most: float, what: str) -> None:
+    try:
+        check_values(value, most)
+    except ValueError as error:
+        raise RunError(f"{what} is not kept: {error}; lower the method's learning rates") from None
 
 
 def _missing_bytes(state: RunState, clients: Sequence[str]) -> dict[str, int]:

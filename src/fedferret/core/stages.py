@@ -202,6 +202,11 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         stage, task = self._enter(task, public)
         return stage.algorithm.update_norm(task, public.public, payload)
 
+    def tuned(self, task: Task, public: StagedPublic) -> Mapping[str, Tensor]:
+        """The present stage's."""
+        stage, task = self._enter(task, public)
+        return stage.algorithm.tuned(task, public.public)
+
     def init(self, task: Task, key: Key) -> tuple[StagedPublic, StagedServer]:
         """The first stage begins; the weights of the base are kept for the stages to come."""
         if task.replica.base is None and len(self.planned(task.rounds)) > 1:

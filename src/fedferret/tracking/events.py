@@ -6,7 +6,7 @@
 Lines are only appended, and each is flushed to disk as a whole. A crash can tear the last line: readers skip it, and
 the next writer cuts it off and logs a warning. A resumed run repeats the rounds after its checkpoint. Therefore the
 last event of a kind and round holds, and ``resume`` at round r discards all events of later rounds.
-A number that is NaN or infinite is written as ``null`` (JSON has neither) and read as NaN.
+A number that is NaN or infinite is written as ``null`` (JSON has neither) and read as NaN, seconds as 0.
 ``format`` in the ``start`` event is the version of the file. Format 1 had no such field; fedferret 0.1 wrote it.
 """
 
@@ -228,18 +228,12 @@ def replay(events: Iterable[Event]) -> Run:
             case "round":
                 run.rounds[event["round"]] = _round(event)
             case "saved":
-                run.rounds[event["round"]] = _with_saving(run.rounds[event["round"]], event["seconds"])
+                run.rounds[event["round"]] = _with_saving(run.rounds[event["round"]], _seconds(event["seconds"]))
             case "evaluation":
                 results = {name: _floats(scores) for name, scores in event["results"].items()}
                 losses = _floats(event.get("per_client", {}))
-                run.evaluations[event["round"]] = Evaluation(
-                    event["round"],
-                    results,
-                    event["seconds"],
-                    event.get("who", "global"),
-                    losses,
-                    event.get("bytes", {}),
-                )
+                seconds, who, moved = _seconds(event["seconds"]), event.get("who", "global"), event.get("bytes", {})
+                run.evaluations[event["round"]] = Evaluation(event["round"], results, seconds, who, losses, moved)
             case "baseline":
                 per_client = _floats(event.get("per_client", {}))
                 run.baselines[event["name"]] = Baseline(event["name"], _float(event["loss"]), per_client)
@@ -289,9 +283,9 @@ def _round(event: Event) -> Round:
         _float(event["loss"]),
         event["bytes_up"],
         event["bytes_down"],
-        event["seconds"],
-        event["seconds_local"],
-        event["seconds_overhead"],
+        _seconds(event["seconds"]),
+        _seconds(event["seconds_local"]),
+        _seconds(event["seconds_overhead"]),
         event["fingerprint"],
         tuple(event.get("bounded", ())),
     )
@@ -345,6 +339,10 @@ def _finite(value: Any) -> Any:
 
 def _float(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _seconds(value: float | None) -> float:
+    return 0.0 if value is None else value  # sums and shares go on without a time that is not known
 
 
 def _floats(values: Mapping[str, float | None]) -> dict[str, float]:

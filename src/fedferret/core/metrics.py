@@ -1,0 +1,65 @@
+"""What a client may state beside its update: the only names that are read, and the bounds of each.
+
+METRICS    of ``ClientUpdate.metrics``     loss (mean over steps), seconds (of training)
+SUMS       of ``ClientScores.sums``        loss (summed over targets), count (of targets)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+METRICS = ("loss", "seconds")
+SUMS = ("loss", "count")
+LARGEST_LOSS = 1e9  # of one target, on either side of 0: a guess among a billion words costs 21 nats
+LARGEST_COUNT = 2.0**53  # above it a float counts no more
+
+
+def check_metrics(metrics: Any, seconds: float) -> None:
+    """Refuse metrics that this version does not know, and values that cannot be.
+
+    Args:
+        metrics: as they came from a client, of any type.
+        seconds: the longest that the client can have worked.
+
+    Raises:
+        ValueError: with one line.
+    """
+    _check_names("metric", metrics, METRICS)
+    if "loss" in metrics:
+        _check_range("metric", "loss", metrics["loss"], -LARGEST_LOSS, LARGEST_LOSS)
+    if "seconds" in metrics:
+        _check_range("metric", "seconds", metrics["seconds"], 0.0, seconds)
+
+
+def check_sums(sums: Any) -> None:
+    """Refuse sums that this version does not know, that are missing, or that contradict each other.
+
+    Args:
+        sums: as they came from a client, of any type.
+
+    Raises:
+        ValueError: with one line.
+    """
+    _check_names("sum", sums, SUMS)
+    missing = [name for name in SUMS if name not in sums]
+    if missing:
+        raise ValueError(f"the sum {missing[0]!r} is missing")
+    _check_range("sum", "count", sums["count"], 1.0, LARGEST_COUNT)
+    if sums["count"] != math.floor(sums["count"]):
+        raise ValueError(f"the sum 'count' is {sums['count']:g}: must be whole")
+    most = LARGEST_LOSS * sums["count"]
+    _check_range("sum", "loss", sums["loss"], -most, most)
+
+
+def _check_names(kind: str, values: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(values, dict) or not all(type(value) is float for value in values.values()):
+        raise ValueError(f"{kind}s came that are no numbers")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"an unknown {kind} came, {name!r:.40}: known are {', '.join(known)}")
+
+
+def _check_range(kind: str, name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # NaN lies nowhere
+        raise ValueError(f"the {kind} {name!r} is {value:g}: must lie between {least:g} and {most:g}")
