@@ -34,6 +34,7 @@ from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
 from fedferret.tracking import events, folder
+from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
@@ -253,9 +254,7 @@ class Run:
             base=experiment.base_fingerprint,
         )
         plot_partition(experiment.data, self.out / "plots" / "data.svg")
-        import rich
-
-        rich.print(summarise(experiment.data))
+        plain_console().print(summarise(experiment.data))
 
     def _due(self, round: int) -> bool:
         return round % self.recipe.evaluation.every == 0 or round == self.recipe.rounds

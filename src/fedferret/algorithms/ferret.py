@@ -187,7 +187,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
         """Refuse a sum of other lengths."""
         counts = self.projector(public).counts(decode_norms(public.norms))
         wanted = (math.fsum(counts),), (len(counts),)
-        if (tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != wanted:
+        known = isinstance(sum, DecodedCoordinates)
+        if not known or (tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != wanted:
             raise ValueError("a sum of other coordinates or blocks came than the round's")
 
     def server_update(

@@ -31,7 +31,7 @@ from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
 from fedferret.engines.site_folder import RunFolder
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response, check_fields
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response
 from fedferret.wire import codec
 
 
@@ -241,7 +241,6 @@ def read_request(message: bytes) -> Request:
     request = codec.decode(message)
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} came where a Request was expected")
-    check_fields(request)
     if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
         raise ValueError("a Request came that names no run, round or version")
     return request
