@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,11 +68,9 @@ def test_a_mutated_payload_is_one_failure_or_within_cost_kinds_and_bounds(name: 
     seen = {Reply: 0, Failure: 0}
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
-    @given(st.data())
-    def law(data: st.DataObject) -> None:
-        def choose(count: int) -> int:
-            return data.draw(st.integers(0, count - 1))
-
+    @given(st.integers(0, 2**64 - 1))  # one draw: a draw for every choice takes longer than all the rest
+    def law(seed: int) -> None:
+        choose = random.Random(seed).randrange
         update: Any = wrong
         for _ in range(1 + choose(2)):
             if isinstance(update, ClientUpdate) and choose(8):
@@ -80,17 +78,16 @@ def test_a_mutated_payload_is_one_failure_or_within_cost_kinds_and_bounds(name: 
             else:
                 update = mutated(update, choose)
         intake = Intake(node, Plan(3, 9, 3, bounds=Bounds() if choose(2) else None), most)
-        assert isinstance(received(run, honest, intake, "a"), Reply)
+        assert isinstance(intake.take(Reply("a", honest, 100)), Reply)
         outcome = received(run, update, intake, "b")
         seen[type(outcome)] += 1
         if isinstance(outcome, Failure):
             assert intake.clients == ["a"] and [each.client for each in intake.failures] == ["b"]
             assert outcome.reason.isprintable() and 0 < len(outcome.reason) <= 300
-        else:
-            assert outcome.bytes_up <= most
-        after = committed(run, intake)
-        norm = run.algorithm.update_norm(run.task, run.state.public, outcome.body.payload) if isinstance(outcome, Reply) else None
-        assert nonfinite(after) is None or (norm is not None and not norm <= 1 + size), "the round is lost"
+            return
+        assert outcome.bytes_up <= most
+        norm = run.algorithm.update_norm(run.task, run.state.public, outcome.body.payload)
+        assert nonfinite(committed(run, intake)) is None or (norm is not None and not norm <= 1 + size)
 
     law()
     assert seen[Failure] > EXAMPLES / 4

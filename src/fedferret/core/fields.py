@@ -5,7 +5,7 @@
     tuple[X, ...]   tuple[X, Y]       any number of X; exactly an X and a Y
     dict[str, X]   Tree               values of X by name
     X | Y   Literal[...]              one of these
-    a message or a state              exactly that class, whose fields were checked when it was decoded
+    a message or a state              exactly that class; its fields were checked when it was decoded
     Any                               whatever crosses the wire
 
 The codec checks every message and state that it decodes, so a method's ``accept`` checks settings and ranges alone.
@@ -73,11 +73,11 @@ class Field:
 
 
 @cache
-def declared_fields(cls: type) -> tuple[Field, ...]:
+def declared_fields(declaring: type) -> tuple[Field, ...]:
     """Resolve a class's annotations; only the first call for a class takes time.
 
     Args:
-        cls: a dataclass.
+        declaring: a dataclass.
 
     Returns:
         The fields in order of declaration.
@@ -86,28 +86,28 @@ def declared_fields(cls: type) -> tuple[Field, ...]:
         TypeError: an annotation names something unknown or is of no kind that can be checked.
     """
     try:
-        hints = get_type_hints(cls, include_extras=True)
+        hints = get_type_hints(declaring, include_extras=True)
         return tuple(
             Field(field.name, str(field.type), hints[field.name], _check_of(hints[field.name]))
-            for field in dataclasses.fields(cls)
+            for field in dataclasses.fields(declaring)
         )
     except (NameError, TypeError) as error:
-        raise TypeError(f"{cls.__name__} declares a field that cannot be checked: {error}") from None
+        raise TypeError(f"{declaring.__name__} declares a field that cannot be checked: {error}") from None
 
 
-def misfit(cls: type, values: Sequence[Any]) -> str | None:
+def misfit(declaring: type, values: Sequence[Any]) -> str | None:
     """Find a value that is not of the kind that its field declares.
 
     Args:
-        cls: a dataclass.
+        declaring: a dataclass.
         values: of its fields, in order of declaration.
 
     Returns:
         What is wrong, on one line; None where every value fits.
     """
-    for field, value in zip(declared_fields(cls), values, strict=True):
+    for field, value in zip(declared_fields(declaring), values, strict=True):
         if not field.fits(value):
-            return f"{cls.__name__}.{field.name} holds {kind_of(value)}, and {field.declared} is declared"
+            return f"{declaring.__name__}.{field.name} holds {kind_of(value)}, and {field.declared} is declared"
     return None
 
 

@@ -30,6 +30,7 @@ from fedferret.core.files import write_atomically
 from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
+from fedferret.core.text import plain_line
 from fedferret.engines.site_folder import RunFolder
 from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response
 from fedferret.wire import codec
@@ -103,7 +104,7 @@ class Trainer:
         except MissingState as missing:
             response = self._response(request, MISSING, reason=str(missing))
         except Exception as error:
-            response = self._response(request, REFUSED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
+            response = self._response(request, REFUSED, reason=plain_line(f"{type(error).__name__}: {error}"))
         encoded = codec.encode(response)
         note = "; ".join([*notes, *([response.reason] if response.reason else [])])
         try:
