@@ -18,7 +18,15 @@ PAGE = ROOT / "docs" / "api.md"
 
 CHAPTERS = {
     "Runs": ("api", "experiment", "core.errors"),
-    "A method": ("core.algorithm", "core.task", "core.messages", "core.tree", "core.keys", "core.stages"),
+    "A method": (
+        "core.algorithm",
+        "core.task",
+        "core.messages",
+        "core.fields",
+        "core.tree",
+        "core.keys",
+        "core.stages",
+    ),
     "A node and a round": ("core.node", "core.exchanges", "core.guard", "core.rounds", "core.weighting", "core.log"),
     "Pools": ("core.pooling", "core.robust_pooling"),
     "Objectives and local training": (

@@ -62,18 +62,19 @@ def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> Non
 @app.command("list")
 def list_() -> None:
     """List all methods, models and data sources, one line each."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fedferret.algorithms.registry import catalogue as methods
     from fedferret.data.registry import catalogue as data
     from fedferret.models.catalogue import catalogue as models
+    from fedferret.tracking.console import plain_console
 
-    console = Console()
+    console = plain_console()
     for title, entries in (("Methods", methods()), ("Models", models()), ("Data", data())):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, line in entries.items():
-            table.add_row(f"[bold]{name}[/bold]", line)
+            table.add_row(Text(name, style="bold"), line)
         console.print(table, "")
 
 
@@ -256,11 +257,10 @@ def join(
 def nodes(folder: RunFolder) -> None:
     """Show the sites of a served run: connected or not, time of the last reply, bytes."""
     with _one_line_errors():
-        from rich.console import Console
-
         from fedferret.sites.status import nodes_table
+        from fedferret.tracking.console import plain_console
 
-        Console().print(nodes_table(folder))
+        plain_console().print(nodes_table(folder))
 
 
 @app.command()

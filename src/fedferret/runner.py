@@ -35,6 +35,7 @@ from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
 from fedferret.tracking import events, folder
+from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
@@ -264,9 +265,7 @@ class Run:
             recipe=recipe_fingerprint(self.out),
         )
         plot_partition(experiment.data, self.out / "plots" / "data.svg")
-        import rich
-
-        rich.print(summarise(experiment.data))
+        plain_console().print(summarise(experiment.data))
 
     def _due(self, round: int) -> bool:
         return round % self.recipe.evaluation.every == 0 or round == self.recipe.rounds

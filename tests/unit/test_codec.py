@@ -35,7 +35,7 @@ class Mixed:
 
 SAMPLE = Mixed(
     None,
-    (True, False, 0, -1, 2**63, -(2**70), 0.1, -math.inf, "", "Grüße", b"", b"\x00\xff", (), ((1,),)),
+    (True, False, 0, -1, 2**64 - 1, -(2**63), 0.1, -math.inf, "", "Grüße", b"", b"\x00\xff", (), ((1,),)),
     {"": 1, "weights": torch.arange(6.0).reshape(2, 3), "none": torch.zeros(0, 4), "scalar": torch.tensor(2.5)},
     Record(3, b"entry", "abc"),
 )
@@ -92,7 +92,7 @@ def test_decoded_tensors_own_their_memory() -> None:
 values = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**80), 2**80)
+    | st.integers(codec.LOWEST, codec.HIGHEST)
     | st.floats(allow_nan=False)
     | st.binary()
     | st.text(st.characters(exclude_categories=["Cs"])),
@@ -135,7 +135,7 @@ def test_a_message_cut_anywhere_is_refused() -> None:
 def test_any_bytes_in_an_intact_frame_are_a_value_or_refused(body: bytes) -> None:
     for data in (body, framed(body)):
         try:
-            codec.decode(data)
+            assert codec.encode(codec.decode(data)) == data  # a value has one encoding
         except WireError as error:
             assert "\n" not in str(error)
 
@@ -153,9 +153,9 @@ def test_a_forged_byte_gives_another_value_or_is_refused(position: int, byte: in
     body = bytearray(codec.encode(SAMPLE)[3:-4])
     body[position] = byte
     try:
-        codec.decode(framed(bytes(body)))
+        assert codec.encode(codec.decode(framed(bytes(body)))) == framed(bytes(body))
     except WireError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error) and len(str(error)) < 300
 
 
 def varint(number: int) -> bytes:
@@ -165,25 +165,79 @@ def varint(number: int) -> bytes:
     return out + bytes([number])
 
 
+def items(count: int, item: bytes) -> bytes:
+    return b"[" + varint(count) + item * count
+
+
 @pytest.mark.parametrize(
     "body",
     [
         b"T\x00\x02" + varint(0) + varint(2**63),  # no elements, but an impossible dimension
-        b"T\x00\x02" + varint(0) + varint(2**70),
+        b"T\x00\x08" + varint(0) + varint(2**62) * 7,
         b"T\x00\x01" + varint(2**60),  # more elements than there are bytes
+        b"T\x00\x08" + varint(2**63) * 8,
+        b"T\x00" + varint(450_000) + b"\xff\x7f" * 450_000,  # a dimension for every two bytes: took a minute
+        b"T\x00\x09" + b"\x01" * 9 + bytes(4),
         b"T\x63\x00",  # no such dtype
+        b"T\x09\x01\x02\x00\x02",  # a truth value of 2
         b"[" + varint(2**40),  # a list of a trillion items
         b"[\x01" * 5000 + b"n",  # a list in a list in a list
+        b"{\x01\x00" * 5000 + b"n",
+        b"{\x02\x01ai\x00\x01ai\x02",  # one name twice
         b"b" + b"\xff" * 50,  # a varint without an end
+        b"i" + b"\xff" * 100_000,
+        b"i" + varint(2**65),  # an integer of 2^64
+        b"i" + varint(2**64 + 1),  # and of -2^63 - 1
+        b"i\x80\x00",  # a zero of two bytes
+        items(250_000, b"T\x00\x01\x00"),  # a megabyte of empty tensors, a kilobyte each
+        items(250_000, b"T\x04\x00\x07"),
+        items(1_000_000, b"n"),
+        items(400_000, b"{\x00"),
+        items(100_000, b"m\x05Traini\x02"),
+        items(300_000, b"[\x01n"),
         b"m\x05Trash",  # no such message
         b"m\x06Record" + b"nn",  # two fields instead of three
         b"nn",  # two values
     ],
     ids=lambda body: repr(body[:8]),
 )
-def test_hostile_bodies_are_refused(body: bytes) -> None:
-    with pytest.raises(WireError):
+def test_hostile_bodies_are_refused(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    read, tensor = codec._Reader.value, codec._Reader.tensor
+    monkeypatch.setattr(codec._Reader, "value", lambda *given: (made.append("value"), read(*given))[1])
+    monkeypatch.setattr(codec._Reader, "tensor", lambda *given: (made.append("tensor"), tensor(*given))[1])
+    with pytest.raises(WireError) as caught:
         codec.decode(framed(body))
+    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+    # 64 bytes a value and a kilobyte a tensor: at most a megabyte and 32 times the message
+    assert 64 * made.count("value") + 1024 * made.count("tensor") <= (1 << 20) + 32 * len(body) + 1088
+
+
+def test_what_honest_messages_hold_is_within_the_budget() -> None:
+    """A model of 5,000 small tensors, the sizes of 100,000, as many short records, 50,000 clients' versions."""
+    weights = {f"layers.{number}.bias": torch.zeros(16) for number in range(5000)}
+    sizes, records = tuple(range(100_000)), (b"a short record",) * 100_000
+    for value in (weights, sizes, records, {f"c{number}": 1 for number in range(50_000)}):
+        assert codec.size(codec.decode(codec.encode(value))) == codec.size(value)
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, 10**5000, torch.zeros((1,) * 9)], ids=["64", "63", "big", "9"])
+def test_what_no_receiver_takes_is_not_encoded(value: Any) -> None:
+    with pytest.raises(ValueError, match="cannot cross the wire"):
+        codec.encode((value,))
+    nested: Any = 1
+    for _ in range(codec.DEPTH):
+        nested = (nested,)
+    assert codec.decode(codec.encode(nested)) == nested
+    with pytest.raises(ValueError, match="more than 32 deep"):
+        codec.encode((nested,))
+
+
+def test_an_error_shows_little_of_what_a_peer_sent() -> None:
+    name = ("\x1b]0;x\x07\u202e" + "Trash" * 100_000).encode()
+    with pytest.raises(WireError, match="message of unknown type") as caught:
+        codec.decode(framed(b"m" + varint(len(name)) + name))
+    assert len(str(caught.value)) < 80 and str(caught.value).isprintable()
 
 
 def test_the_error_names_another_version_and_another_kind_of_file() -> None:

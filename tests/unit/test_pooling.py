@@ -79,7 +79,7 @@ def test_masked_integers_add_up_modulo_their_modulus(values: list[int]) -> None:
     sums = [(Masked(Vector(torch.tensor([value, 96 - value])), 97), 1.0) for value in values]
     result = pooled(SumPool(), *sums).only
     assert result.sum.x.tolist() == [sum(values) % 97, sum(96 - value for value in values) % 97]
-    with pytest.raises(ValueError, match=r"modulus|modulo"):
+    with pytest.raises(ValueError, match="modulo 96"):
         pooled(SumPool(), *sums, (Masked(Vector(torch.tensor([1, 2])), 96), 1.0))
 
 
@@ -155,6 +155,9 @@ def test_what_is_not_finite_or_of_another_form_is_refused_and_leaves_the_pool_al
         Parts(good.x, 1, good.named),
         Parts(good.x, good.share, {"b": good.named["a"]}),
         Vector(good.x),
+        Parts(good.x, good.share, {"a": {"b": good.named["a"]}}),
+        Parts(good.x, good.share, {**good.named, "b": good.named["a"]}),
+        Parts(good.x, good.share, (good.named["a"],)),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match="does not pool"):
             pool.add(strange, 1.0)
@@ -162,6 +165,31 @@ def test_what_is_not_finite_or_of_another_form_is_refused_and_leaves_the_pool_al
     untouched = type(pool)(*([0.2] if "Krum" in type(pool).__name__ else []))
     expected = pooled(untouched, *((parts(number), 1.0) for number in (1, 2, 3))).only
     assert torch.equal(pool.result().only.x, expected.x) and nonfinite(parts(1)) is None
+
+
+TWO = torch.tensor([1, 2])
+NESTED: list[tuple[Any, Any]] = [  # forms that look alike: a refused addition must not have begun
+    ((TWO, {"0": TWO}), (TWO, (TWO,))),
+    ((TWO, {"a][b": TWO}), (TWO, {"a": {"b": TWO}})),
+    ((TWO, Vector(TWO)), (TWO, Masked(TWO, 97))),
+    ((TWO, ("a",)), (TWO, ("b",))),
+    ((TWO, (1,)), (TWO, (None,))),
+    (Masked((TWO, "a"), 97), Masked((TWO, "a"), 96)),
+    (Masked((TWO, (TWO,)), 97), Masked((TWO, {"0": TWO}), 97)),
+    (Masked((TWO, None), 97), Masked((TWO, 3), 97)),
+]
+
+
+@pytest.mark.parametrize(("known", "other"), NESTED, ids=lambda sum: str(sum)[:40])
+@pytest.mark.parametrize("kind", [SumPool, MeanPool])
+def test_a_sum_that_differs_deep_inside_is_refused_and_leaves_the_pool_alone(kind: Any, known: Any, other: Any) -> None:
+    pool = kind()
+    pool.add(known, 1.0)
+    pool.add(known, 1.0)
+    with pytest.raises(ValueError, match="does not pool"):
+        pool.add(other, 1.0)
+    assert len(pool) == 2
+    assert str(pool.result()) == str(pooled(kind(), (known, 1.0), (known, 1.0)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 from fedferret.core.errors import UserError
 from fedferret.core.exchanges import Train
 from fedferret.engines.relay import FrameError, address, call, receive, send
-from fedferret.engines.transport import Request, Response, check_fields
+from fedferret.engines.transport import Request
 from fedferret.resident.process import listen, take
 from fedferret.wire import codec
 
@@ -153,10 +153,5 @@ def test_a_sites_supervisor_imports_neither_torch_nor_flower() -> None:
     assert ran.stdout.strip() == "[]", "it runs on a hospital's machine for weeks, in 41 MB instead of 320"
 
 
-def test_messages_survive_the_codec_and_their_fields_are_checked() -> None:
+def test_messages_survive_the_codec() -> None:
     assert codec.decode(codec.encode(REQUEST)) == REQUEST
-    check_fields(REQUEST)
-    response = Response("r", 0, 1, "t", "a", "done", 0, "f", 1, b"", "", b"")
-    for field, value in [("run", 1), ("round", True), ("reply", "text"), ("version", 1.0), ("private", None)]:
-        with pytest.raises(ValueError, match=f"{field} of a received Response is no "):
-            check_fields(Response(**{**vars(response), field: value}))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedferret.algorithms.full_model import check_tensors, deltas, loaded
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.norms import euclidean_norm
@@ -50,7 +51,7 @@ class Delta(Payload["Delta"]):
 class FedAvgEntry:
     """The mean update and the step to take along it."""
 
-    delta: dict[str, Tensor]
+    delta: dict[str, Annotated[Tensor, Form(torch.float32)]]
     learning_rate: float
 
 
@@ -70,10 +71,14 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
 
     def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
         """Refuse an update of other names, shapes or data types."""
+        if not isinstance(payload, Delta):
+            raise ValueError(f"a {type(payload).__name__} came where a Delta was expected")
         check_tensors(public.weights, payload.delta, torch.float32)
 
     def accept_sum(self, task: Task, public: FedAvgPublic, sum: Delta) -> None:
         """Refuse a sum of other names or shapes."""
+        if not isinstance(sum, Delta):
+            raise ValueError(f"a sum of type {type(sum).__name__} came where a Delta was expected")
         check_tensors(public.weights, sum.delta, None)
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: Delta) -> float:
@@ -101,7 +106,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Delta], key: Key
     ) -> tuple[None, FedAvgEntry]:
         """The mean is the entry."""
-        return None, FedAvgEntry(pooled.only.delta, self.server_learning_rate)
+        return None, FedAvgEntry(pooled.only.delta, float(self.server_learning_rate))
 
     def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
         """w <- w - η Δ, element by element."""

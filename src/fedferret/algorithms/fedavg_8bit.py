@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.bases.chunks import Chunked, num_bytes, num_scales, pack_tensors
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 from fedferret.core.norms import euclidean_norm
@@ -38,7 +39,7 @@ from fedferret.local.first_order import FirstOrder
 class DecodedDelta:
     """An update of every tensor, flat, fp32: the form that adds up."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Annotated[Tensor, Form(rank=1)], ...]  # under a mask they are int64
 
 
 @message
@@ -97,13 +98,17 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
 
     def accept(self, task: Task, public: FedAvgPublic, payload: QuantizedDelta) -> None:
         """Refuse an update of other tensors or in other bits."""
-        delta, sizes = payload.delta, tuple(weight.numel() for weight in public.weights.values())
-        if not isinstance(delta, Chunked) or (delta.sizes, delta.bits) != (sizes, self.bits):
+        sizes = tuple(weight.numel() for weight in public.weights.values())
+        if not (isinstance(payload, QuantizedDelta) and isinstance(payload.delta, Chunked)):
+            raise ValueError(f"a {type(payload).__name__} came where a QuantizedDelta was expected")
+        if (payload.delta.sizes, payload.delta.bits) != (sizes, self.bits):
             raise ValueError("the update's tensors are not the model's: another model or setting sent it")
-        delta.check()
+        payload.delta.check()
 
     def accept_sum(self, task: Task, public: FedAvgPublic, sum: DecodedDelta) -> None:
         """Refuse a sum of other sizes."""
+        if not isinstance(sum, DecodedDelta):
+            raise ValueError(f"a sum of type {type(sum).__name__} came where a DecodedDelta was expected")
         if [tuple(tensor.shape) for tensor in sum.tensors] != [(weight.numel(),) for weight in public.weights.values()]:
             raise ValueError("the update's tensors are not the model's: another model or setting sent it")
 
@@ -116,7 +121,7 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
     ) -> tuple[None, QuantizedEntry]:
         """The mean, rounded once more."""
         rounded = pack_tensors(pooled.only.tensors, self.entry_bits, key.fold("rounding"))
-        return None, QuantizedEntry(rounded, self.server_learning_rate)
+        return None, QuantizedEntry(rounded, float(self.server_learning_rate))
 
     def apply(self, task: Task, public: FedAvgPublic, entry: QuantizedEntry) -> None:
         """w <- w - η Δ, element by element."""

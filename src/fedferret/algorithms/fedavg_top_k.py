@@ -135,6 +135,8 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         """Refuse another number of values, positions that are none, and values that are not finite."""
         total = tree.size(public.weights)
         expected = (self.num_kept(total), total, self.num_kept(total), self.bits)
+        if not isinstance(payload, Sparse):
+            raise ValueError(f"a {type(payload).__name__} came where a Sparse was expected")
         positions, values = payload.positions, payload.values
         if not (isinstance(positions, Positions) and isinstance(values, Packed)):
             raise ValueError(f"positions of {type(positions).__name__} and values of {type(values).__name__} came")
@@ -168,7 +170,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
             means.append(pool.result().only.delta[name][given])
             start += weight.numel()
         mean = pack_vector(torch.cat(means), self.bits, key.fold("rounding"))
-        return None, TopKEntry(Sparse(pack_positions(torch.cat(union), start), mean), self.server_learning_rate)
+        return None, TopKEntry(Sparse(pack_positions(torch.cat(union), start), mean), float(self.server_learning_rate))
 
     def apply(self, task: Task, public: FedAvgPublic, entry: TopKEntry) -> None:
         """w <- w - η Δ where Δ is given, element by element."""

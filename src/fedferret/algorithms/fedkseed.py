@@ -69,6 +69,10 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
         most_used = min(self.pool_size, cohort * steps)
         return WireCost(up, up, min(each + number, all_seeds), min((each + number) * most_used, all_seeds))
 
+    def sum_values(self, shapes: Shapes, round: int) -> int:
+        """Three sums over the pool."""
+        return 3 * self.pool_size
+
     def init(self, task: Task, key: Key) -> tuple[FedKSeedPublic, FedKSeedServer]:
         """The base weights, an empty pool, no history."""
         weights = task.store(tree.parameters(task.model))
@@ -88,6 +92,8 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
 
     def accept(self, task: Task, public: FedKSeedPublic, payload: Walk) -> None:
         """Refuse steps of the wrong number or kind; those that are not finite are refused when they pool."""
+        if not isinstance(payload, Walk):
+            raise ValueError(f"a {type(payload).__name__} came where a Walk was expected")
         steps = (self.training.steps,)
         if (payload.seeds.shape, payload.gradients.shape, payload.pool_size) != (steps, steps, self.pool_size):
             raise ValueError("the walk has another length or pool: the client has other settings")
@@ -98,7 +104,8 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
 
     def accept_sum(self, task: Task, public: FedKSeedPublic, sum: DecodedWalk) -> None:
         """Refuse sums over another pool."""
-        if {tuple(part.shape) for part in (sum.gradients, sum.magnitudes, sum.steps)} != {(self.pool_size,)}:
+        known = isinstance(sum, DecodedWalk)
+        if not known or {part.shape for part in (sum.gradients, sum.magnitudes, sum.steps)} != {(self.pool_size,)}:
             raise ValueError(f"sums came that are not over the pool's {self.pool_size} seeds")
 
     def update_norm(self, task: Task, public: FedKSeedPublic, payload: Walk) -> float:

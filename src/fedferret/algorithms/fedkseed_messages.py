@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from fedferret.core.algorithm import Payload
+from fedferret.core.fields import Form
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
 
@@ -17,8 +20,10 @@ class FedKSeedPublic:
     """All weights, and the pool that led to them."""
 
     weights: Tree
-    pool: Tensor  # (K,): what each direction was walked in all rounds, in units of -η
-    magnitudes: Tensor  # (K,): Pro's m; zeros otherwise
+    pool: Annotated[
+        Tensor, Form(torch.float32, rank=1)
+    ]  # (K,): what each direction was walked in all rounds, in units of -η
+    magnitudes: Annotated[Tensor, Form(torch.float32, rank=1)]  # (K,): Pro's m; zeros otherwise
     seed: int  # of the directions
 
 
@@ -26,25 +31,25 @@ class FedKSeedPublic:
 class FedKSeedServer:
     """Pro's history: the sums of |g| and the numbers of steps (K,), both weighted."""
 
-    magnitudes: Tensor
-    steps: Tensor
+    magnitudes: Annotated[Tensor, Form(torch.float32, rank=1)]
+    steps: Annotated[Tensor, Form(torch.float32, rank=1)]
 
 
 @message
 class DecodedWalk:
     """Sums over a client's steps by seed, fp32 (K,): of g, of |g| up to the history's bound, and of 1."""
 
-    gradients: Tensor
-    magnitudes: Tensor
-    steps: Tensor
+    gradients: Annotated[Tensor, Form(rank=1)]  # under a mask int64
+    magnitudes: Annotated[Tensor, Form(rank=1)]
+    steps: Annotated[Tensor, Form(rank=1)]
 
 
 @message
 class Walk(Payload[DecodedWalk]):
     """A client's T steps in order: seeds' numbers, int16 or int32 (T,), and projected gradients, fp32 (T,)."""
 
-    seeds: Tensor
-    gradients: Tensor
+    seeds: Annotated[Tensor, Form((torch.int16, torch.int32), rank=1)]
+    gradients: Annotated[Tensor, Form(torch.float32, rank=1)]
     pool_size: int
 
     def decoded(self) -> DecodedWalk:
@@ -63,5 +68,5 @@ class FedKSeedEntry:
     (1 or 2, M): the growth of the pool and, with Pro, m.
     """
 
-    seeds: Tensor
-    values: Tensor
+    seeds: Annotated[Tensor, Form((torch.int16, torch.int32), rank=1)]
+    values: Annotated[Tensor, Form(torch.float32, rank=2)]

@@ -187,7 +187,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     def accept_sum(self, task: Task, public: FerretPublic, sum: DecodedCoordinates) -> None:
         """Refuse a sum of other lengths."""
         counts = self.projector(public).counts(decode_norms(public.norms))
-        if (tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != ((math.fsum(counts),), (len(counts),)):
+        wanted = DecodedCoordinates, (math.fsum(counts),), (len(counts),)
+        if (type(sum), tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != wanted:
             raise ValueError("a sum of other coordinates or blocks came than the round's")
 
     def server_update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fedferret.bases.blocks import decode_norms, encode_norms
 from fedferret.bases.coding import Code, Coding
 from fedferret.core import tree
 from fedferret.core.algorithm import Payload
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
@@ -23,7 +24,9 @@ class FerretPublic:
 
     weights: Tree
     momentum: Tree  # empty without momentum
-    norms: Tensor  # (L,) uint8, of the last entry's blocks: the next allocation follows from them
+    norms: Annotated[
+        Tensor, Form(torch.uint8, rank=1)
+    ]  # (L,), of the last entry's blocks: the next allocation follows from them
     round: int
     seed: int  # of the directions
 
@@ -46,8 +49,8 @@ class FerretClient:
 class DecodedCoordinates:
     """Coordinates (K,) and block norms (L,), both fp32: the form that adds up."""
 
-    coordinates: Tensor
-    norms: Tensor
+    coordinates: Annotated[Tensor, Form(rank=1)]  # under a mask int64
+    norms: Annotated[Tensor, Form(rank=1)]
 
 
 @message
@@ -55,7 +58,7 @@ class SharedReply(Payload[DecodedCoordinates]):
     """Coordinates on the round's shared directions."""
 
     coordinates: Code
-    norms: Tensor  # (L,) uint8
+    norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,)
 
     def decoded(self) -> DecodedCoordinates:
         """The values behind the codes."""
@@ -72,7 +75,7 @@ class KeyedReply(Payload["KeyedReply"]):
     """Coordinates on directions that the client drew; kept apart, as they came."""
 
     coordinates: Code
-    norms: Tensor  # (L,) uint8; this client's allocation follows from them
+    norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,); this client's allocation follows from them
     key: int
 
 

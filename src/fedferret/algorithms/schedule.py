@@ -19,4 +19,4 @@ def scheduled(schedule: Schedule, learning_rate: float, round: int, rounds: int)
         return learning_rate * (1 - progress)
     if schedule == "cosine":
         return learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    return learning_rate
+    return float(learning_rate)

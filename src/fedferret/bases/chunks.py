@@ -19,6 +19,7 @@ elementwise and bit-equal on every node.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from fedferret.bases.quantise import Packed, is_code, is_seed, pack_vector
 from fedferret.core.errors import UserError
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 
@@ -38,9 +40,9 @@ _PIECE = 65_536  # elements packed at once, and rotated together below 8 bits: t
 class Chunked:
     """Flat tensors as they cross the wire. The message is enough to decode them."""
 
-    codes: Tensor
+    codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
     """uint8, shape (num_bytes(sizes, bits),): tensor after tensor, each of whole bytes."""
-    scales: Tensor
+    scales: Annotated[Tensor, Form(torch.float32, rank=1)]
     """fp32, shape (num_scales(sizes, bits),): one per chunk."""
     sizes: tuple[int, ...]
     """Number of elements per tensor."""

@@ -11,12 +11,15 @@ under 2 + log2(d/k) bits per position: 1.1 bytes at k = d/100, where an int32 ta
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fedferret.core.errors import UserError
+from fedferret.core.fields import Form
 from fedferret.core.messages import message
 
 _Bits = npt.NDArray[np.uint8]
@@ -27,7 +30,7 @@ _MOST_LOW_BITS = 40  # enough for a model of 2^40 weights
 class Positions:
     """``count`` ascending positions below ``length``, as they cross the wire."""
 
-    codes: Tensor
+    codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
     """uint8, shape (num_bytes(count, length),): the low bits, then the bitmap; low bits of a byte first."""
     count: int
     length: int

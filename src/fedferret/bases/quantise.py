@@ -18,12 +18,14 @@ Cost: ceil(K bits / 8) bytes, and O(K log K) time below 8 bits. Unpacking is ele
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from fedferret.bases.rotation import rotate, rotate_back
 from fedferret.core.errors import UserError
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 
@@ -50,7 +52,7 @@ _LEVELS = {
 class Packed:
     """A vector of ``length`` values as it crosses the wire. The message is enough to decode it."""
 
-    codes: Tensor
+    codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
     """uint8, shape (ceil(length * bits / 8),): low bits of a byte first, low bytes of a value first."""
     scale: float
     """An fp32 value, the factor on the codes' levels."""

@@ -16,6 +16,8 @@ Wire: ceil(ceil(K/g) (m + 1) / 8) bytes: 1/2 bit per coordinate for g = 8, 1/16 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from fedferret.bases.quantise import (
 )
 from fedferret.bases.rotation import rotate, rotate_back
 from fedferret.core.errors import UserError
+from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
 
@@ -41,7 +44,7 @@ GROUP_SIZES = (8, 128)
 class TopOneCode:
     """A vector of ``length`` values, top-1 of ``group``, as it crosses the wire. The message is enough to decode it."""
 
-    codes: Tensor
+    codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
     """uint8: per group 2 · index + (1 if positive), in 4 bits (low bits of a byte first) or 8."""
     scale: float
     """An fp32 value: the magnitude of every group's largest."""

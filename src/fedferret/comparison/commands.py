@@ -25,6 +25,7 @@ from fedferret.core.files import inside, write_atomically
 from fedferret.estimate import Estimate, estimate
 from fedferret.recipe_file import read_tables
 from fedferret.runner import belongs
+from fedferret.tracking.console import plain_console
 from fedferret.tracking.events import check_format
 from fedferret.tracking.units import as_bytes, as_duration
 
@@ -61,7 +62,7 @@ def compare(
         Interrupted: after Ctrl-C.
         RunError: if the table leaves out runs of another task.
     """
-    console = console or Console()
+    console = console or plain_console()
     if jobs < 1:
         raise UserError(f"jobs={jobs}: must be at least 1")
     grid = resolve(path, out, overrides)
@@ -109,7 +110,7 @@ def plan(
     Raises:
         UserError: for an invalid grid or a folder of fedferret 0.1.
     """
-    console = console or Console()
+    console = console or plain_console()
     grid = resolve(path, out, overrides)
     chosen, imported, seconds = grid.chosen(only), import_runs(grid, out, also), 0.0
     for row in chosen:
@@ -198,7 +199,7 @@ def show(comparison: Comparison, console: Console) -> None:
         comparison: to print.
         console: to print on.
     """
-    wide = console if console.is_terminal else Console(file=console.file, width=180)  # a file's lines may be long
+    wide = console if console.is_terminal else plain_console(console.file, 180)  # a file's lines may be long
     wide.print(as_rich(comparison))
     for line in (*notes(comparison), *comparison.remarks, *missing_runs(comparison)):
         console.print(Text(line), soft_wrap=True)

@@ -19,6 +19,7 @@ every client's weight (``core/weighting.py``); a client states how many examples
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -211,6 +212,18 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         Returns:
             Bytes per client in this round, up and down, and bytes of a client's private state.
         """
+
+    def sum_values(self, shapes: Shapes, round: int) -> int:
+        """The most values that a payload's sum has in one round; under a mask each crosses the wire in 8 bytes.
+
+        Args:
+            shapes: of the tensors that are tuned in this round, by parameter name.
+            round: from 1.
+
+        Returns:
+            In this base class two values per weight: a projection and its norms are shorter than the weights.
+        """
+        return 2 * sum(math.prod(shape) for shape in shapes.values())
 
     def update_norm(self, task: Task, public: Public, payload: Up) -> float | None:
         """The Euclidean norm of what ``payload`` alone would add to the public weights.

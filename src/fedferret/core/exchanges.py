@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fedferret.core.messages import message
+from fedferret.core.text import plain_line, printable
 
 
 @message
@@ -67,11 +68,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that sent nothing of use, and why."""
+    """A client that sent nothing of use, and why. Its words are plain text, wherever they came from."""
 
     client: str
     stage: str  # "local", "wire", "pool", ...
-    reason: str
+    reason: str  # one line of at most 300 printable characters
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "client", printable(self.client))  # a client's name is printable from the start
+        object.__setattr__(self, "stage", plain_line(self.stage))
+        object.__setattr__(self, "reason", plain_line(self.reason))
 
 
 def bodies_of(body: Body, clients: list[str]) -> Mapping[str, Body]:

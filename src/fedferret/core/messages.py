@@ -2,7 +2,8 @@
 
 A message is a frozen dataclass of tensors, scalars, strings, tuples, dictionaries and other messages; a
 state is the same but may change in place. Both decorators enter the type in the table that the codec
-reads, so a received byte string can name a type but can never create one that the receiver did not define.
+reads, so a received byte string can name a type but can never create one that the receiver did not define,
+nor one with a field of another kind than the annotation says (``core/fields.py``).
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def message_type(name: str) -> type | None:
         The class, or None if this process does not know the name.
     """
     return _TYPES.get(name)
+
+
+def message_types() -> dict[str, type]:
+    """List what this process can decode.
+
+    Returns:
+        Every message and state type that an imported module defines, by name.
+    """
+    return dict(_TYPES)
 
 
 def _register(cls: T) -> T:

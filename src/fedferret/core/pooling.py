@@ -171,7 +171,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """
     if dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):
-            yield from leaves(getattr(value, item.name), f"{path}.{item.name}" if path else item.name)
+            yield from leaves(getattr(value, item.name), _joined(path, item.name))
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from leaves(item, f"{path}[{name}]")
@@ -207,16 +207,10 @@ def form_of(sum: Any) -> list[tuple[str, Any]]:
         sum: decoded.
 
     Returns:
-        Pairs of path and type, shape or fixed value; the first pair has the name of the sum's type.
+        Pairs of path and form, containers before their parts: type and length, or of a leaf its type, shape or fixed
+        value.
     """
-    form: list[tuple[str, Any]] = [("", type(sum).__name__)]
-    for path, leaf in leaves(sum):
-        if isinstance(leaf, Tensor):
-            form.append((path, f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"))
-        else:
-            adds_up = isinstance(leaf, float) or (isinstance(leaf, int) and not isinstance(leaf, bool))
-            form.append((path, type(leaf).__name__ if adds_up else leaf))
-    return form
+    return list(_form(sum, ""))
 
 
 def check_same_form(known: Sequence[tuple[str, Any]], form: Sequence[tuple[str, Any]]) -> None:
@@ -236,6 +230,34 @@ def check_same_form(known: Sequence[tuple[str, Any]], form: Sequence[tuple[str, 
             raise ValueError(f"{path or 'a sum'} ({right}) does not pool with the first client's ({left})")
     if len(known) != len(form):
         raise ValueError(f"a sum of {len(form) - 1} parts does not pool with the first client's, of {len(known) - 1}")
+
+
+def _form(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The form of a value and of its parts: two values of one form can be mapped together without an error."""
+    kind = type(value).__name__
+    if dataclasses.is_dataclass(value):
+        yield path, kind
+        for item in dataclasses.fields(value):
+            part = getattr(value, item.name)
+            fixed = isinstance(value, Masked) and item.name == "modulus"  # describes, where other integers add up
+            yield from [(f"{path}.modulus", f"modulo {part}")] if fixed else _form(part, _joined(path, item.name))
+    elif isinstance(value, Mapping):
+        yield path, f"a mapping of {len(value)}"
+        for name, item in value.items():
+            yield from _form(item, f"{path}[{name}]")
+    elif isinstance(value, tuple):
+        yield path, f"a tuple of {len(value)}"
+        for index, item in enumerate(value):
+            yield from _form(item, f"{path}[{index}]")
+    elif isinstance(value, Tensor):
+        yield path, f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    else:
+        adds_up = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+        yield path, kind if adds_up else value
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
@@ -311,9 +333,11 @@ def _lerp_(mean: Any, value: Any, share: float) -> Any:
 
 def _added(total: Any, value: Any) -> Any:
     if isinstance(total, Masked):
-        if total.modulus != value.modulus:
-            raise ValueError(f"a sum modulo {value.modulus} does not pool with one modulo {total.modulus}")
-        return Masked(mapped(lambda x, y: (x + y) % total.modulus, total.sum, value.sum), total.modulus)
+
+        def leaf(x: Any, y: Any) -> Any:
+            return (x + y) % total.modulus if isinstance(x, Tensor) else x
+
+        return Masked(mapped(leaf, total.sum, value.sum), total.modulus)
     return mapped(_plus, total, value)
 
 

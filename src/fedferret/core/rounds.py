@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Shapes, framing_bytes
+from fedferret.core.algorithm import framing_bytes
 from fedferret.core.errors import RunError, TooFewClients
 from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
 from fedferret.core.guard import TRAIN, exchanges_after, exchanges_before
@@ -205,8 +205,7 @@ def _round(
     task, algorithm, codec = node.task, node.algorithm, node.codec
     cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
     bytes_down = _missing_bytes(state, cohort)
-    longest = _longest_update(node, tree.shapes(tree.parameters(task.model)), len(cohort), number)
-    intake = Intake(node, plan, longest, len(cohort))
+    intake = Intake(node, plan, longest_update(node, len(cohort), number), len(cohort))
     alive, received = list(cohort), {}
     exchanged: dict[str, int] = {}
 
@@ -298,10 +297,20 @@ def _missing_bytes(state: RunState, clients: Sequence[str]) -> dict[str, int]:
     return {client: sizes[version] for client, version in held.items()}
 
 
-def _longest_update(node: Node, shapes: Shapes, cohort: int, round: int) -> float:
-    """Bytes that a client's update may have: by the method's formula; masked sums have eight a value."""
+def longest_update(node: Node, cohort: int, round: int) -> float:
+    """Bytes that a client's update may have: by the method's formula; masked sums have eight a value.
+
+    Args:
+        node: of the round's stage.
+        cohort: clients in the round.
+        round: from 1.
+
+    Returns:
+        The most bytes of an encoded ``ClientUpdate``.
+    """
+    shapes = tree.shapes(tree.parameters(node.task.model))
     if any(guard.modulus is not None for guard in node.guards):
-        return math.inf  # the guard's own exchanges say what it is: names, shapes and modulus are checked
+        return 8 * node.algorithm.sum_values(shapes, round) + framing_bytes(shapes)
     return node.algorithm.wire_cost(shapes, cohort, round).up_most + framing_bytes(shapes)
 
 

@@ -191,11 +191,13 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
 
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """The stage's of that round; ``shapes`` are those of that round too."""
-        for stage in self.stages():
-            if stage.rounds is None or round <= stage.rounds:
-                return stage.algorithm.wire_cost(shapes, cohort, round)
-            round -= stage.rounds
-        raise UserError(f"{self.name} has no stage in that round")
+        algorithm, round = self._in(round)
+        return algorithm.wire_cost(shapes, cohort, round)
+
+    def sum_values(self, shapes: Shapes, round: int) -> int:
+        """The stage's of that round."""
+        algorithm, round = self._in(round)
+        return algorithm.sum_values(shapes, round)
 
     def update_norm(self, task: Task, public: StagedPublic, payload: Any) -> float | None:
         """The present stage's."""
@@ -272,6 +274,14 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         private = client.client if client and client.stage == public.stage else None
         with stage.algorithm.model(task, public.public, private) as model:
             yield model
+
+    def _in(self, round: int) -> tuple[AnyAlgorithm, int]:
+        """The method of a round of the run, and that round's number in the stage."""
+        for stage in self.stages():
+            if stage.rounds is None or round <= stage.rounds:
+                return stage.algorithm, round
+            round -= stage.rounds
+        raise UserError(f"{self.name} has no stage in that round")
 
     def _first(self) -> Stage:
         return next((stage for stage in self.stages() if stage.rounds != 0), self.stages()[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedferret.core.errors import UserError
+from fedferret.core.text import LONGEST, printable
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -57,6 +58,14 @@ class FederatedData:
     held_out: Mapping[str, tuple[Example, ...]]  # by name; the first is the main set
     source: str
     notice: str | None = None  # the licence or benchmark notice that must accompany every copy of the data
+
+    def __post_init__(self) -> None:
+        for client in self.clients:
+            if printable(client) != client:
+                raise UserError(
+                    f"client {printable(client, 40)!r}: a name has at most {LONGEST} characters and no control "
+                    f"characters; rename the client in the data"
+                )
 
     @property
     def client_held_out(self) -> dict[str, tuple[Example, ...]]:

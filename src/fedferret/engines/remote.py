@@ -16,6 +16,7 @@ them takes any client's request, with that client's private state, which stays i
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import tempfile
 import time
@@ -23,15 +24,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedferret.core.exchanges import Body, Failure, Reply
+from fedferret.core.exchanges import Body, Failure, Reply, Score, Train
 from fedferret.core.node import Codec
-from fedferret.core.rounds import RunState
+from fedferret.core.rounds import RunState, longest_update
 from fedferret.core.spool import Place, Spool
+from fedferret.core.text import plain_line
 from fedferret.engines.client_store import ClientStore
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport, check_fields
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
-_SMALLEST_LIMIT = 1 << 20  # bytes that any response may have, however small the model
+_FRAME = 64 << 10  # bytes of a response beside the reply, and of a reply with scores
+_GUARDS = 1 << 20  # bytes of a reply that a guard declares: keys and shares for each of the cohort
+_SLACK = 4  # a response is decoded up to this many times the longest reply; the intake is exact
 
 
 @dataclass
@@ -96,6 +100,22 @@ class Remote:
         self.transport.close()
 
 
+def largest_response(bodies: Mapping[str, Body], state: RunState) -> int:
+    """Bytes that a site's response may have; a longer one is not even decoded.
+
+    Args:
+        bodies: of one exchange, by client.
+        state: of the run, before the round.
+
+    Returns:
+        A few times what the method's formula gives for an update, or a constant for scores and guards' exchanges.
+    """
+    body = next(iter(bodies.values()), None)
+    if isinstance(body, Train):
+        return _FRAME + math.ceil(_SLACK * longest_update(state.node, len(bodies), body.round))
+    return _FRAME if isinstance(body, Score) else _FRAME + _GUARDS
+
+
 class _Messages(Mapping[str, bytes]):
     """Requests by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
 
@@ -124,9 +144,10 @@ class _Exchange:
         self.end = time.monotonic() + engine.deadline
         self.round = next((body.round for body in bodies.values()), state.round)
         self.fingerprint = state.node.fingerprint()
-        # no message of a round is larger than a few models; one that claims to be is not even decoded
-        model = state.node.task.model
-        self.limit = _SMALLEST_LIMIT + 4 * sum(each.numel() * each.itemsize for each in model.parameters())
+        self.limit = largest_response(bodies, state)
+        if engine.workers:  # their responses carry clients' private states, and the workers are this machine's own
+            model = state.node.task.model
+            self.limit += _GUARDS + 4 * sum(each.numel() * each.itemsize for each in model.parameters())
         self.tickets: dict[str, str] = {}
         self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
         self.sendings = dict.fromkeys(bodies, 0)
@@ -217,7 +238,7 @@ class _Exchange:
                 elif response.status == MISSING:
                     self.missing[received.site] = self._named(response)
                 else:
-                    engine.log(f"{received.site}: {_line(response.reason)}")
+                    engine.log(f"{received.site}: {plain_line(response.reason)}")
 
     def _take(self, received: Received) -> bool:
         """Settle the client, or note why not; returns whether it is to be sent another request."""
@@ -235,7 +256,7 @@ class _Exchange:
         if response.status == MISSING:
             return self._send_missing(client, response)
         if response.status == REFUSED:
-            self.settled[client] = Failure(client, "local", _line(response.reason))
+            self.settled[client] = Failure(client, "local", plain_line(response.reason))
         elif (response.version, response.fingerprint) != (self.state.log.version, self.fingerprint):
             return self._send_missing(client, response)
         else:
@@ -252,9 +273,8 @@ class _Exchange:
             response = self.engine.codec.decode(received.content)
             if not isinstance(response, Response):
                 return f"a {type(response).__name__} came where a Response was expected"
-            check_fields(response)
         except (ValueError, TypeError, RecursionError) as error:
-            return f"{type(error).__name__}: {_line(str(error))}"
+            return f"{type(error).__name__}: {plain_line(str(error))}"
         name = received.site
         self._log_event(
             response.status,
@@ -263,17 +283,17 @@ class _Exchange:
             framed_bytes=len(received.content),
             version=response.version,
             process=response.process,
-            note=_line(response.reason),
+            note=plain_line(response.reason),
         )
         if response.ticket == "" and response.status == REFUSED:  # it could not even read the request
-            return f"did not take the request: {_line(response.reason)}"
+            return f"did not take the request: {plain_line(response.reason)}"
         if response.ticket != self.tickets[name]:
             return f"replied to a request of round {response.round} that is over"
         client = "" if name in self.engine.workers else name
         if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
-            return f"replied for {_line(response.client)} in round {response.round}, which it was not asked"
+            return f"replied for {plain_line(response.client)} in round {response.round}, which it was not asked"
         if response.status not in (DONE, MISSING, REFUSED):
-            return f"sent the invalid status {_line(response.status)!r}"
+            return f"sent the invalid status {plain_line(response.status)!r}"
         return response
 
     def _send_missing(self, client: str, response: Response) -> bool:
@@ -290,7 +310,7 @@ class _Exchange:
             )
             return False
         if self.sendings[client] == SENDINGS:
-            reason = f"its {_line(response.reason)} is still missing after it was sent"
+            reason = f"its {plain_line(response.reason)} is still missing after it was sent"
             self.settled[client] = Failure(client, "replica", reason)
             return False
         if missing.rebuild:
@@ -302,7 +322,7 @@ class _Exchange:
         else:
             missing.rebuild = missing.rebuild or bool(known and known.rebuild)
             self.missing[client] = missing
-        self.wrong[client] = f"its {_line(response.reason)} is missing, and the time was over before it was sent"
+        self.wrong[client] = f"its {plain_line(response.reason)} is missing, and the time was over before it was sent"
         return True
 
     def _outcome(self, client: str) -> Reply | Failure:
@@ -320,7 +340,7 @@ class _Exchange:
                 self.store.stage(client, codec.decode(self.spool.get(private)), self.round)
             return reply
         except (ValueError, TypeError, RecursionError) as error:
-            return Failure(client, "wire", f"{type(error).__name__}: {_line(str(error))}")
+            return Failure(client, "wire", f"{type(error).__name__}: {plain_line(str(error))}")
 
     def _named(self, response: Response) -> Missing:
         """What a site says is missing; one that replied from another replica is missing the run's."""
@@ -332,8 +352,3 @@ class _Exchange:
     def _log_event(self, what: str, name: str, **facts: Any) -> None:
         event = {"what": what, "run": self.engine.run[:16], "round": self.round, "client": name, **facts}
         self.engine.on_message(event)
-
-
-def _line(text: str) -> str:
-    """A stranger's words on one line of the operator's terminal."""
-    return "".join(each if each.isprintable() else "�" for each in " ".join(text.split()))[:300]

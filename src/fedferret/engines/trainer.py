@@ -32,8 +32,9 @@ from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
+from fedferret.core.text import plain_line
 from fedferret.engines.site_folder import RunFolder
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response, check_fields
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response
 from fedferret.wire import codec
 
 
@@ -112,7 +113,7 @@ class Trainer:
         except MissingState as missing:
             response = self._response(request, MISSING, reason=str(missing))
         except Exception as error:
-            response = self._response(request, REFUSED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
+            response = self._response(request, REFUSED, reason=plain_line(f"{type(error).__name__}: {error}"))
         encoded = codec.encode(response)
         note = "; ".join([*notes, *([response.reason] if response.reason else [])])
         try:
@@ -286,7 +287,6 @@ def read_request(message: bytes) -> Request:
     request = codec.decode(message)
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} came where a Request was expected")
-    check_fields(request)
     if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
         raise ValueError("a Request came that names no run, round or version")
     return request

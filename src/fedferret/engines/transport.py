@@ -10,7 +10,7 @@ the bytes are; only the codec reads and writes them: the wire carries data, neve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedferret.core.messages import message
@@ -87,21 +87,3 @@ class Response:
 
 
 DONE, MISSING, REFUSED = "done", "missing", "refused"
-
-
-def check_fields(received: Request | Response) -> None:
-    """Refuse a received message that holds something else than the types of its fields.
-
-    Args:
-        received: as decoded; decoding checks no types of fields.
-
-    Raises:
-        ValueError: a field holds a value of another type, or ``records`` holds anything but bytes.
-    """
-    for field in fields(received):
-        expected, _, item = str(field.type).partition("[")
-        value = getattr(received, field.name)
-        if expected == "Any":
-            continue
-        if type(value).__name__ != expected or (item and not all(isinstance(each, bytes) for each in value)):
-            raise ValueError(f"{field.name} of a received {type(received).__name__} is no {field.type}")

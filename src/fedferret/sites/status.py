@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
+from fedferret.core.text import plain_line
 from fedferret.sites import join, state
 from fedferret.tracking import events
 from fedferret.tracking.audit import read_audit
@@ -57,9 +58,9 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
         if event["what"] == "traffic":
             site.messages += event["payload_down"] + event["payload_up"]
             site.framed += event["framed_down"] + event["framed_up"]
-            site.reason = event["reason"]
+            site.reason = plain_line(event["reason"])
         elif event["what"] == "refused":
-            site.reason = event.get("note", "")
+            site.reason = plain_line(event.get("note", ""))
     known = state.read(run, "nodes")
     fresh = time.time() - known.get("time", 0.0) < STALE and doing(state.read(run, "server")) == "serving"
     for name, node in known.get("nodes", {}).items():

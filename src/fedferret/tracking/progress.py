@@ -8,7 +8,6 @@ rounds, clients within the round and steps within the client. rich can print a `
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedferret.core.rounds import RoundRecord
+from fedferret.tracking.console import plain_console
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
 
@@ -35,7 +35,7 @@ class Progress:
     """
 
     def __init__(self, total_rounds: int, done: int = 0, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout)
+        self._console = console or plain_console()
         self._total, self._first = total_rounds, done
         self._round = done + 1
         self._cohort_size = self._client = self._step = self._steps = 0

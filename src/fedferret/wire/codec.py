@@ -10,8 +10,13 @@ A value is a one-byte tag and its content. Numbers are little-endian, counts are
     T tensor: dtype code(1), number of dimensions, sizes, raw bytes
 
 A message costs ``len(encode(x))`` bytes: 7 bytes of frame, and its bytes + 3 to 8 for a tensor. ``size`` computes the
-cost without building the bytes. Decoding creates only registered message types (``core/messages.py``) and checks every
-length against the bytes left. Damage, another version and trailing bytes raise WireError.
+cost without building the bytes. Decoding creates only registered message types (``core/messages.py``), of which every
+field holds what it declares (``core/fields.py``). Damage, another version and trailing bytes raise WireError.
+
+What a message can ask of its receiver is bounded by its length: every count and size is compared with the bytes left
+before memory is taken, a number has at most 10 bytes, a tensor at most 8 dimensions, a value lies at most 32 deep, and
+all values together take at most 64 · (16,384 + bytes/2) bytes beside the content of tensors and texts. A value has one
+encoding: what ``decode`` takes, ``encode`` gives back to the byte.
 """
 
 from __future__ import annotations
@@ -26,15 +31,33 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fedferret.core.fields import misfit
 from fedferret.core.messages import message_type
 
 VERSION = 2
+DEPTH = 32  # of values in values; a staged method's state has 6
+DIMENSIONS = 8  # of a tensor
+LOWEST, HIGHEST = -(2**63), 2**64 - 1  # of an integer: keys have 64 bits without a sign
 _BEFORE = "0.1"  # the fedferret version that wrote wire version 1
 _MAGIC = b"fF"
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip  # the position is the code on the wire: append only
+
+_VARINT_BYTES = 10
+_MOST_EMPTY = 2**40  # product of an empty tensor's other sizes, which take no bytes
+_SHOWN = 40  # characters of a sender's text in an error message
+# What values weigh, in units of 64 bytes of the receiver's memory, and what a message may weigh in all. Small values
+# take far more memory than bytes; measured: an empty tensor of 4 bytes 1,020 bytes, a mapping of one item 265.
+_TENSOR, _MAPPING, _MESSAGE = 16, 4, 4
+_UNITS = 16_384  # of any message: 1,000 tensors of a small model
+
+
+def _budget(length: int) -> int:
+    """Units that the values of a message may weigh: integers, which have at least 2 bytes, always fit."""
+    return _UNITS + length // 2
+
 
 Buffer: TypeAlias = bytes | memoryview
 Contents: TypeAlias = Callable[[Tensor], Buffer | range]
@@ -59,6 +82,7 @@ def encode(value: Any) -> bytes:
 
     Raises:
         TypeError: for a value of another type.
+        ValueError: for an integer out of range, a tensor of more than 8 dimensions, or values more than 32 deep.
         NotImplementedError: on a big-endian machine.
     """
     if sys.byteorder != "little":
@@ -92,7 +116,8 @@ def decode(data: bytes) -> Any:
         The value; tensors are on the CPU and own their memory.
 
     Raises:
-        WireError: if bytes are damaged, missing or left over, or name an unknown type.
+        WireError: if bytes are damaged, missing or left over, name an unknown type, hold another kind of value than a
+            field declares, or take more memory than their length allows.
         OtherVersion: if the bytes are of another version.
     """
     if len(data) < 8:
@@ -105,10 +130,7 @@ def decode(data: bytes) -> Any:
     if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
         raise WireError(f"message of {len(data)} bytes: checksum differs, it is damaged or truncated")
     reader = _Reader(view[3:-4])
-    try:
-        value = reader.value()
-    except RecursionError:
-        raise WireError("message nested too deeply") from None
+    value = reader.value()
     if reader.position != len(reader.view):
         raise WireError(f"message has {len(reader.view) - reader.position} trailing bytes")
     return value
@@ -131,13 +153,17 @@ def other_version(version: int) -> str:
     )
 
 
-def _write(value: Any, contents: Contents) -> Iterator[Buffer | range]:
+def _write(value: Any, contents: Contents, depth: int = 0) -> Iterator[Buffer | range]:
     """The parts of an encoded value; ``contents`` gives the part of a tensor's elements."""
+    if depth > DEPTH:
+        raise ValueError(f"values lie more than {DEPTH} deep in each other, which cannot cross the wire")
     if value is None:
         yield b"n"
     elif isinstance(value, bool):
         yield b"t" if value else b"f"
     elif isinstance(value, int):
+        if not LOWEST <= value <= HIGHEST:
+            raise ValueError(f"an integer of {value.bit_length()} bits cannot cross the wire: -2^63 to 2^64 - 1 can")
         yield b"i" + _varint(value * 2 if value >= 0 else -value * 2 - 1)
     elif isinstance(value, float):
         yield b"d" + struct.pack("<d", value)
@@ -147,22 +173,24 @@ def _write(value: Any, contents: Contents) -> Iterator[Buffer | range]:
         yield b"b" + _varint(len(value))
         yield value
     elif isinstance(value, Tensor):
+        if value.dim() > DIMENSIONS:
+            raise ValueError(f"a tensor of {value.dim()} dimensions cannot cross the wire: {DIMENSIONS} can")
         sizes = b"".join(_varint(size) for size in value.shape)
         yield b"T" + bytes([_DTYPES.index(value.dtype)]) + _varint(value.dim()) + sizes
         yield contents(value)
     elif isinstance(value, tuple | list):
         yield b"[" + _varint(len(value))
         for item in value:
-            yield from _write(item, contents)
+            yield from _write(item, contents, depth + 1)
     elif isinstance(value, Mapping):
         yield b"{" + _varint(len(value))
         for name, item in value.items():
             yield _text(name)
-            yield from _write(item, contents)
+            yield from _write(item, contents, depth + 1)
     elif dataclasses.is_dataclass(value) and message_type(type(value).__name__) is type(value):
         yield b"m" + _text(type(value).__name__)
         for field in dataclasses.fields(value):
-            yield from _write(getattr(value, field.name), contents)
+            yield from _write(getattr(value, field.name), contents, depth + 1)
     else:
         raise TypeError(f"{type(value).__name__} cannot cross the wire: declare it with @message")
 
@@ -193,47 +221,68 @@ def _text(text: str) -> bytes:
 
 
 class _Reader:
-    """Reads values in turn; every read is checked against the bytes left."""
+    """Reads values in turn; every read is checked against the bytes left, and every value against the budget."""
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
         self.position = 0
+        self.units = _budget(len(view))
+
+    @property
+    def left(self) -> int:
+        return len(self.view) - self.position
 
     def take(self, count: int) -> memoryview:
-        end = self.position + count
-        if end > len(self.view):
-            raise WireError(f"message truncated: {count} bytes expected, {len(self.view) - self.position} left")
-        self.position, start = end, self.position
-        return self.view[start:end]
+        if count > self.left:
+            raise WireError(f"message truncated: {count} bytes expected, {self.left} left")
+        start = self.position
+        self.position += count
+        return self.view[start : self.position]
 
     def varint(self) -> int:
-        number = shift = 0
-        while True:
+        number = 0
+        for place in range(_VARINT_BYTES):
             byte = self.take(1)[0]
-            number |= (byte & 0x7F) << shift
+            number |= (byte & 0x7F) << (7 * place)
             if byte < 0x80:
+                if place and not byte:
+                    raise WireError("message holds a number that is longer than it need be")
                 return number
-            shift += 7
+        raise WireError(f"message holds a number of more than {_VARINT_BYTES} bytes")
+
+    def integer(self) -> int:
+        number = self.varint()
+        number = -((number + 1) >> 1) if number & 1 else number >> 1
+        if not LOWEST <= number <= HIGHEST:
+            raise WireError("message holds an integer below -2^63 or above 2^64 - 1")
+        return number
 
     def text(self) -> str:
         try:
             return bytes(self.take(self.varint())).decode()
         except UnicodeDecodeError:
-            raise WireError("message holds a name that is not UTF-8") from None
+            raise WireError("message holds a text that is not UTF-8") from None
 
     def count(self) -> int:
         number = self.varint()
-        if number > len(self.view) - self.position:  # every item takes at least one byte
+        if number > self.left:  # every item takes at least one byte
             raise WireError(f"message claims {number} items, more than the bytes left")
         return number
 
-    def value(self) -> Any:
+    def weigh(self, units: int) -> None:
+        self.units -= units
+        if self.units < 0:
+            raise WireError(f"message of {len(self.view):,} bytes holds more values than its length allows")
+
+    def value(self, depth: int = 0) -> Any:
+        if depth > DEPTH:
+            raise WireError(f"message holds values more than {DEPTH} deep in each other")
+        self.weigh(1)
         tag = bytes(self.take(1))
         if tag in _CONSTANTS:
             return _CONSTANTS[tag]
         if tag == b"i":
-            number = self.varint()
-            return -((number + 1) >> 1) if number & 1 else number >> 1
+            return self.integer()
         if tag == b"d":
             return struct.unpack("<d", self.take(8))[0]
         if tag == b"s":
@@ -243,35 +292,61 @@ class _Reader:
         if tag == b"T":
             return self.tensor()
         if tag == b"[":
-            return tuple(self.value() for _ in range(self.count()))
+            return tuple([self.value(depth + 1) for _ in range(self.count())])
         if tag == b"{":
-            return {self.text(): self.value() for _ in range(self.count())}
+            return self.mapping(depth)
         if tag == b"m":
-            return self.message()
+            return self.message(depth)
         raise WireError(f"message holds an unknown tag {tag!r}")
 
-    def message(self) -> Any:
+    def mapping(self, depth: int) -> dict[str, Any]:
+        self.weigh(_MAPPING)
+        items: dict[str, Any] = {}
+        for _ in range(self.count()):
+            self.weigh(1)
+            name = self.text()
+            if name in items:
+                raise WireError(f"message holds a mapping with the name {_shown(name)} twice")
+            items[name] = self.value(depth + 1)
+        return items
+
+    def message(self, depth: int) -> Any:
+        self.weigh(_MESSAGE)
         name = self.text()
         cls = message_type(name)
         if cls is None:
-            raise WireError(f"message of unknown type {name!r}")
-        return cls(*(self.value() for _ in dataclasses.fields(cls)))
+            raise WireError(f"message of unknown type {_shown(name)}")
+        values = [self.value(depth + 1) for _ in dataclasses.fields(cls)]
+        wrong = misfit(cls, values)
+        if wrong is not None:
+            raise WireError(wrong)
+        return cls(*values)
 
     def tensor(self) -> Tensor:
-        code, dimensions = self.take(1)[0], self.count()
+        self.weigh(_TENSOR)
+        code, dimensions = self.take(1)[0], self.varint()
         if code >= len(_DTYPES):
             raise WireError(f"tensor of unknown type {code}")
+        if dimensions > DIMENSIONS:
+            raise WireError(f"tensor of more than {DIMENSIONS} dimensions")
         shape = [self.varint() for _ in range(dimensions)]
-        elements = 1
-        for length in shape:
-            elements *= length
-        data = self.take(elements * _DTYPES[code].itemsize)
-        dtype = _DTYPES[code]
+        dtype, elements = _DTYPES[code], 0 if 0 in shape else 1
+        most = self.left // dtype.itemsize if elements else _MOST_EMPTY
+        product = 1
+        for size in shape:
+            product *= size or 1
+            if product > most:
+                raise WireError(f"tensor of impossible shape {shape}: {self.left} bytes left")
+        data = self.take(elements * product * dtype.itemsize)
+        if dtype is torch.bool and max(data, default=0) > 1:
+            raise WireError("tensor of truth values holds something else")
         flat = torch.frombuffer(bytearray(data), dtype=dtype) if elements else torch.empty(0, dtype=dtype)
-        try:
-            return flat.reshape(shape)
-        except (RuntimeError, TypeError):  # one dimension of size 0, and another above 2^63
-            raise WireError(f"tensor of impossible shape {shape}") from None
+        return flat.reshape(shape)
+
+
+def _shown(text: str) -> str:
+    """The beginning of a sender's text, quoted, for an error message."""
+    return repr("".join(each if each.isprintable() else "\ufffd" for each in text[:_SHOWN]))
 
 
 _CONSTANTS: dict[bytes, Any] = {b"n": None, b"t": True, b"f": False}
