@@ -180,9 +180,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
         projector = self.projector(public)
         check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, len(projector.blocks))
         self.coding.check(payload.coordinates, sum(projector.counts(decode_norms(self._norms(public, payload)))))
-        # what pools is decoded, and checked, when it does; what is kept apart travels on as it came
         if isinstance(payload, KeyedReply) and not torch.isfinite(payload.coordinates.unpack()).all():
-            raise NotFinite("coordinates holds NaN or infinity")
+            raise NotFinite("coordinates holds NaN or infinity")  # it travels on as it came, and is not pooled
 
     def accept_sum(self, task: Task, public: FerretPublic, sum: DecodedCoordinates) -> None:
         """Refuse a sum of other lengths."""
