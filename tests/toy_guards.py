@@ -69,6 +69,7 @@ class Unmasked:
 class AdvertiseKeys(Exchange):
     name: ClassVar[str] = "advertise"
     body = Advertise
+    reply_type = Advertised
 
     def bodies(self, round: int, clients: Sequence[str], received: Received) -> Mapping[str, Body]:
         return {client: Advertise(round) for client in clients}
@@ -81,6 +82,7 @@ class AdvertiseKeys(Exchange):
 class ShareKeys(Exchange):
     name: ClassVar[str] = "share"
     body = Share
+    reply_type = Shared
 
     def bodies(self, round: int, clients: Sequence[str], received: Received) -> Mapping[str, Body]:
         public = {client: received["advertise"][client].public for client in clients}
@@ -93,6 +95,7 @@ class ShareKeys(Exchange):
 class UnmaskLost(Exchange):
     name: ClassVar[str] = "unmask"
     body = Unmask
+    reply_type = Unmasked
 
     def bodies(self, round: int, clients: Sequence[str], received: Received) -> Mapping[str, Body]:
         lost = tuple(client for client in received["share"] if client not in clients)

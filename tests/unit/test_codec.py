@@ -214,10 +214,10 @@ def test_hostile_bodies_are_refused(body: bytes, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_honest_messages_hold_is_within_the_budget() -> None:
-    """A model of 5,000 small tensors, the sizes of 100,000, as many short records, 50,000 clients' versions."""
-    weights = {f"layers.{number}.bias": torch.zeros(16) for number in range(5000)}
-    sizes, records = tuple(range(100_000)), (b"a short record",) * 100_000
-    for value in (weights, sizes, records, {f"c{number}": 1 for number in range(50_000)}):
+    """A model of 2,000 small tensors, the sizes of 30,000, as many short records, 20,000 clients' versions."""
+    weights = {f"layers.{number}.bias": torch.zeros(16) for number in range(2000)}
+    sizes, records = tuple(range(30_000)), (b"a short record",) * 30_000
+    for value in (weights, sizes, records, {f"c{number}": 1 for number in range(20_000)}):
         assert codec.size(codec.decode(codec.encode(value))) == codec.size(value)
 
 

@@ -7,25 +7,27 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from contract.methods import METHODS
+from contract.methods import METHODS, reference
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.ferret import Ferret
 from fedferret.core.algorithm import Pooling
 from fedferret.core.errors import UserError
-from fedferret.core.exchanges import Body, ClientUpdate, Failure, Reply, Train
+from fedferret.core.exchanges import Body, ClientUpdate, Failure, Masked, Reply, Train
 from fedferret.core.guard import Guard, RoundSecret
+from fedferret.core.keys import Key
 from fedferret.core.node import Node
 from fedferret.core.pooling import leaves, mapped
 from fedferret.core.rounds import RunState
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
 from fedferret.wire import codec
-from toy_guards import MODULUS, Identity, ToySecureSum, Unmask
+from toy_guards import MODULUS, Advertise, Identity, ToySecureSum, Unmask
 from toy_sites import BASE, RECIPE, Direct, toy_trainer
 from toys import TRAINING, bits, simulate, toy_clients, toy_task, weights
 
@@ -215,7 +217,9 @@ def test_guards_apply_in_order_at_the_client_and_are_undone_in_reverse() -> None
         (lambda masked: replace(masked, modulus=97), "a Masked came where a sum modulo"),
         (lambda masked: replace(masked, sum=shifted(masked.sum, MODULUS)), "holds values that are no integers from 0"),
         (lambda masked: replace(masked, sum=shifted(masked.sum, 0.5)), "holds values that are no integers from 0"),
+        (lambda masked: replace(masked, sum=narrow(masked.sum)), "holds values that are no integers from 0"),
         (lambda masked: replace(masked, sum=replace(masked.sum, delta={})), "tensors are not the model's"),
+        (lambda masked: replace(masked, sum=Masked(masked.sum, 2)), "a sum of type Masked came where a Delta"),
     ],
 )
 def test_a_masked_sum_that_cannot_be_is_refused(change: Any, reason: str) -> None:
@@ -229,6 +233,31 @@ def test_a_masked_sum_that_cannot_be_is_refused(change: Any, reason: str) -> Non
     (record,) = simulate(EQUAL, 1, guards=[ToySecureSum()], engine=Tampering).records
     (failure,) = record.failures
     assert (failure.client, failure.stage) == ("b", "pool") and reason in failure.reason
+
+
+def narrow(sum: Any) -> Any:
+    return replace(sum, delta={name: tensor.clamp(max=9).int() for name, tensor in sum.delta.items()})
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavg-8bit", "ferret", "fedkseed"])
+def test_a_sum_that_poses_as_the_methods_is_refused(name: str) -> None:
+    """The first sum of a round sets the form of all: one of another type with equal parts would shut the others out."""
+    run = reference(name)
+    payload = run.algorithm.client_update(run.task, run.state.public, None, run.data["a"], Key.of(1)).payload
+    run.algorithm.accept_sum(run.task, run.state.public, payload.decoded())
+    with pytest.raises(ValueError, match=r"sum"):
+        run.algorithm.accept_sum(run.task, run.state.public, SimpleNamespace(**vars(payload.decoded())))
+
+
+def test_a_reply_of_another_kind_than_the_exchanges_is_one_failure() -> None:
+    class Tampering(InProcess):
+        def work(self, state: Any, client: str, body: Any, data: Any) -> tuple[Any, Any]:
+            reply, private = super().work(state, client, body, data)
+            return (Train(1) if client == "b" and isinstance(body, Advertise) else reply), private
+
+    (record,) = simulate(EQUAL, 1, guards=[ToySecureSum()], engine=Tampering).records
+    (failure,) = record.failures
+    assert failure == Failure("b", "advertise", "sent a Train where a Advertised was expected")
 
 
 def shifted(sum: Any, by: float) -> Any:

@@ -46,6 +46,7 @@ class Exchange(ABC):
 
     name: ClassVar[str]
     body: type  # of the messages that go down
+    reply_type: type  # of the messages that come up; a client that sends another is out of the round
 
     @abstractmethod
     def bodies(self, round: int, clients: Sequence[str], received: Received) -> Mapping[str, Body]:
@@ -71,7 +72,7 @@ class Exchange(ABC):
             randomness: the source of every secret draw.
 
         Returns:
-            The reply, a message, and the secret for the round's later exchanges.
+            The reply, a message of the type ``self.reply_type``, and the secret for the round's later exchanges.
         """
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedferret.core.algorithm import Payload, Pooled, Pooling, Weighting
 from fedferret.core.exchanges import ClientUpdate, Failure, Masked, Reply
 from fedferret.core.metrics import check_metrics
@@ -160,5 +162,6 @@ def check_masked(payload: Any, modulus: int) -> None:
     if not isinstance(payload, Masked) or payload.modulus != modulus:
         raise ValueError(f"a {type(payload).__name__} came where a sum modulo {modulus} was expected")
     for name, tensor in tensors(payload.sum):
-        if tensor.is_floating_point() or (tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < modulus):
+        fits = not tensor.numel() or 0 <= int(tensor.min()) <= int(tensor.max()) < modulus
+        if tensor.dtype != torch.int64 or not fits:  # the first sum's data type would have to be everybody's
             raise ValueError(f"{name} holds values that are no integers from 0 to {modulus - 1}")

@@ -22,7 +22,7 @@ from fedferret.core import tree
 from fedferret.core.algorithm import framing_bytes
 from fedferret.core.errors import RunError, TooFewClients
 from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
-from fedferret.core.guard import TRAIN, exchanges_after, exchanges_before
+from fedferret.core.guard import TRAIN, Exchange, exchanges_after, exchanges_before
 from fedferret.core.intake import Intake
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
@@ -209,10 +209,13 @@ def _round(
     alive, received = list(cohort), {}
     exchanged: dict[str, int] = {}
 
-    def ask(name: str, bodies: Mapping[str, Body]) -> list[str]:
+    def ask(exchange: Exchange, bodies: Mapping[str, Body]) -> list[str]:
         """One exchange with a guard's bodies; returns who replied."""
         replies: dict[str, Any] = {}
         for outcome in in_order(engine.exchange(bodies, state), list(bodies)):
+            if isinstance(outcome, Reply) and type(outcome.body) is not exchange.reply_type:
+                wrong = f"sent a {type(outcome.body).__name__} where a {exchange.reply_type.__name__} was expected"
+                outcome = Failure(outcome.client, exchange.name, wrong)
             if isinstance(outcome, Reply):
                 replies[outcome.client] = outcome.body
                 moved = outcome.bytes_up + codec.size(bodies[outcome.client])
@@ -220,11 +223,11 @@ def _round(
             else:
                 intake.failures.append(outcome)
                 on_outcome(outcome)
-        received[name] = replies
+        received[exchange.name] = replies
         return list(replies)
 
     for exchange in exchanges_before(node.guards):
-        alive = ask(exchange.name, exchange.bodies(number, alive, received))
+        alive = ask(exchange, exchange.bodies(number, alive, received))
     for outcome in in_order(engine.exchange(bodies_of(Train(number), alive), state), alive):
         on_outcome(intake.take(outcome))
     for failure in intake.refuse_outliers():
@@ -232,7 +235,7 @@ def _round(
     received[TRAIN] = dict.fromkeys(intake.accepted)
     answered = intake.clients
     for exchange in exchanges_after(node.guards):
-        ask(exchange.name, exchange.bodies(number, answered, received))
+        ask(exchange, exchange.bodies(number, answered, received))
     needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
     if len(answered) < needed:
         known = reasons(intake.failures)

@@ -338,9 +338,11 @@ class _Reader:
             if product > most:
                 raise WireError(f"tensor of impossible shape {shape}: {self.left} bytes left")
         data = self.take(elements * product * dtype.itemsize)
-        if dtype is torch.bool and max(data, default=0) > 1:
+        if not elements:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)
+        if dtype is torch.bool and bool((flat.view(torch.uint8) > 1).any()):
             raise WireError("tensor of truth values holds something else")
-        flat = torch.frombuffer(bytearray(data), dtype=dtype) if elements else torch.empty(0, dtype=dtype)
         return flat.reshape(shape)
 
 
