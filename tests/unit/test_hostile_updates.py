@@ -15,7 +15,7 @@ import torch
 from contract.methods import METHODS, reference
 from contract.unlike_methods import Drift, DriftEntry
 from fedferret import experiment
-from fedferret.core import rounds
+from fedferret.core import intake, rounds
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import ClientScores, ClientUpdate, Score
 from fedferret.core.norms import limits_off
@@ -109,11 +109,14 @@ def test_sums_that_cannot_be_are_that_clients_failure(sums: dict[str, Any], reas
 
 
 @pytest.mark.parametrize("name", ["fedavg", "ferret", "ferret-per-client"])
-def test_from_four_updates_on_one_far_above_the_median_is_refused_whatever_the_order_of_arrival(name: str) -> None:
+def test_from_four_updates_on_one_far_above_the_median_is_refused_whatever_the_order_of_arrival(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 30 times the others is a change that the model's size allows
     hostile, data = tampering("b", times(30.0)), toy_clients(4)
     without = {client: rows for client, rows in data.items() if client != "b"}
-    for arriving in (lambda engine: engine, Backwards):
+    for arriving, small in ((lambda engine: engine, intake.SMALL), (Backwards, 0)):  # in memory, and in a file
+        monkeypatch.setattr(intake, "SMALL", small)
         attacked = simulate(METHODS[name], 2, data=data, engine=hostile, arriving=arriving)
         assert attacked.public == simulate(METHODS[name], 2, data=without).public
         for record in attacked.records:

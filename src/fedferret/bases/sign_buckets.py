@@ -70,10 +70,9 @@ class SignBuckets(Basis):
             size: d, number of weights of the block.
             coordinates_K: c, float64, shape (K,).
         """
-        count = coordinates_K.numel()
-        sizes_K = torch.full((count,), size // count, dtype=torch.float64)
-        sizes_K[: size % count] += 1
-        return float((sizes_K * coordinates_K.cpu().square()).sum())
+        squares_K = coordinates_K.square()
+        smaller, larger_buckets = divmod(size, coordinates_K.numel())
+        return smaller * float(squares_K.sum()) + float(squares_K[:larger_buckets].sum())
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
         if compiled := native.kernels(delta_N.device):

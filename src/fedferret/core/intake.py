@@ -8,6 +8,7 @@ Whatever an update holds becomes one failure with one line; nothing that a clien
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import torch
 from fedferret.core.algorithm import Payload, Pooled, Pooling, Weighting
 from fedferret.core.exchanges import ClientUpdate, Failure, Masked, Reply
 from fedferret.core.metrics import check_metrics
-from fedferret.core.node import Node
+from fedferret.core.node import Codec, Node
 from fedferret.core.norms import FEWEST, NormLimits
 from fedferret.core.pooling import NotFinite, basic_pool, nonfinite, tensors
 from fedferret.core.spool import Place, Spool
@@ -28,7 +29,7 @@ from fedferret.core.weighting import bounded_clients, weights_of
 if TYPE_CHECKING:
     from fedferret.core.rounds import Plan
 
-SMALL = 1 << 24  # bytes of waiting payloads that stay in memory
+SMALL = 1 << 23  # bytes of waiting sums that stay in memory
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)  # what a strange payload may raise
 
 
@@ -40,6 +41,35 @@ class Accepted:
     metrics: Mapping[str, float]
     bytes_up: int
     norm: float | None = None  # of what the update alone would add to the weights
+
+
+class Waiting:
+    """Sums that wait until their round's updates are all in: decoded, or from ``SMALL`` bytes on encoded in a file."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec, self._room = codec, SMALL
+        self._sums: dict[str, Any] = {}
+        self._places: dict[str, Place] = {}
+        self._spool: Spool | None = None
+
+    def put(self, client: str, payload: Any, sum: Any) -> None:
+        """Keep a client's sum, or the payload that it is decoded from."""
+        size = 64 + int(math.fsum(tensor.nbytes for _, tensor in tensors(sum)))
+        if size <= self._room:
+            self._room -= size
+            self._sums[client] = sum
+            return
+        if self._spool is None:
+            self._spool = Spool(tempfile.TemporaryFile())  # noqa: SIM115  # closed with the round's intake
+        self._places[client] = self._spool.put(self._codec.encode(payload))
+
+    def pop(self, client: str) -> Any:
+        """A client's sum, once."""
+        if client in self._sums:
+            return self._sums.pop(client)
+        assert self._spool is not None
+        payload = self._codec.decode(self._spool.get(self._places.pop(client)))
+        return payload if isinstance(payload, Masked) else payload.decoded()
 
 
 class Intake:
@@ -63,12 +93,9 @@ class Intake:
         pooling = node.algorithm.pooling_at(node.public)
         self._pool = plan.pool.pool(pooling) if self._masked is None else basic_pool(Pooling.SUM)
         self._limits = NormLimits(node, plan.pool)
-        self._spool: Spool | None = None  # payloads that wait for their weights, or for the others' norms
-        self._places: dict[str, Place] = {}
         bounded = plan.bounds is not None and self._weighting == "examples"
-        if bounded or (self._limits.on and asked >= FEWEST):
-            file = tempfile.SpooledTemporaryFile(max_size=SMALL)  # noqa: SIM115  # closed with the round's intake
-            self._spool = Spool(file)
+        waits = bounded or (self._limits.on and asked >= FEWEST)  # for all weights, or for the others' norms
+        self._waiting = Waiting(node.codec) if waits else None
 
     @property
     def clients(self) -> list[str]:
@@ -93,17 +120,16 @@ class Intake:
         wrong = self._limits.outliers({client: update.norm for client, update in self.accepted.items()})
         refused = [Failure(client, "norm", reason) for client, reason in wrong.items()]
         for failure in refused:
-            del self.accepted[failure.client], self._places[failure.client]
+            del self.accepted[failure.client]
         self.failures += refused
         return refused
 
     def result(self) -> Pooled[Any]:
         """The pooled sums of all that was accepted."""
-        if self._spool is not None:
-            codec, weights = self._node.codec, self._weights()
-            for (client, place), weight in zip(self._places.items(), weights, strict=True):
-                self._add(codec.decode(self._spool.get(place)), weight, self.accepted[client].norm)
-            self._spool = None
+        if self._waiting is not None:
+            for (client, update), weight in zip(self.accepted.items(), self._weights(), strict=True):
+                self._pool.add(self._waiting.pop(client), weight, update.norm)
+            self._waiting = None
         return self._pool.result()
 
     def bounded(self) -> tuple[str, ...]:
@@ -130,19 +156,17 @@ class Intake:
         else:
             node.algorithm.accept(node.task, node.public, update.payload)
         norm = self._limits.norm(update.payload)
-        if self._spool is None:
+        sum = update.payload if isinstance(update.payload, Masked) else update.payload.decoded()
+        if self._waiting is None:
             weight = 1.0 if self._weighting == "equal" else float(update.num_examples)
-            self._add(update.payload, weight, norm)
+            self._pool.add(sum, weight, norm)
         else:
-            wrong = nonfinite(update.payload.decoded())
+            wrong = nonfinite(sum)
             if wrong is not None:
                 raise NotFinite(f"{wrong} holds NaN or infinity")
-            self._places[reply.client] = self._spool.put(node.codec.encode(update.payload))
+            self._waiting.put(reply.client, update.payload, sum)
         # the payload is in the pool; keeping it would cost a model per client
         self.accepted[reply.client] = Accepted(update.num_examples, update.metrics, reply.bytes_up, norm)
-
-    def _add(self, payload: Any, weight: float, norm: float | None) -> None:
-        self._pool.add(payload if isinstance(payload, Masked) else payload.decoded(), weight, norm)
 
     def _claims(self) -> list[int]:
         return [update.num_examples for update in self.accepted.values()]

@@ -155,16 +155,8 @@ def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     Returns:
         The norm; infinity or NaN where a value is.
     """
-    squares = (float(_squared(tensor.detach())) for tensor in tensors)
-    return math.sqrt(math.fsum(squares))
-
-
-def _squared(tensor: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for piece in torch.split(tensor.reshape(-1), _PIECE):
-        wide = piece.double()
-        total += wide @ wide
-    return total
+    pieces = (piece for tensor in tensors for piece in torch.split(tensor.detach().reshape(-1), _PIECE))
+    return math.sqrt(math.fsum(float(wide @ wide) for wide in (piece.double() for piece in pieces)))
 
 
 def _within(tensor: Tensor, most: float) -> bool:
