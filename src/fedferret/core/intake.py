@@ -23,8 +23,6 @@ from fedferret.core.weighting import bounded_clients, weights_of
 if TYPE_CHECKING:
     from fedferret.core.rounds import Plan
 
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)  # what a strange payload may raise
-
 
 @dataclass(frozen=True)
 class Accepted:
@@ -66,7 +64,9 @@ class Intake:
                 return outcome
             except ValueError as error:
                 outcome = Failure(outcome.client, "pool", str(error))
-            except MALFORMED as error:
+            except OSError:
+                raise  # the disk is full: no fault of this client
+            except Exception as error:  # whatever a strange payload may raise
                 outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
         self.failures.append(outcome)
         return outcome

@@ -3,6 +3,7 @@
     server.json     by `serve`: what it is doing, where it listens, since when
     nodes.json      by `serve`, every few seconds: which sites are connected
     names.json      by the ServerApp in insecure mode: the names that nodes gave
+    limits.json     by the ServerApp: what a site may upload, by the recipe
     messages.jsonl  by the ServerApp: a line for every request and response, and one for each with Flower's framing
 
 Files are written atomically. Reading skips a last line that a crash cut short.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedferret.engines.flower import Traffic
 
 FOLDER = "server"  # in the run's folder; `runner.SERVED`
+LIMITS = "limits"
 
 
 def write(run: Path, name: str, content: Mapping[str, Any]) -> None:
@@ -46,6 +48,16 @@ def read(run: Path, name: str) -> dict[str, Any]:
     path = run / FOLDER / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return known
+
+
+def forget(run: Path, name: str) -> None:
+    """Delete a file.
+
+    Args:
+        run: the run's folder.
+        name: of the file, without ".json".
+    """
+    (run / FOLDER / f"{name}.json").unlink(missing_ok=True)
 
 
 class MessageLog:

@@ -5,7 +5,7 @@
      "privacy": "none", "note": ""}
     {"time": "2026-11-22T19:02:40.118+00:00", "what": "socket", "up_bytes": 5120, "down_bytes": 9216, "seconds": 60.0}
 
-``what``: "request" was received; "ok", "missing" or "refused" was sent as the response.
+``what``: "request" was received; "done", "missing" or "refused" was sent as the response.
 ``payload_bytes``: of a request, the log entries; of a response, the method's payload.
 ``framed_bytes``: the whole message as the transport takes it.
 ``data``: SHA-256 of the site's examples.
