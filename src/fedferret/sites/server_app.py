@@ -70,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
     roster = Roster(link, approved, asks=bool(context.node_config["insecure"]))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
-    reading = Reading(folder, str(context.node_config["left_out"]).split())
+    reading = Reading(folder, str(context.node_config["left_out"]))
 
     def connected(seconds: float = PATIENCE) -> dict[str, int]:
         nodes = roster(seconds)
@@ -210,7 +210,9 @@ def start() -> int:
         return AGAIN
     except KeyboardInterrupt:  # from `serve`, which logs why; or from Flower, if the SuperLink lost this run
         return AGAIN
-    except Exception as error:
+    except SystemExit:  # of Flower: it said why
+        return AGAIN
+    except BaseException as error:
         log = given.folder / state.FOLDER / "server_app.log"
         with log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")

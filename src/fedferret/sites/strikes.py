@@ -14,7 +14,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 
 from fedferret.core.errors import UserError
@@ -35,14 +34,14 @@ _STRIKES = "strikes"
 class Reading:
     """The ServerApp's side: notes whose message is being read, and knows who is not to be read."""
 
-    def __init__(self, run: Path, left_out: Iterable[str] = ()) -> None:
+    def __init__(self, run: Path, left_out: str = "") -> None:
         """Open the note.
 
         Args:
             run: the run's folder.
-            left_out: sites to leave out of one exchange.
+            left_out: site to leave out of one exchange; "": none.
         """
-        self._run, self._left_out = run, set(left_out)
+        self._run, self._left_out = run, left_out
         self._messages: dict[str, str] = {}  # id of each site's last message
         self._file = os.open(_path(run), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._noted = True
@@ -52,8 +51,8 @@ class Reading:
         """Return why this site is left out of an exchange that begins; "" if it is not."""
         if site in unread_sites(self._run):
             return unread_reason(self._run, site)
-        if site in self._left_out:
-            self._left_out.discard(site)
+        if site and site == self._left_out:
+            self._left_out = ""
             return "its last message ended the server's app; it is left out once"
         return ""
 
