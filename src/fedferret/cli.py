@@ -282,7 +282,7 @@ app.add_typer(sites, name="sites")
 def sites_readmit(
     folder: RunFolder, name: Annotated[str, typer.Argument(help="A site's name.", metavar="NAME", show_default=False)]
 ) -> None:
-    """Read a site again whose messages ended the server's app three times."""
+    """Read a site again after three of its messages ended the server's app."""
     with one_line_errors():
         from fedferret.sites.strikes import readmit
 

@@ -34,12 +34,12 @@ SUPERLINK = 1  # node id
 
 @dataclass(frozen=True)
 class Object:
-    """An object of a reply; ``kept`` ones are announced and never uploaded."""
+    """An object of a reply; ``withheld`` ones are announced and never uploaded."""
 
     kind: str
     body: bytes = b""
     children: tuple[Object, ...] = ()
-    kept: bool = False
+    withheld: bool = False
 
     @property
     def content(self) -> bytes:
@@ -113,14 +113,14 @@ class HostileSite:
         proto.metadata.CopyFrom(asked)
         proto.metadata.message_id, proto.metadata.reply_to_message_id = root.name, asked.message_id
         proto.metadata.src_node_id, proto.metadata.dst_node_id = node.node_id, SUPERLINK
-        proto.metadata.created_at, proto.metadata.ttl = time.time(), 1.0
+        proto.metadata.created_at, proto.metadata.ttl = time.time(), 5.0
         proto.content.SetInParent()
         pushed = client.PushMessages(
             PushMessagesRequest(node=node, messages_list=[proto], message_object_trees=[root.tree])
         )
         objects: Mapping[str, Object] = root.all()
         for name in pushed.objects_to_push:
-            if not objects[name].kept:
+            if not objects[name].withheld:
                 client.PushObject(
                     PushObjectRequest(
                         node=node,

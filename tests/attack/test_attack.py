@@ -66,7 +66,7 @@ def digits(request: Request) -> Object:
 
 
 def message(request: Request, *children: Object) -> Object:
-    """A Message of its own for each request: SuperLink keeps one of each name."""
+    """A new Message for each request: SuperLink keeps one of each name."""
     proto = MessageProto()
     proto.metadata.group_id = request.ticket
     return Object("Message", proto.SerializeToString(), children)
@@ -94,7 +94,7 @@ MALFORMED: dict[str, tuple[Callable[[Request], Object], str]] = {
 
 def announced(request: Request) -> Object:
     """All but the last object come; in the other rounds it is malformed at once, which costs no time."""
-    kept = Object("ConfigRecord", request.ticket.encode(), kept=True)
+    kept = Object("ConfigRecord", request.ticket.encode(), withheld=True)
     middle = Object("RecordDict", f'{{"message": "{kept.name}"}}'.encode(), (kept,))
     return message(request, middle) if request.round == 2 else message(request)
 
@@ -121,7 +121,7 @@ def test_whatever_sites_do_the_honest_ones_answer_is_counted_and_the_run_finishe
         assert made.end("serve") == 0, made.output("serve")
         assert len([each for each in stand["fatal"].asked if each.round == 2]) == 1, "it is not asked again"
     rounds = events.read(served).rounds
-    assert [set(record.metrics) for record in rounds.values()] == [{"honest"}] * 3
+    assert [set(record.bytes_up) for record in rounds.values()] == [{"honest"}] * 3
     reasons = [{failure.client: failure.reason for failure in record.failures} for record in rounds.values()]
     for name, (_, words) in MALFORMED.items():
         assert all(words in each[name] for each in reasons), reasons

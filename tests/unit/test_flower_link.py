@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 def link(pull_object: Any) -> tuple[Link, Any]:
-    """A link whose SuperLink does this when an object is asked for."""
+    """A link to a SuperLink that does this when an object is asked for."""
     client = SimpleNamespace(_client=SimpleNamespace(timeout=None), PullObject=pull_object)
     retries = SimpleNamespace(max_time=None)
     grid = SimpleNamespace(_runtime_client=client, _retry_invoker=retries, node=Node(), run=SimpleNamespace(run_id=1))

@@ -49,9 +49,9 @@ def test_a_site_with_three_messages_that_ended_the_server_is_left_unread_until_i
 
 
 def test_the_site_is_left_out_of_one_exchange(run: Path) -> None:
-    reading = Reading(run, "ward 1")
-    assert "left out once" in reading.unread("ward 1") and not reading.unread("ward-2")
-    assert reading.unread("ward 1") == ""
+    reading = Reading(run, "site one")
+    assert "left out once" in reading.unread("site one") and not reading.unread("ward-2")
+    assert reading.unread("site one") == ""
 
 
 @pytest.mark.parametrize(("code", "blamed"), [(CRASHED, True), (-11, True), (-9, True), (AGAIN, False), (-15, False)])
@@ -71,7 +71,7 @@ def test_a_message_of_any_name_can_be_noted(run: Path) -> None:
 
 
 def served(run: Path, monkeypatch: pytest.MonkeyPatch, ends: Iterator[tuple[str, int]]) -> tuple[list[str], list[str]]:
-    """Serve with a ServerApp that ends so: over whose message, and with which code. Returns who was left out."""
+    """Serve with a ServerApp that ends so: over which site's message, and with which code. Returns who was left out."""
     logged: list[str] = []
     left_out: list[str] = []
 

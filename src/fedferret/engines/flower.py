@@ -67,7 +67,7 @@ class FlowerTransport:
             nodes: returns the node id of each approved site that is connected now; may take so many seconds.
             record: called with every site's traffic in an exchange.
             poll: seconds between two polls for replies; a poll costs the server about 2 ms a site on loopback.
-            watch: told whose reply is being read.
+            watch: told which site's reply is being read.
         """
         self._link, self._nodes, self._record, self._poll = link, nodes, record, poll
         self._watch = watch or Unwatched()

@@ -23,7 +23,7 @@ REFUSALS = 5  # calls about one message that fail before it is given up: a datab
 
 
 class Watch(Protocol):
-    """Who is told whose reply is being read."""
+    """Told which site's reply is being read."""
 
     def unread(self, site: str) -> str:
         """Return why this site is left out of an exchange that begins; "" if it is not."""
@@ -67,7 +67,7 @@ class Inbox:
 
         Args:
             link: to the SuperLink.
-            watch: told whose reply is being read.
+            watch: told which site's reply is being read.
         """
         self._link, self._watch = link, watch or Unwatched()
         self._waiting: dict[str, _Sent] = {}  # by message id

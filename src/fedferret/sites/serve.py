@@ -110,7 +110,7 @@ class Server:
         self.authority = settings.credentials.authority if settings.credentials else None
         self.started, self.restarts, self.written = time.time(), 0, 0.0
         self.lived = 0.0  # seconds for which the current ServerApp has run
-        self.left_out = ""  # the site over whose message the last ServerApp ended
+        self.left_out = ""  # the site of the message over which the last ServerApp ended
 
     def run(self) -> None:
         """Serve until the run is finished or cannot go on, or until Ctrl-C."""
@@ -147,7 +147,7 @@ class Server:
             self._log_event(ending)
 
     def _blamed(self, code: int) -> str:
-        """The site over whose message the ServerApp ended by a fault of ours; "" if it ended otherwise."""
+        """The site of the message over which the ServerApp ended by a fault of ours; "" if it ended otherwise."""
         site = strikes.blame(self.out, code)
         if site:
             count = strikes.strikes(self.out, site)

@@ -7,8 +7,8 @@ Flower would start a process that unpacks the run package and imports the module
 runs the installed fedferret instead; it follows `flwr/superlink/runtime/run_serverapp.py`. The run's folder can always
 be resumed; `serve` starts this process again.
 
-An error that nobody foresaw is written to RUN/server/server_app.log with its traceback. Whose message was being read is
-in RUN/server/reading (``strikes.py``).
+An error that nobody foresaw is written to RUN/server/server_app.log with its traceback. The message that was
+being read is in RUN/server/reading (``strikes.py``).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def task_of(run_id: int, address: str, secret: bytes, authority: Path | None) ->
     grid = HttpGrid(address, authority is None, authority.read_bytes() if authority else None, token=token)
     grid._retry_invoker.max_time = RECONNECTS  # the default is to retry without end, past every deadline
     client = grid._runtime_client
-    beating = client_of_task(address, token, authority)  # with time limits of its own
+    beating = client_of_task(address, token, authority)  # a client that no exchange bounds in time
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(beating))
     heartbeat.start()
     status = SubStatus.FAILED

@@ -1,4 +1,4 @@
-"""Whose message ended the server's app, and which sites are therefore left unread.
+"""Which site's message ended the server's app, and which sites are therefore left unread.
 
     RUN/server/reading       by the ServerApp: site and id of the message that is being read; written before it is read
     RUN/server/strikes.json  by `serve`: the messages of each site over which a ServerApp ended
@@ -32,7 +32,7 @@ _STRIKES = "strikes"
 
 
 class Reading:
-    """The ServerApp's side: notes whose message is being read, and knows who is not to be read."""
+    """The ServerApp's side: notes which site's message is being read, and knows which sites are not to be read."""
 
     def __init__(self, run: Path, left_out: str = "") -> None:
         """Open the note.
@@ -72,7 +72,7 @@ class Reading:
 
 
 def blame(run: Path, code: int) -> str:
-    """Add a strike against the site whose message was being read when the ServerApp ended by an unforeseen error.
+    """Add a strike against the site of the message that was being read when the ServerApp ended by an unforeseen error.
 
     Args:
         run: the run's folder.
