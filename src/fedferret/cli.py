@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedferret.command_errors import one_line_errors as _one_line_errors
+from fedferret.command_errors import one_line_errors
 from fedferret.core.imports import quick_imports
 
 _log = typer.echo
@@ -46,7 +46,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> Non
     RECIPE.toml sets the model, the data and the method; `recipes/` has examples.
     Stop with Ctrl-C; the same command resumes after the last complete round.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -81,7 +81,7 @@ def list_() -> None:
 @app.command()
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show a recipe's settings and its cost: bytes per client and round, and roughly memory and time."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -97,7 +97,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report again and print its path."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.tracking.report import write_report
 
         _log(f"Report: {write_report(folder)}")
@@ -113,7 +113,7 @@ def export(
 
     DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
 
@@ -138,7 +138,7 @@ def apply(
     BASE is the base model. DELTA is a file from `fedferret export --delta`.
     The rebuilt weights must have the SHA-256 that the file states.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.export import apply_delta
 
         fingerprint = apply_delta(base, delta, to, _log)
@@ -162,7 +162,7 @@ def compare(
     GRID.toml sets the task, the methods and the seeds.
     Stop with Ctrl-C; the same command resumes.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         read_tables(grid, overrides or [])  # before the imports that take seconds
@@ -185,7 +185,7 @@ def bench(
     Every benchmark measures two variants in turn; it prints JSON and a sentence.
     Benchmarks need a checkout of the repository.
     """
-    with _one_line_errors():
+    with one_line_errors():
         import subprocess
 
         from fedferret.core.errors import UserError, nearest
@@ -222,7 +222,7 @@ def serve(
     If a process of the server ends, it is started again.
     Stop with Ctrl-C; the same command resumes after the last complete round.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -249,14 +249,14 @@ def join(
 
     ADDRESS is the server, HOST:PORT. The data file stays on this machine.
     """
-    with _one_line_errors():
+    with one_line_errors():
         _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
 
 
 @app.command()
 def nodes(folder: RunFolder) -> None:
     """Show the sites of a served run: connected or not, time of the last reply, bytes."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.sites.status import nodes_table
         from fedferret.tracking.console import plain_console
 
@@ -268,10 +268,26 @@ def status(
     folder: Annotated[Path, typer.Argument(help="The folder of a served run or of a site.", metavar="DIR")],
 ) -> None:
     """Show the state of a served run or of a site. DIR is its folder."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.sites.status import status as status_text
 
         _log(status_text(folder))
+
+
+sites = typer.Typer(no_args_is_help=True, help="The sites of a served run.")
+app.add_typer(sites, name="sites")
+
+
+@sites.command("readmit")
+def sites_readmit(
+    folder: RunFolder, name: Annotated[str, typer.Argument(help="A site's name.", metavar="NAME", show_default=False)]
+) -> None:
+    """Read a site again after three of its messages ended the server's app."""
+    with one_line_errors():
+        from fedferret.sites.strikes import readmit
+
+        readmit(folder, name)
+        _log(f"{name} is read again from the next exchange on.")
 
 
 def _site_commands() -> ModuleType:
@@ -312,14 +328,14 @@ def pki_init(
     title: Annotated[str, typer.Option(help="The federation's name; it is in every certificate.")] = "fedferret",
 ) -> None:
     """Create the authority and the server's certificates."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().init(folder, host or [], title, _log)
 
 
 @pki.command("issue")
 def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Create a site's certificate and node key, in one archive to send."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().issue(folder, name, _log)
 
 
@@ -330,21 +346,21 @@ def pki_renew(
     folder: PkiFolder = Path("pki"),
 ) -> None:
     """Replace a certificate before it expires; a site keeps its node key."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().renew(folder, name, host or [], _log)
 
 
 @pki.command("revoke")
 def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Exclude a site: the server refuses all its certificates, and its keys are deleted."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().revoke(folder, name, _log)
 
 
 @pki.command("show")
 def pki_show(folder: PkiFolder = Path("pki")) -> None:
     """List all certificates: holder, days left, revoked or not."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().show(folder, _log)
 
 

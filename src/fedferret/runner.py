@@ -23,6 +23,7 @@ from fedferret import models
 from fedferret.build import prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
+from fedferret.core.algorithm import WireCost
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
@@ -57,6 +58,7 @@ def run(
     *,
     transport: Transport | None = None,
     on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_client: Callable[[str], None] = lambda client: None,
 ) -> dict[str, Any]:
     """Run a recipe in a folder; an unfinished run of it is continued.
 
@@ -66,6 +68,7 @@ def run(
         log: called with lines for the terminal.
         transport: reaches sites that hold the data, in place of the recipe's engine; it is closed at the end.
         on_message: called with every message to and from them.
+        on_client: called with a client's name before its reply is read, and with "" after that.
 
     Returns:
         The summary, as ``summary.json`` holds it.
@@ -91,7 +94,7 @@ def run(
             folder.explain(out)
             stack.enter_context(_alone(out))
         log_room(experiment, out, log)
-        return Run(experiment, out, log, on_message).finish()
+        return Run(experiment, out, log, on_message, on_client).finish()
 
 
 def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
@@ -111,10 +114,20 @@ def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> N
 
 def client_state_bytes(recipe: Recipe) -> float:
     """The most bytes that the method keeps on one client, over all rounds."""
+    return max(cost.client_state_bytes for cost in _costs(recipe))
+
+
+def update_bytes(recipe: Recipe) -> float:
+    """The most bytes of one client's update by the method's formula, over all rounds."""
+    return max(cost.up_most for cost in _costs(recipe))
+
+
+def _costs(recipe: Recipe) -> list[WireCost]:
+    """What each round costs a client."""
     model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
     shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
     numbers = range(1, recipe.rounds + 1)
-    return max(recipe.algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes for number in numbers)
+    return [recipe.algorithm.wire_cost(shapes(number), cohort, number) for number in numbers]
 
 
 @contextmanager
@@ -180,8 +193,10 @@ class Run:
         out: Path,
         log: Callable[[str], None],
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        on_client: Callable[[str], None] = lambda client: None,
     ) -> None:
         self.experiment, self.out, self.log, self.on_message = experiment, out, log, on_message
+        self.on_client = on_client
         self.recipe = experiment.recipe
         self.events = events.EventLog(out)
         self.tensorboard: Any = None
@@ -276,10 +291,12 @@ class Run:
         return round % every == 0 or round == self.recipe.rounds
 
     def _client(self, progress: Progress, client: str) -> None:
+        self.on_client(client)
         progress.client(client, self.index)
         self.index += 1
 
     def _outcome(self, outcome: Reply | Failure) -> None:
+        self.on_client("")
         if isinstance(outcome, Reply):
             self.loss = outcome.body.metrics.get("loss", math.nan)
 
@@ -290,6 +307,7 @@ class Run:
         extra = self._extra_due(state.round)
         with self._aside(progress, "evaluation", self.experiment.evaluator.num_progress_calls(extra)) as on_progress:
             scores = self.experiment.score(state, engine, on_progress, extra)
+        self.on_client("")
         if not scores.results:
             return
         self._log_event(

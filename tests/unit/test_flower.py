@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import socket
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +22,18 @@ pytest.importorskip("flwr")
 import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from federation import CountingProxy, Federation, federation, free_port, messages, records, wait, write_recipe
 from fedferret import load_recipe, run
 from fedferret.cli import app
-from fedferret.engines.flower import SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
+from fedferret.engines.flower import GRACE, SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
+from fedferret.engines.flower_link import Announced, Unavailable
 from fedferret.engines.flower_relay import deliver
+from fedferret.engines.flower_reply import Malformed, read_reply
 from fedferret.sites import join as joining
 from fedferret.sites.flower_process import environment
 from fedferret.sites.package import run_package
@@ -37,35 +44,49 @@ pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class Grid:
-    """A grid in memory: ``site(node, message)`` returns bytes, an error, or None for no reply."""
+    """A link to a SuperLink in memory: ``site(node, message)`` returns bytes, an error, objects, or None for no reply.
+
+    Objects are a root's name and the contents that were uploaded, by name.
+    """
 
     def __init__(self, site: Any, nodes: Iterable[tuple[int, str]] = ((7, "ward-1"), (8, "ward-2"))) -> None:
-        self.site, self.nodes = site, [SimpleNamespace(node_id=n, name=s, registered_at=str(n)) for n, s in nodes]
+        self.site, self.online = site, [SimpleNamespace(node_id=n, name=s, registered_at=str(n)) for n, s in nodes]
         self.pushed: list[tuple[int, bytes | None, float]] = []
         self.waiting: dict[str, Message] = {}
+        self.objects: dict[str, bytes] = {}
         self.numbers = itertools.count()
 
-    def get_nodes(self) -> list[Any]:
-        return self.nodes
+    def nodes(self, seconds: float) -> list[Any]:
+        return self.online
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        identifiers = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
-            self.pushed.append((message.metadata.dst_node_id, content_of(message)[0], message.metadata.ttl))
-            self.waiting[message.metadata.message_id] = message
-            identifiers.append(message.metadata.message_id)
-        return identifiers
+    def push(self, message: Message, seconds: float) -> str:
+        message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
+        self.pushed.append((message.metadata.dst_node_id, content_of(message)[0], message.metadata.ttl))
+        self.waiting[message.metadata.message_id] = message
+        return message.metadata.message_id
 
-    def pull_messages(self, identifiers: Iterable[str]) -> Iterator[Message]:
-        for identifier in list(identifiers):
-            if identifier in self.waiting:
-                message = self.waiting[identifier]
-                reply = self.site(message.metadata.dst_node_id, content_of(message)[0])
-                if reply is not None:
-                    del self.waiting[identifier]
-                    content = reply if isinstance(reply, Error) else records_of(reply)
-                    yield Message(content, reply_to=message)
+    def announced(self, identifier: str, seconds: float) -> list[Announced]:
+        message = self.waiting[identifier]
+        reply = self.site(message.metadata.dst_node_id, content_of(message)[0])
+        if reply is None:
+            return []
+        root, objects = reply if isinstance(reply, tuple) else objects_of(reply, message)
+        self.objects |= objects
+        return [Announced(root, identifier)]
+
+    def fetch(self, identifier: str, seconds: float) -> bytes:
+        if identifier not in self.objects:
+            raise Unavailable("not there")
+        return self.objects[identifier]
+
+    def discard(self, root: str, seconds: float) -> None:
+        self.objects.pop(root, None)
+
+
+def objects_of(reply: bytes | Error, message: Message) -> tuple[str, dict[str, bytes]]:
+    """A reply as a site's Flower uploads it."""
+    whole = Message(reply if isinstance(reply, Error) else records_of(reply), reply_to=message)
+    return whole.object_id, {name: part.deflate() for name, part in get_all_nested_objects(whole).items()}
 
 
 def exchange(grid: Grid, messages: dict[str, bytes], deadline: float = 5.0) -> dict[str, tuple[bytes | None, str]]:
@@ -84,7 +105,7 @@ def test_messages_go_to_their_sites_and_replies_come_back() -> None:
     grid = Grid(lambda node, message: message + b" from %d" % node)
     assert exchange(grid, MESSAGES) == {"ward-1": (b"to one from 7", ""), "ward-2": (b"to two from 8", "")}
     assert [(node, message) for node, message, _ in grid.pushed] == [(7, b"to one"), (8, b"to two")]
-    assert all(0 < seconds <= 5.0 for _, _, seconds in grid.pushed), "a message expires at the deadline"
+    assert all(0 < seconds <= 5.0 + GRACE for _, _, seconds in grid.pushed), "a message expires after the deadline"
 
 
 def test_nodes_that_are_not_approved_are_sent_nothing() -> None:
@@ -117,8 +138,8 @@ def test_a_site_that_connects_during_an_exchange_gets_its_message() -> None:
     grid = Grid(lambda node, message: None, [(7, "ward-1")])
 
     def site(node: int, message: bytes | None) -> bytes | None:
-        if len(grid.nodes) == 1:
-            grid.nodes.append(SimpleNamespace(node_id=8, name="ward-2", registered_at="8"))
+        if len(grid.online) == 1:
+            grid.online.append(SimpleNamespace(node_id=8, name="ward-2", registered_at="8"))
             return None
         return b"yes" if len(grid.pushed) == 2 else None
 
@@ -126,11 +147,84 @@ def test_a_site_that_connects_during_an_exchange_gets_its_message() -> None:
     assert exchange(grid, MESSAGES) == {"ward-1": (b"yes", ""), "ward-2": (b"yes", "")}
 
 
+def head(kind: str, child: str, body: bytes) -> bytes:
+    return f"{kind} {child} {len(body)}".encode() + b"\0" + body
+
+
+CHILD, RECORD = "1" * 64, "2" * 64
+RECORDS = head("RecordDict", RECORD, json.dumps({"message": RECORD}).encode())
+
+
+@pytest.mark.parametrize(
+    ("objects", "reason"),
+    [
+        ({}, "announced a reply and did not send all of it before the deadline"),
+        ({"root": b""}, "no head of ours"),
+        ({"root": b"\xff" * 99}, "no head of ours"),
+        ({"root": b"Message  " + b"9" * 5000 + b"\0"}, "no head of ours"),
+        ({"root": head("Message", "", b"")}, "its Message has no child"),
+        ({"root": head("Message", "", b"\xff\xff")}, "body of its Message cannot be parsed"),
+        ({"root": head("Message", "", b"x" * (1 << 17))}, "not what it states or too many"),
+        ({"root": b"Message  7\0abc"}, "not what it states or too many"),
+        ({"root": head("ArrayRecord", "", b"{}")}, "another kind is in the place of its Message"),
+        ({"root": head("Message", CHILD, b"")}, "announced a reply and did not send all"),
+        ({"root": head("Message", CHILD, b""), CHILD: head("Message", "", b"")}, "in the place of its RecordDict"),
+        ({"root": head("Message", CHILD, b""), CHILD: head("RecordDict", "", b"{}")}, "RecordDict has no child"),
+        ({"root": head("Message", CHILD, b""), CHILD: head("RecordDict", RECORD, b"[" * 900)}, "one record of ours"),
+        ({"root": head("Message", CHILD, b""), CHILD: RECORDS}, "announced a reply and did not send all"),
+        (
+            {"root": head("Message", CHILD, b""), CHILD: RECORDS, RECORD: head("Array", "", b"")},
+            "another kind is in the place of its ConfigRecord",
+        ),
+        (
+            {"root": head("Message", CHILD, b""), CHILD: RECORDS, RECORD: head("ConfigRecord", "", b"\xff")},
+            "body of its ConfigRecord cannot be parsed",
+        ),
+        (
+            {"root": head("Message", CHILD, b""), CHILD: RECORDS, RECORD: head("ConfigRecord", "", b"")},
+            "does not hold one message of ours",
+        ),
+    ],
+)
+def test_a_malformed_reply_is_a_failure_of_its_site_and_the_others_reply_is_there(
+    objects: dict[str, bytes], reason: str
+) -> None:
+    grid = Grid(lambda node, message: b"yes" if node == 8 else ("root", objects))
+    found = exchange(grid, MESSAGES, 0.5)
+    assert found["ward-2"] == (b"yes", "")
+    assert found["ward-1"][0] is None and reason in found["ward-1"][1] and len(found["ward-1"][1]) < 200
+    assert "root" not in grid.objects, "what is not read is deleted"
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_reply_or_malformed(body: bytes) -> None:
+    for objects in (
+        {"root": body},
+        {"root": head("Message", CHILD, body)},
+        {"root": head("Message", CHILD, b""), CHILD: head("RecordDict", RECORD, body)},
+        {"root": head("Message", CHILD, b""), CHILD: RECORDS, RECORD: head("ConfigRecord", "", body)},
+    ):
+        with suppress(Malformed, KeyError):  # KeyError: of an object that is not there
+            read_reply("root", objects.__getitem__)
+
+
+def test_a_reply_that_is_there_at_the_deadline_is_counted() -> None:
+    """The caller takes its time over the first reply."""
+    grid = Grid(lambda node, message: b"yes")
+    received = {}
+    transport = FlowerTransport(grid, Roster(grid, ["ward-1", "ward-2"]), poll=0.01)  # type: ignore[arg-type]
+    for each in transport.exchange(MESSAGES, 0.3):
+        received[each.site] = each.content
+        time.sleep(0.5)
+    assert received == {"ward-1": b"yes", "ward-2": b"yes"}
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (Error(ErrorCode.INVALID_FAB, "refused: another package"), "refused: another package"),
         (Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the trainer gave no reply"), "the trainer gave no reply"),
+        (Error(ErrorCode.INVALID_FAB, "\x1b[31mred\n" + "x" * 60_000), "�[31mred " + "x" * 291),
     ],
 )
 def test_an_error_in_words_is_the_reason(error: Error, reason: str) -> None:

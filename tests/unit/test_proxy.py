@@ -233,24 +233,48 @@ def test_a_superlink_that_the_authority_did_not_certify_is_sent_nothing(federati
         assert impostor.calls == []
 
 
-def test_a_body_has_a_limit_and_is_not_written_to_disk(
+def test_a_call_is_small_an_upload_as_long_as_answers_are_and_none_is_written_to_disk(
     federation: Federation, superlink: SuperLink, tmp_path: Path
 ) -> None:
     superlink.calls.clear()
     number, folder = outside.free_port(), tmp_path / "nginx"
-    limits = nginx.Limits(body=8 << 20)
+    limits = nginx.Limits(upload=nginx.upload_limit(1_000_000))
     with Proxy(folder, federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}", limits):
-        good, push = federation.pairs["ward-7"], "/v1/fleet/push-object"
+        good = federation.pairs["ward-7"]
         before = {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")}
-        assert call(number, federation.ca, good, push, body=bytes(8 << 20))[0] == 200
+        for name in nginx.FLEET:
+            path, size = f"/v1/fleet/{name}", limits.upload if name == "push-object" else limits.call
+            assert call(number, federation.ca, good, path, body=bytes(size))[0] == 200
+            line = outside.connection(number, federation.ca, good)
+            line.putrequest("POST", path)
+            line.putheader("Content-Length", str(size + 1))
+            line.endheaders()
+            assert line.getresponse().status == 413
+            line.close()
         assert {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")} == before
-        line = outside.connection(number, federation.ca, good)
-        line.putrequest("POST", push)
-        line.putheader("Content-Length", str((8 << 20) + 1))
-        line.endheaders()
-        assert line.getresponse().status == 413
-        line.close()
-    assert [size for _, _, size in superlink.calls] == [8 << 20]
+    assert [size for _, _, size in superlink.calls] == [limits.call] * 7 + [5048576] + [limits.call] * 2
+
+
+def test_a_certificate_has_few_requests_at_a_time_and_the_others_have_theirs(
+    federation: Federation, tmp_path: Path
+) -> None:
+    number = outside.free_port()
+    limits = nginx.Limits(requests=2, burst=5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,  # takes connections and responds to nothing
+        Proxy(tmp_path / "n", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{silent.getsockname()[1]}", limits),
+    ):
+        lines = [outside.connection(number, federation.ca, federation.pairs["ward-7"]) for _ in range(3)]
+        for line in lines[:2]:
+            line.request("POST", PULL)
+            silent.accept()[0].detach()
+        lines[2].request("POST", PULL)
+        assert lines[2].getresponse().status == 503  # Flower's nodes then try again
+        line = outside.connection(number, federation.ca, federation.pairs["ward-8"])
+        line.request("POST", PULL)
+        silent.accept()[0].detach()
+        for each in (*lines, line):
+            each.close()
 
 
 def test_without_a_superlink_the_response_is_502(federation: Federation, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from fedferret.core.rounds import Plan
 
 SMALL = 1 << 23  # bytes of waiting sums that stay in memory
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)  # what a strange payload may raise
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ class Intake:
                 return outcome
             except ValueError as error:
                 outcome = Failure(outcome.client, "pool", str(error))
-            except MALFORMED as error:
+            except OSError:
+                raise  # the disk is full: no fault of this client
+            except Exception as error:  # whatever a strange payload may raise
                 outcome = Failure(outcome.client, "pool", f"{type(error).__name__}: {error}")
         self.failures.append(outcome)
         return outcome

@@ -6,7 +6,10 @@
 
 A message of ours is one bytes value in a ConfigRecord of a Flower message. Flower's averaging, sampling and strategies
 are not used. Flower's grid waits for nodes without a limit and polls every three seconds, so this module has its own
-loop. Grid and messages are as in flwr 1.41 (`flwr/superlink/grid/http_grid.py`).
+loop.
+
+Each site's reply is asked for and read apart on its own (``Inbox``): whatever it is made of becomes one Received
+without content. A reply that was announced and does not come holds up no other.
 
 With node keys, a node's name is the name under which the server registered the key, and never what the node claims.
 In insecure mode there are no keys: the server asks nodes for their names.
@@ -15,28 +18,23 @@ In insecure mode there are no keys: the server asks nodes for their names.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from fedferret.engines.flower_inbox import Inbox, Unwatched, Watch
+from fedferret.engines.flower_link import PATIENCE, Link, LinkError
+from fedferret.engines.flower_reply import LOST, RECORD, Reply
 from fedferret.engines.transport import Received
 
-RECORD = "message"  # name of the record, and of the value in it
 SENDINGS = 3  # of one message in one exchange: a site that reconnects may still reply; one that crashes does not
-
-_LOST = frozenset(  # errors of the connection or of the site's processes: sending again may succeed
-    {
-        ErrorCode.MESSAGE_UNAVAILABLE,
-        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-        ErrorCode.NODE_UNAVAILABLE,
-        ErrorCode.CLIENT_APP_CRASHED,
-    }
-)
+GRACE = 10.0  # seconds for which a message outlives its deadline: a reply that is there then is still handed out
+PART = "announced a reply and did not send all of it before the deadline"
+_LONGEST_NAME = 200  # bytes of a site's name that are looked at
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,23 @@ class FlowerTransport:
 
     def __init__(
         self,
-        grid: Grid,
-        nodes: Callable[[], Mapping[str, int]],
+        link: Link,
+        nodes: Callable[[float], Mapping[str, int]],
         record: Callable[[Traffic], None] = lambda traffic: None,
         poll: float = 0.2,
+        watch: Watch | None = None,
     ) -> None:
-        """Create a transport; the caller closes the grid.
+        """Create a transport.
 
         Args:
-            grid: of the Flower run.
-            nodes: returns the node id of each approved site that is connected now.
+            link: to the SuperLink.
+            nodes: returns the node id of each approved site that is connected now; may take so many seconds.
             record: called with every site's traffic in an exchange.
-            poll: seconds between two polls for replies; a poll costs the server about 2 ms on loopback.
+            poll: seconds between two polls for replies; a poll costs the server about 2 ms a site on loopback.
+            watch: told which site's reply is being read.
         """
-        self._grid, self._nodes, self._record, self._poll = grid, nodes, record, poll
+        self._link, self._nodes, self._record, self._poll = link, nodes, record, poll
+        self._watch = watch or Unwatched()
         self.workers: Sequence[str] = ()  # every client is a site
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
@@ -79,13 +80,14 @@ class FlowerTransport:
             messages: bytes by site.
             deadline: seconds.
         """
-        exchange = _Exchange(self._grid, messages, time.monotonic() + deadline)
+        exchange = _Exchange(self._link, messages, time.monotonic() + deadline, self._watch)
         while exchange.open:
             if exchange.idle():
-                exchange.send(self._nodes())
+                exchange.send(self._nodes(max(0.0, exchange.left())))
             for traffic, received in exchange.receive():
                 self._record(traffic)
                 yield received
+                self._watch.reading("")
             if exchange.open:
                 time.sleep(min(self._poll, max(0.0, exchange.left())))
 
@@ -96,13 +98,14 @@ class FlowerTransport:
 class _Exchange:
     """The messages of one exchange, and the state of each."""
 
-    def __init__(self, grid: Grid, messages: Mapping[str, bytes], end: float) -> None:
-        self._grid, self._messages, self._end = grid, messages, end
+    def __init__(self, link: Link, messages: Mapping[str, bytes], end: float, watch: Watch) -> None:
+        self._messages, self._end = messages, end
+        self._inbox = Inbox(link, watch)
         self.open = set(messages)  # sites without a Received so far
-        self._waiting: dict[str, str] = {}  # message id -> site that it was sent to
+        self._left_out = {site: reason for site in messages if (reason := watch.unread(site))}
         self._sent = dict.fromkeys(messages, 0)
         self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
-        self._missing = dict.fromkeys(messages, "not connected")  # why a site has no message now
+        self._missing = dict.fromkeys(messages, "not connected") | self._left_out  # why a site has no message now
 
     def left(self) -> float:
         """Seconds to the deadline."""
@@ -110,79 +113,91 @@ class _Exchange:
 
     def idle(self) -> set[str]:
         """Sites with no message and no Received: not connected, or lost."""
-        return self.open - set(self._waiting.values())
+        return self.open - set(self._inbox.waiting().values()) - self._left_out.keys()
 
     def send(self, nodes: Mapping[str, int]) -> None:
         """Push the messages of the idle sites that are connected."""
         for site in sorted(self.idle() & nodes.keys()):
             if self._sent[site] < SENDINGS and self.left() > 0:
                 content = self._messages[site]
-                message = train_message(content, nodes[site], self.left())
+                message = train_message(content, nodes[site], self.left() + GRACE)
                 self._sent[site] += 1
                 self._payload[site] += len(content)
                 self._framed[site] += framed_bytes(message)
-                identifier = next(iter(self._grid.push_messages([message])), "")
-                if identifier:
-                    self._waiting[identifier] = site
-                else:
+                if not self._inbox.send(message, site, self.left()):
                     self._missing[site] = "the SuperLink did not accept its message"
 
     def receive(self) -> Iterator[tuple[Traffic, Received]]:
         """What came since the last poll; once nothing more can come, every site that is still open."""
-        if not self._waiting or self.left() <= 0:
+        for site in sorted(self._left_out.keys() & self.open):
+            yield self._close(site, Reply(None, self._left_out[site]))
+        over = self.left() <= 0  # a reply that is there by now is counted all the same
+        waiting = self._inbox.waiting()
+        for identifier, site in waiting.items():
+            reply = self._inbox.look(identifier, self.left())
+            if reply and reply.lost:
+                self._missing[site] = reply.reason  # the site may be back before the others are done
+            elif reply:
+                yield self._close(site, reply)
+        for identifier, site in self._inbox.waiting().items() if over else ():
+            announced = self._inbox.forget(identifier, self.left())
+            yield self._close(site, Reply(None, PART if announced else "no reply before the deadline"))
+        if over or not waiting:
             for site in sorted(self.open):
-                silent = site in self._waiting.values()
-                yield self._close(site, None, "no reply before the deadline" if silent else self._missing[site])
-            return
-        for reply in self._grid.pull_messages(list(self._waiting)):
-            site = self._waiting.pop(reply.metadata.reply_to_message_id, "")
-            if not site:
-                continue  # a reply to no message of this exchange
-            content, reason = content_of(reply)
-            if reply.has_error() and reply.error.code in _LOST:
-                self._missing[site] = reason  # the site may be back before the others are done
-            else:
-                yield self._close(site, content, reason, framed_bytes(reply))
+                yield self._close(site, Reply(None, self._missing[site]))
 
-    def _close(self, site: str, content: bytes | None, reason: str, size: int = 0) -> tuple[Traffic, Received]:
+    def _close(self, site: str, reply: Reply) -> tuple[Traffic, Received]:
         self.open.remove(site)
-        down = self._payload[site], self._framed[site]
-        return Traffic(site, *down, len(content or b""), size, reason), Received(site, content, reason)
+        down, up = (self._payload[site], self._framed[site]), (len(reply.content or b""), reply.size)
+        return Traffic(site, *down, *up, reply.reason), Received(site, reply.content, reply.reason)
 
 
 class Roster:
     """The node id of each approved site that is connected."""
 
-    def __init__(self, grid: Grid, approved: Iterable[str], asks: bool = False) -> None:
+    def __init__(self, link: Link, approved: Iterable[str], asks: bool = False) -> None:
         """Create a roster.
 
         Args:
-            grid: of the Flower run.
+            link: to the SuperLink.
             approved: names of the run's sites.
             asks: whether nodes without a registered name are asked for it, and believed: only in insecure mode.
         """
-        self._grid, self._approved, self._asks = grid, frozenset(approved), asks
-        self._names: dict[int, str] = {}  # of the nodes that replied
-        self._asked: dict[str, int] = {}  # message id -> node that has not replied
+        self._link, self._approved, self._asks = link, frozenset(approved), asks
+        self._inbox = Inbox(link)
+        self._names: dict[int, str] = {}  # of the nodes that replied with the name of an approved site
+        self._replies: Counter[int] = Counter()  # by node: of one that has no such name
 
-    def __call__(self) -> dict[str, int]:
-        """Return the node ids; of two nodes with one name, which a restart leaves, the newer."""
-        nodes = sorted(self._grid.get_nodes(), key=lambda node: node.registered_at)
+    def __call__(self, seconds: float = PATIENCE) -> dict[str, int]:
+        """Return the node ids; of two nodes with one name, which a restart leaves, the newer.
+
+        Args:
+            seconds: that this may take.
+        """
+        end = time.monotonic() + seconds
+        try:
+            nodes = sorted(self._link.nodes(seconds), key=lambda node: node.registered_at)
+        except LinkError:
+            return {}  # asked again at the next poll
         if self._asks:
-            self._ask(node.node_id for node in nodes if not node.name)
+            self._ask([node.node_id for node in nodes if not node.name], end)
         named = ((node.name or self._names.get(node.node_id, ""), node.node_id) for node in nodes)
         return {name: node for name, node in named if name in self._approved}
 
-    def _ask(self, nodes: Iterable[int]) -> None:
+    def _ask(self, nodes: Sequence[int], end: float) -> None:
+        asked = set(self._inbox.waiting().values())
         for node in nodes:
-            if node not in self._names and node not in self._asked.values():
+            known = node in self._names or str(node) in asked or self._replies[node] == SENDINGS
+            if not known and time.monotonic() < end:
                 question = Message(RecordDict(), node, MessageType.QUERY, ttl=60.0)
-                self._asked.update(dict.fromkeys(self._grid.push_messages([question]), node))
-        for reply in self._grid.pull_messages(list(self._asked)) if self._asked else []:
-            node = self._asked.pop(reply.metadata.reply_to_message_id, 0)
-            content, _ = content_of(reply)
-            if node and content is not None:
-                self._names[node] = content.decode(errors="replace")
+                self._inbox.send(question, str(node), end - time.monotonic())
+        for identifier, number in self._inbox.waiting().items():
+            reply = self._inbox.look(identifier, end - time.monotonic())
+            if reply and not reply.lost:
+                self._replies[int(number)] += 1
+                name = (reply.content or b"")[:_LONGEST_NAME].decode(errors="replace")
+                if name in self._approved:
+                    self._names[int(number)] = name
 
 
 def train_message(content: bytes, node: int, seconds: float) -> Message:
@@ -202,14 +217,14 @@ def records_of(content: bytes) -> RecordDict:
 
 
 def content_of(message: Message) -> tuple[bytes | None, str]:
-    """Return the content of a Flower message.
+    """Return the content of a Flower message that a site received.
 
     Returns:
         The bytes and "", or None and the reason.
     """
     if message.has_error():
         code = message.error.code
-        return None, "connection lost" if code in _LOST else str(message.error.reason or f"Flower's error {code}")
+        return None, "connection lost" if code in LOST else str(message.error.reason or f"Flower's error {code}")
     record: Any = message.content.get(RECORD)
     content = record.get(RECORD) if isinstance(record, ConfigRecord) else None
     return (content, "") if isinstance(content, bytes) else (None, "the reply holds no message")

@@ -36,6 +36,7 @@ SENDINGS = 4  # requests to one client in an exchange: recipe missing, then reco
 _FRAME = 64 << 10  # bytes of a response beside the reply, and of a reply with scores
 _GUARDS = 1 << 20  # bytes of a reply that a guard declares: keys and shares for each of the cohort
 _SLACK = 4  # a response is decoded up to this many times the longest reply; the intake is exact
+_LARGEST = 1 << 40  # no round, version or process has this number
 
 
 @dataclass
@@ -270,17 +271,26 @@ class _Exchange:
         if len(received.content) > self.limit:
             return f"sent {len(received.content):,} bytes, and no response of this run has more than {self.limit:,}"
         try:
-            response = self.engine.codec.decode(received.content)
-            if not isinstance(response, Response):
-                return f"a {type(response).__name__} came where a Response was expected"
-        except (ValueError, TypeError, RecursionError) as error:
+            return self._checked(received.site, received.content)
+        except OSError:
+            raise  # of a disk: no fault of this site
+        except Exception as error:  # whatever strange bytes may raise, in a message's own text too
             return f"{type(error).__name__}: {plain_line(str(error))}"
-        name = received.site
+
+    def _checked(self, name: str, content: bytes) -> Response | str:
+        """The response that these bytes are; nothing of it is logged before it is known to be one."""
+        response = self.engine.codec.decode(content)
+        if not isinstance(response, Response):
+            return f"a {type(response).__name__} came where a Response was expected"
+        if response.status not in (DONE, MISSING, REFUSED):
+            return f"sent the invalid status {plain_line(response.status)!r}"
+        if max(abs(response.version), abs(response.process), abs(response.round)) >= _LARGEST:
+            return f"sent a version, a process or a round of {_LARGEST:,} or more"
         self._log_event(
             response.status,
             name,
             payload_bytes=len(response.reply),
-            framed_bytes=len(received.content),
+            framed_bytes=len(content),
             version=response.version,
             process=response.process,
             note=plain_line(response.reason),
@@ -292,8 +302,6 @@ class _Exchange:
         client = "" if name in self.engine.workers else name
         if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
             return f"replied for {plain_line(response.client)} in round {response.round}, which it was not asked"
-        if response.status not in (DONE, MISSING, REFUSED):
-            return f"sent the invalid status {plain_line(response.status)!r}"
         return response
 
     def _send_missing(self, client: str, response: Response) -> bool:
@@ -339,7 +347,9 @@ class _Exchange:
             if private[1] and self.engine.workers:
                 self.store.stage(client, codec.decode(self.spool.get(private)), self.round)
             return reply
-        except (ValueError, TypeError, RecursionError) as error:
+        except OSError:
+            raise  # of a disk: no fault of this client
+        except Exception as error:  # whatever strange bytes may raise
             return Failure(client, "wire", f"{type(error).__name__}: {plain_line(str(error))}")
 
     def _named(self, response: Response) -> Missing:

@@ -6,8 +6,14 @@ can start code on every node. So SuperLink listens on loopback, and ``FLEET`` na
 path in this configuration, however the client spelt it. Registering and unregistering are not among the calls:
 the server registers nodes, by their public keys.
 
-Requests and responses stay in memory: nginx writes no update of a site to disk. nginx checks certificates at every
-connection and resumes no TLS session, so that a revoked certificate is refused once nginx has read the list.
+SuperLink reads every request into memory before it looks at who sent it. So requests are small: a call may have
+``call`` bytes, and an upload what the recipe's answers need (``upload_limit``). A certificate, and an address, may have
+so many requests at a time, and a certificate so many a second; what is over that is told to come again (503), as
+Flower's clients do. A call is passed on once it is whole; an upload passes through, since nginx's workers, which root
+starts as ``nobody``, cannot write to the run's folder. No update of a site is written to disk by nginx.
+
+nginx checks certificates at every connection and resumes no TLS session, so that a revoked certificate is refused once
+nginx has read the list.
 """
 
 from __future__ import annotations
@@ -29,14 +35,31 @@ FLEET = (
 _SAFE_PATH = re.compile(r"[^\"'\\;{}$\x00-\x1f]+")  # characters without a meaning between quotes
 
 
+_SMALLEST_UPLOAD = 1 << 20  # bytes that any site may upload in one call, however short the recipe's answers
+
+
 @dataclass(frozen=True)
 class Limits:
     """The proxy's limits for a site with a certificate."""
 
-    body: int = 256 << 20  # bytes of one request; an adapter of a 7B model has 80 MB; SuperLink holds it in memory
+    upload: int = _SMALLEST_UPLOAD  # bytes of one upload of an object
+    call: int = 8 << 10  # bytes of any other call: a node's have less than two thousand
     header_seconds: int = 20  # for the handshake and a request's head: a site with a bad connection needs three
     idle_seconds: int = 60  # between two reads or writes; flwr gives up after 30
     connections: int = 512  # in all, two for each site's request; nginx's default, below common limits of open files
+    requests: int = 8  # of one certificate at a time; a node has two uploads, a poll and a heartbeat
+    requests_of_address: int = 128  # at a time; many sites may be behind one address
+    rate: int = 50  # requests of one certificate a second; a node has one every few seconds
+    burst: int = 200  # requests of one certificate that may come at once
+
+
+def upload_limit(update: float) -> int:
+    """Return the bytes that one upload may have.
+
+    Args:
+        update: bytes of the longest update, by the method's formula, without framing.
+    """
+    return _SMALLEST_UPLOAD + 4 * int(update)
 
 
 def configuration(folder: Path, listen: str, superlink: str, server: ServerCredentials, limits: Limits) -> str:
@@ -62,7 +85,11 @@ def configuration(folder: Path, listen: str, superlink: str, server: ServerCrede
     for path in paths.values():
         if not _SAFE_PATH.fullmatch(str(path)):
             raise UserError(f"{str(path)!r}: give a path without quotes, backslashes, braces, $ and ;, for nginx")
-    calls = "".join(_CALL.format(path=f"/v1/fleet/{name}") for name in FLEET)
+    sizes = {name: limits.upload if name == "push-object" else limits.call for name in FLEET}
+    calls = "".join(
+        _CALL.format(path=f"/v1/fleet/{name}", size=size, buffered="on" if size == limits.call else "off")
+        for name, size in sizes.items()
+    )
     return _CONFIGURATION.format(
         **paths, limits=limits, listen=listen, superlink=superlink, user=_unprivileged(), calls=calls
     )
@@ -82,6 +109,8 @@ def _unprivileged() -> str:
 _CALL = """
         location = {path} {{
             limit_except POST {{ deny all; }}
+            client_max_body_size {size};
+            proxy_request_buffering {buffered};
             proxy_pass https://superlink{path};
         }}
 """
@@ -112,7 +141,14 @@ http {{
     uwsgi_temp_path "{folder}/temporary/uwsgi";
     scgi_temp_path "{folder}/temporary/scgi";
 
-    client_max_body_size {limits.body};
+    client_max_body_size {limits.call};
+    client_body_buffer_size {limits.call};
+    limit_conn_zone $ssl_client_s_dn zone=certificates:1m;
+    limit_conn_zone $binary_remote_addr zone=addresses:1m;
+    limit_req_zone $ssl_client_s_dn zone=rates:1m rate={limits.rate}r/s;
+    limit_conn certificates {limits.requests};
+    limit_conn addresses {limits.requests_of_address};
+    limit_req zone=rates burst={limits.burst} nodelay;
     client_header_timeout {limits.header_seconds}s;
     client_body_timeout {limits.idle_seconds}s;
     send_timeout {limits.idle_seconds}s;
@@ -146,7 +182,6 @@ http {{
         proxy_set_header Host localhost;
         proxy_set_header X-Forwarded-For $remote_addr;
         proxy_set_header X-Forwarded-Proto https;
-        proxy_request_buffering off;
         proxy_max_temp_file_size 0;
         proxy_next_upstream off;
         proxy_connect_timeout 5s;

@@ -4,6 +4,8 @@
 
 Flower cannot resume a run: if the SuperLink or the ServerApp ends, both are started again with a new Flower run, and
 the fedferret run is resumed from its log. Sites only see a pause; their keys and nodes are in the SuperLink's database.
+Only a mistake of the user and a run that cannot go on end the server. A ServerApp that ended over a site's message is
+started again without it (``strikes.py``), as often as that site has strikes: it uses up no start of the others.
 
     RUN/server/          state for `nodes` and `status`, logs, database, the secret of SuperLink and ServerApp
 """
@@ -24,11 +26,12 @@ from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
 from fedferret.runner import belongs
-from fedferret.sites import state
+from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control
 from fedferret.sites.credentials import ServerCredentials
 from fedferret.sites.flower_process import LOOPBACK, Certificates, check_free, environment, free_port, superlink
+from fedferret.sites.nginx import Limits
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.proxy import Proxy, find_nginx
 from fedferret.sites.server_app import AGAIN, approved_sites
@@ -108,6 +111,7 @@ class Server:
         self.authority = settings.credentials.authority if settings.credentials else None
         self.started, self.restarts, self.written = time.time(), 0, 0.0
         self.lived = 0.0  # seconds for which the current ServerApp has run
+        self.left_out = ""  # the site of the message over which the last ServerApp ended
 
     def run(self) -> None:
         """Serve until the run is finished or cannot go on, or until Ctrl-C."""
@@ -115,9 +119,9 @@ class Server:
         check_free(split(self.settings.listen)[1])
         self.log(f"Run package: SHA-256 {fingerprint(self.package)}; sites with this fedferret accept no other.")
         ending = "stopped"
+        strikes.forget_reading(self.out)
+        state.forget(self.out, state.LIMITS)
         try:
-            if self.proxied:
-                self._start_proxy()
             starts = 0
             while True:
                 self.lived = 0.0
@@ -132,6 +136,9 @@ class Server:
                         "the run cannot go on, for the reason in the line above; the run's folder can be resumed"
                     )
                 self.restarts += 1
+                self.left_out = self._blamed(code)
+                if self.left_out:
+                    continue
                 starts = 0 if self.lived > HEALTHY else starts + 1
                 if starts == FAILED_STARTS:
                     ending = "failed"
@@ -140,9 +147,25 @@ class Server:
             self.supervisor.close()
             self._log_event(ending)
 
+    def _blamed(self, code: int) -> str:
+        """The site of the message over which the ServerApp ended by a fault of ours; "" if it ended otherwise."""
+        site = strikes.blame(self.out, code)
+        if site:
+            count = strikes.strikes(self.out, site)
+            then = (
+                f"It is {strikes.unread_reason(self.out, site)}" if count >= strikes.STRIKES else "It is left out once"
+            )
+            self.log(f"The ServerApp {ended(code)} over message {count} of {site}. {then}.")
+        return site
+
     def _start_proxy(self) -> None:
-        assert self.settings.credentials is not None
-        proxy = Proxy(self.folder / "nginx", self.settings.credentials, self.settings.listen, f"{LOOPBACK}:{self.port}")
+        """Start nginx, once the ServerApp has said what sites may upload; until then there is nothing to call."""
+        limits = state.read(self.out, state.LIMITS)
+        credentials = self.settings.credentials
+        if not self.proxied or credentials is None or not limits or self.supervisor.knows("nginx"):
+            return
+        address, upload = f"{LOOPBACK}:{self.port}", int(limits["upload"])
+        proxy = Proxy(self.folder / "nginx", credentials, self.settings.listen, address, Limits(upload=upload))
         self.supervisor.start(Part("nginx", proxy.prepare(), self.folder / "nginx.log"))
         proxy.wait(lambda: self.supervisor.process("nginx") is not None)
 
@@ -155,16 +178,17 @@ class Server:
         self.supervisor.start(Part("SuperLink", command, self.folder / "superlink.log", self.environment))
         control = Control(f"{LOOPBACK if is_loopback(host) else host}:{self.port}", self.authority)
         try:
-            control.wait(STARTING, lambda: self.supervisor.process("SuperLink") is not None)
-            control.register(self.keys)
-            run_id = control.start(self.package)
+            try:
+                control.wait(STARTING, lambda: self.supervisor.process("SuperLink") is not None)
+                control.register(self.keys)
+                run_id = control.start(self.package)
+            except (RunError, httpx.HTTPError) as error:
+                self.log(f"The SuperLink did not accept the run ({error}); it is started again.")
+                return AGAIN
             if not self.restarts:
                 self.log(f"Sites call {self.settings.listen}.")
             self.supervisor.start(Part("ServerApp", self._server_app(run_id), None, self.environment))
             return self._watch(control)
-        except (RunError, httpx.HTTPError) as error:
-            self.log(f"The SuperLink did not accept the run ({error}); it is started again.")
-            return AGAIN
         finally:
             control.close()
             self.supervisor.stop("ServerApp", patience=30.0)
@@ -182,6 +206,7 @@ class Server:
             if self.supervisor.process("SuperLink") is None:
                 self.log("The SuperLink ended; it is started again, and the run is resumed from its log.")
                 return AGAIN
+            self._start_proxy()
             self.supervisor.poll("nginx")
             if time.monotonic() - self.written > WRITE_EVERY:
                 self._log_event("serving", control)
@@ -222,6 +247,7 @@ class Server:
         module = [sys.executable, "-P", "-m", "fedferret.sites.server_app", str(self.out)]
         known = ["--run", str(run_id), "--port", str(self.port)]
         known += ["--authority", str(self.authority)] if self.authority else []
+        known += ["--left-out", self.left_out] if self.left_out else []
         return [*module, *known, "--wait", str(self.settings.wait), "--patience", str(self.settings.patience)]
 
 

@@ -6,12 +6,16 @@
 Flower would start a process that unpacks the run package and imports the modules that the package names. This process
 runs the installed fedferret instead; it follows `flwr/superlink/runtime/run_serverapp.py`. The run's folder can always
 be resumed; `serve` starts this process again.
+
+An error that nobody foresaw is written to RUN/server/server_app.log with its traceback. The message that was
+being read is in RUN/server/reading (``strikes.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -31,13 +35,15 @@ from flwr.superlink.grid import HttpGrid
 from fedferret.config import Recipe, load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
-from fedferret.runner import run
+from fedferret.engines.flower_link import PATIENCE, RECONNECTS, Link
+from fedferret.runner import run, update_bytes
 from fedferret.sites import state
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
-from fedferret.sites.runtime import authorised
+from fedferret.sites.nginx import upload_limit
+from fedferret.sites.runtime import authorised, client_of_task
+from fedferret.sites.strikes import CRASHED, Reading
 from fedferret.sites.supervisor import terminable
 
-RECONNECTS = 15.0  # seconds for which a request to the SuperLink is retried; then `serve` starts both again
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
 LONGEST_PAUSE = 60.0  # seconds; Flower accepts a site that lost its connection again after at most 62
@@ -51,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
 
     Args:
         grid: of the Flower run.
-        context: its node_config has folder, insecure, and wait and patience in seconds.
+        context: its node_config has folder, insecure, left_out, and wait and patience in seconds.
     Raises:
         UserError: for a mistake in the recipe.
         RunError: if the run cannot go on.
@@ -59,21 +65,24 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
     approved = approved_sites(recipe)
-    roster = Roster(grid, approved, asks=bool(context.node_config["insecure"]))
+    state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
+    link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
+    roster = Roster(link, approved, asks=bool(context.node_config["insecure"]))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
+    reading = Reading(folder, str(context.node_config["left_out"]))
 
-    def connected() -> dict[str, int]:
-        nodes = roster()
+    def connected(seconds: float = PATIENCE) -> dict[str, int]:
+        nodes = roster(seconds)
         state.write(folder, "names", {str(node): name for name, node in nodes.items()})
         return nodes
 
-    transport = FlowerTransport(grid, connected, messages.traffic)
+    transport = FlowerTransport(link, connected, messages.traffic, watch=reading)
     gather(connected, approved, float(context.node_config["wait"]))
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
-            run(recipe, folder, _log, transport=transport, on_message=messages.record)
+            run(recipe, folder, _log, transport=transport, on_message=messages.record, on_client=reading.reading)
             return
         except TooFewClients as error:
             if messages.newest_round() > newest:
@@ -134,7 +143,8 @@ def task_of(run_id: int, address: str, secret: bytes, authority: Path | None) ->
     grid = HttpGrid(address, authority is None, authority.read_bytes() if authority else None, token=token)
     grid._retry_invoker.max_time = RECONNECTS  # the default is to retry without end, past every deadline
     client = grid._runtime_client
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beating = client_of_task(address, token, authority)  # a client that no exchange bounds in time
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(beating))
     heartbeat.start()
     status = SubStatus.FAILED
     try:
@@ -151,6 +161,7 @@ def task_of(run_id: int, address: str, secret: bytes, authority: Path | None) ->
         with suppress(httpx.HTTPError):  # the SuperLink ended
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         grid.close()
+        beating.close()
 
 
 def _token(run_id: int, address: str, secret: bytes, authority: Path | None, patience: float = 30.0) -> str:
@@ -177,10 +188,11 @@ def start() -> int:
     parser.add_argument("--authority", type=Path)
     parser.add_argument("--wait", type=float, required=True)
     parser.add_argument("--patience", type=float, required=True)
+    parser.add_argument("--left-out", default="")
     given = parser.parse_args()
     known = secret(given.folder / state.FOLDER)
     settings: UserConfig = {"folder": str(given.folder), "insecure": given.authority is None}
-    settings |= {"wait": given.wait, "patience": given.patience}
+    settings |= {"wait": given.wait, "patience": given.patience, "left_out": given.left_out}
     try:
         task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, given.authority)
         with terminable(), quiet_flower(), task as (grid, context):
@@ -198,6 +210,14 @@ def start() -> int:
         return AGAIN
     except KeyboardInterrupt:  # from `serve`, which logs why; or from Flower, if the SuperLink lost this run
         return AGAIN
+    except SystemExit:  # of Flower: it said why
+        return AGAIN
+    except BaseException as error:
+        log = given.folder / state.FOLDER / "server_app.log"
+        with log.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")
+        _log(f"An error that nobody foresaw ({type(error).__name__}): see {log}.")
+        return CRASHED
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     server.json     by `serve`: what it is doing, where it listens, since when
     nodes.json      by `serve`, every few seconds: which sites are connected
     names.json      by the ServerApp in insecure mode: the names that nodes gave
+    limits.json     by the ServerApp: what a site may upload, by the recipe
     messages.jsonl  by the ServerApp: a line for every request and response, and one for each with Flower's framing
 
 Files are written atomically. Reading skips lines that are damaged, such as a last one that a crash cut short; a
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "server"  # in the run's folder; `runner.SERVED`
 _USUAL = {"what", "time", "client", "round"}
 _WHOLE = {"traffic": {"what", "time", "client", "payload_down", "payload_up", "framed_down", "framed_up", "reason"}}
+LIMITS = "limits"
 
 
 def write(run: Path, name: str, content: Mapping[str, Any]) -> None:
@@ -93,6 +95,16 @@ def remove_damaged(run: Path, log: Callable[[str], None]) -> None:
     messages = run / FOLDER / "messages.jsonl"
     if messages.exists() and not messages.is_file():
         raise UserError(f"{messages} is no file: remove it; `fedferret serve` writes it again")
+
+
+def forget(run: Path, name: str) -> None:
+    """Delete a file.
+
+    Args:
+        run: the run's folder.
+        name: of the file, without ".json".
+    """
+    (run / FOLDER / f"{name}.json").unlink(missing_ok=True)
 
 
 class MessageLog:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
-from fedferret.sites import join, state
+from fedferret.engines.transport import DONE, MISSING, REFUSED
+from fedferret.sites import join, state, strikes
 from fedferret.tracking import events
 from fedferret.tracking.audit import read_audit
 from fedferret.tracking.units import as_bytes, as_duration
@@ -51,7 +52,7 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
     found: dict[str, SiteStatus] = {}
     for event in state.messages(run):
         site = found.setdefault(str(event.get("client", "")), SiteStatus())
-        if event["what"] == "done":
+        if event["what"] == DONE:
             site.updated, site.round, site.reason = event["time"], event["round"], ""
         if "version" in event and "process" in event:
             site.version, site.process = event["version"], event["process"]
@@ -59,12 +60,14 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
             site.messages += event["payload_down"] + event["payload_up"]
             site.framed += event["framed_down"] + event["framed_up"]
             site.reason = plain_line(event["reason"])
-        elif event["what"] == "refused":
+        elif event["what"] == REFUSED:
             site.reason = plain_line(event.get("note", ""))
     known = state.read(run, "nodes")
     fresh = time.time() - known.get("time", 0.0) < STALE and doing(state.read(run, "server")) == "serving"
     for name, node in known.get("nodes", {}).items():
         found.setdefault(name, SiteStatus()).connected = bool(node.get("connected")) if fresh else None
+    for name in strikes.unread_sites(run):
+        found.setdefault(name, SiteStatus()).reason = strikes.unread_reason(run, name)
     return found
 
 
@@ -105,7 +108,11 @@ def status(folder: Path) -> str:
         f"Sites:    {sum(site.connected is True for site in sites.values())} of {len(sites)} connected",
     ]
     return "\n".join(
-        [*lines, *(f"Failure:  round {number}, {each.client}: {each.reason}" for number, each in run.failures[-3:])]
+        [
+            *lines,
+            *(f"Unread:   {name} is {strikes.unread_reason(folder, name)}" for name in strikes.unread_sites(folder)),
+            *(f"Failure:  round {number}, {each.client}: {each.reason}" for number, each in run.failures[-3:]),
+        ]
     )
 
 
@@ -123,9 +130,9 @@ def ago(then: float) -> str:
 def _site(folder: Path) -> str:
     known = join.read_state(folder)
     audit = list(read_audit(folder))
-    updates = [event for event in audit if event["what"] == "done"]
+    updates = [event for event in audit if event["what"] == DONE]
     received = sum(event["framed_bytes"] for event in audit if event["what"] == "request")
-    sent = sum(event["framed_bytes"] for event in audit if event["what"] in ("done", "missing", "refused"))
+    sent = sum(event["framed_bytes"] for event in audit if event["what"] in (DONE, MISSING, REFUSED))
     sockets = [event for event in audit if event["what"] == "socket"]
     down, up = (sum(event[name] for event in sockets) for name in ("down_bytes", "up_bytes"))
     last = f"round {updates[-1]['round']} at {updates[-1]['time'][:19]}" if updates else "none so far"

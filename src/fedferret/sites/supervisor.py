@@ -87,6 +87,10 @@ class Supervisor:
             if watched.process is None and time.monotonic() >= watched.due:
                 self._launch(watched)
 
+    def knows(self, name: str) -> bool:
+        """Return whether a part of this name was started."""
+        return name in self._watched
+
     def process(self, name: str) -> int | None:
         """Return the id of a part's process; None if no process runs."""
         watched = self._watched.get(name)
