@@ -35,7 +35,6 @@ LOST = frozenset(  # errors of the connection or of the site's processes: sendin
 _HEAD = re.compile(rb"([A-Za-z]{1,20}) ((?:[0-9a-f]{64})?) ([0-9]{1,12})")  # at most one child: ours have no more
 _LONGEST_HEAD = 200  # bytes
 _LONGEST_MESSAGE = 1 << 16  # bytes of a Message's body: metadata and an error's reason
-_LONGEST_REASON = 300  # characters
 _LONGEST_NAMES = 1 << 10  # bytes of a RecordDict's body: one name and one id
 
 
