@@ -23,7 +23,7 @@ from fedferret.engines.transport import Request, Response, check_fields
 from fedferret.resident.process import listen, take
 from fedferret.wire import codec
 
-REQUEST = Request("r" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one", b"two"), 0, False, b"", Train(1))
+REQUEST = Request("r" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one", b"two"), 0, False, b"", Train(1), 7)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def test_a_sites_supervisor_imports_neither_torch_nor_flower() -> None:
 def test_messages_survive_the_codec_and_their_fields_are_checked() -> None:
     assert codec.decode(codec.encode(REQUEST)) == REQUEST
     check_fields(REQUEST)
-    response = Response("r", 0, 1, "t", "a", "done", 0, "f", 1, b"", "", b"")
+    response = Response("r", 0, 1, "t", "a", "done", 0, "f", 1, b"", "", b"", 7)
     for field, value in [("run", 1), ("round", True), ("reply", "text"), ("version", 1.0), ("private", None)]:
         with pytest.raises(ValueError, match=f"{field} of a received Response is no "):
             check_fields(Response(**{**vars(response), field: value}))

@@ -2,6 +2,8 @@
 
     exchange(messages, deadline): which sites are connected? -> push each message to its site's node -> poll for replies
                                   a site that connects during the exchange is sent its message then
+                                  a reply that is not the site's -> push the same message once more, as a new one of
+                                  Flower's, which takes one reply to each
                                   no reply by the deadline -> a Received without content
 
 A message of ours is one bytes value in a ConfigRecord of a Flower message. Flower's averaging, sampling and strategies
@@ -16,7 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -28,6 +31,7 @@ from fedferret.engines.transport import Received
 
 RECORD = "message"  # name of the record, and of the value in it
 SENDINGS = 3  # of one message in one exchange: a site that reconnects may still reply; one that crashes does not
+REPEATS = 20  # of a message to which a stranger replied; each costs as much as the message
 
 _LOST = frozenset(  # errors of the connection or of the site's processes: sending again may succeed
     {
@@ -85,7 +89,7 @@ class FlowerTransport:
                 exchange.send(self._nodes())
             for traffic, received in exchange.receive():
                 self._record(traffic)
-                yield received
+                yield replace(received, again=partial(exchange.again, received.site)) if traffic.framed_up else received
             if exchange.open:
                 time.sleep(min(self._poll, max(0.0, exchange.left())))
 
@@ -103,6 +107,7 @@ class _Exchange:
         self._sent = dict.fromkeys(messages, 0)
         self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
         self._missing = dict.fromkeys(messages, "not connected")  # why a site has no message now
+        self._repeats = dict.fromkeys(messages, 0)
 
     def left(self) -> float:
         """Seconds to the deadline."""
@@ -126,6 +131,16 @@ class _Exchange:
                     self._waiting[identifier] = site
                 else:
                     self._missing[site] = "the SuperLink did not accept its message"
+
+    def again(self, site: str, reason: str) -> bool:
+        """Send to a site once more: the reply was another's. Returns False where it had its repetitions."""
+        if site in self.open or self._repeats[site] >= REPEATS or self.left() <= 0:
+            return False
+        self.open.add(site)
+        self._repeats[site] += 1
+        self._sent[site] = self._payload[site] = self._framed[site] = 0
+        self._missing[site] = reason
+        return True
 
     def receive(self) -> Iterator[tuple[Traffic, Received]]:
         """What came since the last poll; once nothing more can come, every site that is still open."""

@@ -1,11 +1,12 @@
 """The server's half of any engine that is not this process: a Request to each client, a Response back, no trust.
 
-    bodies -> one request per client -> transport -> responses, as they come -> checked -> spooled -> replies in client
-    order
+    bodies -> one request per client -> sealed -> transport -> responses, as they come -> seal, then content checked
+           -> spooled -> replies in client order
 
 * A request carries what the client's site is missing of the log, by the server's books. A site that is missing more
   says so and is sent that; a site with another hash of its replica is named, and rebuilds it from base and log once.
-* Every request has a ticket. A response with another is late, or a second one, and counts for nothing.
+* Every request has a ticket and a number. What comes with another, or with a seal that is not the site's, is logged and
+  counts for nothing, and the request is sent again: anyone may have sent it, to have it taken for the site's response.
 * Responses wait for their turn in a temporary file: the server's memory does not grow with their number.
 * Whatever a site does becomes one Failure with one line; nothing that comes back raises here.
 
@@ -28,9 +29,11 @@ from fedferret.core.node import Codec
 from fedferret.core.rounds import RunState
 from fedferret.core.spool import Place, Spool
 from fedferret.engines.client_store import ClientStore
+from fedferret.engines.replay import Protection
 from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport, check_fields
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
+ERRORS = 3  # errors of a site's processes that are not believed in an exchange: nobody signs them
 _SMALLEST_LIMIT = 1 << 20  # bytes that any response may have, however small the model
 
 
@@ -56,6 +59,7 @@ class Remote:
         deadline: float,
         workers: Sequence[str] = (),
         store: ClientStore | None = None,
+        protection: Protection | None = None,
         on_client_start: Callable[[str], None] = lambda client: None,
         log: Callable[[str], None] = lambda line: None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
@@ -70,12 +74,14 @@ class Remote:
             deadline: seconds of an exchange.
             workers: the transport's, of which any works for any client; () where every client is a site.
             store: of simulated clients' private states.
+            protection: seal and numbers of the messages; None: no seal, and numbers from this machine's clock.
             on_client_start: called with a client's name when its reply's turn comes.
             log: called with a line for each thing an operator should know that is no failure.
             on_message: called with every message.
         """
         self._store = store or ClientStore()
         self.transport, self.codec = transport, codec
+        self.protection = protection or Protection()
         self.recipe, self.run = recipe, hashlib.sha256(recipe.encode()).hexdigest()
         self.base, self.deadline, self.workers = base, deadline, tuple(workers)
         self.on_client_start, self.log, self.on_message = on_client_start, log, on_message
@@ -128,6 +134,9 @@ class _Exchange:
         model = state.node.task.model
         self.limit = _SMALLEST_LIMIT + 4 * sum(each.numel() * each.itemsize for each in model.parameters())
         self.tickets: dict[str, str] = {}
+        self.numbers: dict[str, int] = {}
+        self.digests: dict[str, str] = {}  # SHA-256 of what was sent
+        self.dropped: dict[str, int] = {}  # how many messages in a client's name were not its response
         self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
         self.sendings = dict.fromkeys(bodies, 0)
         self.settled: dict[str, Failure | tuple[Place, Place]] = {}
@@ -160,6 +169,7 @@ class _Exchange:
 
     def _send(self, names: Sequence[str]) -> Iterator[Received]:
         self.tickets |= {name: secrets.token_hex(8) for name in names}
+        self.numbers |= {name: self.engine.protection.numbers.next() for name in names}
         return self.engine.transport.exchange(_Messages(names, self._message), max(0.0, self._left()))
 
     def _message(self, name: str) -> bytes:
@@ -185,8 +195,11 @@ class _Exchange:
                 rebuild=missing.rebuild,
                 private=b"" if private is None else engine.codec.encode(private),
                 body=self.bodies[client] if client else None,
+                sequence=self.numbers[name],
             )
         )
+        message = engine.protection.seal.close(message)
+        self.digests[name] = hashlib.sha256(message).hexdigest()
         self._log_event("request", name, payload_bytes=update.size, framed_bytes=len(message))
         return message
 
@@ -244,18 +257,24 @@ class _Exchange:
 
     def _read(self, received: Received) -> Response | str:
         """The response that a site's message is, or what is wrong with it."""
+        name, seal = received.site, self.engine.protection.seal
         if received.content is None:
-            return self.wrong.get(received.site) or received.reason or "no reply before the deadline"
-        if len(received.content) > self.limit:
-            return f"sent {len(received.content):,} bytes, and no response of this run has more than {self.limit:,}"
+            reason = self.wrong.get(name) or received.reason or "no reply before the deadline"
+            unsigned = seal.signs and self.dropped.get(name, 0) < ERRORS
+            return self._drop(received, reason) if unsigned else reason
         try:
-            response = self.engine.codec.decode(received.content)
+            content = seal.open(name, received.content)
+        except ValueError as error:
+            return self._drop(received, str(error))
+        if len(content) > self.limit:
+            return f"sent {len(content):,} bytes, and no response of this run has more than {self.limit:,}"
+        try:
+            response = self.engine.codec.decode(content)
             if not isinstance(response, Response):
                 return f"a {type(response).__name__} came where a Response was expected"
             check_fields(response)
         except (ValueError, TypeError, RecursionError) as error:
             return f"{type(error).__name__}: {_line(str(error))}"
-        name = received.site
         self._log_event(
             response.status,
             name,
@@ -265,16 +284,26 @@ class _Exchange:
             process=response.process,
             note=_line(response.reason),
         )
-        if response.ticket == "" and response.status == REFUSED:  # it could not even read the request
+        if response.ticket == self.digests[name] and response.status == REFUSED:  # it could not even read the request
             return f"did not take the request: {_line(response.reason)}"
-        if response.ticket != self.tickets[name]:
-            return f"replied to a request of round {response.round} that is over"
+        if response.status == REFUSED and not response.run:
+            return self._drop(received, f"did not take a request that came damaged: {_line(response.reason)}")
+        if (response.ticket, response.sequence) != (self.tickets[name], self.numbers[name]):
+            return self._drop(received, f"replied to a request of round {response.round} that is over")
         client = "" if name in self.engine.workers else name
         if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
             return f"replied for {_line(response.client)} in round {response.round}, which it was not asked"
         if response.status not in (DONE, MISSING, REFUSED):
             return f"sent the invalid status {_line(response.status)!r}"
         return response
+
+    def _drop(self, received: Received, reason: str) -> str:
+        """Have the request sent again, since what came need not be from the site, and log that; returns the reason."""
+        if received.site not in self.settled and received.again(reason):
+            self.dropped[received.site] = self.dropped.get(received.site, 0) + 1
+            if self.dropped[received.site] == 1:  # a flood has one line
+                self.engine.log(f"{received.site}: {reason}; dropped, and its request is sent again")
+        return reason
 
     def _send_missing(self, client: str, response: Response) -> bool:
         """The site has not what the request builds on: remember what to send with the next."""

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -27,14 +28,24 @@ from fedferret.tracking.audit import Audit
 
 if TYPE_CHECKING:
     from fedferret.engines.trainer import Trainer
+    from fedferret.engines.transport import Seal
 
 PATIENCE = 60.0  # seconds that a relay may take over one frame before it is given up
 
 
-def open_trainer(folder: Path) -> Trainer:
-    """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once. Raises UserError."""
+def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Trainer:
+    """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once.
+
+    Args:
+        folder: of the site.
+        seal: makes the seal of the site's messages; None: none.
+
+    Raises:
+        UserError: for settings, data or credentials that are invalid.
+    """
     site = read_site(folder)
     check_data(site)
+    sealed = seal(folder) if seal else None
     with quick_imports():
         from fedferret.engines.trainer import Trainer  # PyTorch with it, which takes seconds
 
@@ -44,7 +55,7 @@ def open_trainer(folder: Path) -> Trainer:
         torch.set_num_threads(site.threads)
     if site.data is None:
         return Trainer(partial(work, site))
-    return Trainer(partial(work, site), folder, site.name, Audit(folder))
+    return Trainer(partial(work, site), folder, site.name, Audit(folder), sealed)
 
 
 def take(folder: Path) -> IO[bytes]:
@@ -93,11 +104,17 @@ def _end_with_parent() -> None:
     os._exit(0)  # at once, in the middle of a step too: whatever is on disk is whole
 
 
-def main() -> None:
-    """Serve the site in the folder that the command line names."""
+def main(seal: Callable[[Path], Seal] | None = None) -> None:
+    """Serve the site in the folder that the command line names.
+
+    Args:
+        seal: as for ``open_trainer``.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--with-parent"]
-    if len(arguments) != 1:
-        sys.exit("usage: python -m fedferret.resident SITE_FOLDER [--with-parent]")
+    if len(arguments) != (2 if seal else 1):
+        sys.exit(
+            "usage: python -m fedferret.resident SITE_FOLDER [--with-parent], or with `sites.resident` CREDENTIALS"
+        )
     if len(sys.argv) > len(arguments) + 1:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -105,7 +122,7 @@ def main() -> None:
     folder = Path(arguments[0])
     try:
         lock = take(folder)
-        trainer = open_trainer(folder)
+        trainer = open_trainer(folder, seal)
         listener = listen(folder)
     except UserError as error:
         print(f"fedferret: {error}", file=sys.stderr, flush=True)

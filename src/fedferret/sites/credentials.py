@@ -2,9 +2,11 @@
 
     server/  server.crt, server.key         for the port that sites call; names and addresses as given
              superlink.crt, superlink.key   for the SuperLink behind the proxy; loopback's names only
+             signing.crt, signing.key       signs requests (`signing.py`)
     ward-7/  ca.crt                         the only authority that the site trusts
              site.crt, site.key             for the proxy in front of Flower
              node.key, node.pub             for Flower: a second check, after the proxy's
+             signing.key                    signs responses; the server has signing.pub
              README.txt
 
 Reading checks what would otherwise fail later with an obscure error: that the files exist and only their owner can
@@ -20,14 +22,18 @@ import re
 import stat
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedferret.core.errors import UserError
 from fedferret.sites import certificates as x
 from fedferret.sites.certificates import Clock, Pair, wall_clock
+from fedferret.sites.signing_keys import SigningCertificate, read_private, read_public
 
-SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "README.txt")
+SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "signing.key", "README.txt")
+UNSIGNED = "Insecure: requests and responses are not signed, and anyone on the way can change or repeat them."
 WARN_DAYS = 30  # a month: an administrator on holiday still has time to renew
 LOOPBACK_DAYS = 3650  # the key never leaves the machine and signs nothing else: no reason to renew it
 
@@ -68,6 +74,11 @@ class SiteCredentials:
         """The public key that the server registers with the SuperLink."""
         return self.folder / "node.pub"
 
+    @property
+    def signing_key(self) -> Path:
+        """The private key that signs responses."""
+        return self.folder / "signing.key"
+
 
 @dataclass(frozen=True)
 class ServerCredentials:
@@ -97,6 +108,15 @@ class ServerCredentials:
         """Certificate and key of the SuperLink's port, on loopback."""
         return self.folder / "server" / "superlink.crt", self.folder / "server" / "superlink.key"
 
+    @property
+    def signing(self) -> tuple[Path, Path]:
+        """Certificate and key that sign requests."""
+        return self.folder / "server" / "signing.crt", self.folder / "server" / "signing.key"
+
+    def signing_keys(self) -> dict[str, Path]:
+        """Return the path of each site's public signing key, by site name."""
+        return {path.parent.name: path for path in sorted(self.folder.glob("sites/*/signing.pub"))}
+
     def node_public_keys(self) -> dict[str, Path]:
         """Return the path of each site's public node key, by site name."""
         return {path.parent.name: path for path in sorted(self.folder.glob("sites/*/node.pub"))}
@@ -115,8 +135,12 @@ def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
     what = f"the credentials in {folder}"
     for name in ("ca.crt", "site.crt", "site.key", "node.key", "node.pub"):
         _check_there(folder / name, f"unpack the archive that the server's administrator sent ({what} are incomplete)")
-    for private in (folder, folder / "site.key", folder / "node.key"):
+    name = _name_in((folder / "site.crt").read_bytes())
+    if not (folder / "signing.key").exists():
+        raise UserError(_without_signing_key(str(folder), name))
+    for private in (folder, folder / "site.key", folder / "node.key", folder / "signing.key"):
         check_private(private)
+    _check_signing(lambda: read_private((folder / "signing.key").read_bytes()), folder / "signing.key")
     authority = (folder / "ca.crt").read_bytes()
     pair = Pair((folder / "site.crt").read_bytes(), (folder / "site.key").read_bytes())
     name = _check_pair(pair, authority, folder / "site.crt")
@@ -144,8 +168,12 @@ def read_server(folder: Path, clock: Clock = wall_clock) -> ServerCredentials:
         pair = Pair(*((folder / "server" / f"{name}.{end}").read_bytes() for end in ("crt", "key")))
         _check_pair(pair, authority, folder / "server" / f"{name}.crt")
         notices += check_time(pair.certificate, "the server's certificate", "run `fedferret pki renew server`", clock)
+    notices += _check_signing_pair(folder / "server", authority, clock)
     hosts = tuple(x.hosts_of((folder / "server" / "server.crt").read_bytes()))
-    return ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
+    made = ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
+    for path in made.signing_keys().values():
+        _check_signing(partial(read_public, path.read_bytes()), path)
+    return made
 
 
 def pack(folder: Path) -> bytes:
@@ -187,6 +215,8 @@ def unpack(archive: Path, into: Path, clock: Clock = wall_clock) -> SiteCredenti
         raise UserError(f"there is no file {archive}") from None
     except (tarfile.TarError, OSError, EOFError):
         raise wrong from None
+    if set(SITE_FILES) - set(files) == {"signing.key"}:
+        raise UserError(_without_signing_key(str(archive), _name_in(files["site.crt"])))
     if set(files) != set(SITE_FILES):
         raise wrong
     private_folder(into)
@@ -293,6 +323,37 @@ def write_private(path: Path, content: bytes) -> None:
 def _check_there(path: Path, remedy: str) -> None:
     if not path.exists():
         raise UserError(f"{path} is missing: {remedy}")
+
+
+def _without_signing_key(what: str, name: str) -> str:
+    return (
+        f"{what} has no signing key, an earlier fedferret made it: ask the server's administrator for "
+        f"`fedferret pki renew {name}` and the new archive"
+    )
+
+
+def _check_signing(read: Callable[[], object], path: Path) -> None:
+    """Raises UserError for a file that is no signing key."""
+    try:
+        read()
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as a signing key ({error})") from None
+
+
+def _check_signing_pair(folder: Path, authority: bytes, clock: Clock) -> list[str]:
+    """A line if the certificate expires soon. Raises UserError for a pair that cannot sign requests."""
+    remedy = "run `fedferret pki renew server`"
+    for name in ("signing.crt", "signing.key"):
+        _check_there(folder / name, f"an earlier fedferret made this folder, without keys that sign requests; {remedy}")
+    check_private(folder / "signing.key")
+    pair = Pair((folder / "signing.crt").read_bytes(), (folder / "signing.key").read_bytes())
+    try:
+        signed = SigningCertificate.of(pair).signed_by(authority)
+    except ValueError as error:
+        raise UserError(f"{folder / 'signing.crt'} or its key cannot be used ({error}): {remedy}") from None
+    if not signed:
+        raise UserError(f"{folder / 'signing.crt'} was not signed by the authority in ca.crt: {remedy}")
+    return check_time(pair.certificate, "the certificate of the server's signing key", remedy, clock)
 
 
 def _name_in(certificate: bytes) -> str:

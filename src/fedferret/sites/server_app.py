@@ -31,10 +31,14 @@ from flwr.superlink.grid import HttpGrid
 from fedferret.config import Recipe, load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
+from fedferret.engines.replay import Protection, SequenceNumbers
+from fedferret.engines.transport import NoSeal
 from fedferret.runner import run
 from fedferret.sites import state
+from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
 from fedferret.sites.runtime import authorised
+from fedferret.sites.signing import ServerSeal
 from fedferret.sites.supervisor import terminable
 
 RECONNECTS = 15.0  # seconds for which a request to the SuperLink is retried; then `serve` starts both again
@@ -51,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
 
     Args:
         grid: of the Flower run.
-        context: its node_config has folder, insecure, and wait and patience in seconds.
+        context: its node_config has folder, pki ("": insecure), and wait and patience in seconds.
     Raises:
         UserError: for a mistake in the recipe.
         RunError: if the run cannot go on.
@@ -59,7 +63,10 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
     approved = approved_sites(recipe)
-    roster = Roster(grid, approved, asks=bool(context.node_config["insecure"]))
+    pki = str(context.node_config["pki"])
+    roster = Roster(grid, approved, asks=not pki)
+    seal = ServerSeal(read_server(Path(pki))) if pki else NoSeal()
+    protection = Protection(seal, SequenceNumbers(folder / state.FOLDER / "sequence"))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
 
@@ -73,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
-            run(recipe, folder, _log, transport=transport, on_message=messages.record)
+            run(recipe, folder, _log, transport=transport, protection=protection, on_message=messages.record)
             return
         except TooFewClients as error:
             if messages.newest_round() > newest:
@@ -174,15 +181,16 @@ def start() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--authority", type=Path)
+    parser.add_argument("--pki", type=Path)
     parser.add_argument("--wait", type=float, required=True)
     parser.add_argument("--patience", type=float, required=True)
     given = parser.parse_args()
     known = secret(given.folder / state.FOLDER)
-    settings: UserConfig = {"folder": str(given.folder), "insecure": given.authority is None}
+    settings: UserConfig = {"folder": str(given.folder), "pki": str(given.pki or "")}
     settings |= {"wait": given.wait, "patience": given.patience}
     try:
-        task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, given.authority)
+        authority = given.pki / "ca.crt" if given.pki else None
+        task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, authority)
         with terminable(), quiet_flower(), task as (grid, context):
             context.node_config = settings
             app(grid, context)
