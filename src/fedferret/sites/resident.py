@@ -1,4 +1,4 @@
-"""The trainer's process of a site whose messages are signed.
+"""The process that has the trainer at a site with credentials: its messages are signed.
 
 python -m fedferret.sites.resident SITE_FOLDER CREDENTIALS
 """
