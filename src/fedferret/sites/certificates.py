@@ -11,6 +11,7 @@ Functions that need the time take it, or a ``Clock``, as a parameter, so that te
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -162,6 +163,12 @@ def node_key(comment: str) -> tuple[bytes, bytes]:
     secret = key.private_bytes(encoding.PEM, private.OpenSSH, serialization.NoEncryption())
     public = key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return secret, public + b" " + comment.encode() + b"\n"
+
+
+def node_key_header(public: bytes) -> str:
+    """Return a public node key (OpenSSH) as a node's calls carry it, in Flower's header ``flwr-public-key``."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return b64encode(serialization.load_ssh_public_key(public).public_bytes(serialization.Encoding.PEM, form)).decode()
 
 
 def key_matches(pair: Pair) -> bool:
