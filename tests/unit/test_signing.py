@@ -26,11 +26,12 @@ from fedferret.core.task import Examples
 from fedferret.engines.replay import Protection, SequenceNumbers
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.transport import SERVER, NoSeal, Received, Request, Response
-from fedferret.sites import signing
-from fedferret.sites.certificates import Clock
+from fedferret.sites import certificates, signing
+from fedferret.sites.certificates import Clock, Pair
 from fedferret.sites.credentials import read_server, read_site, unpack
 from fedferret.sites.pki import Authority, Validity
 from fedferret.sites.signing import ServerSeal, SiteSeal
+from fedferret.sites.signing_keys import read_private
 from fedferret.wire import codec
 from toy_sites import BASE, RECIPE, Direct, simulate_sites, toy_trainer
 from toys import Simulation, toy_clients
@@ -109,11 +110,18 @@ def posing(key: Ed25519PrivateKey, certificate: bytes) -> bytes:
     return b"fS\1" + key.sign(signed) + signed
 
 
-def test_no_other_certificate_passes_for_the_one_of_the_servers_signing_key(fresh: Authority, tmp_path: Path) -> None:
+def test_no_other_certificate_passes_for_the_one_of_the_servers_signing_key(
+    fresh: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site, own = site_seal(fresh, tmp_path / "a"), Ed25519PrivateKey.generate()
     for certificate in ("server/server.crt", "server/superlink.crt", "sites/a/site.crt", "ca.crt"):
         words = refusal(site, posing(own, (fresh.folder / certificate).read_bytes()))
         assert "for another purpose" in words or "is none" in words
+    with monkeypatch.context() as patched:  # one of TLS with an Ed25519 key, such as we make none
+        patched.setattr(certificates, "SIGNING", certificates.CLIENT_AUTH)
+        authority = Pair((fresh.folder / "ca.crt").read_bytes(), (fresh.folder / "ca.key").read_bytes())
+        pair = certificates.certificate(authority, "a", certificates.CLIENT_AUTH, 9, datetime.now(UTC))
+    assert "for another purpose" in refusal(site, posing(read_private(pair.key), pair.certificate))
     right = (fresh.folder / "server" / "signing.crt").read_bytes()
     assert refusal(site, posing(own, right)) == "the signature is not the server's"
     other = Authority.create(tmp_path / "other", ["127.0.0.1"])

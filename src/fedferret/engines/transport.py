@@ -34,15 +34,25 @@ class Seal(Protocol):
     signs: bool  # whether ``open`` refuses what another than the sender made
 
     def close(self, message: bytes) -> bytes:
-        """Return the message, sealed; equal messages have equal bytes while the key stays."""
+        """Seal a message.
+
+        Args:
+            message: encoded.
+
+        Returns:
+            The message, sealed; equal messages have equal bytes while the key stays.
+        """
         ...
 
     def open(self, sender: str, sealed: bytes) -> bytes:
-        """Return the message, or refuse it before anything of it is decoded.
+        """Open a sealed message, or refuse it before anything of it is decoded.
 
         Args:
             sender: name of the site that must have sealed it; ``SERVER`` at a site.
             sealed: as received.
+
+        Returns:
+            The encoded message.
 
         Raises:
             ValueError: the sender did not seal these bytes for this direction; one line.
@@ -59,11 +69,26 @@ class NoSeal:
     signs = False
 
     def close(self, message: bytes) -> bytes:
-        """The message."""
+        """Seal a message with nothing.
+
+        Args:
+            message: encoded.
+
+        Returns:
+            ``message``.
+        """
         return message
 
     def open(self, sender: str, sealed: bytes) -> bytes:
-        """The message; anybody may have sent it."""
+        """Open a message that anybody may have sent.
+
+        Args:
+            sender: believed to have sent it.
+            sealed: as received.
+
+        Returns:
+            ``sealed``.
+        """
         return sealed
 
 
