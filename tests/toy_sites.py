@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from fedferret.core.node import Node
 from fedferret.core.task import Examples
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.remote import Remote
+from fedferret.engines.replay import Protection
 from fedferret.engines.trainer import Trainer, Work
-from fedferret.engines.transport import Received
+from fedferret.engines.transport import Received, Seal
 from fedferret.wire import codec
 from toys import Simulation, simulate, toy_clients, toy_task
 
@@ -24,23 +27,34 @@ BASE = hashlib.sha256(b"the base").hexdigest()
 
 
 class Direct:
-    """A transport that calls trainers; ``tamper`` may change, drop or add what comes back."""
+    """A transport that calls trainers; ``tamper`` may change, drop or add what comes back.
 
-    def __init__(self, trainers: Mapping[str, Trainer], workers: Sequence[str] = ()) -> None:
-        self.trainers, self.workers = dict(trainers), tuple(workers)
+    ``repeats``: how often it sends one message again, if what came back was dropped.
+    """
+
+    def __init__(self, trainers: Mapping[str, Trainer], workers: Sequence[str] = (), repeats: int = 0) -> None:
+        self.trainers, self.workers, self.repeats = dict(trainers), tuple(workers), repeats
         self.tamper: Callable[[str, bytes, bytes], list[Any]] = lambda site, message, response: [response]
         self.exchanges: list[dict[str, int]] = []  # bytes of each message, by addressee
         self.closed = False
 
     def exchange(self, messages: Mapping[str, bytes], deadline: float) -> Iterator[Received]:
         """In the reverse of the order in which they were given: arrival must not matter."""
-        sent = {}
-        for number, site in enumerate(reversed(list(messages))):
+        sent, left, waiting = {}, dict.fromkeys(messages, self.repeats), list(messages)
+
+        def again(site: str, reason: str) -> bool:
+            left[site] -= 1
+            waiting.extend([site] if left[site] >= 0 else [])
+            return left[site] >= 0
+
+        while waiting:
+            site = waiting.pop()
             message = messages[site]
             sent[site] = len(message)
-            taker = site if site in self.trainers else self.workers[number % len(self.workers)]
+            taker = site if site in self.trainers else self.workers[len(waiting) % len(self.workers)]
             for content in self.tamper(site, message, self.trainers[taker].handle(message)):
-                yield content if isinstance(content, Received) else Received(site, content)
+                received = content if isinstance(content, Received) else Received(site, content)
+                yield replace(received, again=partial(again, site)) if self.repeats else received
         self.exchanges.append(sent)
 
     def close(self) -> None:
@@ -59,6 +73,7 @@ def toy_trainer(
     built: list[str] | None = None,
     guards: Sequence[Guard] = (),
     held_out: Mapping[str, Examples] | None = None,
+    seal: Seal | None = None,
     **limits: Any,
 ) -> Trainer:
     """A trainer with a toy model; ``built`` counts how often it was made, ``limits`` are those of a site's policy."""
@@ -69,7 +84,7 @@ def toy_trainer(
         node, _ = Node.start(toy_task(rounds, algorithm), algorithm, 3, codec, guards=guards)
         return Work(node, data, base, "fingerprint of the data", held_out or {})
 
-    return Trainer(build, folder, client, on_message, **limits)
+    return Trainer(build, folder, client, on_message, seal=seal, **limits)
 
 
 def simulate_sites(
@@ -80,6 +95,7 @@ def simulate_sites(
     data: Mapping[str, Examples] | None = None,
     log: Callable[[str], None] = lambda line: None,
     on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    protection: Protection | None = None,
     **options: Any,
 ) -> Simulation:
     """``simulate`` with the engine Remote over a transport."""
@@ -94,6 +110,7 @@ def simulate_sites(
             deadline=60.0,
             workers=link.workers,
             store=store,
+            protection=protection,
             log=log,
             on_message=on_message,
         )

@@ -26,6 +26,7 @@ from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
+from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.evaluator import Scores
 from fedferret.evaluation.loss import evaluate
@@ -107,9 +108,11 @@ class Experiment(Parts):
 
     Attributes:
         transport: to sites that hold the data; None: clients run on this machine or cluster.
+        protection: of the messages to sites.
     """
 
     transport: Transport | None = None
+    protection: Protection | None = None
 
     def __post_init__(self) -> None:
         self.trains_here = self.transport is None
@@ -122,6 +125,7 @@ class Experiment(Parts):
         folder: Path | None = None,
         log: Callable[[str], None] = print,
         transport: Transport | None = None,
+        protection: Protection | None = None,
     ) -> Experiment:
         """Check, then load data and model.
 
@@ -130,6 +134,7 @@ class Experiment(Parts):
             folder: of the run; None keeps nothing on disk.
             log: called with lines on slow steps.
             transport: to sites that hold the data; None: clients run on this machine or cluster.
+            protection: of the messages to sites; None: no seal.
 
         Returns:
             The experiment; no round has been run.
@@ -139,7 +144,7 @@ class Experiment(Parts):
         """
         check(recipe)
         data = load_data(recipe, at_sites=transport is not None)
-        return cls.over(recipe, data, folder, log, transport=transport)
+        return cls.over(recipe, data, folder, log, transport=transport, protection=protection)
 
     def initial_state(self) -> RunState:
         """Start the run, or resume the run in ``folder``.
@@ -191,6 +196,7 @@ class Experiment(Parts):
             deadline=execution.deadline,
             workers=workers.workers if workers else (),
             store=store,
+            protection=self.protection,
             on_client_start=on_client_start,
             log=log,
             on_message=on_message,

@@ -32,6 +32,7 @@ from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
+from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
@@ -57,6 +58,7 @@ def run(
     log: Callable[[str], None] = print,
     *,
     transport: Transport | None = None,
+    protection: Protection | None = None,
     on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     on_client: Callable[[str], None] = lambda client: None,
 ) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def run(
         out: the run's folder.
         log: called with lines for the terminal.
         transport: reaches sites that hold the data, in place of the recipe's engine; it is closed at the end.
+        protection: of messages to and from them.
         on_message: called with every message to and from them.
         on_client: called with a client's name before its reply is read, and with "" after that.
 
@@ -87,7 +90,7 @@ def run(
         stack.enter_context(_lost_files_in_a_line(out))
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
-        experiment = Experiment.load(recipe, out, log, transport)
+        experiment = Experiment.load(recipe, out, log, transport, protection)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from federation import CountingProxy, Federation, federation, free_port, messages, records, wait, write_recipe
 from fedferret import load_recipe, run
 from fedferret.cli import app
-from fedferret.engines.flower import GRACE, SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
+from fedferret.engines.flower import GRACE, REPEATS, SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
 from fedferret.engines.flower_link import Announced, Unavailable
 from fedferret.engines.flower_relay import deliver
 from fedferret.engines.flower_reply import Malformed, read_reply
@@ -219,6 +219,34 @@ def test_a_reply_that_is_there_at_the_deadline_is_counted() -> None:
     assert received == {"ward-1": b"yes", "ward-2": b"yes"}
 
 
+def test_a_message_to_which_a_stranger_replied_is_pushed_again_while_others_work() -> None:
+    """SuperLink takes one reply to each message: only a new one can have the site's."""
+    replies = iter([b"forged", Error(ErrorCode.INVALID_FAB, "forged too"), b"true"])
+    slow = iter([None] * 9 + [b"done"])
+    recorded: list[Traffic] = []
+    grid = Grid(lambda node, message: next(slow) if node == 7 else next(replies))
+    roster = Roster(grid, ["ward-1", "ward-2"])  # type: ignore[arg-type]
+    seen = []
+    for received in FlowerTransport(grid, roster, recorded.append, 0.01).exchange(MESSAGES, 60):  # type: ignore[arg-type]
+        seen.append((received.site, received.content))
+        if received.site == "ward-2" and received.content != b"true":
+            assert received.again("forged")
+    assert seen == [("ward-2", b"forged"), ("ward-2", None), ("ward-2", b"true"), ("ward-1", b"done")]
+    assert [message for node, message, _ in grid.pushed if node == 8] == [b"to two"] * 3
+    assert sum(each.payload_down for each in recorded if each.site == "ward-2") == 3 * len(b"to two")
+
+
+def test_a_stranger_without_end_is_given_up_and_so_is_one_at_the_deadline() -> None:
+    grid = Grid(lambda node, message: b"forged" if node == 7 else None)
+    roster = Roster(grid, ["ward-1", "ward-2"])  # type: ignore[arg-type]
+    for sent, deadline in (({"ward-1": b"x"}, 60.0), (MESSAGES, 0.3)):
+        pushed = len(grid.pushed)
+        for received in FlowerTransport(grid, roster, poll=0.001).exchange(sent, deadline):  # type: ignore[arg-type]
+            more = received.again("forged")
+            assert not more or received.site == "ward-1"
+        assert len(grid.pushed) - pushed <= REPEATS + len(sent)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -356,6 +384,7 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_kille
         made.wait_for("serve", "round 2/4: held-out")
         served = tmp_path / "served"
         undisturbed(tmp_path, served, wires)
+        assert all("requests and responses are not signed" in made.output(name) for name in ("serve", *sites))
 
         made.kill("resident", "ward-1")
         made.kill("client_app", "ward-2")

@@ -200,7 +200,7 @@ def test_renewing_keeps_the_node_key(authority: Authority) -> None:
     assert authority.renew("ward-7") == archive
     after = files(folder)
     assert {name for name in after if after[name] != before[name]} >= {"site.crt", "site.key"}
-    assert (after["node.key"], after["ca.crt"]) == (before["node.key"], before["ca.crt"])
+    assert {name for name in ("node.key", "signing.key", "ca.crt") if after[name] != before[name]} == set()
     assert archive.read_bytes() != sent
     credentials.read_site(folder)
     authority.renew("server", ["new.example.org"])
@@ -234,7 +234,7 @@ def test_a_certificate_that_expires_soon_is_noted_and_an_expired_one_is_refused(
     (notice,) = credentials.read_site(folder).notices
     assert "ward-7 expires in 24 days" in notice and "pki renew" in notice
     assert "fedferret pki renew server" in credentials.read_server(old.folder).notices[0]
-    assert [one.days_left for one in Authority(old.folder).statuses()] == [359, 24, 24, 24]
+    assert [one.days_left for one in Authority(old.folder).statuses()] == [359, 24, 24, 24, 24]
     with pytest.raises(UserError, match=r"certificate of ward-7 expired on 20\d\d-\d\d-\d\d: ask"):
         credentials.read_site(folder, clock=ago(-26))
     with pytest.raises(UserError, match=r"the server's certificate expired on .* renew server"):
@@ -280,6 +280,7 @@ def test_other_mistakes_are_one_line_too(authority: Authority, tmp_path: Path) -
         (lambda: Authority.create(tmp_path / "new", HOSTS, "a/b"), "cannot name a federation"),
         (lambda: Authority(tmp_path / "new"), "fedferret pki init"),
         (lambda: authority.issue("server"), "reserved for the server"),
+        (lambda: authority.issue("server-signing"), "reserved for the server"),
         (lambda: authority.revoke("ward-8"), 'did you mean "ward-7"'),
         (lambda: authority.renew("ward-7", ["a.org"]), "nothing calls sites"),
         (lambda: credentials.read_site(tmp_path), "is missing: unpack the archive"),
@@ -292,7 +293,7 @@ def test_other_mistakes_are_one_line_too(authority: Authority, tmp_path: Path) -
 
 def test_keys_that_others_can_read_are_refused(authority: Authority) -> None:
     folder = authority.issue("ward-7").with_suffix("")
-    for path in (folder / "site.key", folder / "node.key", folder):
+    for path in (folder / "site.key", folder / "node.key", folder / "signing.key", folder):
         mode = path.stat().st_mode
         path.chmod(0o750)
         with pytest.raises(
@@ -417,7 +418,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "ward-7.tar" in give("renew", "ward-7")
     assert "not overwritten" in give("issue", "ward-7", code=2)
     shown = give("show")
-    assert shown.count("ward-7") == 2 and shown.count("364 days left") == 4 and "replaced; 364" in shown
+    assert shown.count("ward-7") == 2 and shown.count("364 days left") == 5 and "replaced; 364" in shown
     assert "2 certificates" in give("revoke", "ward-7")
     assert "revoked" in give("show")
     assert "no site is called" in give("revoke", "ward-7", code=2)

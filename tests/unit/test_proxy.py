@@ -19,6 +19,7 @@ pytest.importorskip("cryptography", reason='certificates need pip install "fedfe
 
 from fedferret.core.errors import RunError, UserError
 from fedferret.sites import nginx
+from fedferret.sites.certificates import node_key_header
 from fedferret.sites.proxy import Proxy
 from unit import outside
 from unit.outside import Federation, SuperLink, call
@@ -57,13 +58,34 @@ def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
 @pytest.mark.parametrize("name", nginx.FLEET)
 def test_a_site_reaches_the_calls_of_a_node(federation: Federation, superlink: SuperLink, port: int, name: str) -> None:
     superlink.calls.clear()
-    signed = {"flwr_public_key": "a2V5", "flwr_timestamp": "2026-11-23T12:00:00+00:00", "flwr_signature": "c2ln"}
+    signed = {
+        "flwr_public_key": node_key(federation, "ward-7"),
+        "flwr_timestamp": "2026-11-23T12:00:00+00:00",
+        "flwr_signature": "c2ln",
+    }
     status, body = call(port, federation.ca, federation.pairs["ward-7"], f"/v1/fleet/{name}", body=b"x" * 99, **signed)
     assert (status, body) == (200, f"/v1/fleet/{name} xxxxxxxx".encode())
     ((line, headers, size),) = superlink.calls
     assert (line, size) == (f"POST /v1/fleet/{name}", 99)
     assert {key.lower().replace("-", "_"): value for key, value in headers.items()}.items() >= signed.items()
     assert headers["X-Forwarded-For"] == "127.0.0.1"
+
+
+def node_key(federation: Federation, site: str) -> str:
+    return node_key_header(federation.server.node_public_keys()[site].read_bytes())
+
+
+@pytest.mark.parametrize("key", ["ward-8", "a2V5", "nobody", "ward-7 "])
+def test_a_call_with_another_node_key_than_the_certificates_is_refused(
+    federation: Federation, superlink: SuperLink, port: int, key: str
+) -> None:
+    superlink.calls.clear()
+    given = node_key(federation, key) if key == "ward-8" else key
+    assert call(port, federation.ca, federation.pairs["ward-7"], PULL, flwr_public_key=given)[0] == 403
+    assert call(port, federation.ca, federation.pairs["ward-8"], PULL, flwr_public_key=given)[0] == (
+        200 if key == "ward-8" else 403
+    )
+    assert len(superlink.calls) == (key == "ward-8")
 
 
 CLOSED = (

@@ -233,7 +233,8 @@ class Sites:
             request = codec.decode(messages[name])
             reply = codec.encode(ClientUpdate(delta, 1, {{}}))
             head = request.run, 0, request.round, request.ticket, name
-            response = Response(*head, "done", request.version, request.fingerprint, 1, reply, "", b"")
+            state = "done", request.version, request.fingerprint, 1
+            response = Response(*head, *state, reply, "", b"", request.sequence)
             yield Received(name, codec.encode(response))
     def close(self): pass
 

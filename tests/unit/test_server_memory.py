@@ -36,7 +36,7 @@ class Sites:
             reply = codec.encode(ClientUpdate(SharedReply(coordinates, state.public.norms.clone()), 1, {}))
             yield Received(name, codec.encode(Response(
                 request.run, request.epoch, request.round, request.ticket, name, "done", request.version,
-                request.fingerprint, 1, reply, "", b"",
+                request.fingerprint, 1, reply, "", b"", request.sequence,
             )))
     def close(self): pass
 

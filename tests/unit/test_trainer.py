@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ RUN = hashlib.sha256(RECIPE.encode()).hexdigest()
 METHOD = METHODS["ferret-error-feedback"]
 ROUNDS = 4
 DATA = toy_clients()
+NUMBERS = itertools.count(1)  # a server never gives two requests one number
 
 
 class Unfolded(Log):
@@ -67,6 +69,7 @@ class Server:
             rebuild=False,
             private=b"",
             body=Train(version + 1),
+            sequence=next(NUMBERS),
         )
         return codec.encode(replace(request, **changes))
 
@@ -223,10 +226,10 @@ def test_a_replica_with_another_hash_says_so_and_is_rebuilt_on_demand(server: Se
 def test_an_order_that_is_over_leaves_the_replica_alone(server: Server, tmp_path: Path) -> None:
     site = trainer(tmp_path)
     ask(site, server.request(3))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("runs/**/*") if path.is_file()}
     late = ask(site, server.request(1))
     assert (late.status, late.version) == ("missing", 3)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("runs/**/*") if path.is_file()} == before
     assert ask(site, server.request(3, since=3)).status == "done"
 
 
@@ -373,14 +376,14 @@ def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
     ).identity_toml()
     site = open_trainer(folder)
     run = hashlib.sha256(plan.encode()).hexdigest()
-    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, False, b"", Train(1))
+    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, False, b"", Train(1), 1)
     base = ask(site, codec.encode(request))
     assert "the base model here has SHA-256" in base.reason
     from fedferret import models
     from fedferret.core import tree
 
     fingerprint = tree.fingerprint(tree.parameters(models.load("tiny").model))
-    sent = site.handle(codec.encode(replace(request, base=fingerprint)))
+    sent = site.handle(codec.encode(replace(request, base=fingerprint, sequence=2)))
     assert codec.decode(sent).status == "done"
     for word in (b"Secret", b"Xyzzy", b"plugh"):
         assert word not in sent and word not in (folder / "audit.jsonl").read_bytes()

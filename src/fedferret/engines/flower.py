@@ -2,6 +2,8 @@
 
     exchange(messages, deadline): which sites are connected? -> push each message to its site's node -> poll for replies
                                   a site that connects during the exchange is sent its message then
+                                  a reply that is not the site's -> push the same message once more, as a new one of
+                                  Flower's, which takes one reply to each
                                   no reply by the deadline -> a Received without content
 
 A message of ours is one bytes value in a ConfigRecord of a Flower message. Flower's averaging, sampling and strategies
@@ -20,7 +22,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -34,6 +37,7 @@ from fedferret.engines.transport import Received
 SENDINGS = 3  # of one message in one exchange: a site that reconnects may still reply; one that crashes does not
 GRACE = 10.0  # seconds for which a message outlives its deadline: a reply that is there then is still handed out
 PART = "announced a reply and did not send all of it before the deadline"
+REPEATS = 20  # of a message to which a stranger replied; each costs as much as the message
 _LONGEST_NAME = 200  # bytes of a site's name that are looked at
 
 
@@ -86,7 +90,7 @@ class FlowerTransport:
                 exchange.send(self._nodes(max(0.0, exchange.left())))
             for traffic, received in exchange.receive():
                 self._record(traffic)
-                yield received
+                yield replace(received, again=partial(exchange.again, received.site))
                 self._watch.reading("")
             if exchange.open:
                 time.sleep(min(self._poll, max(0.0, exchange.left())))
@@ -106,6 +110,8 @@ class _Exchange:
         self._sent = dict.fromkeys(messages, 0)
         self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
         self._missing = dict.fromkeys(messages, "not connected") | self._left_out  # why a site has no message now
+        self._repeats = dict.fromkeys(messages, 0)
+        self._replied: set[str] = set()  # sites in whose names something came
 
     def left(self) -> float:
         """Seconds to the deadline."""
@@ -127,6 +133,16 @@ class _Exchange:
                 if not self._inbox.send(message, site, self.left()):
                     self._missing[site] = "the SuperLink did not accept its message"
 
+    def again(self, site: str, reason: str) -> bool:
+        """Send to a site once more: the reply was another's. Returns False where it had its repetitions."""
+        if site in self.open or site not in self._replied or self._repeats[site] >= REPEATS or self.left() <= 0:
+            return False
+        self.open.add(site)
+        self._repeats[site] += 1
+        self._sent[site] = self._payload[site] = self._framed[site] = 0
+        self._missing[site] = reason
+        return True
+
     def receive(self) -> Iterator[tuple[Traffic, Received]]:
         """What came since the last poll; once nothing more can come, every site that is still open."""
         for site in sorted(self._left_out.keys() & self.open):
@@ -138,6 +154,7 @@ class _Exchange:
             if reply and reply.lost:
                 self._missing[site] = reply.reason  # the site may be back before the others are done
             elif reply:
+                self._replied.add(site)
                 yield self._close(site, reply)
         for identifier, site in self._inbox.waiting().items() if over else ():
             announced = self._inbox.forget(identifier, self.left())

@@ -1,11 +1,12 @@
 """The server's half of any engine that is not this process: a Request to each client, a Response back, no trust.
 
-    bodies -> one request per client -> transport -> responses, as they come -> checked -> spooled -> replies in client
-    order
+    bodies -> one request per client -> sealed -> transport -> responses, as they come -> seal, then content checked
+           -> spooled -> replies in client order
 
 * A request carries what the client's site is missing of the log, by the server's books. A site that is missing more
   says so and is sent that; a site with another hash of its replica is named, and rebuilds it from base and log once.
-* Every request has a ticket. A response with another is late, or a second one, and counts for nothing.
+* Every request has a ticket and a number. What comes with another, or with a seal that is not the site's, is logged and
+  counts for nothing, and the request is sent again: anyone may have sent it, to have it taken for the site's response.
 * Responses wait for their turn in a temporary file: the server's memory does not grow with their number.
 * Whatever a site does becomes one Failure with one line; nothing that comes back raises here.
 
@@ -30,9 +31,11 @@ from fedferret.core.rounds import RunState, longest_update
 from fedferret.core.spool import Place, Spool
 from fedferret.core.text import plain_line
 from fedferret.engines.client_store import ClientStore
+from fedferret.engines.replay import Protection
 from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
+ERRORS = 3  # errors of a site's processes that are not believed in an exchange: nobody signs them
 _FRAME = 64 << 10  # bytes of a response beside the reply, and of a reply with scores
 _GUARDS = 1 << 20  # bytes of a reply that a guard declares: keys and shares for each of the cohort
 _SLACK = 4  # a response is decoded up to this many times the longest reply; the intake is exact
@@ -61,6 +64,7 @@ class Remote:
         deadline: float,
         workers: Sequence[str] = (),
         store: ClientStore | None = None,
+        protection: Protection | None = None,
         on_client_start: Callable[[str], None] = lambda client: None,
         log: Callable[[str], None] = lambda line: None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
@@ -75,12 +79,14 @@ class Remote:
             deadline: seconds of an exchange.
             workers: the transport's, of which any works for any client; () where every client is a site.
             store: of simulated clients' private states.
+            protection: seal and numbers of the messages; None: no seal, and numbers from this machine's clock.
             on_client_start: called with a client's name when its reply's turn comes.
             log: called with a line for each thing an operator should know that is no failure.
             on_message: called with every message.
         """
         self._store = store or ClientStore()
         self.transport, self.codec = transport, codec
+        self.protection = protection or Protection()
         self.recipe, self.run = recipe, hashlib.sha256(recipe.encode()).hexdigest()
         self.base, self.deadline, self.workers = base, deadline, tuple(workers)
         self.on_client_start, self.log, self.on_message = on_client_start, log, on_message
@@ -150,6 +156,9 @@ class _Exchange:
             model = state.node.task.model
             self.limit += _GUARDS + 4 * sum(each.numel() * each.itemsize for each in model.parameters())
         self.tickets: dict[str, str] = {}
+        self.numbers: dict[str, int] = {}
+        self.digests: dict[str, str] = {}  # SHA-256 of what was sent
+        self.dropped: dict[str, int] = {}  # how many messages in a client's name were not its response
         self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
         self.sendings = dict.fromkeys(bodies, 0)
         self.settled: dict[str, Failure | tuple[Place, Place]] = {}
@@ -182,6 +191,7 @@ class _Exchange:
 
     def _send(self, names: Sequence[str]) -> Iterator[Received]:
         self.tickets |= {name: secrets.token_hex(8) for name in names}
+        self.numbers |= {name: self.engine.protection.numbers.next() for name in names}
         return self.engine.transport.exchange(_Messages(names, self._message), max(0.0, self._left()))
 
     def _message(self, name: str) -> bytes:
@@ -207,8 +217,11 @@ class _Exchange:
                 rebuild=missing.rebuild,
                 private=b"" if private is None else engine.codec.encode(private),
                 body=self.bodies[client] if client else None,
+                sequence=self.numbers[name],
             )
         )
+        message = engine.protection.seal.close(message)
+        self.digests[name] = hashlib.sha256(message).hexdigest()
         self._log_event("request", name, payload_bytes=update.size, framed_bytes=len(message))
         return message
 
@@ -266,20 +279,27 @@ class _Exchange:
 
     def _read(self, received: Received) -> Response | str:
         """The response that a site's message is, or what is wrong with it."""
+        name, seal = received.site, self.engine.protection.seal
         if received.content is None:
-            return self.wrong.get(received.site) or received.reason or "no reply before the deadline"
-        if len(received.content) > self.limit:
-            return f"sent {len(received.content):,} bytes, and no response of this run has more than {self.limit:,}"
+            reason = self.wrong.get(name) or received.reason or "no reply before the deadline"
+            unsigned = seal.signs and self.dropped.get(name, 0) < ERRORS
+            return self._drop(received, reason) if unsigned else reason
         try:
-            return self._checked(received.site, received.content)
+            content = seal.open(name, received.content)
+        except ValueError as error:
+            return self._drop(received, plain_line(str(error)))
+        if len(content) > self.limit:
+            return f"sent {len(content):,} bytes, and no response of this run has more than {self.limit:,}"
+        try:
+            return self._checked(received, content)
         except OSError:
             raise  # of a disk: no fault of this site
         except Exception as error:  # whatever strange bytes may raise, in a message's own text too
             return f"{type(error).__name__}: {plain_line(str(error))}"
 
-    def _checked(self, name: str, content: bytes) -> Response | str:
+    def _checked(self, received: Received, content: bytes) -> Response | str:
         """The response that these bytes are; nothing of it is logged before it is known to be one."""
-        response = self.engine.codec.decode(content)
+        name, response = received.site, self.engine.codec.decode(content)
         if not isinstance(response, Response):
             return f"a {type(response).__name__} came where a Response was expected"
         if response.status not in (DONE, MISSING, REFUSED):
@@ -295,14 +315,24 @@ class _Exchange:
             process=response.process,
             note=plain_line(response.reason),
         )
-        if response.ticket == "" and response.status == REFUSED:  # it could not even read the request
+        if response.ticket == self.digests[name] and response.status == REFUSED:  # it could not even read the request
             return f"did not take the request: {plain_line(response.reason)}"
-        if response.ticket != self.tickets[name]:
-            return f"replied to a request of round {response.round} that is over"
+        if response.status == REFUSED and not response.run:
+            return self._drop(received, f"did not take a request that came damaged: {plain_line(response.reason)}")
+        if (response.ticket, response.sequence) != (self.tickets[name], self.numbers[name]):
+            return self._drop(received, f"replied to a request of round {response.round} that is over")
         client = "" if name in self.engine.workers else name
         if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
             return f"replied for {plain_line(response.client)} in round {response.round}, which it was not asked"
         return response
+
+    def _drop(self, received: Received, reason: str) -> str:
+        """Have the request sent again, since what came need not be from the site, and log that; returns the reason."""
+        if received.site not in self.settled and received.again(reason):
+            self.dropped[received.site] = self.dropped.get(received.site, 0) + 1
+            if self.dropped[received.site] == 1:  # a flood has one line
+                self.engine.log(f"{received.site}: {reason}; dropped, and its request is sent again")
+        return reason
 
     def _send_missing(self, client: str, response: Response) -> bool:
         """The site has not what the request builds on: remember what to send with the next."""

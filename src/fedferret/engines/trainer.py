@@ -1,10 +1,13 @@
 """The site's half: model, replica, data and private state in one process that answers requests. No socket in it.
 
+    message -> is the seal the server's?             (before anything is decoded)
+            -> is its number the highest so far?     (the same bytes again: the same response; see ``replay.py``)
     request -> the recipe's work, built once         (model loaded once: the process id in every response shows it)
             -> replica up to the request's version   (base + the site's log on disk + the records of the request)
             -> is its hash the server's?             (else "replica" is missing, and the site rebuilds it)
-            -> node.handle(body) -> response
+            -> node.handle(body) -> response, sealed
 
+    FOLDER/request.last, response.last   the newest request, and the response to it
     FOLDER/runs/<run>/recipe.toml   what was asked of this site
     FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
     FOLDER/runs/<run>/clients/      its private state after each round that may still be the last one counted
@@ -32,9 +35,9 @@ from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
-from fedferret.core.text import plain_line
+from fedferret.engines.replay import LastRequest
 from fedferret.engines.site_folder import RunFolder
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Request, Response
+from fedferret.engines.transport import DONE, MISSING, REFUSED, SERVER, NoSeal, Request, Response, Seal
 from fedferret.wire import codec
 
 
@@ -83,6 +86,7 @@ class Trainer:
         client: str | None = None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
         *,
+        seal: Seal | None = None,
         allow: Callable[[str, str], None] = lambda recipe, base: None,
         longest_round: float | None = None,
     ) -> None:
@@ -93,38 +97,64 @@ class Trainer:
             folder: of the site; None keeps nothing.
             client: the only one that works here; None: any.
             on_message: called with every request and response, for the audit file.
+            seal: of messages from and to the server; None: none.
             allow: called with a run's recipe, as TOML, and the SHA-256 of its base before either is used; raises for a
                 run that this site does not take part in.
             longest_round: seconds that one request may compute; None: as long as it takes.
+
+        Raises:
+            UserError: a file in the folder is damaged.
         """
+        self._seal = seal or NoSeal()
+        self._newest = LastRequest(folder) if folder else None  # a simulation's worker keeps nothing
         self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
         self._allow, self._longest_round = allow, longest_round
         self._replica: Replica | None = None
         self._last: tuple[Request, Response] | None = None  # the response given last: the same request has the same
 
     def handle(self, message: bytes) -> bytes:
-        """The response to a request, both encoded."""
-        request = Request("", 0, 0, "", "", "", "", 0, "", b"", (), 0, False, b"", None)
-        notes: list[str] = []
+        """The response to a request, both encoded and sealed."""
+        request, notes = _unread(message), list[str]()
         try:
-            request = read_request(message)
+            content = self._seal.open(SERVER, message)
+            request = read_request(content)
             self._log_event("request", request, len(message), 0, "")
+            response = self._accepted(request, content, notes)
+        except Exception as error:
+            response = self._refusal(request, error)
+        sealed = self._seal.close(codec.encode(response))
+        note = "; ".join([*notes, *([response.reason] if response.reason else [])])
+        try:
+            self._log_event(response.status, request, len(sealed), len(response.reply), note)
+        except OSError as error:  # the disk is full: what cannot be written down is not sent
+            response = self._response(request, REFUSED, reason=f"cannot write its audit file: {error}")
+            sealed = self._seal.close(codec.encode(response))
+        return sealed
+
+    def _accepted(self, request: Request, content: bytes, notes: list[str]) -> Response:
+        """The response to a request that is the server's: the stored one, where these bytes have had one."""
+        if request.client and self._client is not None and request.client != self._client:
+            # before its number counts: another site's request, brought here, must not make this site's own an old one
+            raise RunError(f"this site works for {self._client}, and the request is for {request.client}")
+        stored = self._newest.accept(request.sequence, content) if self._newest else None
+        if stored is not None:
+            try:
+                response = codec.decode(stored)
+                notes.append("the same request again has the same response")
+                return response  # type: ignore[no-any-return]  # what was kept below
+            except codec.WireError as error:
+                notes.append(f"the stored response is damaged ({error}): the work is done again")
+        try:
             response = self._carry_out(request, notes)
         except MissingState as missing:
             response = self._response(request, MISSING, reason=str(missing))
         except Exception as error:
-            response = self._response(request, REFUSED, reason=plain_line(f"{type(error).__name__}: {error}"))
-        encoded = codec.encode(response)
-        note = "; ".join([*notes, *([response.reason] if response.reason else [])])
-        try:
-            self._log_event(response.status, request, len(encoded), len(response.reply), note)
-        except OSError as error:  # the disk is full: what cannot be written down is not sent
-            encoded = codec.encode(self._response(request, REFUSED, reason=f"cannot write its audit file: {error}"))
-        return encoded
+            response = self._refusal(request, error)
+        if self._newest:
+            self._newest.keep(codec.encode(response))
+        return response
 
     def _carry_out(self, request: Request, notes: list[str]) -> Response:
-        if request.client and self._client is not None and request.client != self._client:
-            raise RunError(f"this site works for {self._client}, and the request is for {request.client}")
         replica = self._open(request, notes)
         node = replica.work.node
         self._catch_up(node, request)
@@ -133,7 +163,7 @@ class Trainer:
         if not request.client:
             return self._response(request, DONE)
         if self._last and _same_work(self._last[0], request):
-            return replace(self._last[1], ticket=request.ticket)
+            return replace(self._last[1], ticket=request.ticket, sequence=request.sequence)
         holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
@@ -229,7 +259,10 @@ class Trainer:
         node = replica.work.node if replica else None
         version, fingerprint = (node.version, node.fingerprint()) if node else (-1, "")
         head = request.run, request.epoch, request.round, request.ticket, request.client
-        return Response(*head, status, version, fingerprint, os.getpid(), reply, reason, private)
+        return Response(*head, status, version, fingerprint, os.getpid(), reply, reason, private, request.sequence)
+
+    def _refusal(self, request: Request, error: Exception) -> Response:
+        return self._response(request, REFUSED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _log_event(self, what: str, request: Request, framed: int, payload: int, note: str) -> None:
         replica = self._replica
@@ -289,7 +322,15 @@ def read_request(message: bytes) -> Request:
         raise ValueError(f"a {type(request).__name__} came where a Request was expected")
     if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
         raise ValueError("a Request came that names no run, round or version")
+    if not 0 < request.sequence < 1 << 62:
+        raise ValueError(f"a Request came with the number {request.sequence}")
     return request
+
+
+def _unread(message: bytes) -> Request:
+    """What is known of a message that cannot be read: its SHA-256, by which the server knows what it sent."""
+    digest = hashlib.sha256(message).hexdigest()
+    return Request("", 0, 0, digest, "", "", "", 0, "", b"", (), 0, False, b"", None, 0)
 
 
 def _same_work(one: Request, other: Request) -> bool:

@@ -1,16 +1,16 @@
 """The narrow waist between the round loop and the machines: sealed messages out, sealed messages back, a deadline.
 
-    Remote (server half)  --Request-->   Transport  --bytes-->  Trainer (site half)
-                          <--Response--             <--bytes--
+    Remote (server half)  --Request-->   Seal  --bytes-->  Transport  --bytes-->  Seal  --Request-->   Trainer
+                          <--Response--        <--bytes--             <--bytes--        <--Response--  (site half)
 
 A transport knows no method, no round and no model: it delivers bytes to sites by name. The two messages below say what
-the bytes are; only the codec reads and writes them: the wire carries data, never code.
+the bytes are; only the codec reads and writes them: the wire carries data, never code. A seal says who sent them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedferret.core.messages import message
@@ -23,6 +23,73 @@ class Received:
     site: str
     content: bytes | None  # None: nothing came
     reason: str = ""  # why not, in words for an operator
+    # has the same message sent again while the exchange lasts, because what came is not the site's reply; called with
+    # the reason, and returns whether the transport does so
+    again: Callable[[str], bool] = field(default=lambda reason: False, compare=False, repr=False)
+
+
+class Seal(Protocol):
+    """Says of every message who sent it. The bytes inside are one encoded Request or Response."""
+
+    signs: bool  # whether ``open`` refuses what another than the sender made
+
+    def close(self, message: bytes) -> bytes:
+        """Seal a message.
+
+        Args:
+            message: encoded.
+
+        Returns:
+            The message, sealed; equal messages have equal bytes while the key stays.
+        """
+        ...
+
+    def open(self, sender: str, sealed: bytes) -> bytes:
+        """Open a sealed message, or refuse it before anything of it is decoded.
+
+        Args:
+            sender: name of the site that must have sealed it; ``SERVER`` at a site.
+            sealed: as received.
+
+        Returns:
+            The encoded message.
+
+        Raises:
+            ValueError: the sender did not seal these bytes for this direction; one line.
+        """
+        ...
+
+
+SERVER = "server"
+
+
+class NoSeal:
+    """Messages as they are: in a simulation, where both ends are one program, and with ``--insecure``."""
+
+    signs = False
+
+    def close(self, message: bytes) -> bytes:
+        """Seal a message with nothing.
+
+        Args:
+            message: encoded.
+
+        Returns:
+            ``message``.
+        """
+        return message
+
+    def open(self, sender: str, sealed: bytes) -> bytes:
+        """Open a message that anybody may have sent.
+
+        Args:
+            sender: believed to have sent it.
+            sealed: as received.
+
+        Returns:
+            ``sealed``.
+        """
+        return sealed
 
 
 class Transport(Protocol):
@@ -66,6 +133,7 @@ class Request:
     rebuild: bool  # the site's replica was found to differ: start again from the base
     private: bytes  # a simulated client's private state; a site keeps its clients', and this is b""
     body: Any  # Train, Score or a guard's; None: only come up to date
+    sequence: int  # higher in every request of a server; see ``replay.py``
 
 
 @message
@@ -75,7 +143,7 @@ class Response:
     run: str
     epoch: int
     round: int
-    ticket: str
+    ticket: str  # the request's; SHA-256 of what came where that could not be read as a request
     client: str
     status: str  # DONE, MISSING or REFUSED
     version: int  # of the replica now; -1: there is none
@@ -84,6 +152,7 @@ class Response:
     reply: bytes  # of DONE: the reply to the body, encoded
     reason: str  # of MISSING: "recipe", "records" or "replica"; of REFUSED: one line
     private: bytes  # a simulated client's new private state; what a site keeps is never here
+    sequence: int  # the request's
 
 
 DONE, MISSING, REFUSED = "done", "missing", "refused"

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,16 +28,26 @@ from fedferret.tracking.audit import Audit
 
 if TYPE_CHECKING:
     from fedferret.engines.trainer import Trainer
+    from fedferret.engines.transport import Seal
 
 PATIENCE = 60.0  # seconds that a relay may take over one frame before it is given up
 
 
-def open_trainer(folder: Path) -> Trainer:
-    """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once. Raises UserError."""
+def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Trainer:
+    """The trainer that ``site.toml`` in ``folder`` describes; its data has been read once.
+
+    Args:
+        folder: of the site.
+        seal: makes the seal of the site's messages; None: none.
+
+    Raises:
+        UserError: for settings, data or credentials that are invalid.
+    """
     site = read_site(folder)
     check_data(site)
     if not site.policy.fetch_models:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported, which reads it once
+    sealed = seal(folder) if seal else None
     with quick_imports():
         from fedferret.engines.trainer import Trainer  # PyTorch with it, which takes seconds
 
@@ -54,8 +64,8 @@ def open_trainer(folder: Path) -> Trainer:
         if event["note"]:  # for whoever reads the log of the trainer
             print(f"round {event['round']}: {event['note']}", file=sys.stderr, flush=True)
 
-    longest = site.policy.longest_round
-    return Trainer(partial(work, site), folder, site.name, record, allow=partial(allow, site), longest_round=longest)
+    longest, permitted = site.policy.longest_round, partial(allow, site)
+    return Trainer(partial(work, site), folder, site.name, record, seal=sealed, allow=permitted, longest_round=longest)
 
 
 def take(folder: Path) -> IO[bytes]:
@@ -104,11 +114,17 @@ def _end_with_parent() -> None:
     os._exit(0)  # at once, in the middle of a step too: whatever is on disk is whole
 
 
-def main() -> None:
-    """Serve the site in the folder that the command line names."""
+def main(seal: Callable[[Path], Seal] | None = None) -> None:
+    """Serve the site in the folder that the command line names.
+
+    Args:
+        seal: as for ``open_trainer``.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--with-parent"]
-    if len(arguments) != 1:
-        sys.exit("usage: python -m fedferret.resident SITE_FOLDER [--with-parent]")
+    if len(arguments) != (2 if seal else 1):
+        sys.exit(
+            "usage: python -m fedferret.resident SITE_FOLDER [--with-parent], or with `sites.resident` CREDENTIALS"
+        )
     if len(sys.argv) > len(arguments) + 1:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -116,7 +132,7 @@ def main() -> None:
     folder = Path(arguments[0])
     try:
         lock = take(folder)
-        trainer = open_trainer(folder)
+        trainer = open_trainer(folder, seal)
         listener = listen(folder)
     except (UserError, OSError) as error:  # a folder or file that cannot be what it should be
         print(f"fedferret: {error}", file=sys.stderr, flush=True)

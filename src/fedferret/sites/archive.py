@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fedferret.core.errors import UserError
 from fedferret.core.files import flush, make_folder
-from fedferret.sites import certificates as x
 from fedferret.sites.certificates import Clock, wall_clock
 from fedferret.sites.credentials import (
     NAME,
@@ -21,7 +20,9 @@ from fedferret.sites.credentials import (
     SiteCredentials,
     check_private,
     content_of,
+    name_in,
     read_site,
+    without_signing_key,
     write_private,
 )
 
@@ -81,7 +82,7 @@ def _swap(building: Path, into: Path, before: Path, given: str, name: str) -> No
     if into.exists():
         check_private(into)
         old = into / "site.crt"
-        if old.exists() and (holder := _name_in(content_of(old, "remove it"))) not in (name, "nobody"):
+        if old.exists() and (holder := name_in(content_of(old, "remove it"))) not in (name, "nobody"):
             raise UserError(f"{into} holds the credentials of {holder}, {given} {name}: give another folder")
         for path in into.iterdir():
             if path.name not in SITE_FILES and path.is_file():
@@ -110,14 +111,8 @@ def _read_archive(archive: Path) -> tuple[dict[str, bytes], str]:
         raise UserError(f"there is no file {archive}") from None
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise error if isinstance(error, UserError) else wrong from None
+    if set(SITE_FILES) - set(files) == {"signing.key"}:
+        raise UserError(without_signing_key(str(archive), name_in(files["site.crt"])))
     if set(files) != set(SITE_FILES) or len(folders) != 1:
         raise wrong
     return files, folders.pop()
-
-
-def _name_in(certificate: bytes) -> str:
-    """The common name; "nobody" for an invalid certificate, which the check after unpacking reports."""
-    try:
-        return x.common_name(certificate)
-    except (ValueError, IndexError):
-        return "nobody"

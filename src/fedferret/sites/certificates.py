@@ -2,14 +2,16 @@
 
 One authority (CA) signs every certificate. Each certificate states its extended key usage, and both ends check it: a
 site's certificate has ``clientAuth``; a server's has ``serverAuth`` and lists the server's names and addresses. A site
-therefore cannot pose as the server to another site. All keys are elliptic, NIST P-384: Flower accepts only NIST curves
-for node keys, and one curve for everything is one curve to reason about.
+therefore cannot pose as the server to another site. These keys are elliptic, NIST P-384: Flower accepts only NIST
+curves for node keys. Messages are signed with Ed25519 keys (``signing_keys.py``); the certificate of the server's has
+``SIGNING``, which no TLS certificate has, as its only usage, and no TLS library accepts that usage.
 
 Functions that need the time take it, or a ``Clock``, as a parameter, so that tests can make expired certificates.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 Clock = Callable[[], datetime]
@@ -26,6 +29,9 @@ Clock = Callable[[], datetime]
 Usage = ObjectIdentifier  # extended key usage
 CLIENT_AUTH = ExtendedKeyUsageOID.CLIENT_AUTH
 SERVER_AUTH = ExtendedKeyUsageOID.SERVER_AUTH
+SIGNING = ObjectIdentifier(
+    "2.25.233870428106573219746308412753904622817"
+)  # a random UUID's, as X.667 allows: ours alone
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 _SKEW = timedelta(hours=1)  # a machine with a clock up to an hour late still accepts a new certificate
@@ -55,34 +61,44 @@ def authority(name: str, days: int, now: datetime) -> Pair:
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _subject(name, "authority")
     builder = (
-        _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
+        _builder(subject, subject, key.public_key(), now - _SKEW, now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True, signs_handshakes=False), critical=True)
     )
     return _signed(builder, key, key)
 
 
-def certificate(ca: Pair, name: str, usage: Usage, days: int, now: datetime, hosts: Sequence[str] = ()) -> Pair:
+def certificate(
+    ca: Pair,
+    name: str,
+    usage: Usage,
+    days: int,
+    now: datetime,
+    hosts: Sequence[str] = (),
+    after: datetime | None = None,
+) -> Pair:
     """Return a new key and its certificate, signed by the authority.
 
     Args:
         ca: the authority.
         name: common name in the certificate.
-        usage: ``CLIENT_AUTH`` or ``SERVER_AUTH``.
+        usage: ``CLIENT_AUTH``, ``SERVER_AUTH`` or ``SIGNING``, which has an Ed25519 key.
         days: validity, in days from ``now``; cut to the authority's.
         now: time of issue, UTC.
         hosts: the names and addresses of a server; clients check them.
+        after: the validity begins later than this time, whatever the clock shows.
     """
     issuer = x509.load_pem_x509_certificate(ca.certificate)
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = Ed25519PrivateKey.generate() if usage == SIGNING else ec.generate_private_key(ec.SECP384R1())
+    begin = max(now - _SKEW, after + timedelta(seconds=1)) if after else now - _SKEW
     until = min(now + timedelta(days=days), issuer.not_valid_after_utc)
     organisation = issuer.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
     signer = _private(ca.key)
     builder = (
-        _builder(_subject(str(organisation), name), issuer.subject, key.public_key(), now, until)
+        _builder(_subject(str(organisation), name), issuer.subject, key.public_key(), begin, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False, signs_handshakes=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=usage == SIGNING)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
     if hosts:
@@ -101,7 +117,7 @@ def loopback_certificate(days: int, now: datetime) -> Pair:
     subject = _subject("loopback", "localhost")
     names = x509.SubjectAlternativeName([_general_name(host) for host in LOOPBACK])
     builder = (
-        _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
+        _builder(subject, subject, key.public_key(), now - _SKEW, now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True, signs_handshakes=True), critical=True)
         .add_extension(names, critical=False)
@@ -168,10 +184,16 @@ def node_key_owner(public: bytes, private: bytes | None = None) -> str:
     return public.decode(errors="replace").split(maxsplit=2)[-1].strip()
 
 
+def node_key_header(public: bytes) -> str:
+    """Return a public node key (OpenSSH) as a node's calls carry it, in Flower's header ``flwr-public-key``."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return b64encode(serialization.load_ssh_public_key(public).public_bytes(serialization.Encoding.PEM, form)).decode()
+
+
 def key_matches(pair: Pair) -> bool:
     """Return whether the private key belongs to the certificate."""
     public = x509.load_pem_x509_certificate(pair.certificate).public_key()
-    return _private(pair.key).public_key() == public
+    return serialization.load_pem_private_key(pair.key, None).public_key() == public
 
 
 def signed_by(certificate: bytes, authority: bytes) -> bool:
@@ -217,7 +239,11 @@ def hosts_of(certificate: bytes) -> list[str]:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, now: datetime, until: datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey | Ed25519PublicKey,
+    begin: datetime,
+    until: datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -225,14 +251,16 @@ def _builder(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
+        .not_valid_before(begin)
         .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
 
 
 def _signed(
-    builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey
+    builder: x509.CertificateBuilder,
+    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey,
+    signer: ec.EllipticCurvePrivateKey,
 ) -> Pair:
     encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return Pair(

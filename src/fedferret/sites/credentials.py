@@ -2,9 +2,11 @@
 
     server/  server.crt, server.key         for the port that sites call; names and addresses as given
              superlink.crt, superlink.key   for the SuperLink behind the proxy; loopback's names only
+             signing.crt, signing.key       signs requests (`signing.py`)
     ward-7/  ca.crt                         the only authority that the site trusts
              site.crt, site.key             for the proxy in front of Flower
              node.key, node.pub             for Flower: a second check, after the proxy's
+             signing.key                    signs responses; the server has signing.pub
              README.txt
 
 Reading checks what would otherwise fail later with an obscure error: that the files exist and only their owner can
@@ -17,15 +19,19 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import read_intact, write_atomically
 from fedferret.sites import certificates as x
 from fedferret.sites.certificates import Clock, Pair, wall_clock
+from fedferret.sites.signing_keys import SigningCertificate, read_private, read_public
 
-SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "README.txt")
+SITE_FILES = ("ca.crt", "site.crt", "site.key", "node.key", "node.pub", "signing.key", "README.txt")
+UNSIGNED = "Insecure: requests and responses are not signed, and anyone on the way can change or repeat them."
 WARN_DAYS = 30  # a month: an administrator on holiday still has time to renew
 LOOPBACK_DAYS = 3650  # the key never leaves the machine and signs nothing else: no reason to renew it
 
@@ -65,6 +71,11 @@ class SiteCredentials:
         """The public key that the server registers with the SuperLink."""
         return self.folder / "node.pub"
 
+    @property
+    def signing_key(self) -> Path:
+        """The private key that signs responses."""
+        return self.folder / "signing.key"
+
 
 @dataclass(frozen=True)
 class ServerCredentials:
@@ -93,6 +104,15 @@ class ServerCredentials:
     def superlink(self) -> tuple[Path, Path]:
         """Certificate and key of the SuperLink's port, on loopback."""
         return self.folder / "server" / "superlink.crt", self.folder / "server" / "superlink.key"
+
+    @property
+    def signing(self) -> tuple[Path, Path]:
+        """Certificate and key that sign requests."""
+        return self.folder / "server" / "signing.crt", self.folder / "server" / "signing.key"
+
+    def signing_keys(self) -> dict[str, Path]:
+        """Return the path of each site's public signing key, by site name."""
+        return {path.parent.name: path for path in sorted(self.folder.glob("sites/*/signing.pub"))}
 
     def node_public_keys(self) -> dict[str, Path]:
         """Return the path of each site's public node key, by site name.
@@ -125,10 +145,14 @@ def read_site(folder: Path, clock: Clock = wall_clock) -> SiteCredentials:
     folder = folder.resolve()
     what = f"the credentials in {folder}"
     again = f"unpack the archive that the server's administrator sent ({what} are incomplete)"
-    files = {name: content_of(folder / name, again) for name in SITE_FILES if name != "README.txt"}
-    for private in (folder, folder / "site.key", folder / "node.key"):
-        check_private(private)
+    needed = [name for name in SITE_FILES if name not in ("signing.key", "README.txt")]
+    files = {name: content_of(folder / name, again) for name in needed}
     pair = Pair(files["site.crt"], files["site.key"])
+    if not (folder / "signing.key").exists():
+        raise UserError(without_signing_key(str(folder), name_in(files["site.crt"])))
+    for private in (folder, folder / "site.key", folder / "node.key", folder / "signing.key"):
+        check_private(private)
+    _check_signing(lambda: read_private(content_of(folder / "signing.key", again)), folder / "signing.key")
     name = check_pair(pair, files["ca.crt"], folder / "site.crt")
     try:
         owner = x.node_key_owner(files["node.pub"], files["node.key"])
@@ -167,8 +191,12 @@ def read_server(folder: Path, clock: Clock = wall_clock) -> ServerCredentials:
         check_private(folder / "server" / f"{name}.key")
         check_pair(pair, authority, folder / "server" / f"{name}.crt", "run `fedferret pki renew server`")
         notices += check_time(pair.certificate, "the server's certificate", "run `fedferret pki renew server`", clock)
+    notices += _check_signing_pair(folder / "server", authority, clock)
     hosts = tuple(x.hosts_of((folder / "server" / "server.crt").read_bytes()))
-    return ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
+    made = ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
+    for path in made.signing_keys().values():
+        _check_signing(partial(read_public, path.read_bytes()), path)
+    return made
 
 
 def loopback(folder: Path, clock: Clock = wall_clock) -> tuple[Path, Path]:
@@ -298,3 +326,47 @@ def check_pair(pair: Pair, authority: bytes, path: Path, remedy: str = "unpack t
     if not signed:
         raise UserError(f"{path} was not signed by the authority in ca.crt: {remedy}")
     return name
+
+
+def name_in(certificate: bytes) -> str:
+    """Return the common name; "nobody" for an invalid certificate, which a check of the pair reports."""
+    try:
+        return x.common_name(certificate)
+    except (ValueError, IndexError):
+        return "nobody"
+
+
+def without_signing_key(what: str, name: str) -> str:
+    """Return why credentials of an earlier version are refused, and the command that renews them.
+
+    Args:
+        what: the folder or archive.
+        name: of the site.
+    """
+    return (
+        f"{what} has no signing key, an earlier fedferret made it: ask the server's administrator for "
+        f"`fedferret pki renew {name}` and the new archive"
+    )
+
+
+def _check_signing(read: Callable[[], object], path: Path) -> None:
+    """Raises UserError for a file that is no signing key."""
+    try:
+        read()
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as a signing key ({error})") from None
+
+
+def _check_signing_pair(folder: Path, authority: bytes, clock: Clock) -> list[str]:
+    """A line if the certificate expires soon. Raises UserError for a pair that cannot sign requests."""
+    remedy = "run `fedferret pki renew server`"
+    older = f"an earlier fedferret made this folder, without keys that sign requests; {remedy}"
+    pair = Pair(*(content_of(folder / f"signing.{end}", older) for end in ("crt", "key")))
+    check_private(folder / "signing.key")
+    try:
+        signed = SigningCertificate.of(pair).signed_by(authority)
+    except ValueError as error:
+        raise UserError(f"{folder / 'signing.crt'} or its key cannot be used ({error}): {remedy}") from None
+    if not signed:
+        raise UserError(f"{folder / 'signing.crt'} was not signed by the authority in ca.crt: {remedy}")
+    return check_time(pair.certificate, "the certificate of the server's signing key", remedy, clock)

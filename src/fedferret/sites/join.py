@@ -1,6 +1,6 @@
 """`fedferret join`: the processes of a site, started, watched, and started again when they end.
 
-trainer    model, data, replica; behind a socket in the site's folder      (`resident/process.py`)
+trainer    model, data, replica; behind a socket in the site's folder      (`resident.py`; insecure: `resident/`)
 relay      takes messages from the SuperNode to the trainer                (`client_app.py`)
 SuperNode  Flower's process, calls the server; nothing calls this machine
 forwarder  shows the site's certificate to the server                      (`forwarder.py`; not in insecure mode)
@@ -30,7 +30,7 @@ from fedferret.engines.relay import SOCKET
 from fedferret.sites import forwarder
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.archive import unpack
-from fedferret.sites.credentials import SiteCredentials, check_name, private_folder, read_site
+from fedferret.sites.credentials import UNSIGNED, SiteCredentials, check_name, private_folder, read_site
 from fedferret.sites.flower_process import LOOPBACK, environment, free_port, secret, supernode
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.state import read_json
@@ -83,9 +83,10 @@ def join(settings: JoinSettings, log: Callable[[str], None] = print) -> None:
         private_folder(folder)
         with alone_in(folder, "a site"):
             known = None if settings.insecure else _credentials(settings, folder)
-            for notice in known.notices if known else ():
+            data = resolve_data(settings, folder)
+            for notice in known.notices if known else (UNSIGNED,):
                 log(notice)
-            log(f"{settings.name} trains on {resolve_data(settings, folder)}; the data stays there.")
+            log(f"{settings.name} trains on {data}; the data stays there.")
             log(f"The site's folder is {folder}; audit.jsonl there has a line for every message received or sent.")
             Site(settings, folder, known, log).run()
 
@@ -161,7 +162,9 @@ class Site:
 
     def _start_trainer(self) -> None:
         """Start the trainer and wait until it is ready, so that a site with invalid data never calls the server."""
-        command = [sys.executable, "-P", "-m", "fedferret.resident", str(self.folder)]
+        known = self.credentials
+        module = "fedferret.sites.resident" if known else "fedferret.resident"
+        command = [sys.executable, "-P", "-m", module, str(self.folder), *([str(known.folder)] if known else [])]
         self.supervisor.start(Part("trainer", command, self.folder / "logs" / "trainer.log"))
         while "ready\n" not in self.supervisor.output("trainer"):
             code = self.supervisor.exit_code("trainer")

@@ -4,7 +4,8 @@ Flower 1.41 serves nodes, operators and apps on one port, and operators need no 
 can start code on every node. So SuperLink listens on loopback, and ``FLEET`` names each call that nginx passes on to it
 (``flwr/supernode/fleet_http_client.py``, ``flwr/superlink/routers/fleet/router.py``). nginx passes a call on under the
 path in this configuration, however the client spelt it. Registering and unregistering are not among the calls:
-the server registers nodes, by their public keys.
+the server registers nodes, by their public keys. A call must carry the node key that was issued together with the
+certificate: a node key that was stolen from a site is of no use with another site's certificate.
 
 SuperLink reads every request into memory before it looks at who sent it. So requests are small: a call may have
 ``call`` bytes, and an upload what the recipe's answers need (``upload_limit``). A certificate, and an address, may have
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedferret.core.errors import UserError
+from fedferret.sites.certificates import node_key_header
 from fedferret.sites.credentials import ServerCredentials
 
 FLEET = (
@@ -90,8 +92,11 @@ def configuration(folder: Path, listen: str, superlink: str, server: ServerCrede
         _CALL.format(path=f"/v1/fleet/{name}", size=size, buffered="on" if size == limits.call else "off")
         for name, size in sizes.items()
     )
+    keys = "".join(
+        f'\n        "{node_key_header(path.read_bytes())}" {name};' for name, path in server.node_public_keys().items()
+    )
     return _CONFIGURATION.format(
-        **paths, limits=limits, listen=listen, superlink=superlink, user=_unprivileged(), calls=calls
+        **paths, limits=limits, listen=listen, superlink=superlink, user=_unprivileged(), calls=calls, keys=keys
     )
 
 
@@ -129,10 +134,23 @@ events {{
 }}
 
 http {{
+    map_hash_bucket_size 1024;  # a node key has 288 characters
+
     # One line for each refusal, none for the calls that a node makes every few seconds.
     map $status $refused {{ ~^[23] 0; default 1; }}
     log_format refusals '$time_iso8601 $remote_addr "$ssl_client_s_dn" $ssl_client_verify $request_method $uri $status';
     access_log "{folder}/refused.log" refusals if=$refused;
+
+    # The site that a certificate names, and the site that a call's node key was issued to; a call without a key
+    # reaches SuperLink, which refuses it.
+    map $ssl_client_s_dn $site {{
+        "~^CN=(?<name>[a-z0-9-]+)," $name;
+        default "";
+    }}
+    map $http_flwr_public_key $owner {{
+        default "nobody";
+        "" $site;{keys}
+    }}
 
     server_tokens off;
     client_body_temp_path "{folder}/temporary/body";
@@ -187,6 +205,10 @@ http {{
         proxy_connect_timeout 5s;
         proxy_send_timeout {limits.idle_seconds}s;
         proxy_read_timeout {limits.idle_seconds}s;
+
+        if ($owner != $site) {{
+            return 403;
+        }}
 {calls}
         location / {{
             return 404;

@@ -8,10 +8,11 @@
         sites/ward-7.tar  the same as one file, to send to the site
 
 Existing files are never overwritten, except by ``renew``, which replaces a site's certificate and keeps its node key
-(Flower identifies the site by it). ``revoke`` deletes the keys and lists every certificate of the name as revoked. The
-name can then be issued again, with new keys.
+(Flower identifies the site by it) and its signing key (a running server knows the site by it). Renewing the server's
+replaces the key that signs requests too. ``revoke`` deletes the keys and lists every certificate of the name as
+revoked. The name can then be issued again, with new keys.
 
-Serving needs ``ca.crt``, ``revoked.crl``, ``server/`` and ``sites/*/node.pub``; ``ca.key`` can be kept elsewhere.
+Serving needs ``ca.crt``, ``revoked.crl``, ``server/`` and ``sites/*/*.pub``; ``ca.key`` can be kept elsewhere.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from fedferret.sites import certificates as x
 from fedferret.sites import credentials
 from fedferret.sites.archive import pack
 from fedferret.sites.certificates import Clock, Pair, wall_clock
+from fedferret.sites.signing_keys import public_of, signing_key
 
 SERVER = "server"
-RESERVED = (SERVER, "superlink")
+SIGNER = "server-signing"  # the common name in the certificate of the key that signs requests
+RESERVED = (SERVER, "superlink", SIGNER)
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 
@@ -118,7 +121,7 @@ class Authority:
         return made
 
     def issue(self, name: str) -> Path:
-        """Make a site's certificate and node key, and return the archive to send.
+        """Make a site's certificate, node key and signing key, and return the archive to send.
 
         Raises:
             UserError: for an invalid, reserved or existing name.
@@ -197,6 +200,11 @@ class Authority:
             pair = self._certified(name, x.SERVER_AUTH, names)
             credentials.write_private(folder / f"{name}.key", pair.key)
             credentials.write_private(folder / f"{name}.crt", pair.certificate)
+        before = folder / "signing.crt"
+        after = x.valid_from(before.read_bytes()) if before.exists() else None
+        pair = self._certified(SIGNER, x.SIGNING, after=after)
+        credentials.write_private(folder / "signing.key", pair.key)
+        credentials.write_private(before, pair.certificate)
 
     def _certify_site(self, site: Path) -> None:
         pair = self._certified(site.name, x.CLIENT_AUTH)
@@ -205,11 +213,15 @@ class Authority:
         credentials.write_private(site / "ca.crt", self._pair.certificate)
         credentials.write_private(site / "site.key", pair.key)
         credentials.write_private(site / "site.crt", pair.certificate)
+        key = site / "signing.key"
+        if not key.exists():  # issued now, or by a fedferret that signed no messages
+            credentials.write_private(key, signing_key())
+        credentials.write_private(site / "signing.pub", public_of(key.read_bytes()))
         readme = _README.format(name=site.name, host=host, until=until)
         credentials.write_private(site / "README.txt", readme.encode())
 
-    def _certified(self, name: str, usage: x.Usage, hosts: Sequence[str] = ()) -> Pair:
-        pair = x.certificate(self._pair, name, usage, self._validity.certificate, self._clock(), hosts)
+    def _certified(self, name: str, usage: x.Usage, hosts: Sequence[str] = (), after: datetime | None = None) -> Pair:
+        pair = x.certificate(self._pair, name, usage, self._validity.certificate, self._clock(), hosts, after)
         issued = self.folder / "issued"
         credentials.private_folder(issued)
         credentials.write_private(issued / f"{x.serial_number(pair.certificate):040x}.crt", pair.certificate)
@@ -272,12 +284,13 @@ def _check_host(host: str) -> str:
 _README = """\
 Credentials of {name}, until {until}
 
-With these files {name}, and nobody else, can take part in a federated run. To the server, whoever has site.key and
-node.key is {name}: only the account that runs fedferret may read this folder. Send it to nobody.
+With these files {name}, and nobody else, can take part in a federated run. To the server, whoever has the three keys
+is {name}: only the account that runs fedferret may read this folder. Send it to nobody.
 
   ca.crt      the authority that certifies the server
   site.crt    your identity for the server's port; with its key, site.key
   node.pub    your identity for Flower, behind the port; with its key, node.key
+  signing.key signs what you send; the server has its public key
 
 To take part, with fedferret installed (pip install "fedferret[flower]"):
 

@@ -29,7 +29,7 @@ from fedferret.runner import belongs
 from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control
-from fedferret.sites.credentials import ServerCredentials
+from fedferret.sites.credentials import UNSIGNED, ServerCredentials
 from fedferret.sites.flower_process import LOOPBACK, Certificates, check_free, environment, free_port, superlink
 from fedferret.sites.nginx import Limits
 from fedferret.sites.package import fingerprint, run_package
@@ -85,7 +85,7 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
     with terminable(), alone_in(out / state.FOLDER, "a server"):
         write_atomically(out / state.FOLDER / "recipe.toml", recipe.to_toml())
         state.remove_damaged(out, log)
-        for notice in settings.credentials.notices if settings.credentials else ():
+        for notice in settings.credentials.notices if settings.credentials else (UNSIGNED,):
             log(notice)
         Server(out, settings, keys, log).run()
 
@@ -246,7 +246,7 @@ class Server:
     def _server_app(self, run_id: int) -> list[str]:
         module = [sys.executable, "-P", "-m", "fedferret.sites.server_app", str(self.out)]
         known = ["--run", str(run_id), "--port", str(self.port)]
-        known += ["--authority", str(self.authority)] if self.authority else []
+        known += ["--pki", str(self.settings.credentials.folder)] if self.settings.credentials else []
         known += ["--left-out", self.left_out] if self.left_out else []
         return [*module, *known, "--wait", str(self.settings.wait), "--patience", str(self.settings.patience)]
 
@@ -270,6 +270,12 @@ def _keys(credentials: ServerCredentials | None, sites: list[str]) -> dict[str, 
     missing = [name for name in sites if name not in known]
     if missing:
         raise UserError(f"{', '.join(missing)}: no credentials; make them with `fedferret pki issue {missing[0]}`")
+    unsigned = [name for name in sites if name not in credentials.signing_keys()]
+    if unsigned:
+        raise UserError(
+            f"{', '.join(unsigned)}: no signing keys, an earlier fedferret made the credentials; run "
+            f"`fedferret pki renew {unsigned[0]}`, and send the new archive"
+        )
     return {name: known[name].read_bytes() for name in sites}
 
 

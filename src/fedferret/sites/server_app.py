@@ -36,11 +36,15 @@ from fedferret.config import Recipe, load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
 from fedferret.engines.flower_link import PATIENCE, RECONNECTS, Link
+from fedferret.engines.replay import Protection, SequenceNumbers
+from fedferret.engines.transport import NoSeal
 from fedferret.runner import run, update_bytes
 from fedferret.sites import state
+from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
 from fedferret.sites.nginx import upload_limit
 from fedferret.sites.runtime import authorised, client_of_task
+from fedferret.sites.signing import ServerSeal
 from fedferret.sites.strikes import CRASHED, Reading
 from fedferret.sites.supervisor import terminable
 
@@ -57,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
 
     Args:
         grid: of the Flower run.
-        context: its node_config has folder, insecure, left_out, and wait and patience in seconds.
+        context: its node_config has folder, pki ("": insecure), left_out, and wait and patience in seconds.
     Raises:
         UserError: for a mistake in the recipe.
         RunError: if the run cannot go on.
@@ -67,7 +71,10 @@ def main(grid: Grid, context: Context) -> None:
     approved = approved_sites(recipe)
     state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
     link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
-    roster = Roster(link, approved, asks=bool(context.node_config["insecure"]))
+    pki = str(context.node_config["pki"])
+    roster = Roster(link, approved, asks=not pki)
+    seal = ServerSeal(read_server(Path(pki))) if pki else NoSeal()
+    protection = Protection(seal, SequenceNumbers(folder / state.FOLDER / "sequence"))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
     reading = Reading(folder, str(context.node_config["left_out"]))
@@ -82,7 +89,15 @@ def main(grid: Grid, context: Context) -> None:
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
-            run(recipe, folder, _log, transport=transport, on_message=messages.record, on_client=reading.reading)
+            run(
+                recipe,
+                folder,
+                _log,
+                transport=transport,
+                protection=protection,
+                on_message=messages.record,
+                on_client=reading.reading,
+            )
             return
         except TooFewClients as error:
             if messages.newest_round() > newest:
@@ -185,16 +200,17 @@ def start() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--authority", type=Path)
+    parser.add_argument("--pki", type=Path)
     parser.add_argument("--wait", type=float, required=True)
     parser.add_argument("--patience", type=float, required=True)
     parser.add_argument("--left-out", default="")
     given = parser.parse_args()
     known = secret(given.folder / state.FOLDER)
-    settings: UserConfig = {"folder": str(given.folder), "insecure": given.authority is None}
+    settings: UserConfig = {"folder": str(given.folder), "pki": str(given.pki or "")}
     settings |= {"wait": given.wait, "patience": given.patience, "left_out": given.left_out}
     try:
-        task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, given.authority)
+        authority = given.pki / "ca.crt" if given.pki else None
+        task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, authority)
         with terminable(), quiet_flower(), task as (grid, context):
             context.node_config = settings
             app(grid, context)
