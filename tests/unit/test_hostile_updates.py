@@ -15,6 +15,7 @@ import torch
 from contract.methods import METHODS, reference
 from contract.unlike_methods import Drift, DriftEntry
 from fedferret import experiment
+from fedferret.algorithms.fedavg import Delta
 from fedferret.core import intake, rounds
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import ClientScores, ClientUpdate, Score
@@ -46,6 +47,13 @@ def tampering(who: str, change: Change) -> type[InProcess]:
             return change(reply) if tampers else reply, private
 
     return Tampering
+
+
+class Sized(Drift):
+    """Drift with norms, so that updates wait for those of the others."""
+
+    def update_norm(self, task: Any, public: Any, payload: Any) -> float:
+        return 1.0
 
 
 def states(**metrics: Any) -> Change:
@@ -108,7 +116,7 @@ def test_sums_that_cannot_be_are_that_clients_failure(sums: dict[str, Any], reas
     assert failure.reason.startswith(reason)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ferret", "ferret-per-client"])
+@pytest.mark.parametrize("name", ["fedavg", "ferret-per-client", "fedavg-top-k"])
 def test_from_four_updates_on_one_far_above_the_median_is_refused_whatever_the_order_of_arrival(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +127,7 @@ def test_from_four_updates_on_one_far_above_the_median_is_refused_whatever_the_o
         monkeypatch.setattr(intake, "SMALL", small)
         attacked = simulate(METHODS[name], 2, data=data, engine=hostile, arriving=arriving)
         assert attacked.public == simulate(METHODS[name], 2, data=without).public
+        assert attacked.store.get("b") is None  # nor did the round change what the client keeps
         for record in attacked.records:
             (failure,) = record.failures
             assert (failure.client, failure.stage) == ("b", "norm") and "10 times the median of 4" in failure.reason
@@ -184,6 +193,13 @@ def test_where_norms_are_not_limited_the_run_says_why() -> None:
             PoolSettings(norm_ratio=wrong)
 
 
+def test_a_run_without_limits_logs_it(tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = tiny_recipe(tmp_path, rounds=1, clients={"per_round": 1}, pool={"norm_limit": "off"})
+    run(recipe, tmp_path / "run", lines.append)
+    assert 'The norms of clients\' updates are not limited: pool.norm_limit="off".' in lines
+
+
 def test_a_hostile_clients_run_is_reported_interrupted_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,3 +249,17 @@ def nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [nulls(item) for item in value]
     return None if isinstance(value, float) else value
+
+
+def test_a_sum_of_another_form_is_refused_when_it_comes_though_it_waits_for_the_others() -> None:
+    """``drift`` accepts anything: what does not pool with the first must not end the round at its end."""
+    data = toy_clients(4)
+    for change in (
+        lambda update: replace(update, payload=replace(update.payload, change={"stranger": torch.zeros(2)})),
+        lambda update: replace(update, payload=Delta(update.payload.change)),
+    ):
+        attacked = simulate(Sized(), 1, data=data, engine=tampering("b", change))
+        (failure,) = attacked.records[0].failures
+        assert (failure.client, failure.stage) == ("b", "pool") and "does not pool with" in failure.reason
+        without = {client: rows for client, rows in data.items() if client != "b"}
+        assert attacked.public == simulate(Sized(), 1, data=without).public
