@@ -156,7 +156,8 @@ class Experiment(Parts):
             RunError: the run began from another base, or this machine rebuilds other weights.
         """
         if self.folder and (saved := checkpoint.saved_round(self.folder)) is not None:
-            check_start(self.folder, self.base_fingerprint, saved)
+            if (self.folder / events.FILE).exists():  # `fedferret run` writes one; a caller of this class need not
+                check_start(self.folder, self.base_fingerprint, saved)
             node, _ = self.start_node()
             return checkpoint.resume(self.folder, node)
         node, server = self.start_node()

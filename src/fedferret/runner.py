@@ -27,6 +27,7 @@ from fedferret.core.algorithm import WireCost
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
+from fedferret.core.log import RESTORE
 from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
@@ -36,7 +37,7 @@ from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
-from fedferret.tracking import events, folder
+from fedferret.tracking import checkpoint, events, folder
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
@@ -90,6 +91,8 @@ def run(
         stack.enter_context(_lost_files_in_a_line(out))
         if resumes:
             stack.enter_context(_alone(out))  # before the model is loaded, which takes long
+            if checkpoint.saved_round(out) is not None and not (out / events.FILE).exists():
+                raise RunError(f"{out / events.FILE} is missing, and the run in {out} has begun: {RESTORE}")
         experiment = Experiment.load(recipe, out, log, transport, protection)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -102,6 +103,16 @@ def lock(name: str) -> Damage:
     return damage
 
 
+def pipe(name: str) -> Damage:
+    """Put a pipe in the file's place, which nobody writes to."""
+
+    def damage(folder: Path) -> None:
+        one(folder, name).unlink()
+        os.mkfifo(one(folder, name))
+
+    return damage
+
+
 def swap(name: str, source: str | None = None) -> Damage:
     """Put the file of the other run there, or another file of this run."""
 
@@ -144,6 +155,8 @@ STATE, RECORD, CLIENT, EVENTS = "state/run.state", "log/000001.record", "state/c
         ("run", lose(STATE), STATE, "is missing"),
         ("run", occupy(STATE), STATE, "Is a directory"),
         ("run", lock(STATE), STATE, "cannot be read"),
+        ("run", pipe(STATE), STATE, "is no file"),
+        ("run", pipe(EVENTS), EVENTS, "is no file"),
         ("run", swap(STATE), RECORD, "is damaged, or of another run"),
         ("run", swap(STATE, RECORD), STATE, "holds a Record and no checkpoint"),
         ("run", cut(RECORD), RECORD, "is damaged"),
@@ -170,6 +183,7 @@ STATE, RECORD, CLIENT, EVENTS = "state/run.state", "log/000001.record", "state/c
         ("run", occupy("summary.json"), "summary.json", "Is a directory"),
         ("report", cut("summary.json"), "summary.json", "remove it"),
         ("report", cut("environment.json"), "environment.json", "remove it"),
+        ("report", pipe("environment.json"), "environment.json", "is no file"),
         ("report", occupy("recipe.toml"), "recipe.toml", "Is a directory"),
         ("report", without(EVENTS, '"round": 1,'), EVENTS, "no round 1"),
         ("report", replace_text(EVENTS, '"loss"', '"lors"'), EVENTS, "is damaged"),

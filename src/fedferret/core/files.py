@@ -67,7 +67,12 @@ def make_folder(folder: Path, *, private: bool = False) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        if path.is_dir():  # one that may be written to and not read
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:
@@ -87,6 +92,8 @@ def read_intact(path: Path, remedy: str) -> bytes:
     Raises:
         RunError: if the file is missing, is no file, or cannot be read.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
+        raise RunError(f"{path} is no file: {remedy}")
     try:
         return path.read_bytes()
     except FileNotFoundError:

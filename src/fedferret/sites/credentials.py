@@ -193,10 +193,10 @@ def read_server(folder: Path, clock: Clock = wall_clock) -> ServerCredentials:
         notices += check_time(pair.certificate, "the server's certificate", "run `fedferret pki renew server`", clock)
     notices += _check_signing_pair(folder / "server", authority, clock)
     hosts = tuple(x.hosts_of((folder / "server" / "server.crt").read_bytes()))
-    made = ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
-    for path in made.signing_keys().values():
+    credentials = ServerCredentials(folder, hosts, tuple(dict.fromkeys(notices)))
+    for path in credentials.signing_keys().values():
         _check_signing(partial(read_public, path.read_bytes()), path)
-    return made
+    return credentials
 
 
 def loopback(folder: Path, clock: Clock = wall_clock) -> tuple[Path, Path]:
