@@ -20,8 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedferret import models
-from fedferret.build import prepare
-from fedferret.config import Recipe
+from fedferret.build import check, prepare
+from fedferret.config import Recipe, load
 from fedferret.core import tree
 from fedferret.core.algorithm import WireCost
 from fedferret.core.errors import RunError, UserError
@@ -31,7 +31,6 @@ from fedferret.core.log import RESTORE
 from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
-from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
@@ -124,14 +123,17 @@ def client_state_bytes(recipe: Recipe) -> float:
 
 
 def update_bytes(recipe: Recipe) -> float:
-    """The most bytes of one client's update by the method's formula, over all rounds."""
+    """The most bytes of one client's update by the method's formula, over all rounds.
+
+    Raises:
+        UserError: the recipe is known to be wrong.
+    """
     return max(cost.up_most for cost in _costs(recipe))
 
 
 def _costs(recipe: Recipe) -> list[WireCost]:
-    """What each round costs a client."""
-    model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
-    shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
+    """What each round costs a client. Raises UserError for a recipe that is known to be wrong."""
+    shapes, cohort = check(recipe), recipe.clients.per_round
     numbers = range(1, recipe.rounds + 1)
     return [recipe.algorithm.wire_cost(shapes(number), cohort, number) for number in numbers]
 
