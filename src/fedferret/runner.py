@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from fedferret import models
 from fedferret.build import check, prepare
-from fedferret.config import Recipe, load
+from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.algorithm import WireCost
 from fedferret.core.errors import RunError, UserError
