@@ -190,6 +190,15 @@ def test_a_site_that_lost_its_folder_is_sent_everything_and_counts(tmp_path: Pat
     ]
 
 
+def test_nothing_of_a_response_is_logged_before_it_is_known_to_be_one(tmp_path: Path) -> None:
+    """A status is the kind of the line in the server's records, which `fedferret nodes` reads."""
+    events: list[Any] = []
+    with_guest(tmp_path, changed(status="traffic", reason="x" * 10_000), on_message=events.append)
+    with_guest(tmp_path / "again", changed(process=1 << 50), on_message=events.append)
+    assert {event["what"] for event in events} == {"request", "done"}
+    assert all(event["what"] == "request" for event in events if event["client"] == "ab")
+
+
 def test_an_order_costs_the_log_and_a_few_hundred_bytes(tmp_path: Path) -> None:
     events: list[Any] = []
     simulate_sites(METHODS["ferret"], 4, sites(METHODS["ferret"], 4, tmp_path), on_message=events.append)
