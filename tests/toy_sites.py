@@ -115,7 +115,7 @@ def simulate_sites(
             on_message=on_message,
         )
 
-    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, **options)
+    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, keeps_states=False, **options)
 
 
 def sites(algorithm: AnyAlgorithm, rounds: int, root: Path) -> Callable[[Mapping[str, Examples]], Direct]:

@@ -287,6 +287,7 @@ def simulate(
     engine: MakeEngine = InProcess,
     arriving: Callable[[Any], Any] = lambda engine: engine,
     task: Task | None = None,
+    keeps_states: bool = True,
 ) -> Simulation:
     """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
@@ -304,7 +305,8 @@ def simulate(
         state = checkpoint.resume(folder, node)
     else:
         state = RunState(node, server, Log(folder / "log" if folder else None))
-    store = FolderClientStore(folder / "clients", codec, kept_rounds(algorithm, state)) if folder else ClientStore()
+    kept = kept_rounds(algorithm, state) if keeps_states else {}  # sites keep their clients' states themselves
+    store = FolderClientStore(folder / "clients", codec, kept) if folder else ClientStore()
     running = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
     if state.round >= (until or rounds_):

@@ -74,7 +74,6 @@ def times(factor: float) -> Change:
         ({"loss": NAN}, "the metric 'loss' is nan: must lie between -1e+09 and 1e+09"),
         ({"loss": -INFINITY}, "the metric 'loss' is -inf: "),
         ({"loss": 1e300}, "the metric 'loss' is 1e+300: "),
-        ({"loss": 1}, "metrics came that are no numbers"),
         (
             {"\x1b[2J\n" + 99 * "x": 1.0},
             "an unknown metric came, '\\x1b[2J\\n" + 30 * "x" + ": known are loss, seconds",
@@ -100,7 +99,6 @@ def test_a_metric_that_cannot_be_is_that_clients_failure(metrics: dict[str, Any]
         ({"loss": 1.0, "count": 2.5}, "the sum 'count' is 2.5: must be whole"),
         ({"loss": 1.0}, "the sum 'count' is missing"),
         ({"loss": 1.0, "count": 5.0, "more": 1.0}, "an unknown sum came, 'more'"),
-        ({"loss": "1", "count": 5.0}, "sums came that are no numbers"),
     ],
 )
 def test_sums_that_cannot_be_are_that_clients_failure(sums: dict[str, Any], reason: str) -> None:

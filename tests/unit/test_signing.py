@@ -27,8 +27,9 @@ from fedferret.engines.replay import Protection, SequenceNumbers
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.transport import SERVER, NoSeal, Received, Request, Response
 from fedferret.sites import certificates, signing
+from fedferret.sites.archive import unpack
 from fedferret.sites.certificates import Clock, Pair
-from fedferret.sites.credentials import read_server, read_site, unpack
+from fedferret.sites.credentials import read_server, read_site
 from fedferret.sites.pki import Authority, Validity
 from fedferret.sites.signing import ServerSeal, SiteSeal
 from fedferret.sites.signing_keys import read_private

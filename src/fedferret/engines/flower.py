@@ -111,7 +111,7 @@ class _Exchange:
         self._payload, self._framed = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)  # bytes, all sendings
         self._missing = dict.fromkeys(messages, "not connected") | self._left_out  # why a site has no message now
         self._repeats = dict.fromkeys(messages, 0)
-        self._replied: set[str] = set()  # sites in whose names something came
+        self._replied: set[str] = set()  # sites for which something came
 
     def left(self) -> float:
         """Seconds to the deadline."""
