@@ -304,7 +304,9 @@ def simulate(
         state = checkpoint.resume(folder, node)
     else:
         state = RunState(node, server, Log(folder / "log" if folder else None))
-    store = FolderClientStore(folder / "clients", codec, kept_rounds(algorithm, state)) if folder else ClientStore()
+    here = folder and any(folder.glob("clients/*.state"))  # sites keep theirs
+    kept = kept_rounds(algorithm, state) if here else {}
+    store = FolderClientStore(folder / "clients", codec, kept) if folder else ClientStore()
     running = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
     if state.round >= (until or rounds_):
@@ -318,7 +320,7 @@ def simulate(
 
 
 def kept_rounds(algorithm: AnyAlgorithm, state: RunState) -> dict[str, int]:
-    """The last counted round of each client that keeps a private state."""
+    """The last counted round of each client that keeps a private state here."""
     shapes = shapes_of(algorithm, state.node.task.rounds)
     counted = {client: version + 1 for client, version in state.versions.items()}
     return {
