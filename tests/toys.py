@@ -320,7 +320,7 @@ def simulate(
 
 
 def kept_rounds(algorithm: AnyAlgorithm, state: RunState) -> dict[str, int]:
-    """The last counted round of each client that keeps a private state."""
+    """The last counted round of each client that keeps a private state here."""
     shapes = shapes_of(algorithm, state.node.task.rounds)
     counted = {client: version + 1 for client, version in state.versions.items()}
     return {
