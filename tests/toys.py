@@ -305,7 +305,7 @@ def simulate(
         state = checkpoint.resume(folder, node)
     else:
         state = RunState(node, server, Log(folder / "log" if folder else None))
-    kept = kept_rounds(algorithm, state) if keeps_states else {}  # sites keep their clients' states themselves
+    kept = kept_rounds(algorithm, state) if folder and keeps_states else {}  # sites keep their clients' states
     store = FolderClientStore(folder / "clients", codec, kept) if folder else ClientStore()
     running = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
