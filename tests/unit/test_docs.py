@@ -119,6 +119,15 @@ def requirements(lines: list[str]) -> set[str]:
     return names - {"fedferret"}
 
 
+def test_the_tests_that_the_page_on_security_names_exist() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(?:tests/)?(\w+/test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 25
+    for module, test in named:
+        path = ROOT / "tests" / module
+        assert path.is_file() and f"def {test}" in path.read_text(), f"{module}::{test}"
+
+
 def test_every_dependency_has_its_reason() -> None:
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     always, extras, development = re.split(r"^## ", page, flags=re.MULTILINE)[1:]

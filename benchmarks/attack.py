@@ -1,0 +1,219 @@
+"""A campaign against everything that reads a peer's bytes: mutated messages, and payloads mutated field by field.
+
+    a handler   a function of bytes that returns, or refuses with the one kind of error that its callers expect
+    a corpus    messages that the handler takes; each attack changes, cuts, repeats or joins pieces of them
+    a payload   of every method, one to two fields changed; what is accepted must be within cost, kinds and bounds
+
+Usage: python -m benchmarks.attack [--messages 100000] [--payloads 10000] [--seed 1] [--coverage HANDLER]
+
+``--coverage`` lets atheris (``pip install atheris``) look for new paths through one handler's code, without end. What a
+handler does not expect is printed with the message in hexadecimal, and the exit code is 1. `benchmarks/flood.py` sends
+floods, and `tests/unit/test_processes.py` kills processes at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the contract's methods and the mutations
+
+HEADS = (
+    b"",
+    b"\xff" * 11,
+    b"\x80" * 10 + b"\x01",
+    b"[\xff\xff\x03",
+    b"T\x00\x09" + b"\x01" * 9,
+    b"\x00" * 40,
+    b"9" * 5000,
+)
+
+
+@dataclass(frozen=True)
+class Handler:
+    """What reads a peer's bytes."""
+
+    name: str
+    read: Callable[[bytes], Any]
+    expected: tuple[type[Exception], ...]
+    corpus: Sequence[bytes]
+
+
+def handlers(folder: Path) -> list[Handler]:
+    """Every handler, with messages that it takes."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    from contract.methods import METHODS, reference
+    from fedferret.core.exchanges import ClientUpdate, Train
+    from fedferret.engines.flower import records_of
+    from fedferret.engines.flower_reply import read_reply
+    from fedferret.engines.trainer import read_request
+    from fedferret.engines.transport import SERVER, Request, Response
+    from fedferret.export import read_delta
+    from fedferret.sites.archive import unpack
+    from fedferret.sites.credentials import read_server, read_site
+    from fedferret.sites.pki import Authority
+    from fedferret.sites.signing import ServerSeal, SiteSeal
+    from fedferret.wire import codec
+
+    updates = []
+    for name in METHODS:
+        run = reference(name)
+        updates.append(codec.encode(run.state.server))
+        updates += run.state.log.since(run.state.round - 1).records
+    request = Request("a" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one",), 0, False, b"", Train(1), 7)
+    response = Response("a" * 64, 0, 1, "t", "a", "done", 0, "f", 1, codec.encode(ClientUpdate((), 1, {})), "", b"", 7)
+    messages = [codec.encode(request), codec.encode(response)]
+    authority = Authority.create(folder / "pki", ["127.0.0.1"])
+    archive = authority.issue("a")
+    server = ServerSeal(read_server(authority.folder))
+    site = SiteSeal(read_site(authority.folder / "sites" / "a"), folder)
+    parts = [part.deflate() for part in get_all_nested_objects(records_of(messages[1])).values()]
+    return [
+        Handler("codec", codec.decode, (ValueError,), [*updates, *messages]),
+        Handler("request at the site", read_request, (ValueError,), messages[:1]),
+        Handler("seal at the server", lambda each: server.open("a", each), (ValueError,), [site.close(messages[1])]),
+        Handler("seal at the site", lambda each: site.open(SERVER, each), (ValueError,), [server.close(messages[0])]),
+        Handler("objects of the transport", lambda each: read_reply("", lambda _: each), (ValueError, KeyError), parts),
+        Handler(
+            "archive",
+            _in_a_file(folder / "x.tar", lambda path: unpack(path, folder / "new")),
+            _user(),
+            [archive.read_bytes()],
+        ),
+        Handler("delta", _in_a_file(folder / "x.fedferret", read_delta), _user(), updates[:8]),
+    ]
+
+
+def _user() -> tuple[type[Exception], ...]:
+    from fedferret.core.errors import RunError, UserError
+
+    return UserError, RunError
+
+
+def _in_a_file(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], Any]:
+    def written(content: bytes) -> Any:
+        path.write_bytes(content)
+        return read(path)
+
+    return written
+
+
+def changed(message: bytes, choose: random.Random) -> bytes:
+    """A message with one to four of its pieces changed, and most often a right checksum, to reach further."""
+    content = bytearray(message)
+    for _ in range(1 + choose.randrange(4)):
+        place = choose.randrange(len(content) + 1)
+        kind = choose.randrange(5)
+        if kind == 0 and place < len(content):
+            content[place] = choose.randrange(256)
+        elif kind == 1:
+            content[place:place] = choose.choice(HEADS)
+        elif kind == 2:
+            del content[place : place + 1 + choose.randrange(8)]
+        elif kind == 3:
+            content[place:place] = content[place : place + choose.randrange(64)]
+        else:
+            del content[place:]
+    if message[:2] == b"fF" and len(content) > 8 and choose.randrange(8):
+        import zlib
+
+        content[:3] = message[:3]
+        content[-4:] = zlib.crc32(content[:-4]).to_bytes(4, "little")
+    return bytes(content)
+
+
+def attack(handler: Handler, messages: int, seed: int) -> dict[str, Any]:
+    """Send one handler changed messages; returns counts, the slowest in seconds, and what was not expected."""
+    choose, accepted, slowest = random.Random(seed), 0, 0.0
+    wrong: list[str] = []
+    started = time.perf_counter()
+    for _ in range(messages):
+        content = changed(choose.choice(handler.corpus), choose)
+        begun = time.perf_counter()
+        try:
+            handler.read(content)
+            accepted += 1
+        except handler.expected:
+            pass
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}; {content[:400].hex()}")
+        slowest = max(slowest, time.perf_counter() - begun)
+    seconds = time.perf_counter() - started
+    return {
+        "messages": messages,
+        "accepted": accepted,
+        "seconds": seconds,
+        "slowest_seconds": slowest,
+        "wrong": wrong[:5],
+    }
+
+
+def attack_payloads(name: str, examples: int, seed: int) -> dict[str, Any]:
+    """Send the intake one method's mutated payloads."""
+    from fedferret.core.exchanges import Failure
+    from fuzz.payloads import Attacked
+
+    attacked, choose, refused = Attacked(name), random.Random(seed), 0
+    wrong: list[str] = []
+    for _ in range(examples):
+        try:
+            refused += isinstance(attacked.example(choose.randrange), Failure)
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+    return {"payloads": examples, "refused": refused, "wrong": wrong[:5]}
+
+
+def explore(handler: Handler) -> None:
+    """Let atheris look for paths through a handler's code, without end."""
+    import atheris
+
+    def once(content: bytes) -> None:
+        with suppress(*handler.expected):
+            handler.read(content)
+
+    atheris.instrument_all()
+    atheris.Setup([sys.argv[0], "-max_len=4096"], once)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--messages", type=int, default=100_000)
+    parser.add_argument("--payloads", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--coverage", default="")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        known = handlers(Path(name))
+        if given.coverage:
+            explore(next(each for each in known if each.name == given.coverage))
+            return
+        found: dict[str, Any] = {}
+        for handler in known:
+            on_disk = handler.name in ("archive", "delta")  # each has a file written, so a hundredth of the messages
+            found[handler.name] = attack(handler, given.messages // (100 if on_disk else 1), given.seed)
+            print(handler.name, json.dumps(found[handler.name]), file=sys.stderr, flush=True)
+        if given.payloads:
+            from fuzz.payloads import rows
+
+            for row in rows():
+                found[row] = attack_payloads(row, given.payloads, given.seed)
+                print(row, json.dumps(found[row]), file=sys.stderr, flush=True)
+    found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(found, indent=2))
+    sys.exit(any(entry["wrong"] for entry in found.values() if isinstance(entry, dict)))
+
+
+if __name__ == "__main__":
+    main()
