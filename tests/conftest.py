@@ -7,14 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep a module's fast tests in one process, which makes the module's fixtures once."""
-    if item.get_closest_marker("slow") is None and item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(item.location[0]))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow tests, the longest first: fast ones then fill the time in which slow ones wait."""
+    """Begin with the modules of slow tests, the longest first: fast ones fill the time in which slow ones wait."""
     items.sort(key=_seconds, reverse=True)
 
 
