@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -20,12 +19,17 @@ from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import adapter_of, factors, released
 from toys import TRAINING, Simulation, SquaredError, simulate, toy_clients, toy_language_model, toy_model, toy_task
 
+if TYPE_CHECKING:
+    import peft
+
 ADAM = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
 FEDIT = FedIT(rank=2, alpha=4, modules=("0", "2"), training=ADAM)
 
 
 def by_hand(algorithm: Any, model: nn.Module, config: peft.PeftConfig) -> Task:
     """The toy task of ``algorithm``, on a model that peft alone made, with the same first values."""
+    import peft
+
     task = toy_task(4, algorithm)
     with torch.random.fork_rng(devices=[]):
         if isinstance(config, peft.LoraConfig):
@@ -38,12 +42,16 @@ def by_hand(algorithm: Any, model: nn.Module, config: peft.PeftConfig) -> Task:
 
 
 def test_fedit_is_fedavg_on_a_lora_model_to_the_bit() -> None:
+    import peft
+
     task = by_hand(FEDIT, toy_model(), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"]))
     assert simulate(FedAvg(training=ADAM), 4, task=task).memory == simulate(FEDIT, 4).memory
     assert simulate(replace(FEDIT, alpha=2), 4).memory != simulate(FEDIT, 4).memory
 
 
 def test_fedprompt_is_fedavg_on_a_prompt_to_the_bit() -> None:
+    import peft
+
     fedprompt = FedPrompt(virtual_tokens=3, training=ADAM)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     task = by_hand(fedprompt, toy_language_model(), config)
