@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -12,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedferret.core.imports import quick_imports
+from fedferret.terminal import one_line_errors
 
 _log = typer.echo
 app = typer.Typer(
@@ -47,7 +46,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> Non
     RECIPE.toml sets the model, the data and the method; `recipes/` has examples.
     Stop with Ctrl-C; the same command resumes after the last complete round.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -81,7 +80,7 @@ def list_() -> None:
 @app.command()
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show a recipe's settings and its cost: bytes per client and round, and roughly memory and time."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -97,7 +96,7 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report again and print its path."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.tracking.report import write_report
 
         _log(f"Report: {write_report(folder)}")
@@ -113,7 +112,7 @@ def export(
 
     DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
 
@@ -138,11 +137,29 @@ def apply(
     BASE is the base model. DELTA is a file from `fedferret export --delta`.
     The rebuilt weights must have the SHA-256 that the file states.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.export import apply_delta
 
         fingerprint = apply_delta(base, delta, to, _log)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
+
+
+@app.command()
+def rewind(
+    folder: RunFolder,
+    to: Annotated[int, typer.Option(help="The last round to keep; 0: none.", min=0, metavar="ROUND")],
+    without: Annotated[str | None, typer.Option(help="Retire this site: later rounds do not ask it.")] = None,
+) -> None:
+    """Undo the last rounds of a stopped run, for example after a bad round.
+
+    DIR is the run's folder. The rounds after ROUND are discarded; the command that ran them runs them again.
+    The last 10 rounds can be undone (`execution.history`). Sites need no attention: they follow at the next request.
+    """
+    with one_line_errors():
+        with quick_imports():
+            from fedferret.rewind import rewind as rewind_run
+
+        rewind_run(folder, to, without, _log)
 
 
 @app.command()
@@ -162,7 +179,7 @@ def compare(
     GRID.toml sets the task, the methods and the seeds.
     Stop with Ctrl-C; the same command resumes.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         read_tables(grid, overrides or [])  # before the imports that take seconds
@@ -185,7 +202,7 @@ def bench(
     Every benchmark measures two variants in turn; it prints JSON and a sentence.
     Benchmarks need a checkout of the repository.
     """
-    with _one_line_errors():
+    with one_line_errors():
         import subprocess
 
         from fedferret.core.errors import UserError, nearest
@@ -222,7 +239,7 @@ def serve(
     If a process of the server ends, it is started again.
     Stop with Ctrl-C; the same command resumes after the last complete round.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.recipe_file import read_tables
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
@@ -249,14 +266,14 @@ def join(
 
     ADDRESS is the server, HOST:PORT. The data file stays on this machine.
     """
-    with _one_line_errors():
+    with one_line_errors():
         _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
 
 
 @app.command()
 def nodes(folder: RunFolder) -> None:
     """Show the sites of a served run: connected or not, time of the last reply, bytes."""
-    with _one_line_errors():
+    with one_line_errors():
         from rich.console import Console
 
         from fedferret.sites.status import nodes_table
@@ -269,7 +286,7 @@ def status(
     folder: Annotated[Path, typer.Argument(help="The folder of a served run or of a site.", metavar="DIR")],
 ) -> None:
     """Show the state of a served run or of a site. DIR is its folder."""
-    with _one_line_errors():
+    with one_line_errors():
         from fedferret.sites.status import status as status_text
 
         _log(status_text(folder))
@@ -313,14 +330,14 @@ def pki_init(
     title: Annotated[str, typer.Option(help="The federation's name; it is in every certificate.")] = "fedferret",
 ) -> None:
     """Create the authority and the server's certificates."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().init(folder, host or [], title, _log)
 
 
 @pki.command("issue")
 def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Create a site's certificate and node key, in one archive to send."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().issue(folder, name, _log)
 
 
@@ -331,21 +348,21 @@ def pki_renew(
     folder: PkiFolder = Path("pki"),
 ) -> None:
     """Replace a certificate before it expires; a site keeps its node key."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().renew(folder, name, host or [], _log)
 
 
 @pki.command("revoke")
 def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
     """Exclude a site: the server refuses all its certificates, and its keys are deleted."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().revoke(folder, name, _log)
 
 
 @pki.command("show")
 def pki_show(folder: PkiFolder = Path("pki")) -> None:
     """List all certificates: holder, days left, revoked or not."""
-    with _one_line_errors():
+    with one_line_errors():
         _pki_commands().show(folder, _log)
 
 
@@ -375,25 +392,3 @@ def _closing_lines(folder: Path) -> str:
         f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)\n"
         f"              fedferret export {folder} --delta FILE  (kilobytes)"
     )
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print errors as one line and exit: UserError with code 2, RunError with 1, Ctrl-C with 130."""
-    from fedferret.core.errors import RunError, UserError
-
-    try:
-        yield
-    except UserError as error:
-        _print_error(error)
-        raise typer.Exit(2) from None
-    except RunError as error:
-        _print_error(error)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as error:
-        _print_error(error if error.args else "stopped")
-        raise typer.Exit(130) from None
-
-
-def _print_error(error: object) -> None:
-    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # messages of torch can have many lines

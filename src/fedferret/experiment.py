@@ -104,10 +104,11 @@ class Experiment(Parts):
         """
         if self.folder and checkpoint.saved_round(self.folder) is not None:
             check_base(self.folder, self.base_fingerprint)
-            node, _ = self.start_node()
-            return checkpoint.resume(self.folder, node)
+            node, server = self.start_node()
+            return checkpoint.resume(self.folder, node, server, self.recipe.execution.history)
         node, server = self.start_node()
-        return RunState(node, server, Log(self.folder / "log" if self.folder else None))
+        log = Log(self.folder / "log", self.recipe.execution.history) if self.folder else Log()
+        return RunState(node, server, log)
 
     def engine(
         self,
@@ -129,8 +130,8 @@ class Experiment(Parts):
             after ``state.round``.
         """
         folder = self.folder and self.folder / "state" / "clients"
-        store = FolderClientStore(folder, codec, state.round) if folder else ClientStore()
         execution = self.recipe.execution
+        store = FolderClientStore(folder, codec, state.round, execution.history) if folder else ClientStore()
         if self.transport is None and execution.engine in ENGINES:
             held_out = self.tokens.held_out_by_client
             return ENGINES[execution.engine](self.tokens, codec, store, on_client_start, held_out)
@@ -173,7 +174,8 @@ class Experiment(Parts):
             if self.folder:
                 checkpoint.save(self.folder, state)
 
-        return rounds.run(engine, list(self.data.clients), state, self.plan(), on_outcome, save)
+        clients = [client for client in self.data.clients if client not in state.retired]
+        return rounds.run(engine, clients, state, self.plan(), on_outcome, save)
 
     def score(
         self,
@@ -206,7 +208,8 @@ class Experiment(Parts):
         with algorithm.model(self.task, state.public) as model:
             if model is not None:
                 return self.evaluator.score(model, extra, on_progress)
-        asked = [client for client in sorted(state.versions) if client in self.tokens.held_out_by_client]
+        reachable = self.tokens.held_out_by_client.keys() - set(state.retired)
+        asked = [client for client in sorted(state.versions) if client in reachable]
         if not asked or not self.trains_here:
             return Scores({}, {})
         sums, failures, moved = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)

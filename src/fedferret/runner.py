@@ -33,7 +33,7 @@ from fedferret.data.summary import plot_partition, summarise
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
-from fedferret.tracking import events, folder
+from fedferret.tracking import checkpoint, events, folder, rewinding
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
@@ -74,21 +74,27 @@ def run(
         Interrupted: Ctrl-C.
     """
     resumes = belongs(recipe, out)
-    if resumes and (out / "summary.json").exists() and read_summary(out)["status"] == "finished":
+    if resumes and finished(recipe, out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return read_summary(out)
     with ExitStack() as stack:
-        stack.enter_context(_lost_files_in_a_line(out))
+        stack.enter_context(lost_files_in_a_line(out))
         if resumes:
-            stack.enter_context(_alone(out))  # before the model is loaded, which takes long
+            stack.enter_context(alone(out))  # before the model is loaded, which takes long
         experiment = Experiment.load(recipe, out, log, transport)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
             folder.explain(out)
-            stack.enter_context(_alone(out))
+            stack.enter_context(alone(out))
         log_room(experiment, out, log)
         return Run(experiment, out, log, on_message).finish()
+
+
+def finished(recipe: Recipe, out: Path) -> bool:
+    """Whether the recipe's run in its folder is finished; a rewound one is not, whatever its summary still says."""
+    claims = (out / "summary.json").exists() and read_summary(out)["status"] == "finished"
+    return claims and checkpoint.saved_round(out) in (None, recipe.rounds)
 
 
 def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
@@ -108,14 +114,18 @@ def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> N
 
 def client_state_bytes(recipe: Recipe) -> float:
     """The most bytes that the method keeps on one client, over all rounds."""
+    return max(map(client_state_bytes_of(recipe), range(1, recipe.rounds + 1)))
+
+
+def client_state_bytes_of(recipe: Recipe) -> Callable[[int], float]:
+    """The bytes that the method keeps on one client after a round, by the round's number."""
     model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
     shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
-    numbers = range(1, recipe.rounds + 1)
-    return max(recipe.algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes for number in numbers)
+    return lambda number: recipe.algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes
 
 
 @contextmanager
-def _lost_files_in_a_line(out: Path) -> Iterator[None]:
+def lost_files_in_a_line(out: Path) -> Iterator[None]:
     """A disk without room, or one that failed, met in whatever is written, is no traceback. Raises RunError."""
     try:
         yield
@@ -128,7 +138,7 @@ def _lost_files_in_a_line(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """Lock the folder. Raises UserError where another process has it."""
     try:
         with FileLock(out / "state" / ".lock", timeout=0):
@@ -184,6 +194,7 @@ class Run:
         """Run what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
         state = experiment.initial_state()
+        rewinding.log_rewind(self.out)
         self._announce(state)
         known = events.read(self.out)
         sent = known.ledger()
@@ -194,7 +205,7 @@ class Run:
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
             on_client_start = partial(self._client, progress)
             engine = stack.enter_context(
-                closing(experiment.engine(state, on_client_start, progress.message, self.on_message))
+                closing(experiment.engine(state, on_client_start, progress.message, self._message))
             )
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
@@ -268,6 +279,11 @@ class Run:
     def _client(self, progress: Progress, client: str) -> None:
         progress.client(client, self.index)
         self.index += 1
+
+    def _message(self, event: Mapping[str, Any]) -> None:
+        self.on_message(event)
+        if event["what"] == "notice":
+            self._log_event("notice", **{name: event[name] for name in ("round", "client", "note")})
 
     def _outcome(self, outcome: Reply | Failure) -> None:
         if isinstance(outcome, Reply):

@@ -7,6 +7,7 @@ round resumes with the states from before it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,17 @@ class ClientStore:
 class FolderClientStore(ClientStore):
     """Private states on disk, one file per client and round: memory does not grow with their number."""
 
-    def __init__(self, folder: Path, codec: Codec, round: int) -> None:
-        """Open ``folder`` as it was after ``round``; later files are a crash's and are removed."""
+    def __init__(self, folder: Path, codec: Codec, round: int, history: int = 0) -> None:
+        """Open ``folder`` as it was after ``round``; later files are of a crash or of rewound rounds, and are removed.
+
+        Args:
+            folder: of the states.
+            codec: of states.
+            round: the last finished one.
+            history: rounds before the last finished one whose states stay, for rewinding.
+        """
         super().__init__()
-        self._folder, self._codec = folder, codec
+        self._folder, self._codec, self._history = folder, codec, history
         for path in folder.glob("*.state"):
             if _round(path) > round:
                 path.unlink()
@@ -66,11 +74,20 @@ class FolderClientStore(ClientStore):
         self._staged[client] = path
 
     def commit(self, round: int) -> None:
-        """Keep the new files; the old ones of the same clients go."""
+        """Keep the new files; those of the same clients that no kept round needs go."""
+        oldest = round - self._history
         for client in self._staged:
-            for path in self._paths(client)[:-1]:
-                path.unlink()
+            paths = self._paths(client)
+            for path, newer in itertools.pairwise(paths):
+                if _round(newer) <= oldest:
+                    path.unlink()
         self._staged.clear()
+
+    def begin_anew(self, clients: Iterable[str]) -> None:
+        """Remove every state of these clients."""
+        for client in clients:
+            for path in self._paths(client):
+                path.unlink()
 
     def withdraw(self, clients: Iterable[str]) -> None:
         """Remove what these clients wrote."""
@@ -80,6 +97,17 @@ class FolderClientStore(ClientStore):
 
     def _paths(self, client: str) -> list[Path]:
         return sorted(self._folder.glob(f"{_identifier(client)}.*.state"), key=_round)
+
+
+def held(folder: Path, client: str, round: int) -> bool:
+    """Whether the state that ``round`` left is on disk.
+
+    Args:
+        folder: of the states.
+        client: name.
+        round: in which the client was counted.
+    """
+    return (folder / f"{_identifier(client)}.{round:06d}.state").exists()
 
 
 def _round(path: Path) -> int:

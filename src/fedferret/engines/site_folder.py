@@ -1,13 +1,16 @@
-"""What a site keeps of one run: the recipe, the records it applied, its private states. See ``trainer.py``.
+"""What a site keeps of one run: the recipe, the records it applied, its private states, the epoch. See ``trainer.py``.
 
 Files appear whole or not at all; what a crash left half-written is removed when the folder is next written to.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 
+from fedferret.core.errors import RunError
 from fedferret.core.files import write_atomically
 from fedferret.core.log import Log, LogUpdate, Record
 from fedferret.wire import codec
@@ -55,16 +58,52 @@ class RunFolder:
             if number > before:
                 write_atomically(self._log / f"{number:06d}.record", record)
 
+    def epoch(self) -> int:
+        """The highest epoch of the run that came; 0 before the run was ever rewound."""
+        path = self.path / "epoch"
+        text = path.read_text(errors="replace") if path.exists() else "0"
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise RunError(
+                f"{path} is damaged: remove {self.path}, and the server sends again what this site is missing"
+            )
+        return int(text)
+
+    def rewind(self, epoch: int, version: int, round: int) -> None:
+        """Drop what belongs to rounds that the server rewound, then keep the new epoch: after a crash it is done again.
+
+        Args:
+            epoch: of the run from now on.
+            version: records up to it stay.
+            round: private states up to it stay.
+        """
+        for path in sorted([*self._log.glob("*.record"), *self._log.glob("*.snapshot")], reverse=True):
+            if int(path.stem) > version:
+                path.unlink()
+        self._drop_states_after(round)
+        self.keep_epoch(epoch)
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Write down the highest epoch that came."""
+        if epoch != self.epoch():
+            write_atomically(self.path / "epoch", str(epoch))
+
     def forget(self) -> None:
         """The log is of no use: begin again. Private states stay, they are this site's alone."""
         shutil.rmtree(self._log, ignore_errors=True)
 
-    def private(self, round: int) -> bytes:
-        """The private state that ``round`` left; b"" where it left none. States of other rounds are removed."""
-        wanted = self._state(round)
-        for path in self._clients.glob("*.state"):
-            if path != wanted:
+    def private(self, round: int, oldest: int) -> bytes:
+        """The private state that ``round`` left; b"" where it left none, or it is no longer held.
+
+        Args:
+            round: the last one in which the client was counted. States of later rounds are removed.
+            oldest: the oldest round that the server may rewind to; states that only older rounds need are removed.
+        """
+        self._drop_states_after(round)
+        paths = sorted(self._clients.glob("*.state"))
+        for path, newer in itertools.pairwise(paths):
+            if int(newer.stem) <= oldest:
                 path.unlink()
+        wanted = self._state(round)
         return wanted.read_bytes() if wanted.exists() else b""
 
     def keep(self, round: int, private: bytes) -> None:
@@ -81,6 +120,11 @@ class RunFolder:
 
     def _state(self, round: int) -> Path:
         return self._clients / f"{round:06d}.state"
+
+    def _drop_states_after(self, round: int) -> None:
+        for path in self._clients.glob("*.state"):
+            if int(path.stem) > round:
+                path.unlink()
 
     def _sweep(self) -> None:
         for folder in (self._log, self._clients):

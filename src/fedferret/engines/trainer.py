@@ -7,7 +7,11 @@
 
     FOLDER/runs/<run>/recipe.toml   what was asked of this site
     FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
-    FOLDER/runs/<run>/clients/      its private state after each round that may still be the last one counted
+    FOLDER/runs/<run>/clients/      its private state after each round that may be, or become, the last one counted
+    FOLDER/runs/<run>/epoch         how often the run was rewound, as far as this site knows
+
+A request of an earlier epoch is refused. The first one of a later epoch makes the site drop the records and states of
+the rounds that the server rewound.
 
 A trainer that is started again rebuilds the replica from its base and this log, and asks the server only for what it
 missed. Without a folder (a simulation's worker) nothing is kept, and private states come with the requests. Whatever
@@ -79,6 +83,7 @@ class Trainer:
         folder: Path | None = None,
         client: str | None = None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        history: int = 10,
     ) -> None:
         """A trainer without a run yet.
 
@@ -87,8 +92,10 @@ class Trainer:
             folder: of the site; None keeps nothing.
             client: the only one that works here; None: any.
             on_message: called with every request and response, for the audit file.
+            history: rounds before the last whose private states stay, for a run that is rewound.
         """
         self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
+        self._history, self._epochs = history, dict[str, int]()  # by run, where no folder keeps it
         self._replica: Replica | None = None
         self._last: tuple[Request, Response] | None = None  # the response given last: the same request has the same
 
@@ -115,6 +122,7 @@ class Trainer:
     def _carry_out(self, request: Request, notes: list[str]) -> Response:
         if request.client and self._client is not None and request.client != self._client:
             raise RunError(f"this site works for {self._client}, and the request is for {request.client}")
+        self._enter_epoch(request, notes)
         replica = self._open(request, notes)
         node = replica.work.node
         self._catch_up(node, request)
@@ -127,17 +135,41 @@ class Trainer:
         holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
-        private = self._private(request, notes)
+        private, begun_anew = self._private(request, node)
         reply, private = node.handle(request.body, request.client, private, holdings[request.client])
         trains = isinstance(request.body, Train)
         kept = codec.encode(private) if trains and private is not None else b""
         folder = self._run_folder(request.run)
         if folder and kept:
             folder.keep(request.round, kept)
-        response = self._response(request, DONE, codec.encode(reply), private=b"" if folder else kept)
+        response = self._response(request, DONE, codec.encode(reply), begun_anew, b"" if folder else kept)
         if folder:  # one client: a server that was killed meanwhile asks for the same again
             self._last = request, response
         return response
+
+    def _enter_epoch(self, request: Request, notes: list[str]) -> None:
+        """Refuse a request from before the run was rewound; at the first one after it, drop what that has undone."""
+        folder = self._run_folder(request.run)
+        known = folder.epoch() if folder else self._epochs.get(request.run, 0)
+        if request.epoch < known:
+            raise RunError(
+                f"the request is of epoch {request.epoch}, and the run was rewound since, to epoch {known}: "
+                f"the server's folder is of an earlier day"
+            )
+        if request.epoch == known:
+            return
+        # the server's books are those of the round that it went back to: what precedes the records stands
+        stands = 0 if request.snapshot else request.version - len(request.records)
+        if folder and folder.recipe():
+            folder.rewind(request.epoch, stands, request.counted if request.client else request.version)
+            notes.append(f"the run was rewound, epoch {request.epoch}: records after {stands} were dropped")
+        self._epochs[request.run] = request.epoch
+        self._last = None
+        if self._replica and self._replica.run == request.run:
+            if self._replica.work.node.version > stands:
+                self._replica = None  # it is rebuilt from base and log
+            else:
+                self._replica.work.node.epoch = request.epoch
 
     def _open(self, request: Request, notes: list[str]) -> Replica:
         """The replica of the request's run, built from the base and this site's log if it is not in memory."""
@@ -158,6 +190,7 @@ class Trainer:
         work.node.epoch = request.epoch
         if folder:
             write_atomically(folder.path / "recipe.toml", recipe)
+            folder.keep_epoch(request.epoch)
             try:
                 work.node.catch_up(folder.log(notes))
             except (RunError, ValueError) as error:
@@ -193,17 +226,19 @@ class Trainer:
         if node.version > before and (folder := self._run_folder(request.run)):
             folder.add(update, before)
 
-    def _private(self, request: Request, notes: list[str]) -> Any | None:
-        """The client's private state after the last round in which it was counted."""
-        folder = self._run_folder(request.run)
+    def _private(self, request: Request, node: Node) -> tuple[Any | None, str]:
+        """The client's private state after the last round in which it was counted; why there is none, if one is due."""
+        folder, counted = self._run_folder(request.run), request.counted
         if folder is None:
-            return codec.decode(request.private) if request.private else None
-        encoded = folder.private(request.counted)
+            return (codec.decode(request.private) if request.private else None), ""
+        encoded = folder.private(counted, request.version - self._history)
         try:
-            return codec.decode(encoded) if encoded else None
+            if encoded:
+                return codec.decode(encoded), ""
+            lost = counted and node.leaves_state(counted)
+            return None, f"the private state of round {counted} is no longer held: it is begun again" if lost else ""
         except codec.WireError as error:
-            notes.append(f"the private state of round {request.counted} is damaged ({error}): it is begun again")
-            return None
+            return None, f"the private state of round {counted} is damaged ({error}): it is begun again"
 
     def _run_folder(self, run: str) -> RunFolder | None:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
@@ -242,7 +277,7 @@ def read_request(message: bytes) -> Request:
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} came where a Request was expected")
     check_fields(request)
-    if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
+    if not (re.fullmatch("[0-9a-f]{64}", request.run) and min(request.epoch, request.round, request.version) >= 0):
         raise ValueError("a Request came that names no run, round or version")
     return request
 

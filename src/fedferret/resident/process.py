@@ -44,7 +44,7 @@ def open_trainer(folder: Path) -> Trainer:
         torch.set_num_threads(site.threads)
     if site.data is None:
         return Trainer(partial(work, site))
-    return Trainer(partial(work, site), folder, site.name, Audit(folder))
+    return Trainer(partial(work, site), folder, site.name, Audit(folder), history=site.history)
 
 
 def take(folder: Path) -> IO[bytes]:

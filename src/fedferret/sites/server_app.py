@@ -36,6 +36,7 @@ from fedferret.sites import state
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
 from fedferret.sites.runtime import authorised
 from fedferret.sites.supervisor import terminable
+from fedferret.tracking import checkpoint
 
 RECONNECTS = 15.0  # seconds for which a request to the SuperLink is retried; then `serve` starts both again
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
@@ -58,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
-    approved = approved_sites(recipe)
+    approved = approved_sites(recipe, folder)
     roster = Roster(grid, approved, asks=bool(context.node_config["insecure"]))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
@@ -86,9 +87,12 @@ def main(grid: Grid, context: Context) -> None:
             gather(connected, approved, pause)
 
 
-def approved_sites(recipe: Recipe) -> list[str]:
-    """Return the names of the run's sites, sorted.
+def approved_sites(recipe: Recipe, out: Path) -> list[str]:
+    """Return the names of the run's sites, sorted, without those that were retired.
 
+    Args:
+        recipe: with the data source "sites".
+        out: the run's folder, which knows the retired ones.
     Raises:
         UserError: unless the recipe's data source is "sites".
     """
@@ -96,7 +100,9 @@ def approved_sites(recipe: Recipe) -> list[str]:
         raise UserError(
             f'data.source="{recipe.data_source}": set data.source="sites" and name them in data.sites to serve a run'
         )
-    return sorted(recipe.data.sites)  # type: ignore[attr-defined]  # of the source of that name
+    known = checkpoint.progress(out)
+    retired = known.retired if known else ()
+    return sorted(set(recipe.data.sites) - set(retired))  # type: ignore[attr-defined]  # of the source of that name
 
 
 def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], seconds: float) -> None:
