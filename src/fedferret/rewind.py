@@ -13,8 +13,9 @@ from pathlib import Path
 from fedferret.build import load_data
 from fedferret.config import Recipe, load
 from fedferret.core.errors import UserError, nearest
+from fedferret.disk import wire_costs
 from fedferret.engines.client_store import FolderClientStore, held
-from fedferret.runner import SERVED, alone, client_state_bytes_of, lost_files_in_a_line
+from fedferret.runner import SERVED, alone, lost_files_in_a_line
 from fedferret.sites.supervisor import alone_in
 from fedferret.tracking import checkpoint, events, rewinding
 from fedferret.tracking.report import write_report
@@ -88,9 +89,10 @@ def begun_anew(recipe: Recipe, then: checkpoint.Progress, states: Path) -> tuple
     """Simulated clients with a private state of the round to go back to that is not on disk. Sites keep their own."""
     if not any(states.glob("*.state")):
         return ()
-    kept = client_state_bytes_of(recipe)
-    counted = {client: version + 1 for client, version in then.versions.items()}
-    return tuple(name for name, round in sorted(counted.items()) if kept(round) and not held(states, name, round))
+    costs = wire_costs(recipe)
+    counted = sorted((client, version + 1) for client, version in then.versions.items())
+    missing = [(name, round) for name, round in counted if not held(states, name, round)]
+    return tuple(name for name, round in missing if costs(round)[0].client_state_bytes)
 
 
 def described(out: Path, found: events.Rewind) -> str:

@@ -28,8 +28,8 @@ from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
 from fedferret.core.mapped import MappedTree
 from fedferret.core.rounds import Engine, RunState
-from fedferret.core.stages import shapes_by_round
 from fedferret.data.summary import plot_partition, summarise
+from fedferret.disk import kept_states, log_bytes, wire_costs
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
@@ -98,30 +98,26 @@ def finished(recipe: Recipe, out: Path) -> bool:
 
 
 def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
-    """Log a line where the clients' states may not fit on the disk: found out late, it costs rounds."""
-    recipe, data = experiment.recipe, experiment.data
-    kept = client_state_bytes(recipe)
-    taking_part = min(len(data.clients), recipe.rounds * recipe.clients.per_round)
-    there = sum(path.stat().st_size for path in out.glob("state/clients/*"))
+    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
+    recipe, history = experiment.recipe, experiment.recipe.execution.history
+    costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
+    kept = max(cost.client_state_bytes for cost in costs)
+    count = kept_states(len(experiment.data.clients), recipe.rounds, recipe.clients.per_round, history)
+    states = kept * count if experiment.trains_here else 0.0
+    entries = log_bytes([cost.down_most for cost in costs], [4 * weights for weights in tuned], history)
+    there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
     free = shutil.disk_usage(out).free + there
-    if experiment.trains_here and kept * taking_part > free:
+    stops = "where the disk is full the run stops, and goes on once there is more"
+    if states > free:
         log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
-            f"{as_bytes(kept * taking_part)} in all, and {out} has room for {as_bytes(free)}: where the disk is full "
-            f"the run stops, and goes on once there is more"
+            f"{as_bytes(states)} in all, and {out} has room for {as_bytes(free)}: {stops}"
         )
-
-
-def client_state_bytes(recipe: Recipe) -> float:
-    """The most bytes that the method keeps on one client, over all rounds."""
-    return max(map(client_state_bytes_of(recipe), range(1, recipe.rounds + 1)))
-
-
-def client_state_bytes_of(recipe: Recipe) -> Callable[[int], float]:
-    """The bytes that the method keeps on one client after a round, by the round's number."""
-    model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
-    shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
-    return lambda number: recipe.algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes
+    elif states + entries > free:
+        log(
+            f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
+            f"{as_bytes(free - states)}: lower execution.history, or {stops}"
+        )
 
 
 @contextmanager

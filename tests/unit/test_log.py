@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedferret.core.log import Log
+from fedferret.disk import log_bytes
 
 
 def filled(
@@ -85,3 +86,16 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     Log.read(tmp_path, 3)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("history", [0, 2, 10])
+@pytest.mark.parametrize("record_bytes", [3, 40, 77, 130, 999])
+def test_the_disk_that_a_log_with_its_history_takes_is_foretold(
+    record_bytes: int, history: int, tmp_path: Path
+) -> None:
+    log, most = Log(tmp_path, history), 0
+    for _ in range(30):
+        log.append(bytes(record_bytes), 1000, lambda: bytes(1000))
+        most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+        log.prune()
+    assert log_bytes([record_bytes] * 30, [1000] * 30, history) == most

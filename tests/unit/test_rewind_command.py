@@ -179,7 +179,7 @@ def test_a_site_that_the_run_cannot_do_without_is_not_retired(copy: tuple[Recipe
     _, out = copy
     text = (out / "recipe.toml").read_text()
     (out / "recipe.toml").write_text(text.replace("min_clients = 1", "min_clients = 3"))
-    with pytest.raises(UserError, match="--without bo: that leaves 2 sites, and clients.min_clients=3 are needed"):
+    with pytest.raises(UserError, match=r"--without bo: that leaves 2 sites, and clients.min_clients=3 are needed"):
         rewind(out, 3, "bo", silent)
 
 

@@ -64,7 +64,7 @@ class Log:
 
         Args:
             folder: for the records, one file each; None keeps them in memory.
-            history: versions before the newest whose files stay on disk.
+            history: so many versions before the newest stay whole on disk.
         """
         self.version = 0
         self.firsts = {0: 1}  # by version that is still whole on disk: the oldest record that nodes were sent there
@@ -105,7 +105,7 @@ class Log:
             folder: of the log's files; further entries go there too.
             version: that the checkpoint names.
             firsts: ``firsts`` of the log when it was at ``version``; None: nodes are sent all records on disk.
-            history: versions before the newest whose files stay on disk.
+            history: so many versions before the newest stay whole on disk.
 
         Returns:
             A log on disk, at ``version``.

@@ -52,7 +52,7 @@ class FolderClientStore(ClientStore):
             folder: of the states.
             codec: of states.
             round: the last finished one.
-            history: rounds before the last finished one whose states stay, for rewinding.
+            history: the states of so many rounds before the last finished one stay, for rewinding.
         """
         super().__init__()
         self._folder, self._codec, self._history = folder, codec, history

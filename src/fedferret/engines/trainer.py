@@ -92,7 +92,7 @@ class Trainer:
             folder: of the site; None keeps nothing.
             client: the only one that works here; None: any.
             on_message: called with every request and response, for the audit file.
-            history: rounds before the last whose private states stay, for a run that is rewound.
+            history: the private states of so many rounds before the last stay, for a run that is rewound.
         """
         self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
         self._history, self._epochs = history, dict[str, int]()  # by run, where no folder keeps it

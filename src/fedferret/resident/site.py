@@ -41,7 +41,7 @@ class Site:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
-    history: int = 10  # rounds before the last whose private states stay, for a run that the server rewinds
+    history: int = 10  # past rounds with private states that stay, for a run that the server rewinds
 
     def __post_init__(self) -> None:
         if self.history < 0:
