@@ -148,7 +148,7 @@ def apply(
 def rewind(
     folder: RunFolder,
     to: Annotated[int, typer.Option(help="The last round to keep; 0: none.", min=0, metavar="ROUND")],
-    without: Annotated[str | None, typer.Option(help="Retire this site: later rounds do not ask it.")] = None,
+    without: Annotated[str | None, typer.Option(help="Retire a site: no later round asks it.", metavar="SITE")] = None,
 ) -> None:
     """Undo the last rounds of a stopped run, for example after a bad round.
 

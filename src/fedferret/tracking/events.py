@@ -157,7 +157,7 @@ class Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
     rewinds: list[Rewind] = field(default_factory=list)
-    notices: list[tuple[int, str, str]] = field(default_factory=list)  # round, client, what it did without
+    notices: list[tuple[int, str, str]] = field(default_factory=list)  # round, client, the client's words
     status: str = "in progress"  # "finished", "interrupted", "rewound"
     last: str = ""  # ISO time of the last event
 
