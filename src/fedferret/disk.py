@@ -41,7 +41,7 @@ def log_bytes(entries: Sequence[float], snapshots: Sequence[float], history: int
     Args:
         entries: bytes of each round's entry.
         snapshots: bytes of the public state after each round.
-        history: rounds before the last whose files stay.
+        history: so many rounds before the last stay whole on disk.
 
     Returns:
         Bytes.
