@@ -115,7 +115,8 @@ def simulate_sites(
             on_message=on_message,
         )
 
-    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, keeps_states=False, **options)
+    options = {"keeps_states": False, **options}  # True: the server keeps the states, for workers
+    return simulate(algorithm, rounds, data=data or toy_clients(), engine=engine, **options)
 
 
 def sites(algorithm: AnyAlgorithm, rounds: int, root: Path) -> Callable[[Mapping[str, Examples]], Direct]:

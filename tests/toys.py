@@ -288,6 +288,7 @@ def simulate(
     arriving: Callable[[Any], Any] = lambda engine: engine,
     task: Task | None = None,
     keeps_states: bool = True,
+    history: int = 10,
 ) -> Simulation:
     """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
@@ -302,17 +303,17 @@ def simulate(
     )
     node, server = Node.start(task, algorithm, seed, codec, guards=guards)
     if folder and checkpoint.saved_round(folder) is not None:
-        state = checkpoint.resume(folder, node)
+        state = checkpoint.resume(folder, node, server, history)
     else:
-        state = RunState(node, server, Log(folder / "log" if folder else None))
+        state = RunState(node, server, Log(folder / "log" if folder else None, history))
     kept = kept_rounds(algorithm, state) if folder and keeps_states else {}  # sites keep their clients' states
-    store = FolderClientStore(folder / "clients", codec, kept) if folder else ClientStore()
+    store = FolderClientStore(folder / "clients", codec, kept, history) if folder else ClientStore()
     running = arriving(engine(data, codec, store))
     simulation = Simulation(algorithm, task, running, store, state, [], data, seed)
     if state.round >= (until or rounds_):
         return simulation
     save = (lambda record: checkpoint.save(folder, state)) if folder else (lambda record: None)
-    for record in rounds.run(running, list(data), state, plan, save=save):
+    for record in rounds.run(running, [name for name in data if name not in state.retired], state, plan, save=save):
         simulation.records.append(record)
         if record.round == until:
             break

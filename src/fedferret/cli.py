@@ -11,6 +11,7 @@ import typer
 
 from fedferret.command_errors import one_line_errors
 from fedferret.core.imports import quick_imports
+from fedferret.pki_cli import pki
 
 _log = typer.echo
 app = typer.Typer(
@@ -143,6 +144,24 @@ def apply(
 
         fingerprint = apply_delta(base, delta, to, _log)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
+
+
+@app.command()
+def rewind(
+    folder: RunFolder,
+    to: Annotated[int, typer.Option(help="The last round to keep; 0: none.", min=0, metavar="ROUND")],
+    without: Annotated[str | None, typer.Option(help="Retire a site: no later round asks it.", metavar="SITE")] = None,
+) -> None:
+    """Undo the last rounds of a stopped run, for example after a bad round.
+
+    DIR is the run's folder. The rounds after ROUND are discarded; the command that ran them runs them again.
+    The last 10 rounds can be undone (`execution.history`). Sites need no attention: they follow at the next request.
+    """
+    with one_line_errors():
+        with quick_imports():
+            from fedferret.rewind import rewind as rewind_run
+
+        rewind_run(folder, to, without, _log)
 
 
 @app.command()
@@ -304,77 +323,7 @@ def _site_commands() -> ModuleType:
     return commands
 
 
-pki = typer.Typer(
-    no_args_is_help=True,
-    help="""Certificates of a federation: create the authority once, then one archive for each site.
-
-The authority's key stays in its folder (`--pki`). A site gets its archive only.
-docs/security.md explains how to send, renew and revoke.""",
-)
 app.add_typer(pki, name="pki")
-
-PkiFolder = Annotated[Path, typer.Option("--pki", help="The folder that holds the authority.", metavar="DIR")]
-SiteName = Annotated[str, typer.Argument(help="A site's name, such as ward-7.", metavar="NAME", show_default=False)]
-Hosts = Annotated[
-    list[str] | None,
-    typer.Option("--host", help="A host name or address of the server. May be repeated."),
-]
-
-
-@pki.command("init")
-def pki_init(
-    host: Hosts = None,
-    folder: PkiFolder = Path("pki"),
-    title: Annotated[str, typer.Option(help="The federation's name; it is in every certificate.")] = "fedferret",
-) -> None:
-    """Create the authority and the server's certificates."""
-    with one_line_errors():
-        _pki_commands().init(folder, host or [], title, _log)
-
-
-@pki.command("issue")
-def pki_issue(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
-    """Create a site's certificate and node key, in one archive to send."""
-    with one_line_errors():
-        _pki_commands().issue(folder, name, _log)
-
-
-@pki.command("renew")
-def pki_renew(
-    name: Annotated[str, typer.Argument(help="A site's name, or `server`.", metavar="NAME", show_default=False)],
-    host: Hosts = None,
-    folder: PkiFolder = Path("pki"),
-) -> None:
-    """Replace a certificate before it expires; a site keeps its node key."""
-    with one_line_errors():
-        _pki_commands().renew(folder, name, host or [], _log)
-
-
-@pki.command("revoke")
-def pki_revoke(name: SiteName, folder: PkiFolder = Path("pki")) -> None:
-    """Exclude a site: the server refuses all its certificates, and its keys are deleted."""
-    with one_line_errors():
-        _pki_commands().revoke(folder, name, _log)
-
-
-@pki.command("show")
-def pki_show(folder: PkiFolder = Path("pki")) -> None:
-    """List all certificates: holder, days left, revoked or not."""
-    with one_line_errors():
-        _pki_commands().show(folder, _log)
-
-
-def _pki_commands() -> ModuleType:
-    """The module behind pki. Raises UserError if the package that it needs is missing."""
-    from fedferret.core.errors import UserError
-
-    try:
-        from fedferret.sites import pki_commands
-    except ModuleNotFoundError as error:
-        if error.name != "cryptography":
-            raise
-        raise UserError('certificates need a package; run: pip install "fedferret[flower]"') from None
-    return pki_commands
 
 
 def main() -> None:

@@ -120,8 +120,11 @@ class ExecutionSettings:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"; sums may differ in the last bit between devices
     memory: Literal["fast", "lean"] = "fast"  # lean: the public weights wait in a memory-mapped file
     tensorboard: bool = False
+    history: int = 10  # rounds before the last that a run can be rewound to; methods with large entries need much disk
 
     def __post_init__(self) -> None:
+        if self.history < 0:
+            raise UserError(f"history={self.history}: must not be negative; 0 keeps the last round alone")
         _positive("execution", workers=self.workers, deadline=self.deadline)
         if self.worker_cpus < 0 or self.worker_gpus < 0:
             raise UserError(f"worker_cpus={self.worker_cpus}, worker_gpus={self.worker_gpus}: must not be negative")

@@ -1,7 +1,7 @@
 """What a recipe costs before it runs: bytes by the method's formula; memory and time are rough.
 
 bytes     the method's ``wire_cost``, the mean over rounds of the most; FedAvg's is 4 d up and 4 d down
-disk      what the method keeps of each client, one file for each that took part
+disk      the log and what the method keeps of each client, with the rounds that can be rewound (``disk.py``)
 memory    fp32 weights (two copies of the tuned ones, one with memory = "lean"), gradients and optimizer state of the
           tuned ones, activations; zeroth-order training has the weights alone
 time      the data is read and its lengths are taken (characters / 4 where the tokenizer is not at hand), then
@@ -47,17 +47,21 @@ class Estimate:
     bytes_fedavg: int  # per client and round, one way
     client_state_bytes: float  # on each client that took part, between its rounds
     clients: int  # that take part at most
+    states: int  # of clients, that are kept at most
+    log_bytes: float  # at most
+    history: int  # rounds that can be rewound
     memory: float  # bytes
     seconds: float
 
     def __str__(self) -> str:
         states = as_bytes(self.client_state_bytes)
-        states += f", for {self.clients} clients {as_bytes(self.client_state_bytes * self.clients)}"
+        states += f", for {self.clients} clients {as_bytes(self.client_state_bytes * self.states)}"
         return "\n".join(
             [
                 f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
                 f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                f"# disk, log                   {as_bytes(self.log_bytes)} at most, {self.history} past rounds kept",
                 *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),
                 f"# memory, roughly             {as_bytes(self.memory)}",
                 f"# time, roughly               {as_duration(self.seconds)} on this machine, evaluation included",
@@ -96,11 +100,17 @@ def estimate(recipe: Recipe) -> Estimate:
     """
     from fedferret import models
     from fedferret.build import check, load_data
+    from fedferret.disk import kept_states, log_bytes
     from fedferret.local.first_order import FirstOrder
 
     shapes_of = check(recipe)
+    data, history = load_data(recipe), recipe.execution.history
     numbers, cohort = range(1, recipe.rounds + 1), recipe.clients.per_round
-    tuned = max(sum(math.prod(shape) for shape in shapes_of(number).values()) for number in numbers)
+
+    def weights(number: int) -> int:
+        return sum(math.prod(shape) for shape in shapes_of(number).values())
+
+    tuned = max(map(weights, numbers))
     every = models.parameter_shapes(recipe.model.name)
     parameters = sum(math.prod(shape) for shape in every.values())
     costs = [recipe.algorithm.wire_cost(shapes_of(number), cohort, number) for number in numbers]
@@ -120,9 +130,12 @@ def estimate(recipe: Recipe) -> Estimate:
         statistics.fmean(cost.down_most for cost in costs),
         4 * parameters,
         max(cost.client_state_bytes for cost in costs),
-        recipe.rounds * cohort,
+        min(len(data.clients), recipe.rounds * cohort),
+        kept_states(len(data.clients), recipe.rounds, cohort, history),
+        log_bytes([cost.down_most for cost in costs], [4 * weights(number) for number in numbers], history),
+        history,
         4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
-        _seconds(recipe, load_data(recipe), training, list(every.values()), tuned),
+        _seconds(recipe, data, training, list(every.values()), tuned),
     )
 
 

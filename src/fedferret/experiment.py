@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedferret import models
-from fedferret.build import Parts, check, load_data, prepare
+from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe, load
 from fedferret.core import rounds, tree
 from fedferret.core.errors import RunError, UserError
@@ -21,7 +20,7 @@ from fedferret.core.files import inside, read_intact
 from fedferret.core.keys import Key
 from fedferret.core.log import RESTORE, Log
 from fedferret.core.rounds import Engine, RoundRecord, RunState
-from fedferret.core.stages import shapes_by_round
+from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
 from fedferret.engines.in_process import InProcess
@@ -158,10 +157,11 @@ class Experiment(Parts):
         if self.folder and (saved := checkpoint.saved_round(self.folder)) is not None:
             if (self.folder / events.FILE).exists():  # `fedferret run` writes one; a caller of this class need not
                 check_start(self.folder, self.base_fingerprint, saved)
-            node, _ = self.start_node()
-            return checkpoint.resume(self.folder, node)
+            node, server = self.start_node()
+            return checkpoint.resume(self.folder, node, server, self.recipe.execution.history)
         node, server = self.start_node()
-        return RunState(node, server, Log(self.folder / "log" if self.folder else None))
+        log = Log(self.folder / "log", self.recipe.execution.history) if self.folder else Log()
+        return RunState(node, server, log)
 
     def engine(
         self,
@@ -183,8 +183,9 @@ class Experiment(Parts):
             after ``state.round``.
         """
         folder = self.folder and self.folder / "state" / "clients"
-        store = FolderClientStore(folder, codec, self._kept_rounds(state)) if folder else ClientStore()
         execution = self.recipe.execution
+        kept = kept_rounds(self.recipe, state.versions) if self.trains_here else {}
+        store = FolderClientStore(folder, codec, kept, execution.history) if folder else ClientStore()
         if self.transport is None and execution.engine in ENGINES:
             held_out = self.tokens.held_out_by_client
             return ENGINES[execution.engine](self.tokens, codec, store, on_client_start, held_out)
@@ -202,20 +203,6 @@ class Experiment(Parts):
             log=log,
             on_message=on_message,
         )
-
-    def _kept_rounds(self, state: RunState) -> dict[str, int]:
-        """The last counted round of each client with a private state in this folder."""
-        counted = {client: version + 1 for client, version in state.versions.items()} if self.trains_here else {}
-        if not counted:
-            return {}
-        algorithm, cohort = self.recipe.algorithm, self.recipe.clients.per_round
-        skeleton = prepare(algorithm, models.skeleton(self.recipe.model.name), self.recipe.seed)
-        shapes = shapes_by_round(algorithm, skeleton, self.recipe.rounds)
-        keeps = {
-            number: algorithm.wire_cost(shapes(number), cohort, number).client_state_bytes > 0
-            for number in set(counted.values())
-        }
-        return {client: number for client, number in counted.items() if keeps[number]}
 
     def run_rounds(
         self,
@@ -242,7 +229,8 @@ class Experiment(Parts):
             if self.folder:
                 checkpoint.save(self.folder, state)
 
-        return rounds.run(engine, list(self.data.clients), state, self.plan(), on_outcome, save)
+        clients = [client for client in self.data.clients if client not in state.retired]
+        return rounds.run(engine, clients, state, self.plan(), on_outcome, save)
 
     def score(
         self,
@@ -275,7 +263,8 @@ class Experiment(Parts):
         with algorithm.model(self.task, state.public) as model:
             if model is not None:
                 return self.evaluator.score(model, extra, on_progress)
-        asked = [client for client in sorted(state.versions) if client in self.tokens.held_out_by_client]
+        reachable = self.tokens.held_out_by_client.keys() - set(state.retired)
+        asked = [client for client in sorted(state.versions) if client in reachable]
         if not asked or not self.trains_here:
             return Scores({}, {})
         sums, failures, moved = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)

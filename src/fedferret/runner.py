@@ -23,7 +23,6 @@ from fedferret import models
 from fedferret.build import check, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
-from fedferret.core.algorithm import WireCost
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import write_atomically
@@ -32,11 +31,12 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.data.summary import plot_partition, summarise
+from fedferret.disk import kept_states, log_bytes, wire_costs
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
-from fedferret.tracking import checkpoint, events, folder
+from fedferret.tracking import checkpoint, events, folder, rewinding
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
@@ -83,43 +83,56 @@ def run(
     """
     resumes = belongs(recipe, out)
     known = read_summary(out) if resumes else {}
-    if resumes and is_finished(out):
+    if resumes and finished(recipe, out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return known or write_summary(out)
     with ExitStack() as stack:
-        stack.enter_context(_lost_files_in_a_line(out))
+        stack.enter_context(lost_files_in_a_line(out))
         if resumes:
-            stack.enter_context(_alone(out))  # before the model is loaded, which takes long
-            if checkpoint.saved_round(out) is not None and not (out / events.FILE).exists():
-                raise RunError(f"{out / events.FILE} is missing, and the run in {out} has begun: {RESTORE}")
+            stack.enter_context(alone(out))  # before the model is loaded, which takes long
+            check_begun(out)
         experiment = Experiment.load(recipe, out, log, transport, protection)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
             folder.explain(out)
-            stack.enter_context(_alone(out))
+            stack.enter_context(alone(out))
         log_room(experiment, out, log)
         return Run(experiment, out, log, on_message, on_client).finish()
 
 
+def check_begun(out: Path) -> None:
+    """Refuse a folder with a checkpoint and no event log. Raises RunError."""
+    if checkpoint.saved_round(out) is not None and not (out / events.FILE).exists():
+        raise RunError(f"{out / events.FILE} is missing, and the run in {out} has begun: {RESTORE}")
+
+
+def finished(recipe: Recipe, out: Path) -> bool:
+    """Whether the recipe's run in its folder is finished; a rewound one is not, whatever its event log still says."""
+    return is_finished(out) and checkpoint.saved_round(out) in (None, recipe.rounds)
+
+
 def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
-    """Log a line where the clients' states may not fit on the disk: found out late, it costs rounds."""
-    recipe, data = experiment.recipe, experiment.data
-    kept = client_state_bytes(recipe)
-    taking_part = min(len(data.clients), recipe.rounds * recipe.clients.per_round)
-    there = sum(path.stat().st_size for path in out.glob("state/clients/*"))
+    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
+    recipe, history = experiment.recipe, experiment.recipe.execution.history
+    costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
+    kept = max(cost.client_state_bytes for cost in costs)
+    count = kept_states(len(experiment.data.clients), recipe.rounds, recipe.clients.per_round, history)
+    states = kept * count if experiment.trains_here else 0.0
+    entries = log_bytes([cost.down_most for cost in costs], [4 * weights for weights in tuned], history)
+    there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
     free = shutil.disk_usage(out).free + there
-    if experiment.trains_here and kept * taking_part > free:
+    stops = "where the disk is full the run stops, and goes on once there is more"
+    if states > free:
         log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
-            f"{as_bytes(kept * taking_part)} in all, and {out} has room for {as_bytes(free)}: where the disk is full "
-            f"the run stops, and goes on once there is more"
+            f"{as_bytes(states)} in all, and {out} has room for {as_bytes(free)}: {stops}"
         )
-
-
-def client_state_bytes(recipe: Recipe) -> float:
-    """The most bytes that the method keeps on one client, over all rounds."""
-    return max(cost.client_state_bytes for cost in _costs(recipe))
+    elif states + entries > free:
+        log(
+            f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
+            f"{as_bytes(free - states)}: lower execution.history, or {stops}"
+        )
 
 
 def update_bytes(recipe: Recipe) -> float:
@@ -128,18 +141,12 @@ def update_bytes(recipe: Recipe) -> float:
     Raises:
         UserError: the recipe is known to be wrong.
     """
-    return max(cost.up_most for cost in _costs(recipe))
-
-
-def _costs(recipe: Recipe) -> list[WireCost]:
-    """What each round costs a client. Raises UserError for a recipe that is known to be wrong."""
-    shapes, cohort = check(recipe), recipe.clients.per_round
-    numbers = range(1, recipe.rounds + 1)
-    return [recipe.algorithm.wire_cost(shapes(number), cohort, number) for number in numbers]
+    check(recipe)
+    return max(cost.up_most for cost, _ in map(wire_costs(recipe), range(1, recipe.rounds + 1)))
 
 
 @contextmanager
-def _lost_files_in_a_line(out: Path) -> Iterator[None]:
+def lost_files_in_a_line(out: Path) -> Iterator[None]:
     """A disk without room, or one that failed, met in whatever is written, is no traceback. Raises RunError."""
     try:
         yield
@@ -152,7 +159,7 @@ def _lost_files_in_a_line(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """Lock the folder. Raises UserError where another process has it."""
     try:
         with FileLock(out / "state" / ".lock", timeout=0):
@@ -215,6 +222,7 @@ class Run:
         """Run what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
         state = experiment.initial_state()
+        rewinding.log_rewind(self.out)
         self._announce(state)
         known = events.read(self.out)
         sent = known.ledger()
@@ -225,7 +233,7 @@ class Run:
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
             on_client_start = partial(self._client, progress)
             engine = stack.enter_context(
-                closing(experiment.engine(state, on_client_start, progress.message, self.on_message))
+                closing(experiment.engine(state, on_client_start, progress.message, self._message))
             )
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
@@ -302,6 +310,11 @@ class Run:
         self.on_client(client)
         progress.client(client, self.index)
         self.index += 1
+
+    def _message(self, event: Mapping[str, Any]) -> None:
+        self.on_message(event)
+        if event["what"] == "notice":
+            self._log_event("notice", **{name: event[name] for name in ("round", "client", "note")})
 
     def _outcome(self, outcome: Reply | Failure) -> None:
         self.on_client("")

@@ -89,7 +89,7 @@ def test_the_size_of_client_states_is_shown_before_they_fill_the_disk(
 ) -> None:
     words = [recipe, "--set", 'algorithm={name="fedavg-top-k"}', "--set", "rounds=1"]
     assert "# disk, per client            362 KB, for 2 clients 725 KB at most" in fedferret("show", *words)
-    assert "disk" not in fedferret("show", recipe)
+    assert "disk, per client" not in fedferret("show", recipe)
     warning = "fedavg-top-k keeps 362 KB of every client that took part, up to 725 KB in all"
     assert warning not in fedferret("run", *words, "--out", tmp_path / "roomy")
     monkeypatch.setattr("fedferret.runner.shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
@@ -99,8 +99,8 @@ def test_the_size_of_client_states_is_shown_before_they_fill_the_disk(
 
 
 def test_help_explains_every_command() -> None:
-    assert all(name in fedferret("--help") for name in ("run", "list", "show", "report", "export", "apply"))
-    for name in ("run", "show", "report", "export", "apply"):
+    assert all(name in fedferret("--help") for name in ("run", "list", "show", "report", "export", "apply", "rewind"))
+    for name in ("run", "show", "report", "export", "apply", "rewind"):
         assert "--help" in fedferret(name, "--help")
 
 

@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def outcome(*words: str | Path) -> tuple[int, str]:
+def outcome(*words: object) -> tuple[int, str]:
     """Exit code and standard error of a command, which shows no traceback."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
@@ -221,7 +221,9 @@ def test_stray_files_change_no_bit(runs: Path, tmp_path: Path) -> None:
     for name in ("000002.snapshot", "000001.snapshot", "000003.record", "notes.record", ".000002.record.ab12"):
         shutil.copy(runs / "other" / "log" / "000002.record", folder / "log" / name)
     shutil.copy(one(folder, CLIENT), folder / "state" / "clients" / f"{'0' * 24}.000001.state")
-    (folder / "state" / "clients" / "notes.state").write_text("mine")
+    for name in ("clients", "history"):
+        (folder / "state" / name / "notes.state").write_text("mine")
+    assert outcome("rewind", folder, "--to", 1) == (0, "")
     assert outcome("run", runs / "stopped.toml", "--out", folder)[0] == 0
     assert (folder / "log" / "000003.record").read_bytes() == (runs / "whole" / "log" / "000003.record").read_bytes()
     assert read(folder).rounds[3].fingerprint == read(runs / "whole").rounds[3].fingerprint != ""
@@ -362,12 +364,14 @@ def test_a_flipped_bit_of_the_events_is_one_line_or_another_figure(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "state", "log", "state/run.state", "log/000001.record", EVENTS])
-def test_an_export_follows_no_link_out_of_its_folder(name: str, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["export", "rewind"])
+def test_no_link_out_of_a_runs_folder_is_followed(command: str, name: str, runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     shutil.copytree(runs / "stopped", folder)
     (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to(tmp_path / "outside")
-    code, line = outcome("export", folder, "--delta", tmp_path / "delta")
+    options = ("--delta", tmp_path / "delta") if command == "export" else ("--to", 1)
+    code, line = outcome(command, folder, *options)
     assert code == 2 and f"{name} is a link that leads out of" in line and line.count("\n") == 1, line
     assert not (tmp_path / "delta").exists()
 

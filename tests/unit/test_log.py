@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedferret.core.log import Log
+from fedferret.disk import log_bytes
 
 
 def filled(
@@ -85,3 +88,33 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     Log.read(tmp_path, 3)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("history", [0, 2, 10])
+@pytest.mark.parametrize("record_bytes", [3, 40, 77, 130, 999])
+def test_the_disk_that_a_log_with_its_history_takes_is_foretold(
+    record_bytes: int, history: int, tmp_path: Path
+) -> None:
+    log, most = Log(tmp_path, history), 0
+    for _ in range(30):
+        log.append(bytes(record_bytes), 1000, lambda: bytes(1000))
+        most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+        log.prune()
+    assert log_bytes([record_bytes] * 30, [1000] * 30, history) == most
+
+
+@pytest.mark.parametrize("snapshot_bytes", [lambda version: 100, lambda version: 60 * version], ids=["same", "growing"])
+@pytest.mark.parametrize("record_bytes", [5, 48, 130])  # 48: two records are as long as a snapshot
+def test_every_version_of_the_history_opens_as_it_was(record_bytes: int, snapshot_bytes: Any, tmp_path: Path) -> None:
+    log, sent, checksums = Log(tmp_path / "log", 4), {}, {}
+    for version in range(1, 12):
+        snapshot = b"S".ljust(snapshot_bytes(version), b".")
+        log.append(b"R%d" % version + bytes(record_bytes), len(snapshot), lambda snapshot=snapshot: snapshot)
+        log.prune()
+        sent[version], checksums[version] = [log.since(held) for held in range(version + 1)], log.checksums
+    assert list(log.firsts) == [7, 8, 9, 10, 11]
+    for version in log.firsts:
+        folder = shutil.copytree(tmp_path / "log", tmp_path / str(version))
+        window = {number: first for number, first in log.firsts.items() if number <= version}
+        again = Log.open(folder, version, checksums[version], window, 4)
+        assert [again.since(held) for held in range(version + 1)] == sent[version]

@@ -38,7 +38,9 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     bodies = [node.body[0] for node in ast.walk(tree) if isinstance(node, kinds) and node.body]
     docstrings = (
-        {id(first.value) for first in bodies if isinstance(first, ast.Expr)} if path.name != "cli.py" else set()
+        {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
+        if not path.name.endswith("cli.py")
+        else set()
     )
     pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):

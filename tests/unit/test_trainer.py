@@ -326,7 +326,7 @@ def test_a_sites_settings_name_its_file_beside_them(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "site.toml").write_text(site.to_toml())
     assert read_site(tmp_path / "again") == site
-    assert Site(name="worker").to_toml() == 'name = "worker"\ndevice = "cpu"\nmemory = "fast"\n'
+    assert Site(name="worker").to_toml() == 'name = "worker"\ndevice = "cpu"\nmemory = "fast"\nhistory = 10\n'
 
 
 @pytest.mark.parametrize(

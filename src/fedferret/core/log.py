@@ -10,9 +10,10 @@
   as the model (FedAvg) therefore folds every round; Ferret never does.
 * Entries older than the snapshot are kept while all of them together are lighter than one snapshot.
 * On disk, what a fold makes superfluous goes only by ``prune``, after the checkpoint says that this version is
-  reached: a crash in between finds the version before it whole.
-* The checkpoint has the checksum of every file of the log. A file that is missing, damaged or of another run is named
-  before any of them is applied; files that are not in the checkpoint's list are left out.
+  reached: a crash in between finds the version before it whole. The files of ``history`` versions before the newest
+  stay too, so that a run can be rewound. History is a matter of disk alone: it changes no update.
+* The checkpoint has the checksum of every file of its version. A file that is missing, damaged or of another run is
+  named before any of them is applied. Files that no kept version is made of are removed.
 
 The base itself (a public checkpoint) is not counted: every node has it. With a folder the log is on disk,
 each file whole or absent; without, it is in memory.
@@ -66,18 +67,21 @@ class LogUpdate:
 class Log:
     """The entries that made the model what it is. Versions count from 0, the base."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, history: int = 0) -> None:
         """Start empty, at version 0.
 
         Args:
             folder: for the records, one file each; None keeps them in memory.
+            history: so many versions before the newest stay whole on disk.
         """
         self.version = 0
+        self.firsts = {0: 1}  # by version that is still whole on disk: the oldest record that nodes were sent there
+        self.history = history
         self._folder = folder
         self._records: dict[int, bytes] = {}
         self._snapshot: tuple[int, bytes] | None = None
         self._checksums: dict[str, int] = {}  # by file name
-        self._superfluous: list[Path] = []
+        self._superfluous: dict[Path, int] = {}  # files, and the version from which nodes are not sent them
 
     @classmethod
     def read(cls, folder: Path, version: int, checksums: Mapping[str, int] | None = None) -> Log:
@@ -108,16 +112,26 @@ class Log:
                 log._snapshot = (number, content)
             log._checksums[name] = checksum(content)
         log.version = version
+        log.firsts = {version: min(log._records, default=version + 1)}
         return log
 
     @classmethod
-    def open(cls, folder: Path, version: int, checksums: Mapping[str, int] | None = None) -> Log:
-        """Go on with a log on disk; what a crash left after ``version`` is removed.
+    def open(
+        cls,
+        folder: Path,
+        version: int,
+        checksums: Mapping[str, int] | None = None,
+        firsts: Mapping[int, int] | None = None,
+        history: int = 0,
+    ) -> Log:
+        """Go on with a log on disk; files of versions after ``version`` are removed, and strange ones.
 
         Args:
             folder: of the log's files; further entries go there too.
             version: that the checkpoint names.
             checksums: as for ``read``.
+            firsts: ``firsts`` of the log when it was at ``version``; None: nodes are sent all records that are read.
+            history: so many versions before the newest stay whole on disk.
 
         Returns:
             A log on disk, at ``version``.
@@ -126,11 +140,24 @@ class Log:
             RunError: as for ``read``.
         """
         log = cls.read(folder, version, checksums)
-        log._folder = folder
-        newest = log._snapshot[0] if log._snapshot else 0
-        for path, number in log_files(folder):
-            if number > version or path.name not in log._checksums or (path.suffix == ".snapshot" and number < newest):
+        log._folder, log.history = folder, history
+        log.firsts = dict(firsts or log.firsts)
+        newest, files = log._snapshot[0] if log._snapshot else 0, list(log_files(folder))
+        snapshots = [number for path, number in files if path.suffix == ".snapshot" and number <= newest]
+        for path, number in files:
+            record = path.suffix == ".record"
+            if path.name in log._checksums and (record or number == newest):
+                continue
+            log._checksums.pop(path.name, None)
+            if record:
+                later = [each for each, first in log.firsts.items() if first > number]
+            else:
+                later = [each for each in snapshots if each > number]
+            if later:
+                log._superfluous[path] = min(later)
+            else:  # of a version after this one, or of none
                 path.unlink()
+        log.prune()
         return log
 
     @property
@@ -152,12 +179,16 @@ class Log:
         base = self._snapshot[0] if self._snapshot else 0
         if 2 * sum(len(r) for version, r in self._records.items() if version > base) > snapshot_size:
             self._fold(snapshot())
+        self.firsts[self.version] = next(iter(self._records), self.version + 1)
+        self.firsts = {each: first for each, first in self.firsts.items() if each >= self.version - self.history}
 
     def prune(self) -> None:
-        """Remove the files that only an older version needs; call it once the checkpoint names this version."""
-        for path in self._superfluous:
-            path.unlink(missing_ok=True)
-        self._superfluous.clear()
+        """Remove the files that no version of ``firsts`` needs; call it once the checkpoint names this version."""
+        oldest = min(self.firsts)
+        for path, until in list(self._superfluous.items()):
+            if until <= max(oldest, int(path.stem)):
+                path.unlink(missing_ok=True)
+                del self._superfluous[path]
 
     def since(self, version: int) -> LogUpdate:
         """What a node at ``version`` is missing.
@@ -200,7 +231,7 @@ class Log:
         """This version needs the file no longer; it goes with the next ``prune``."""
         if self._folder:
             self._checksums.pop(name, None)
-            self._superfluous.append(self._folder / name)
+            self._superfluous[self._folder / name] = self.version
 
 
 def log_files(folder: Path) -> Iterator[tuple[Path, int]]:

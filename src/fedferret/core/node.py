@@ -202,6 +202,18 @@ class Node:
         self.algorithm.apply(self.task, self.public, entry)
         self.version += 1
 
+    def leaves_state(self, round: int) -> bool:
+        """Say whether a client's work leaves it a private state, by the method's formula.
+
+        Args:
+            round: of the work, from 1.
+
+        Returns:
+            False where a client without a state has lost nothing.
+        """
+        shapes = tree.shapes(tree.parameters(self.task.model))
+        return self.algorithm.wire_cost(shapes, 1, round).client_state_bytes > 0
+
     def handle(self, body: Body, client: str, private: Any | None, data: Examples) -> tuple[Any, Any | None]:
         """Answer one body for one client.
 

@@ -43,6 +43,7 @@ class RunState:
         log: the entries.
         round: the last finished round.
         versions: the log's version that each client is known to hold; 0 is the base.
+        retired: clients that are sampled no more.
     """
 
     node: Node
@@ -50,6 +51,7 @@ class RunState:
     log: Log
     round: int = 0
     versions: dict[str, int] = field(default_factory=dict)
+    retired: tuple[str, ...] = ()
 
     @property
     def public(self) -> Any:

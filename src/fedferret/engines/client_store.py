@@ -7,6 +7,7 @@ round resumes with the states from before it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,24 +64,25 @@ class ClientStore:
 class FolderClientStore(ClientStore):
     """Private states on disk, one file per client and round: memory does not grow with their number."""
 
-    def __init__(self, folder: Path, codec: Codec, rounds: Mapping[str, int]) -> None:
-        """Open ``folder`` as the checkpoint knows it; other files of it are a crash's and are removed.
+    def __init__(self, folder: Path, codec: Codec, rounds: Mapping[str, int], history: int = 0) -> None:
+        """Open ``folder`` as the checkpoint knows it; what a crash or a rewinding left of later rounds is removed.
 
         Args:
             folder: of the files; made, for its owner alone, when the first is written.
             codec: of states.
             rounds: by client, the last round in which it was counted; clients without a state are left out.
+            history: the states of so many rounds before the last finished one stay, for rewinding.
 
         Raises:
             RunError: the state of one of these clients is missing.
         """
         super().__init__()
-        self._folder, self._codec, self._rounds = folder, codec, dict(rounds)
-        kept = {self._path(client, round) for client, round in rounds.items()}
+        self._folder, self._codec, self._rounds, self._history = folder, codec, dict(rounds), history
+        newest = {_identifier(client): round for client, round in rounds.items()}
         for path in folder.glob("*.state"):
-            if path not in kept and _NAME.fullmatch(path.name):
+            if _NAME.fullmatch(path.name) and _round(path) > newest.get(path.name.split(".")[0], 0):
                 path.unlink()
-        for path in sorted(kept):
+        for path in sorted(self._path(client, round) for client, round in rounds.items()):
             if not path.exists():
                 raise RunError(f"{path} is missing, the private state of a client: {RESTORE}")
 
@@ -108,12 +110,13 @@ class FolderClientStore(ClientStore):
         self._staged[client] = round
 
     def commit(self, round: int) -> None:
-        """Keep the new files; the old ones of the same clients go."""
+        """Keep the new files; those of the same clients that no kept round needs go."""
+        oldest = round - self._history
         for client, new in self._staged.items():
-            old = self._rounds.get(client)
             self._rounds[client] = new
-            if old is not None and old != new:
-                self._path(client, old).unlink(missing_ok=True)
+            for path, newer in itertools.pairwise(self._paths(client)):
+                if _round(newer) <= oldest:
+                    path.unlink(missing_ok=True)
         self._staged.clear()
 
     def withdraw(self, clients: Iterable[str]) -> None:
@@ -122,8 +125,24 @@ class FolderClientStore(ClientStore):
             if client in self._staged:
                 self._path(client, self._staged.pop(client)).unlink(missing_ok=True)
 
+    def _paths(self, client: str) -> list[Path]:
+        """A client's files, the oldest first."""
+        found = self._folder.glob(f"{_identifier(client)}.*.state")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_round)
+
     def _path(self, client: str, round: int) -> Path:
         return self._folder / f"{_identifier(client)}.{round:06d}.state"
+
+
+def held(folder: Path, client: str, round: int) -> bool:
+    """Whether the state that ``round`` left is on disk.
+
+    Args:
+        folder: of the states.
+        client: name.
+        round: in which the client was counted.
+    """
+    return (folder / f"{_identifier(client)}.{round:06d}.state").exists()
 
 
 def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
@@ -144,6 +163,10 @@ def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
     if (kept.client, kept.round) != (client, round):
         raise ValueError(f"it is that of {kept.client} in round {kept.round}")
     return kept.state
+
+
+def _round(path: Path) -> int:
+    return int(path.name.split(".")[1])
 
 
 def _identifier(client: str) -> str:

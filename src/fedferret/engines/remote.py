@@ -275,6 +275,9 @@ class _Exchange:
             return self._send_missing(client, response)
         else:
             self.settled[client] = self.spool.put(response.reply), self.spool.put(response.private)
+            if response.reason:  # what the site did without, such as a private state that is no longer held
+                self.engine.log(f"{client}: {plain_line(response.reason)}")
+                self._log_event("notice", client, note=plain_line(response.reason))
         return False
 
     def _read(self, received: Received) -> Response | str:
@@ -322,7 +325,8 @@ class _Exchange:
         if (response.ticket, response.sequence) != (self.tickets[name], self.numbers[name]):
             return self._drop(received, f"replied to a request of round {response.round} that is over")
         client = "" if name in self.engine.workers else name
-        if (response.run, response.round, response.client) != (self.engine.run, self.round, client):
+        head = self.engine.run, self.state.node.epoch, self.round, client
+        if (response.run, response.epoch, response.round, response.client) != head:
             return f"replied for {plain_line(response.client)} in round {response.round}, which it was not asked"
         return response
 

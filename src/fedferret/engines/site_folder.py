@@ -1,4 +1,4 @@
-"""What a site keeps of one run: the recipe, the records it applied, its private states. See ``trainer.py``.
+"""What a site keeps of one run: the recipe, the records it applied, its private states, the epoch. See ``trainer.py``.
 
 Files appear whole or not at all; what a crash left half-written is removed when the folder is next written to.
 """
@@ -6,10 +6,13 @@ Files appear whole or not at all; what a crash left half-written is removed when
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fedferret.core.errors import RunError
 from fedferret.core.files import write_atomically
 from fedferret.core.log import Log, LogUpdate, Record, log_files
 from fedferret.engines.client_store import ClientState, read_state
@@ -73,31 +76,62 @@ class RunFolder:
             if number > before:
                 write_atomically(self._log / f"{number:06d}.record", record)
 
+    def epoch(self) -> int:
+        """The highest epoch of the run that came; 0 before the run was ever rewound."""
+        path = self.path / "epoch"
+        text = path.read_text(errors="replace") if path.exists() else "0"
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise RunError(
+                f"{path} is damaged: remove {self.path}, and the server sends again what this site is missing"
+            )
+        return int(text)
+
+    def rewind(self, epoch: int, version: int, round: int) -> None:
+        """Drop what belongs to rounds that the server rewound, then keep the new epoch: after a crash it is done again.
+
+        Args:
+            epoch: of the run from now on.
+            version: records up to it stay.
+            round: private states up to it stay.
+        """
+        for path, number in reversed(list(log_files(self._log))):
+            if number > version:
+                _remove(path)
+        self._drop_states_after(round)
+        self.keep_epoch(epoch)
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Write down the highest epoch that came."""
+        if epoch != self.epoch():
+            write_atomically(self.path / "epoch", str(epoch))
+
     def forget(self) -> None:
         """The log is of no use: begin again. Private states stay, they are this site's alone."""
         shutil.rmtree(self._log, ignore_errors=True)
 
-    def private(self, client: str, round: int, notes: list[str]) -> Any | None:
-        """The private state that a round left.
+    def private(self, client: str, round: int, oldest: int, notes: list[str]) -> Any | None:
+        """The private state that a round left. States of later rounds are removed.
 
         Args:
             client: that works here.
             round: the last in which the client was counted; 0 before.
+            oldest: the oldest round that the server may rewind to; states that only older rounds need are removed.
             notes: gets a line where the state is damaged.
 
         Returns:
-            The state; None where it is to be begun anew. States of other rounds are removed.
+            The state; None where it is to be begun anew. States of later rounds are removed.
         """
+        self._drop_states_after(round)
+        for path, newer in itertools.pairwise(sorted(self._clients.glob("*.state"))):
+            if int(newer.stem) <= oldest:
+                _remove(path)
         wanted, state = self._state(round), None
-        others = [path for path in self._clients.glob("*.state") if path != wanted]
         try:
             if wanted.exists():
                 state = read_state(wanted.read_bytes(), f"{self.path.name}/{client}", round, codec)
         except (OSError, ValueError) as error:
             notes.append(f"{wanted} is damaged ({error}): the private state is begun again")
             _remove(wanted)
-        for path in others:
-            _remove(path)
         return state
 
     def keep(self, client: str, round: int, private: Any) -> None:
@@ -115,6 +149,11 @@ class RunFolder:
 
     def _state(self, round: int) -> Path:
         return self._clients / f"{round:06d}.state"
+
+    def _drop_states_after(self, round: int) -> None:
+        for path in self._clients.glob("*.state"):
+            if not path.stem.isdecimal() or int(path.stem) > round:
+                _remove(path)
 
     def _sweep(self) -> None:
         for folder in (self._log, self._clients):

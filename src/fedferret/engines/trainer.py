@@ -10,7 +10,11 @@
     FOLDER/request.last, response.last   the newest request, and the response to it
     FOLDER/runs/<run>/recipe.toml   what was asked of this site
     FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
-    FOLDER/runs/<run>/clients/      its private state after each round that may still be the last one counted
+    FOLDER/runs/<run>/clients/      its private state after each round that may be, or become, the last one counted
+    FOLDER/runs/<run>/epoch         how often the run was rewound, as far as this site knows
+
+A request of an earlier epoch is refused. The first one of a later epoch makes the site drop the records and states of
+the rounds that the server rewound.
 
 A trainer that is started again rebuilds the replica from its base and this log, and asks the server only for what it
 missed. Without a folder (a simulation's worker) nothing is kept, and private states come with the requests. Whatever
@@ -89,6 +93,7 @@ class Trainer:
         seal: Seal | None = None,
         allow: Callable[[str, str], None] = lambda recipe, base: None,
         longest_round: float | None = None,
+        history: int = 10,
     ) -> None:
         """A trainer without a run yet.
 
@@ -101,6 +106,7 @@ class Trainer:
             allow: called with a run's recipe, as TOML, and the SHA-256 of its base before either is used; raises for a
                 run that this site does not take part in.
             longest_round: seconds that one request may compute; None: as long as it takes.
+            history: the private states of so many rounds before the last stay, for a run that is rewound.
 
         Raises:
             UserError: a file in the folder is damaged.
@@ -109,6 +115,7 @@ class Trainer:
         self._newest = LastRequest(folder) if folder else None  # a simulation's worker keeps nothing
         self._build, self._folder, self._client, self._on_message = build, folder, client, on_message
         self._allow, self._longest_round = allow, longest_round
+        self._history, self._epochs = history, dict[str, int]()  # by run, where no folder keeps it
         self._replica: Replica | None = None
         self._last: tuple[Request, Response] | None = None  # the response given last: the same request has the same
 
@@ -155,6 +162,7 @@ class Trainer:
         return response
 
     def _carry_out(self, request: Request, notes: list[str]) -> Response:
+        self._enter_epoch(request, notes)
         replica = self._open(request, notes)
         node = replica.work.node
         self._catch_up(node, request)
@@ -167,8 +175,7 @@ class Trainer:
         holdings = replica.work.held_out if isinstance(request.body, Score) else replica.work.data
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
-        noted = len(notes)
-        before = self._private(request, notes)
+        before, begun_anew = self._private(request, node, notes)
         examples = holdings[request.client]
         if self._longest_round is not None:
             examples = TimedExamples(examples, self._longest_round)
@@ -177,15 +184,36 @@ class Trainer:
         kept = trains and private is not None
         folder = self._run_folder(request.run)
         if folder and kept:
-            if request.counted and before is None and len(notes) == noted:
-                notes.append(f"the private state of round {request.counted} is not in {folder.path}: it is begun again")
             folder.keep(request.client, request.round, private)
-        response = self._response(
-            request, DONE, codec.encode(reply), private=codec.encode(private) if kept and not folder else b""
-        )
+        carried = codec.encode(private) if kept and not folder else b""
+        response = self._response(request, DONE, codec.encode(reply), begun_anew, carried)
         if folder:  # one client: a server that was killed meanwhile asks for the same again
             self._last = request, response
         return response
+
+    def _enter_epoch(self, request: Request, notes: list[str]) -> None:
+        """Refuse a request from before the run was rewound; at the first one after it, drop what that has undone."""
+        folder = self._run_folder(request.run)
+        known = folder.epoch() if folder else self._epochs.get(request.run, 0)
+        if request.epoch < known:
+            raise RunError(
+                f"the request is of epoch {request.epoch}, and the run was rewound since, to epoch {known}: "
+                f"the server's folder is of an earlier day"
+            )
+        if request.epoch == known:
+            return
+        # the server's books are those of the round that it went back to: what precedes the records stands
+        stands = 0 if request.snapshot else request.version - len(request.records)
+        if folder and folder.recipe(request.run, notes):
+            folder.rewind(request.epoch, stands, request.counted if request.client else request.version)
+            notes.append(f"the run was rewound, epoch {request.epoch}: records after {stands} were dropped")
+        self._epochs[request.run] = request.epoch
+        self._last = None
+        if self._replica and self._replica.run == request.run:
+            if self._replica.work.node.version > stands:
+                self._replica = None  # it is rebuilt from base and log
+            else:
+                self._replica.work.node.epoch = request.epoch
 
     def _open(self, request: Request, notes: list[str]) -> Replica:
         """The replica of the request's run, built from the base and this site's log if it is not in memory."""
@@ -207,6 +235,7 @@ class Trainer:
         work.node.epoch = request.epoch
         if folder:
             write_atomically(folder.path / "recipe.toml", recipe)
+            folder.keep_epoch(request.epoch)
             try:
                 work.node.catch_up(folder.log(notes))
             except (RunError, ValueError) as error:
@@ -242,12 +271,17 @@ class Trainer:
         if node.version > before and (folder := self._run_folder(request.run)):
             folder.add(update, before)
 
-    def _private(self, request: Request, notes: list[str]) -> Any | None:
-        """The client's private state after the last round in which it was counted."""
-        folder = self._run_folder(request.run)
+    def _private(self, request: Request, node: Node, notes: list[str]) -> tuple[Any | None, str]:
+        """The client's private state after the last round in which it was counted; why there is none, if one is due."""
+        folder, counted = self._run_folder(request.run), request.counted
         if folder is None:
-            return codec.decode(request.private) if request.private else None
-        return folder.private(request.client, request.counted, notes)
+            return (codec.decode(request.private) if request.private else None), ""
+        noted = len(notes)
+        state = folder.private(request.client, counted, request.version - self._history, notes)
+        if state is not None or not counted or not node.leaves_state(counted):
+            return state, ""
+        what = "damaged" if len(notes) > noted else "no longer held"
+        return None, f"the private state of round {counted} is {what}: it is begun again"
 
     def _run_folder(self, run: str) -> RunFolder | None:
         return RunFolder(self._folder / "runs" / run[:16]) if self._folder else None
@@ -320,7 +354,7 @@ def read_request(message: bytes) -> Request:
     request = codec.decode(message)
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} came where a Request was expected")
-    if not (re.fullmatch("[0-9a-f]{64}", request.run) and request.round >= 0 and request.version >= 0):
+    if not (re.fullmatch("[0-9a-f]{64}", request.run) and min(request.epoch, request.round, request.version) >= 0):
         raise ValueError("a Request came that names no run, round or version")
     if not 0 < request.sequence < 1 << 62:
         raise ValueError(f"a Request came with the number {request.sequence}")

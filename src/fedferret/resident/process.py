@@ -64,8 +64,16 @@ def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Tr
         if event["note"]:  # for whoever reads the log of the trainer
             print(f"round {event['round']}: {event['note']}", file=sys.stderr, flush=True)
 
-    longest, permitted = site.policy.longest_round, partial(allow, site)
-    return Trainer(partial(work, site), folder, site.name, record, seal=sealed, allow=permitted, longest_round=longest)
+    return Trainer(
+        partial(work, site),
+        folder,
+        site.name,
+        record,
+        seal=sealed,
+        allow=partial(allow, site),
+        longest_round=site.policy.longest_round,
+        history=site.history,
+    )
 
 
 def take(folder: Path) -> IO[bytes]:

@@ -45,8 +45,11 @@ class Site:
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
     policy: Policy = field(default_factory=Policy)  # what a server may ask for
+    history: int = 10  # past rounds with private states that stay, for a run that the server rewinds
 
     def __post_init__(self) -> None:
+        if self.history < 0:
+            raise UserError(f"history={self.history}: must not be negative; 0 keeps what a run needs that goes on")
         if not self.name or not self.name.isprintable():
             raise UserError(f"name={self.name!r}: give the name that the run's list of sites has")
 

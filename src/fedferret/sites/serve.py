@@ -25,7 +25,7 @@ import httpx
 from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
-from fedferret.runner import belongs
+from fedferret.runner import belongs, finished
 from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control
@@ -36,7 +36,6 @@ from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.proxy import Proxy, find_nginx
 from fedferret.sites.server_app import AGAIN, approved_sites
 from fedferret.sites.supervisor import HEALTHY, Part, Supervisor, alone_in, ended, terminable
-from fedferret.tracking.summary import is_finished
 
 LOOK = 0.2  # seconds between two polls of the processes
 WRITE_EVERY = 5.0  # seconds between two records of the connected sites
@@ -76,9 +75,9 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
         RunError: if the run cannot go on.
         KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
-    sites = approved_sites(recipe)
+    sites = approved_sites(recipe, out)
     keys = _keys(settings.credentials, sites)
-    if belongs(recipe, out) and is_finished(out):
+    if belongs(recipe, out) and finished(recipe, out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return
     out = out.resolve()

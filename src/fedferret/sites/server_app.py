@@ -47,6 +47,7 @@ from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
 from fedferret.sites.strikes import CRASHED, Reading
 from fedferret.sites.supervisor import terminable
+from fedferret.tracking import checkpoint
 
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
@@ -68,7 +69,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
-    approved = approved_sites(recipe)
+    approved = approved_sites(recipe, folder)
     state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
     link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
     pki = str(context.node_config["pki"])
@@ -110,9 +111,12 @@ def main(grid: Grid, context: Context) -> None:
             gather(connected, approved, pause)
 
 
-def approved_sites(recipe: Recipe) -> list[str]:
-    """Return the names of the run's sites, sorted.
+def approved_sites(recipe: Recipe, out: Path) -> list[str]:
+    """Return the names of the run's sites, sorted, without those that were retired.
 
+    Args:
+        recipe: with the data source "sites".
+        out: the run's folder, which knows the retired ones.
     Raises:
         UserError: unless the recipe's data source is "sites".
     """
@@ -120,7 +124,9 @@ def approved_sites(recipe: Recipe) -> list[str]:
         raise UserError(
             f'data.source="{recipe.data_source}": set data.source="sites" and name them in data.sites to serve a run'
         )
-    return sorted(recipe.data.sites)  # type: ignore[attr-defined]  # of the source of that name
+    known = checkpoint.progress(out)
+    retired = known.retired if known else ()
+    return sorted(set(recipe.data.sites) - set(retired))  # type: ignore[attr-defined]  # of the source of that name
 
 
 def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], seconds: float) -> None:

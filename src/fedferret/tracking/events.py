@@ -5,7 +5,8 @@
 
 Lines are only appended, and each is flushed to disk as a whole. A crash can tear the last line: readers skip it, and
 the next writer cuts it off and logs a warning. A resumed run repeats the rounds after its checkpoint. Therefore the
-last event of a kind and round holds, and ``resume`` at round r discards all events of later rounds.
+last event of a kind and round holds, and ``resume`` at round r discards all events of later rounds. ``rewind`` to
+round r does so too, but keeps the count of the bytes that were sent for them.
 A number that is NaN or infinite is written as ``null`` (JSON has neither) and read as NaN, seconds as 0.
 ``format`` in the ``start`` event is the version of the file. Format 1 had no such field; fedferret 0.1 wrote it.
 """
@@ -141,6 +142,18 @@ class Round:
     bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
 
 
+@dataclass(frozen=True)
+class Rewind:
+    """The run went back to ``round``, into a new epoch."""
+
+    round: int
+    epoch: int  # from 1
+    discarded: tuple[int, ...]  # rounds that are run again
+    bytes: int  # that were sent for them, both ways, evaluation included
+    retired: tuple[str, ...]  # clients that are sampled no more from then on
+    begun_anew: tuple[str, ...]  # clients with a private state of that round that is no longer held
+
+
 @dataclass
 class Run:
     """A run as its event log has it, finished or not."""
@@ -149,7 +162,9 @@ class Run:
     rounds: dict[int, Round] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
-    status: str = "in progress"  # "finished", "interrupted"
+    rewinds: list[Rewind] = field(default_factory=list)
+    notices: list[tuple[int, str, str]] = field(default_factory=list)  # round, client, the client's words
+    status: str = "in progress"  # "finished", "interrupted", "rewound"
     last: str = ""  # ISO time of the last event
 
     @property
@@ -167,9 +182,14 @@ class Run:
         """Every failure with its round."""
         return [(number, failure) for number in sorted(self.rounds) for failure in self.rounds[number].failures]
 
+    @property
+    def epoch(self) -> int:
+        """How often the run was rewound."""
+        return max((rewind.epoch for rewind in self.rewinds), default=0)
+
     def ledger(self) -> Ledger:
-        """The bytes of all rounds, and those of scoring at the clients."""
-        ledger = Ledger(int(self.start.get("parameters", 0)))
+        """The bytes of all rounds, those of scoring at the clients, and those of discarded rounds."""
+        ledger = Ledger(int(self.start.get("parameters", 0)), discarded=sum(each.bytes for each in self.rewinds))
         for number, entry in sorted(self.rounds.items()):
             ledger.add(number, entry.bytes_up, entry.bytes_down)
         for number, evaluation in sorted(self.evaluations.items()):
@@ -222,9 +242,12 @@ def replay(events: Iterable[Event]) -> Run:
             case "start":
                 run = Run(start=event)
             case "resume":
-                run.rounds = {n: entry for n, entry in run.rounds.items() if n <= event["round"]}
-                run.evaluations = {n: entry for n, entry in run.evaluations.items() if n <= event["round"]}
+                _cut(run, event["round"])
                 run.status = "in progress"
+            case "rewind":
+                _rewind(run, event)
+            case "notice":
+                run.notices.append((event["round"], event["client"], event["note"]))
             case "round":
                 run.rounds[event["round"]] = _round(event)
             case "saved":
@@ -243,6 +266,26 @@ def replay(events: Iterable[Event]) -> Run:
                 run.status = "interrupted"
         run.last = event["time"]
     return run
+
+
+def _cut(run: Run, last: int) -> None:
+    """Take the rounds after ``last`` out of the run."""
+    run.rounds = {number: entry for number, entry in run.rounds.items() if number <= last}
+    run.evaluations = {number: entry for number, entry in run.evaluations.items() if number <= last}
+    run.notices = [notice for notice in run.notices if notice[0] <= last]
+
+
+def _rewind(run: Run, event: Event) -> None:
+    """Go back to a round, and count what was sent for the later ones."""
+    later = [entry for number, entry in run.rounds.items() if number > event["round"]]
+    scored = [entry for number, entry in run.evaluations.items() if number > event["round"]]
+    sent = sum(sum(entry.bytes_up.values()) + sum(entry.bytes_down.values()) for entry in later)
+    sent += sum(sum(entry.moved.values()) for entry in scored)
+    _cut(run, event["round"])
+    discarded = tuple(sorted(entry.round for entry in later))
+    names = tuple(event["retired"]), tuple(event["begun_anew"])
+    run.rewinds.append(Rewind(event["round"], event["epoch"], discarded, sent, *names))
+    run.status = "rewound"
 
 
 def extra_metrics(scores: Mapping[str, float]) -> dict[str, float]:

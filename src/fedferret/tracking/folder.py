@@ -14,7 +14,7 @@ FILES = {
     "report.html": "the report, for any browser, without a network",
     "plots/": "the report's plots, one SVG each",
     "log/": "the tuned model: the log entries that turn the base checkpoint into it",
-    "state/": "the checkpoint: server state and private client states, for resuming",
+    "state/": "the checkpoints: server states and private client states, for resuming and rewinding",
     "tensorboard/": "the same curves for TensorBoard, if the recipe turns it on",
     "README.txt": "this file",
 }

@@ -64,6 +64,8 @@ def write_report(folder: Path) -> Path:
         metrics=_metrics(run),
         failures=[(number, f.client, f.stage, f.reason) for number, f in run.failures],
         bounded=[(number, client) for number, entry in sorted(run.rounds.items()) for client in entry.bounded],
+        rewinds=_rewinds(run),
+        notices=sorted(run.notices),
         clients=_clients(run),
         owners=_owners(run),
         recipe=_recipe(folder),
@@ -142,6 +144,8 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
         figures.append(Figure("total up and down", as_bytes(total), fedavg))
     if ledger.evaluation:
         figures.append(Figure("evaluation at the clients", as_bytes(ledger.evaluation), "both ways, not in the total"))
+    if ledger.discarded:
+        figures.append(Figure("discarded by rewinding", as_bytes(ledger.discarded), "both ways, not in the total"))
     if summary["seconds"]:
         share = summary["seconds_overhead"] / summary["seconds"]
         figures.append(Figure("time", as_duration(summary["seconds"]), f"{share:.1%} overhead"))
@@ -212,6 +216,20 @@ def _owners(run: Run) -> list[tuple[str, str, str]]:
     return [
         (owner, as_loss(first[owner]) if owner in first else "", as_loss(loss))
         for owner, loss in sorted(last.items(), key=lambda pair: -pair[1])
+    ]
+
+
+def _rewinds(run: Run) -> list[tuple[str, ...]]:
+    """A row for each time that the run was rewound."""
+    return [
+        (
+            str(each.round),
+            f"{each.discarded[0]} to {each.discarded[-1]}" if each.discarded else "none",
+            as_bytes(each.bytes),
+            ", ".join(each.retired),
+            ", ".join(each.begun_anew),
+        )
+        for each in run.rewinds
     ]
 
 

@@ -50,6 +50,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "bytes_down": ledger.down,
         "bytes_fedavg": ledger.fedavg,
         "bytes_evaluation": ledger.evaluation,
+        "bytes_discarded": ledger.discarded,
+        "rewinds": len(run.rewinds),
         "bytes_up_per_client_round": ledger.up_per_client_round,
         "bytes_down_per_client_round": ledger.down_per_client_round,
         "bytes_up_by_round": ledger.up_by_round,

@@ -8,7 +8,8 @@ client and up from every client that returned an update,
 FedAvg's first download is included, as its clients receive the weights in every round.
 
 Scoring clients' own models moves bytes too: the log that a client is missing, and its sums. These are booked apart, as
-evaluation, and are in no total of the rounds.
+evaluation, and are in no total of the rounds. Rounds that a rewinding discarded were sent all the same: their bytes are
+a figure apart too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Ledger:
     parameters: int
     rounds: dict[int, RoundBytes] = field(default_factory=dict)
     scores: dict[int, dict[str, int]] = field(default_factory=dict)  # by evaluated round and client, both ways
+    discarded: int = 0  # bytes of rounds that were rewound, both ways, evaluation included
 
     @classmethod
     def of(cls, parameters: int, records: Iterable[RoundRecord]) -> Ledger:
@@ -125,11 +127,12 @@ class Ledger:
 
         Returns:
             ``parameters``; ``rounds``: by the round's number as a string, bytes ``up`` and ``down`` by client;
-            ``scores``: likewise, bytes both ways by client.
+            ``scores``: likewise, bytes both ways by client; ``discarded``: bytes of rounds that were rewound.
         """
         rounds = {str(number): {"up": dict(r.up), "down": dict(r.down)} for number, r in sorted(self.rounds.items())}
         scores = {str(number): dict(moved) for number, moved in sorted(self.scores.items())}
-        return {"parameters": self.parameters, "rounds": rounds, "scores": scores}
+        discarded = self.discarded
+        return {"parameters": self.parameters, "rounds": rounds, "scores": scores, "discarded": discarded}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Ledger:
@@ -141,7 +144,7 @@ class Ledger:
         Returns:
             An equal ledger.
         """
-        ledger = cls(plain["parameters"])
+        ledger = cls(plain["parameters"], discarded=plain.get("discarded", 0))
         for number, entry in plain["rounds"].items():
             ledger.add(int(number), entry["up"], entry["down"])
         for number, moved in plain.get("scores", {}).items():

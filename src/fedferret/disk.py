@@ -1,0 +1,100 @@
+"""What a run needs of the disk: the log with the rounds that can be rewound, and simulated clients' private states.
+
+log        the files that ``core/log.py`` keeps, by the formula's bytes; a snapshot is 4 bytes a tuned weight
+states     one a client, and one for each client of each round that can be rewound
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from fedferret import models
+from fedferret.build import prepare
+from fedferret.config import Recipe
+from fedferret.core.algorithm import WireCost
+from fedferret.core.stages import shapes_by_round
+
+
+def wire_costs(recipe: Recipe) -> Callable[[int], tuple[WireCost, int]]:
+    """What the method costs in a round.
+
+    Args:
+        recipe: resolved.
+
+    Returns:
+        A function from a round's number, from 1, to the round's cost and the number of tuned weights.
+    """
+    model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
+    shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
+
+    def of_round(number: int) -> tuple[WireCost, int]:
+        each = shapes(number)
+        return recipe.algorithm.wire_cost(each, cohort, number), sum(math.prod(shape) for shape in each.values())
+
+    return of_round
+
+
+def kept_rounds(recipe: Recipe, versions: Mapping[str, int]) -> dict[str, int]:
+    """Say which simulated clients have a private state on disk.
+
+    Args:
+        recipe: resolved.
+        versions: of the run, by client: each is the one before the round in which the client was last counted.
+
+    Returns:
+        By client with a private state, the round that left it.
+    """
+    if not versions:
+        return {}
+    costs, counted = wire_costs(recipe), {client: version + 1 for client, version in versions.items()}
+    keeps = {number: costs(number)[0].client_state_bytes > 0 for number in set(counted.values())}
+    return {client: number for client, number in counted.items() if keeps[number]}
+
+
+def log_bytes(entries: Sequence[float], snapshots: Sequence[float], history: int) -> float:
+    """The most that a log takes, over all rounds.
+
+    Args:
+        entries: bytes of each round's entry.
+        snapshots: bytes of the public state after each round.
+        history: so many rounds before the last stay whole on disk.
+
+    Returns:
+        Bytes.
+    """
+    files: dict[tuple[str, int], tuple[float, float]] = {}  # size, and the version from which no node is sent it
+    sent: list[tuple[int, float]] = []  # records that nodes are sent, the oldest first
+    base, since, total, most = 0, 0.0, 0.0, 0.0
+    for version, (entry, snapshot) in enumerate(zip(entries, snapshots, strict=True), start=1):
+        sent.append((version, entry))
+        files["record", version] = entry, math.inf
+        total, since = total + entry, since + entry
+        if 2 * since > snapshot:
+            if base:
+                files["snapshot", base] = files["snapshot", base][0], version
+            files["snapshot", version], base = (snapshot, math.inf), version
+            total, since, kept = total + snapshot, 0.0, 0.0
+            for number, size in reversed(sent):
+                kept += size
+                if kept >= snapshot:
+                    files["record", number] = size, version
+            sent = [(number, size) for number, size in sent if files["record", number][1] == math.inf]
+        most = max(most, total)
+        for (kind, number), (size, until) in list(files.items()) if base else ():
+            if until <= max(version - history, number):
+                del files[kind, number]
+                total -= size
+    return most
+
+
+def kept_states(clients: int, rounds: int, cohort: int, history: int) -> int:
+    """How many private states of simulated clients are on disk at most.
+
+    Args:
+        clients: of the data.
+        rounds: of the run.
+        cohort: clients of a round.
+        history: rounds before the last that can be rewound.
+    """
+    return min(rounds * cohort, min(clients, rounds * cohort) + history * cohort)

@@ -1,0 +1,103 @@
+"""Rewind a run: its folder goes back to an earlier round, and a site may be retired from the next one on.
+
+The folder must be nobody else's. Nothing is asked. Weights are not read, so this takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from fedferret.build import load_data
+from fedferret.config import Recipe
+from fedferret.core.errors import UserError, nearest
+from fedferret.core.files import inside
+from fedferret.disk import kept_rounds
+from fedferret.engines.client_store import FolderClientStore, held
+from fedferret.experiment import read_recipe
+from fedferret.runner import SERVED, alone, check_begun, lost_files_in_a_line
+from fedferret.sites.supervisor import alone_in
+from fedferret.tracking import checkpoint, events, rewinding
+from fedferret.tracking.report import write_report
+from fedferret.tracking.summary import read_summary, write_summary
+from fedferret.tracking.units import as_bytes
+from fedferret.wire import codec
+
+
+def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], None] = print) -> events.Rewind:
+    """Take a run back to an earlier round.
+
+    Args:
+        out: the run's folder; no process may use it.
+        to: the round; those after it are discarded, and run again by the run's command.
+        without: a client that is not sampled from the next round on.
+        log: called with lines for the terminal.
+
+    Returns:
+        What was discarded, as the event log has it.
+
+    Raises:
+        UserError: the folder, the round or the client is wrong; nothing is changed.
+        RunError: a file of that round is damaged; nothing is changed.
+    """
+    if not (out / "recipe.toml").exists():
+        raise UserError(f"{out}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
+    events.check_format(out)
+    recipe = read_recipe(out)  # before the state: it brings the method's messages
+    for name in ("state", "log", "state/run.state"):
+        inside(out, out / name)
+    with ExitStack() as stack:
+        stack.enter_context(lost_files_in_a_line(out))
+        if (out / SERVED).is_dir():
+            stack.enter_context(alone_in(out / SERVED, "a server"))
+        stack.enter_context(alone(out))
+        now = checkpoint.progress(out)
+        if now is None:
+            raise UserError(f"{out}: no round is finished yet, so there is nothing to rewind")
+        check_begun(out)
+        events.read(out), read_summary(out)  # damage is found now, while nothing is changed
+        rewinding.log_rewind(out)  # an earlier command may have been killed in the middle
+        if to == now.round and without is None:
+            raise UserError(f"{out} is at round {to}: nothing to rewind; give an earlier round with --to")
+        then = rewinding.past_progress(out, now, to, recipe.execution.history)
+        if without is not None:
+            check_left(recipe, without, now.retired)
+            then.retired = (*now.retired, without)
+        states = out / "state" / "clients"
+        kept = kept_rounds(recipe, then.versions if any(states.glob("*.state")) else {})  # sites keep their own
+        anew = tuple(sorted(client for client, number in kept.items() if not held(states, client, number)))
+        versions = {client: version for client, version in then.versions.items() if client not in anew}
+        rewinding.rewind(out, replace(then, versions=versions, begun_anew=anew))
+        FolderClientStore(states, codec, {name: kept[name] for name in kept if name not in anew})  # drops all others
+        found = rewinding.log_rewind(out)
+        assert found is not None  # the epoch is new
+        write_summary(out)
+        write_report(out)
+    log(described(out, found))
+    return found
+
+
+def check_left(recipe: Recipe, without: str, retired: Sequence[str]) -> None:
+    """Refuse to retire a client that is none of the run's, or that the run cannot do without. Raises UserError."""
+    names = list(recipe.data.sites) if recipe.data_source == "sites" else list(load_data(recipe).clients)  # type: ignore[attr-defined]  # of the source of that name
+    left = [name for name in names if name not in retired]
+    if without not in left:
+        known = "is retired already" if without in names else "is no site of this run"
+        raise UserError(f"--without {without}: {known}; {nearest(without, left)}")
+    count, needed = len(left) - 1, max(1, recipe.clients.min_clients)
+    if count < needed:
+        raise UserError(f"--without {without}: that leaves {count} sites, and clients.min_clients={needed} are needed")
+    recipe.pool.check(recipe.algorithm.pooling, recipe.algorithm.name, min(count, recipe.clients.per_round))
+
+
+def described(out: Path, found: events.Rewind) -> str:
+    """What was discarded, in lines."""
+    rounds = found.discarded
+    gone = f"rounds {rounds[0]} to {rounds[-1]} ({as_bytes(found.bytes)} were sent)" if rounds else "no round"
+    lines = [f"{out} is at round {found.round}, epoch {found.epoch}. Discarded: {gone}."]
+    lines += [f"{name} is retired: no round from {found.round + 1} on samples it." for name in found.retired]
+    if found.begun_anew:
+        lines.append(f"Begins anew, as its private state is no longer held: {', '.join(found.begun_anew)}.")
+    return "\n".join([*lines, "The command that ran it (`fedferret run` or `serve`) goes on from there."])
