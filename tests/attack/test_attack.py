@@ -48,7 +48,7 @@ NUMBER = 0x1234_5678_9ABC  # a version that is replaced by one of six thousand d
 
 def response(request: Request, version: int, reply: bytes = b"") -> bytes:
     head = (request.run, request.epoch, request.round, request.ticket, request.client)
-    return codec.encode(Response(*head, DONE, version, request.fingerprint, 1, reply, "", b""))
+    return codec.encode(Response(*head, DONE, version, request.fingerprint, 1, reply, "", b"", request.sequence))
 
 
 def varint(number: int) -> bytes:
@@ -88,7 +88,7 @@ MALFORMED: dict[str, tuple[Callable[[Request], Object], str]] = {
     ),
     "empty": (message, "its Message has no child"),
     "bad-body": (bad_body, "the body of its ConfigRecord cannot be parsed"),
-    "digits": (digits, "sent a version, a process or a round of"),
+    "digits": (digits, "holds a number of more than 10 bytes"),
 }
 
 
