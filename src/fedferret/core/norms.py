@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedferret.core.algorithm import Algorithm, Payload
 from fedferret.core.node import Node
-from fedferret.core.pooling import leaves, nonfinite
+from fedferret.core.pooling import leaves, nonfinite, within
 from fedferret.core.robust_pooling import PoolSettings
 
 FEWEST = 4  # updates from which on their median counts
@@ -138,7 +138,7 @@ def check_values(value: Any, most: float = LARGEST) -> None:
     """
     for path, leaf in leaves(value):
         if isinstance(leaf, Tensor):
-            inside = not leaf.is_floating_point() or not leaf.numel() or _within(leaf, most)
+            inside = not leaf.is_floating_point() or within(leaf, most)
         else:
             inside = not isinstance(leaf, float) or -most <= leaf <= most
         if not inside:
@@ -157,8 +157,3 @@ def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     """
     pieces = (piece for tensor in tensors for piece in torch.split(tensor.detach().reshape(-1), _PIECE))
     return math.sqrt(math.fsum(float(wide @ wide) for wide in (piece.double() for piece in pieces)))
-
-
-def _within(tensor: Tensor, most: float) -> bool:
-    least, largest = torch.aminmax(tensor.detach())  # one pass, no mask of the tensor's size; NaN comes through
-    return bool(-most <= float(least) and float(largest) <= most)

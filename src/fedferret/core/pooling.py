@@ -193,11 +193,27 @@ def nonfinite(value: Any) -> str | None:
     """
     for path, leaf in leaves(value):
         if isinstance(leaf, Tensor):
-            if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            if leaf.is_floating_point() and not within(leaf, math.inf):
                 return path
         elif isinstance(leaf, float) and not math.isfinite(leaf):
             return path
     return None
+
+
+def within(tensor: Tensor, most: float) -> bool:
+    """Whether all values are finite and none is larger than ``most``: one pass, without a mask of the tensor's size.
+
+    Args:
+        tensor: of floats.
+        most: the largest magnitude; infinity asks for finite values alone.
+
+    Returns:
+        False where a value is NaN, infinite or too large.
+    """
+    if not tensor.numel():
+        return True
+    least, largest = (float(value) for value in torch.aminmax(tensor.detach()))  # NaN comes through
+    return -most <= least and largest <= most and math.isfinite(least) and math.isfinite(largest)
 
 
 def form_of(sum: Any) -> list[tuple[str, Any]]:
