@@ -83,7 +83,9 @@ def overhead_with_folder(method: Mapping[str, Any]) -> float:
         method: name and settings.
     """
     with TemporaryDirectory() as name:
-        Run(experiment(MANY, 2, method, Path(name)), Path(name), lambda line: None).finish()
+        made = experiment(MANY, 2, method, Path(name))
+        (Path(name) / "recipe.toml").write_text(made.recipe.to_toml())
+        Run(made, Path(name), lambda line: None).finish()
         entry = events.read(Path(name)).rounds[2]
     return entry.seconds_overhead / MANY
 
