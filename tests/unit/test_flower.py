@@ -236,6 +236,18 @@ def test_a_message_to_which_a_stranger_replied_is_pushed_again_while_others_work
     assert sum(each.payload_down for each in recorded if each.site == "ward-2") == 3 * len(b"to two")
 
 
+def test_lost_connections_that_a_stranger_reports_cost_the_site_no_answer() -> None:
+    """Nobody signs an error: after as many as a site may have, whoever asks decides whether to go on."""
+    replies = iter([Error(ErrorCode.CLIENT_APP_CRASHED, "forged")] * SENDINGS + [b"true"])
+    grid = Grid(lambda node, message: next(replies))
+    seen = []
+    for received in FlowerTransport(grid, Roster(grid, ["ward-2"]), poll=0.001).exchange({"ward-2": b"x"}, 60):  # type: ignore[arg-type]
+        seen.append(received.content)
+        if received.content is None:
+            assert received.again("forged")
+    assert seen == [None, b"true"]
+
+
 def test_a_stranger_without_end_is_given_up_and_so_is_one_at_the_deadline() -> None:
     grid = Grid(lambda node, message: b"forged" if node == 7 else None)
     roster = Roster(grid, ["ward-1", "ward-2"])  # type: ignore[arg-type]

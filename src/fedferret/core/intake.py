@@ -147,8 +147,7 @@ class Intake:
         if reply.bytes_up > self._longest:
             raise ValueError(f"sent {reply.bytes_up:,} bytes; an update of this round has at most {self._longest:,.0f}")
         check_examples(update.num_examples)
-        # a stored reply to a round that is run again may be older than the round, but took no longer than the deadline
-        check_metrics(update.metrics, max(self._plan.deadline, time.perf_counter() - self._started))
+        check_metrics(update.metrics)
         node = self._node
         if self._masked is not None:
             check_masked(update.payload, self._masked)
@@ -172,7 +171,12 @@ class Intake:
                 self._form = form
             self._waiting.put(reply.client, update.payload, sum)
         # the payload is in the pool; keeping it would cost a model per client
-        self.accepted[reply.client] = Accepted(update.num_examples, update.metrics, reply.bytes_up, norm)
+        self.accepted[reply.client] = Accepted(update.num_examples, self._timed(update.metrics), reply.bytes_up, norm)
+
+    def _timed(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """The metrics with no more seconds than the round can have given; a stored reply may have taken longer."""
+        most = max(self._plan.deadline, time.perf_counter() - self._started)
+        return {name: min(value, most) if name == "seconds" else value for name, value in metrics.items()}
 
     def _claims(self) -> list[int]:
         return [update.num_examples for update in self.accepted.values()]

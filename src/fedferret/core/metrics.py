@@ -12,15 +12,15 @@ from typing import Any
 METRICS = ("loss", "seconds")
 SUMS = ("loss", "count")
 LARGEST_LOSS = 1e9  # of one target, on either side of 0: a guess among a billion words costs 21 nats
+LONGEST_WORK = 30 * 86400.0  # seconds: a month; a client may repeat what took longer than a round's deadline
 LARGEST_COUNT = 2.0**53  # above it a float counts no more
 
 
-def check_metrics(metrics: Any, seconds: float) -> None:
+def check_metrics(metrics: Any) -> None:
     """Refuse metrics that this version does not know, and values that cannot be.
 
     Args:
         metrics: as they came from a client, of any type.
-        seconds: the longest that the client can have worked.
 
     Raises:
         ValueError: with one line.
@@ -29,7 +29,7 @@ def check_metrics(metrics: Any, seconds: float) -> None:
     if "loss" in metrics:
         _check_range("metric", "loss", metrics["loss"], -LARGEST_LOSS, LARGEST_LOSS)
     if "seconds" in metrics:
-        _check_range("metric", "seconds", metrics["seconds"], 0.0, seconds)
+        _check_range("metric", "seconds", metrics["seconds"], 0.0, LONGEST_WORK)
 
 
 def check_sums(sums: Any) -> None:

@@ -153,6 +153,9 @@ class _Exchange:
             reply = self._inbox.look(identifier, self.left())
             if reply and reply.lost:
                 self._missing[site] = reply.reason  # the site may be back before the others are done
+                self._replied.add(site)
+                if self._sent[site] == SENDINGS:  # whoever asks decides whether these errors were the site's
+                    yield self._close(site, reply)
             elif reply:
                 self._replied.add(site)
                 yield self._close(site, reply)

@@ -158,6 +158,7 @@ class _Exchange:
         self.tickets: dict[str, str] = {}
         self.numbers: dict[str, int] = {}
         self.digests: dict[str, str] = {}  # SHA-256 of what was sent
+        self.errors: dict[str, int] = {}  # how many errors came in a client's name; nobody signs them
         self.dropped: dict[str, int] = {}  # how many messages in a client's name were not its response
         self.missing: dict[str, Missing] = {}  # what each addressee is to be sent
         self.sendings = dict.fromkeys(bodies, 0)
@@ -285,8 +286,8 @@ class _Exchange:
         name, seal = received.site, self.engine.protection.seal
         if received.content is None:
             reason = self.wrong.get(name) or received.reason or "no reply before the deadline"
-            unsigned = seal.signs and self.dropped.get(name, 0) < ERRORS
-            return self._drop(received, reason) if unsigned else reason
+            self.errors[name] = self.errors.get(name, 0) + 1
+            return self._drop(received, reason) if seal.signs and self.errors[name] <= ERRORS else reason
         try:
             content = seal.open(name, received.content)
         except ValueError as error:

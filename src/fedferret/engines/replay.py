@@ -16,7 +16,6 @@ on the disk when the function that writes them returns.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import write_atomically
 from fedferret.engines.transport import NoSeal, Seal
 
 _LINE = re.compile(rb"([0-9]{1,19}) ([0-9a-f]{64})\n")
@@ -53,7 +53,7 @@ class SequenceNumbers:
         """Return the next number."""
         self._last = max(self._last + 1, int(self._clock() * 1000))
         if self._path:
-            write_durably(self._path, b"%d\n" % self._last)
+            write_atomically(self._path, b"%d\n" % self._last, private=True)
         return self._last
 
 
@@ -102,13 +102,13 @@ class LastRequest:
                 f"request number {sequence} came after number {self._sequence}: it was sent before, or the server's "
                 f"clock was set back"
             )
-        write_durably(self._request, f"{sequence} {digest}\n".encode())
+        write_atomically(self._request, f"{sequence} {digest}\n".encode(), private=True)
         self._sequence, self._digest = sequence, digest
         return None
 
     def keep(self, response: bytes) -> None:
         """Store the encoded response to the request that was accepted last."""
-        write_durably(self._response, self._digest.encode() + response)
+        write_atomically(self._response, self._digest.encode() + response, private=True)
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,3 @@ class Protection:
 
     seal: Seal = field(default_factory=NoSeal)
     numbers: SequenceNumbers = field(default_factory=SequenceNumbers)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file by one that only its owner can read; return when it is on the disk.
-
-    Args:
-        path: of the file; its folder is made where it is missing.
-        content: of the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -39,6 +39,7 @@ from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
 from fedferret.core.task import Examples
+from fedferret.core.text import plain_line
 from fedferret.engines.replay import LastRequest
 from fedferret.engines.site_folder import RunFolder
 from fedferret.engines.transport import DONE, MISSING, REFUSED, SERVER, NoSeal, Request, Response, Seal
@@ -198,7 +199,8 @@ class Trainer:
         if request.epoch < known:
             raise RunError(
                 f"the request is of epoch {request.epoch}, and the run was rewound since, to epoch {known}: "
-                f"the server's folder is of an earlier day"
+                f"the server's folder is of an earlier day: restore its newest copy, or rewind it there with "
+                f"`fedferret rewind` until its epoch is higher"
             )
         if request.epoch == known:
             return
@@ -296,7 +298,7 @@ class Trainer:
         return Response(*head, status, version, fingerprint, os.getpid(), reply, reason, private, request.sequence)
 
     def _refusal(self, request: Request, error: Exception) -> Response:
-        return self._response(request, REFUSED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
+        return self._response(request, REFUSED, reason=plain_line(f"{type(error).__name__}: {error}"))
 
     def _log_event(self, what: str, request: Request, framed: int, payload: int, note: str) -> None:
         replica = self._replica

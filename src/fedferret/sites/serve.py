@@ -75,9 +75,10 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
         RunError: if the run cannot go on.
         KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
+    known = belongs(recipe, out)  # before the checkpoint is read: another run's may have messages of another method
     sites = approved_sites(recipe, out)
     keys = _keys(settings.credentials, sites)
-    if belongs(recipe, out) and finished(recipe, out):
+    if known and finished(recipe, out):
         log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
         return
     out = out.resolve()
@@ -121,7 +122,7 @@ class Server:
         strikes.forget_reading(self.out)
         state.forget(self.out, state.LIMITS)
         try:
-            starts = 0
+            starts, round = 0, -1
             while True:
                 self.lived = 0.0
                 code = self._once()
@@ -138,7 +139,10 @@ class Server:
                 self.left_out = self._blamed(code)
                 if self.left_out:
                     continue
-                starts = 0 if self.lived > HEALTHY else starts + 1
+                # a fault of ours that comes back in the same round is none of the connection, however long it took
+                before, round = round, _newest_round(self.out)
+                healthy = self.lived > HEALTHY and (code == AGAIN or round != before)
+                starts = 0 if healthy else starts + 1
                 if starts == FAILED_STARTS:
                     ending = "failed"
                     raise RunError(f"the server ended {starts} times in a row: see {self.folder}/superlink.log")
@@ -280,3 +284,8 @@ def _keys(credentials: ServerCredentials | None, sites: list[str]) -> dict[str, 
 
 def _certificates(credentials: ServerCredentials | None) -> Certificates | None:
     return Certificates(credentials.authority, *credentials.superlink) if credentials else None
+
+
+def _newest_round(run: Path) -> int:
+    """The newest round that any site was sent a request for; 0 if none."""
+    return max((int(event.get("round", 0)) for event in state.messages(run)), default=0)

@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedferret.core.errors import UserError
-from fedferret.engines.replay import write_durably
+from fedferret.core.files import write_atomically
 from fedferret.sites.certificates import Clock, Pair, wall_clock
 from fedferret.sites.credentials import ServerCredentials, SiteCredentials
 from fedferret.sites.signing_keys import SigningCertificate, read_private, read_public
@@ -121,7 +121,7 @@ class SiteSeal:
         certificate.check_time(self._clock())
         _verify(certificate.key, sealed, "the server's")
         if certificate is not self._newest:
-            write_durably(self._path, certificate.der)
+            write_atomically(self._path, certificate.der, private=True)
             self._newest = certificate
         return bytes(message)
 

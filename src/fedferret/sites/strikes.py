@@ -85,7 +85,7 @@ def blame(run: Path, code: int) -> str:
     forget_reading(run)
     if not site or code not in _FAULTS:
         return ""
-    known = state.read(run, _STRIKES)
+    known = _known(run)
     state.write(run, _STRIKES, {**known, site: [*known.get(site, []), message]})
     return site
 
@@ -97,7 +97,7 @@ def forget_reading(run: Path) -> None:
 
 def unread_sites(run: Path) -> list[str]:
     """Return the sites that are left unread, sorted."""
-    return sorted(site for site, messages in state.read(run, _STRIKES).items() if len(messages) >= STRIKES)
+    return sorted(site for site, messages in _known(run).items() if len(messages) >= STRIKES)
 
 
 def unread_reason(run: Path, site: str) -> str:
@@ -107,7 +107,7 @@ def unread_reason(run: Path, site: str) -> str:
 
 def strikes(run: Path, site: str) -> int:
     """Return how many of a site's messages ended a ServerApp."""
-    return len(state.read(run, _STRIKES).get(site, []))
+    return len(_known(run).get(site, []))
 
 
 def readmit(run: Path, site: str) -> None:
@@ -120,7 +120,7 @@ def readmit(run: Path, site: str) -> None:
     Raises:
         UserError: the folder is no served run's, or the site has no strikes.
     """
-    known = state.read(run, _STRIKES)
+    known = _known(run)
     if site not in known:
         struck = f"those with strikes: {', '.join(sorted(known))}" if known else "no site has strikes"
         raise UserError(f"{site}: no message of this site ended the server's app in {run} ({struck})")
@@ -137,3 +137,14 @@ def _noted(run: Path) -> tuple[str, str]:
         return str(note["site"]), str(note["message"])
     except (OSError, ValueError, LookupError, TypeError):
         return "", ""
+
+
+def _known(run: Path) -> dict[str, list[str]]:
+    """The messages of each site over which a ServerApp ended. Raises UserError for a damaged file."""
+    try:
+        return state.read(run, _STRIKES)
+    except UserError:
+        path = run / state.FOLDER / f"{_STRIKES}.json"
+        raise UserError(
+            f"{path} is damaged: it names the sites that are left unread; restore it, or remove it, which readmits all"
+        ) from None
