@@ -82,10 +82,10 @@ def run(
         Interrupted: Ctrl-C.
     """
     resumes = belongs(recipe, out)
-    known = read_summary(out) if resumes else {}
-    if resumes and finished(recipe, out):
-        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
-        return known or write_summary(out)
+    if resumes:
+        read_summary(out)  # damage is found now, before the model is loaded
+        if (done := finished_summary(recipe, out, log)) is not None:
+            return done
     with ExitStack() as stack:
         stack.enter_context(lost_files_in_a_line(out))
         if resumes:
@@ -110,6 +110,21 @@ def check_begun(out: Path) -> None:
 def finished(recipe: Recipe, out: Path) -> bool:
     """Whether the recipe's run in its folder is finished; a rewound one is not, whatever its event log still says."""
     return is_finished(out) and checkpoint.saved_round(out) in (None, recipe.rounds)
+
+
+def finished_summary(recipe: Recipe, out: Path, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The summary of a run that is finished, which is said; None of one that is not.
+
+    A kill after the run's last event may have come before summary and report were written: they are written now.
+    """
+    if not finished(recipe, out):
+        return None
+    log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
+    summary = read_summary(out)
+    if summary.get("status") != "finished":
+        summary = write_summary(out)
+        write_report(out)
+    return summary
 
 
 def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:

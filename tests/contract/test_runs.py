@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_a_finished_run_is_left_alone(whole: tuple[Path, Mapping[str, Any]]) -> 
     run(tiny_recipe(folder, algorithm=algorithm), folder / "run", said.append)
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
     assert "nothing to do" in said[0]
+
+
+def test_summary_and_report_that_a_kill_after_the_last_event_left_unwritten_are_written(
+    whole: tuple[Path, Mapping[str, Any]], tmp_path: Path
+) -> None:
+    folder, algorithm = whole
+    out = shutil.copytree(folder / "run", tmp_path / "run")
+    written = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").write_text(json.dumps({**written, "status": "in progress"}))
+    (out / "report.html").unlink()
+    assert run(tiny_recipe(folder, algorithm=algorithm), out, silent)["status"] == "finished"
+    assert json.loads((out / "summary.json").read_text())["status"] == "finished" and (out / "report.html").exists()
 
 
 @pytest.mark.parametrize(

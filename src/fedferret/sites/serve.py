@@ -25,7 +25,7 @@ import httpx
 from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
-from fedferret.runner import belongs, finished
+from fedferret.runner import belongs, finished_summary
 from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control
@@ -78,8 +78,7 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
     known = belongs(recipe, out)  # before the checkpoint is read: another run's may have messages of another method
     sites = approved_sites(recipe, out)
     keys = _keys(settings.credentials, sites)
-    if known and finished(recipe, out):
-        log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
+    if known and finished_summary(recipe, out, log) is not None:
         return
     out = out.resolve()
     with terminable(), alone_in(out / state.FOLDER, "a server"):
