@@ -58,6 +58,28 @@ def read_recipe(run: Path) -> Recipe:
         raise UserError(f"{path} cannot be used ({error}): {RESTORE}") from None
 
 
+def begun_recipe(run: Path) -> Recipe:
+    """The recipe of a folder that must be a run's, before its state and log are read: it brings the method's messages.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The recipe, resolved.
+
+    Raises:
+        RunError: the recipe cannot be read.
+        UserError: the folder is no run's, is of another version, or has links that lead out of it.
+    """
+    if not (run / "recipe.toml").exists():
+        raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
+    events.check_format(run)
+    recipe = read_recipe(run)
+    for name in ("state", "log", "state/run.state"):
+        inside(run, run / name)
+    return recipe
+
+
 def recipe_fingerprint(run: Path) -> str:
     """Hash a run's recipe file, which stays as it was written when the run began.
 

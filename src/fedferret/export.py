@@ -24,18 +24,18 @@ from fedferret.config import Recipe, build_algorithm
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import inside, write_atomically
+from fedferret.core.files import write_atomically
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
-from fedferret.experiment import check_start, read_recipe
+from fedferret.experiment import begun_recipe, check_start
 from fedferret.models import LanguageModel
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
 from fedferret.objectives.next_token import NextToken
 from fedferret.settings import table_of
-from fedferret.tracking import checkpoint, events
+from fedferret.tracking import checkpoint
 from fedferret.wire import codec
 
 
@@ -123,12 +123,7 @@ def read_delta(path: Path) -> DeltaFile:
 
 
 def _read_run(run: Path) -> tuple[Recipe, Log]:
-    if not (run / "recipe.toml").exists():
-        raise UserError(f"{run}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
-    events.check_format(run)
-    recipe = read_recipe(run)  # before the log: it brings the method's messages
-    for name in ("state", "log", "state/run.state"):
-        inside(run, run / name)
+    recipe = begun_recipe(run)
     if not checkpoint.saved_round(run):
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
     return recipe, checkpoint.read_log(run)

@@ -13,10 +13,9 @@ from pathlib import Path
 from fedferret.build import load_data
 from fedferret.config import Recipe
 from fedferret.core.errors import UserError, nearest
-from fedferret.core.files import inside
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import FolderClientStore, held
-from fedferret.experiment import read_recipe
+from fedferret.experiment import begun_recipe
 from fedferret.runner import SERVED, alone, check_begun, lost_files_in_a_line
 from fedferret.sites.supervisor import alone_in
 from fedferret.tracking import checkpoint, events, rewinding
@@ -42,12 +41,7 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
         UserError: the folder, the round or the client is wrong; nothing is changed.
         RunError: a file of that round is damaged; nothing is changed.
     """
-    if not (out / "recipe.toml").exists():
-        raise UserError(f"{out}: not a run folder, it has no recipe.toml; `fedferret run RECIPE --out DIR` makes one")
-    events.check_format(out)
-    recipe = read_recipe(out)  # before the state: it brings the method's messages
-    for name in ("state", "log", "state/run.state"):
-        inside(out, out / name)
+    recipe = begun_recipe(out)
     with ExitStack() as stack:
         stack.enter_context(lost_files_in_a_line(out))
         if (out / SERVED).is_dir():

@@ -22,7 +22,7 @@ from fedferret.core.exchanges import ClientUpdate, Failure, Masked, Reply
 from fedferret.core.metrics import check_metrics
 from fedferret.core.node import Codec, Node
 from fedferret.core.norms import FEWEST, NormLimits
-from fedferret.core.pooling import NotFinite, basic_pool, check_same_form, form_of, nonfinite, tensors
+from fedferret.core.pooling import basic_pool, tensors
 from fedferret.core.spool import Place, Spool
 from fedferret.core.weighting import bounded_clients, weights_of
 
@@ -95,7 +95,6 @@ class Intake:
         bounded = plan.bounds is not None and self._weighting == "examples"
         waits = bounded or (self._limits.on and asked >= FEWEST)  # for all weights, or for the others' norms
         self._waiting = Waiting(node.codec) if waits else None
-        self._form: list[tuple[str, Any]] | None = None  # of the sums that wait
 
     @property
     def clients(self) -> list[str]:
@@ -162,13 +161,7 @@ class Intake:
             weight = 1.0 if self._weighting == "equal" else float(update.num_examples)
             self._pool.add(sum, weight, norm)
         else:
-            wrong = nonfinite(sum)
-            if wrong is not None:
-                raise NotFinite(f"{wrong} holds NaN or infinity")
-            if self._pool.alike:  # the pool would see it only when the round ends
-                form = form_of(sum)
-                check_same_form(self._form or form, form)
-                self._form = form
+            self._pool.check(sum)  # otherwise the pool would see it only when the round ends
             self._waiting.put(reply.client, update.payload, sum)
         # the payload is in the pool; keeping it would cost a model per client
         self.accepted[reply.client] = Accepted(update.num_examples, self._timed(update.metrics), reply.bytes_up, norm)

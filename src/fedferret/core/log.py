@@ -104,13 +104,14 @@ class Log:
             if number > version:
                 continue
             content = read_intact(inside(folder, folder / name), RESTORE)
-            if checksums is not None and checksum(content) != checksums[name]:
+            found = checksum(content)
+            if checksums is not None and found != checksums[name]:
                 raise RunError(f"{folder / name} is damaged, or of another run: {RESTORE}")
             if kind == "record":
                 log._records[number] = content
             elif log._snapshot is None or number > log._snapshot[0]:
                 log._snapshot = (number, content)
-            log._checksums[name] = checksum(content)
+            log._checksums[name] = found
         log.version = version
         log.firsts = {version: min(log._records, default=version + 1)}
         return log

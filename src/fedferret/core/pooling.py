@@ -57,16 +57,27 @@ class Pool(ABC):
         """
         if not (math.isfinite(weight) and weight > 0):
             raise NotFinite(f"weight {weight}: must be positive and finite")
+        self.check(sum)
+        self._take(sum, weight, norm)
+        self._weights.append(weight)
+
+    def check(self, sum: Any) -> None:
+        """Refuse a sum that could not be added to those that were checked before.
+
+        Args:
+            sum: decoded; it may be added later.
+
+        Raises:
+            NotFinite: NaN or infinity in the sum.
+            ValueError: the sum has another form than the first.
+        """
         name = nonfinite(sum)
         if name is not None:
             raise NotFinite(f"{name} holds NaN or infinity")
         if self.alike:
             form = form_of(sum)
-            if self._form is not None:
-                check_same_form(self._form, form)
+            check_same_form(self._form or form, form)
             self._form = form
-        self._take(sum, weight, norm)
-        self._weights.append(weight)
 
     def result(self) -> Pooled[Any]:
         """End the round's pooling.

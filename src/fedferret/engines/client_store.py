@@ -131,7 +131,7 @@ class FolderClientStore(ClientStore):
         return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_round)
 
     def _path(self, client: str, round: int) -> Path:
-        return self._folder / f"{_identifier(client)}.{round:06d}.state"
+        return _path(self._folder, client, round)
 
 
 def held(folder: Path, client: str, round: int) -> bool:
@@ -142,7 +142,7 @@ def held(folder: Path, client: str, round: int) -> bool:
         client: name.
         round: in which the client was counted.
     """
-    return (folder / f"{_identifier(client)}.{round:06d}.state").exists()
+    return _path(folder, client, round).exists()
 
 
 def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
@@ -163,6 +163,10 @@ def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
     if (kept.client, kept.round) != (client, round):
         raise ValueError(f"it is that of {kept.client} in round {kept.round}")
     return kept.state
+
+
+def _path(folder: Path, client: str, round: int) -> Path:
+    return folder / f"{_identifier(client)}.{round:06d}.state"
 
 
 def _round(path: Path) -> int:
