@@ -48,8 +48,8 @@ def child(kind: str) -> None:
     """Run one ``kind``, "plain" or "MEMORY-METHOD", and print this process's peak memory in bytes."""
     if kind == "plain":
         run = experiment("fast", "ferret")
-        batch = next(run.tokens["left"].batches(BATCH, None))
-        run.loss(run.language_model.model, batch).backward()  # type: ignore[no-untyped-call]
+        batch = next(run.examples["left"].batches(BATCH, None))
+        run.loss(run.loaded.model, batch).backward()  # type: ignore[no-untyped-call]
     else:
         memory, method = kind.split("-")
         run = experiment(memory, method)

@@ -36,7 +36,6 @@ from fedferret.config import Recipe, from_tables
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.rounds import RunState
-from fedferret.evaluation.loss import evaluate
 from fedferret.experiment import Experiment
 from fedferret.recipe_file import read_tables
 from fedferret.tracking.environment import environment
@@ -164,9 +163,8 @@ def _kinds(experiment: Experiment, state: RunState, walk: Walk, start: tree.Tree
     noise = dict(_noise(state, walk, start))
 
     def loss() -> float:
-        rows, size = experiment.tokens.held_out(main), experiment.recipe.evaluation.batch_size
         with experiment.recipe.algorithm.model(experiment.task, state.public) as model:
-            return evaluate(model, experiment.objective, rows, size).loss
+            return experiment.evaluator.figures(model, main)["loss"]
 
     def shift(names: Iterable[str], sign: float) -> None:
         for name in names:

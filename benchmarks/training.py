@@ -38,14 +38,14 @@ def figures() -> Iterator[Figure]:
     run = Experiment(settings, load(MODEL), load_data(settings))
     client = sorted(run.data.clients)[0]
     encoded = [
-        template("chat").encode(example, run.language_model.tokenizer, TOKENS) for example in run.data.clients[client]
+        template("chat").encode(example, run.loaded.tokenizer, TOKENS) for example in run.data.clients[client]
     ]
     tokens = sum(len(example.ids) for example in encoded)
     for precision in ("fp32", "bf16"):
 
         def ours(precision: Any = precision) -> float:
             training = FirstOrder(learning_rate=1e-4, epochs=1, batch_size=BATCH, precision=precision)
-            return tokens / training.train(run.task, run.tokens[client], Key.of(1))["seconds"]
+            return tokens / training.train(run.task, run.examples[client], Key.of(1))["seconds"]
 
         ratio = alternate(ours, lambda precision=precision: tokens / peer(run, encoded, precision), 3, 1)  # type: ignore[misc]
         note = f"SmolLM2-135M, {len(encoded)} examples of at most {TOKENS} tokens, batches of {BATCH}, clip 1"
@@ -62,7 +62,7 @@ def peer(run: Experiment, encoded: Sequence[Any], precision: str) -> float:
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    pad = run.language_model.tokenizer.pad_token_id
+    pad = run.loaded.tokenizer.pad_token_id
 
     def collate(batch: Sequence[Any]) -> dict[str, torch.Tensor]:
         longest = max(len(example.ids) for example in batch)
@@ -104,7 +104,7 @@ def peer(run: Experiment, encoded: Sequence[Any], precision: str) -> float:
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
-        model = run.language_model.model
+        model = run.loaded.model
         trainer = Trainer(
             model=model, args=arguments, train_dataset=list(encoded), data_collator=collate, callbacks=[stopwatch]
         )

@@ -22,6 +22,7 @@ from fedferret.core.exchanges import Body, Failure, Reply
 from fedferret.core.guard import Guard
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
+from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.core.node import Node
 from fedferret.core.robust_pooling import PoolSettings
 from fedferret.core.rounds import Plan, RoundRecord, RunState
@@ -122,6 +123,11 @@ class SquaredError:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
 
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """The summed loss."""
+        return {"loss": LARGEST_LOSS}
+
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """The mean over a batch."""
         return self.factor * nn.functional.mse_loss(model(rows.x), rows.y)
@@ -143,6 +149,11 @@ class LastWord:
 
     def __init__(self) -> None:
         self.next_token = NextToken()
+
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """The summed loss."""
+        return self.next_token.sums
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """The mean over a batch."""

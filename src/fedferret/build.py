@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fedferret import models
 from fedferret.config import Recipe
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
@@ -27,14 +26,17 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
 from fedferret.core.stages import shapes_by_round
 from fedferret.core.task import Task
-from fedferret.data.batches import FederatedTokens
+from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
+from fedferret.data.held_out import hold_out
 from fedferret.data.sites import Sites
-from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.data.templates import template
+from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
 from fedferret.evaluation.scorers import check_metrics
-from fedferret.models import LanguageModel
 from fedferret.models.adapters import prefix_of
+from fedferret.models.devices import resolve_device
+from fedferret.objectives.interface import Loaded, ModelObjective
 from fedferret.objectives.next_token import NextToken
 from fedferret.wire import codec
 
@@ -46,6 +48,47 @@ def prepare(algorithm: AnyAlgorithm, model: nn.Module, seed: int) -> nn.Module:
     return algorithm.prepare(model, Key.of(seed, "prepare"))
 
 
+def tuned_skeleton(recipe: Recipe) -> nn.Module:
+    """What the recipe tunes, on the meta device: names and shapes, no values. Raises UserError."""
+    model = recipe.objective.skeleton(recipe.model.name)
+    if recipe.model.train == "head":
+        recipe.objective.freeze(model)
+    return prepare(recipe.algorithm, model, recipe.seed)
+
+
+def load_base(
+    objective: ModelObjective,
+    model: str,
+    train: str | None,
+    device: str = "cpu",
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[Loaded, str]:
+    """The base model, and the SHA-256 of all its values, the frozen ones too.
+
+    Args:
+        objective: says what kind of model it is.
+        model: its name.
+        train: "head" freezes all but a classifier's head; None: nothing.
+        device: to compute on.
+        log: called with lines on slow steps.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    loaded = objective.load(model, device, log)
+    fingerprint = base_fingerprint(loaded.model)
+    if train == "head":
+        objective.freeze(loaded.model)
+    return loaded, fingerprint
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a base's weights, and of the statistics that its layers have gathered, where there are any."""
+    kept = model.state_dict()
+    gathered = {name: each for name, each in model.named_buffers() if name in kept and each.is_floating_point()}
+    return tree.fingerprint({**tree.parameters(model), **gathered})
+
+
 def check(recipe: Recipe) -> Callable[[int], Shapes]:
     """Refuse everything that can be known to be wrong before weights are read.
 
@@ -55,11 +98,9 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     Raises:
         UserError: the recipe cannot run: its model, template, data or method's settings.
     """
-    models.check(recipe.model.name, device=recipe.execution.device)
-    if template(recipe.text.template) == Chat() and not models.has_chat_template(recipe.model.name):
-        raise UserError(f'text.template="{recipe.text.template}": {NO_CHAT_TEMPLATE}')
-    algorithm = recipe.algorithm
-    model = prepare(algorithm, models.skeleton(recipe.model.name), recipe.seed)
+    resolve_device(recipe.execution.device)
+    recipe.objective.check(recipe.model.name, recipe.text)
+    algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
     if recipe.text.packed and prefix_of(model, 1) is not None:
         raise UserError(
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
@@ -80,6 +121,8 @@ def load_data(recipe: Recipe, at_sites: bool = False) -> FederatedData:
         UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
     """
     data = recipe.data.load(Key.of(recipe.seed, "data"))
+    if recipe.held_out_share and not at_sites:
+        data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"))
     if recipe.clients.per_round > len(data.clients):
         raise UserError(
             f"clients.per_round={recipe.clients.per_round}: the data has {len(data.clients)} clients, "
@@ -95,6 +138,7 @@ def load_data(recipe: Recipe, at_sites: bool = False) -> FederatedData:
     if not data.held_out or not all(data.held_out.values()):
         raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
     check_metrics(recipe.evaluation.metrics, data.held_out)
+    recipe.objective.check_examples(recipe.model.name, data.clients, data.held_out)
     return data
 
 
@@ -104,28 +148,27 @@ class Parts:
 
     Attributes:
         recipe: resolved.
-        language_model: the base model with its tokenizer.
+        loaded: the base model with its tokenizer, if it reads text.
         data: of all clients, or of the one site that this is.
         folder: of the run, where weights wait under memory = "lean"; None keeps nothing on disk.
         trains_here: whether clients work in this process or on this machine, rather than at sites.
         model: what is tuned: the base, with the method's adapter if it has one.
+        base_fingerprint: SHA-256 of the base's weights.
         base_size: weights of the base alone.
-        base_fingerprint: SHA-256 of those.
     """
 
     recipe: Recipe
-    language_model: LanguageModel
+    loaded: Loaded
+    base_fingerprint: str
     data: FederatedData
     folder: Path | None = None
     trains_here: bool = True
     model: nn.Module = field(init=False)
     base_size: int = field(init=False)
-    base_fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        base = tree.parameters(self.language_model.model)
-        self.base_size, self.base_fingerprint = tree.size(base), tree.fingerprint(base)
-        self.model = prepare(self.recipe.algorithm, self.language_model.model, self.recipe.seed)
+        self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
+        self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
 
     @classmethod
     def over(
@@ -145,39 +188,41 @@ class Parts:
             log: called with lines on slow steps.
             options: further fields of a subclass.
         """
-        model = models.load(recipe.model.name, device=recipe.execution.device, log=log)
-        return cls(recipe, model, data, folder, **options)
+        model, device = recipe.model, recipe.execution.device
+        loaded, fingerprint = load_base(recipe.objective, model.name, model.train, device, log)
+        return cls(recipe, loaded, fingerprint, data, folder, **options)
 
     @cached_property
-    def tokens(self) -> FederatedTokens:
-        """The data as tokens, client by client, made when first asked for."""
-        text = self.recipe.text
-        tokenizer = self.language_model.tokenizer
-        all_tokens = text.train_on == "all"
-        return FederatedTokens(self.data, template(text.template), tokenizer, text.max_tokens, text.packed, all_tokens)
+    def examples(self) -> EncodedData:
+        """The data as tensors, client by client, made when first asked for."""
+        return EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
 
-    @cached_property
-    def objective(self) -> NextToken:
+    @property
+    def objective(self) -> ModelObjective:
         """What is trained and scored."""
-        return NextToken()
+        return self.recipe.objective
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """What scores models on the held-out sets."""
-        text, asked = self.recipe.text, self.recipe.evaluation
-        return Evaluator(
-            tokens=self.tokens,
-            template=template(text.template),
-            tokenizer=self.language_model.tokenizer,
-            max_tokens=text.max_tokens,
-            objective=self.objective,
-            key=Key.of(self.recipe.seed, "examples to answer"),
-            metrics=asked.metrics,
-            batch_size=asked.batch_size,
-            generate_examples=asked.generate_examples,
-            max_new_tokens=asked.max_new_tokens,
-            per_client=asked.per_client,
-        )
+        asked, text = self.recipe.evaluation, self.recipe.text
+        answers = None
+        if asked.metrics != ("loss",):
+            tokenizer, key = self.loaded.tokenizer, Key.of(self.recipe.seed, "examples to answer")
+            assert isinstance(self.objective, NextToken) and tokenizer is not None  # others are refused
+            answers = Answers(
+                held_out=self.data.held_out,
+                template=template(text.template),
+                tokenizer=tokenizer,
+                max_tokens=text.max_tokens,
+                objective=self.objective,
+                key=key,
+                metrics=asked.metrics,
+                batch_size=asked.batch_size,
+                generate_examples=asked.generate_examples,
+                max_new_tokens=asked.max_new_tokens,
+            )
+        return Evaluator(self.examples, self.objective, asked.batch_size, answers)
 
     @cached_property
     def task(self) -> Task:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +23,9 @@ from fedferret.core.robust_pooling import PoolSettings
 from fedferret.core.weighting import Bounds
 from fedferret.data.examples import Source
 from fedferret.data.registry import source
+from fedferret.data.text import TextSettings
+from fedferret.objectives.interface import ModelObjective
+from fedferret.objectives.registry import objective
 from fedferret.recipe_file import read_tables
 from fedferret.renamed_keys import with_new_names
 from fedferret.settings import build, table_of
@@ -41,20 +44,7 @@ class ModelSettings:
     """Which model is tuned."""
 
     name: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """How examples become tokens."""
-
-    template: str = "chat"  # "chat": the model's own; "alpaca": the paper's; else a template file
-    max_tokens: int = 256  # longer prompts lose their beginning
-    packed: bool = False  # training batches end to end in one row, attention kept apart: no padding at all
-    train_on: Literal["completions", "all"] = "completions"  # all: prompts too, to pre-train a model
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 8:
-            raise UserError(f"max_tokens={self.max_tokens}: must be at least 8")
+    train: Literal["head"] | None = None  # "head": of a classifier the head alone, on frozen features; None: all weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +57,15 @@ class ClientSettings:
     bound_weights: bool | None = None  # whether the next three hold; None: where sites hold the data, and nowhere else
     max_examples: int = 10_000_000  # a claim of more examples counts as this many
     max_over_median: float = 10.0  # and one of more than so many times the cohort's lower median as that
+    held_out: float | None = None  # share of each client's examples that it scores on and never trains on; None: source's
     max_share: float = 0.5  # of all weight that one client has at most, unless fewer than 1 / max_share send an update
 
     def __post_init__(self) -> None:
         _positive("clients", per_round=self.per_round, min_clients=self.min_clients, max_examples=self.max_examples)
         if not 1 <= self.max_over_median < math.inf:
             raise UserError(f"max_over_median={self.max_over_median}: must be at least 1 and finite")
+        if self.held_out is not None and not 0 <= self.held_out < 1:
+            raise UserError(f"held_out={self.held_out}: give a share of each client's examples, from 0 to below 1")
         if not 0 < self.max_share <= 1:
             raise UserError(f"max_share={self.max_share}: must be above 0 and at most 1")
         if not 0 <= self.min_fraction <= 1:
@@ -97,7 +90,7 @@ class EvaluationSettings:
     metrics_every: int | None = None  # rounds between the other metrics; None: round 0 and the last, as papers report
     generate_examples: int = 100  # of each held-out set, drawn by the seed, are answered; fewer are faster and noisier
     max_new_tokens: int = 128  # of an answer; the Ferret and FedKSeed papers'
-    per_client: bool = False  # a loss for each owner of the main held-out set's examples, and how they spread
+    per_client: bool | None = None  # clients score what they hold out: mean, worst tenth, spread; None: the objective's
     batch_size: int = 8
     local_only_clients: int = 2  # baseline: so many clients each train alone, as long as the federation; 0: none
 
@@ -139,6 +132,7 @@ class Recipe:
     model: ModelSettings
     data: Source
     data_source: str
+    objective: ModelObjective
     text: TextSettings
     clients: ClientSettings
     algorithm: Algorithm[Any, Any, Any, Any, Any]
@@ -153,6 +147,7 @@ class Recipe:
             "rounds": self.rounds,
             "model": table_of(self.model),
             "data": {"source": self.data_source, **table_of(self.data)},
+            "objective": {"name": self.objective.name, **table_of(self.objective)},
             "text": table_of(self.text),
             "clients": table_of(self.clients),
             "algorithm": {"name": self.algorithm.name, **table_of(self.algorithm)},
@@ -163,7 +158,21 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the numbers: equal for two runs exactly when they must give the same bits."""
-        return {name: table for name, table in self.tables().items() if name != "execution"}
+        tables = {name: table for name, table in self.tables().items() if name != "execution"}
+        if self.objective.name == DEFAULT_OBJECTIVE:  # runs from before there were others keep the name they have
+            del tables["objective"]
+        return tables
+
+    @property
+    def scores_clients(self) -> bool:
+        """Whether clients score the model on what they hold out, whenever it is evaluated."""
+        return bool(self.evaluation.per_client)
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of its examples that each client holds out; 0: what the source leaves it."""
+        asked = self.clients.held_out
+        return float(getattr(self.data, "held_out_share", 0.0)) if asked is None else asked
 
     def identity_toml(self) -> str:
         """The identity as text: what sites are told of the recipe, and what its SHA-256 names a run by."""
@@ -178,7 +187,8 @@ class Recipe:
         return tomli_w.dumps(self.tables())
 
 
-_SECTIONS = ("model", "data", "text", "clients", "algorithm", "pool", "evaluation", "execution")
+DEFAULT_OBJECTIVE = "next-token"
+_SECTIONS = ("model", "data", "objective", "text", "clients", "algorithm", "pool", "evaluation", "execution")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -199,24 +209,60 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
             raise UserError(f"[{name}]: this table is missing; a recipe has at least [model], [data] and [algorithm]")
     data, algorithm = dict(tables["data"]), dict(tables["algorithm"])
     data_source, algorithm_name = _take(data, "source", "data"), _take(algorithm, "name", "algorithm")
+    kind = source(data_source)
+    chosen = _objective(tables.get("objective", {}), kind)
     recipe = Recipe(
         seed=_whole(tables, "seed", 1, 0),
         rounds=_whole(tables, "rounds", 10, 1),
         model=build(ModelSettings, tables["model"], "model"),
-        data=build(source(data_source), data, "data"),
+        data=build(kind, data, "data"),
         data_source=data_source,
+        objective=chosen,
         text=build(TextSettings, tables.get("text", {}), "text"),
         clients=_clients(tables.get("clients", {}), data_source),
         algorithm=build_algorithm(algorithm_name, algorithm),
         pool=build(PoolSettings, tables.get("pool", {}), "pool"),
-        evaluation=build(EvaluationSettings, tables.get("evaluation", {}), "evaluation"),
+        evaluation=_evaluation(tables.get("evaluation", {}), chosen),
         execution=build(ExecutionSettings, tables.get("execution", {}), "execution"),
     )
+    _check_objective(recipe.objective, recipe.algorithm)
+    if recipe.evaluation.metrics != ("loss",) and not recipe.objective.generates:
+        raise UserError(
+            f'evaluation.metrics={list(recipe.evaluation.metrics)}: objective "{recipe.objective.name}" has its own '
+            f'figures and generates no answers; leave metrics out'
+        )
     limit = recipe.algorithm.max_rounds
     if limit is not None and recipe.rounds > limit:
         raise UserError(f"rounds={recipe.rounds}: {algorithm_name} is over after {limit}, set rounds={limit}")
     recipe.pool.check(recipe.algorithm.pooling, algorithm_name, recipe.clients.per_round)
     return recipe
+
+
+def _objective(given: Mapping[str, Any], kind: Any) -> ModelObjective:
+    """The objective of that name, or the source's; the classes are the source's where it brings its own."""
+    table = dict(given)
+    name = table.pop("name", getattr(kind, "objective", DEFAULT_OBJECTIVE))
+    if not isinstance(name, str):
+        raise UserError(f"objective.name={name!r}: must be a name; see `fedferret list`")
+    fixed = getattr(kind, "classes", ())
+    if fixed and "classes" in {field.name for field in fields(objective(name))}:  # type: ignore[arg-type]  # a dataclass
+        table.setdefault("classes", list(fixed))
+    return build_objective(name, table)
+
+
+def build_objective(name: str, table: Mapping[str, Any]) -> ModelObjective:
+    """The objective of that name with these settings. Raises UserError."""
+    return build(objective(name), table, "objective")
+
+
+def _check_objective(chosen: ModelObjective, algorithm: Algorithm[Any, Any, Any, Any, Any]) -> None:
+    """Refuse a method that cannot take the objective. Raises UserError."""
+    takes = algorithm.objectives
+    if takes is not None and chosen.name not in takes:
+        raise UserError(
+            f'{algorithm.name} cannot take objective "{chosen.name}", only {", ".join(takes)}: '
+            f"choose another method or objective"
+        )
 
 
 def _clients(table: Mapping[str, Any], data_source: str) -> ClientSettings:
@@ -225,6 +271,12 @@ def _clients(table: Mapping[str, Any], data_source: str) -> ClientSettings:
     if settings.bound_weights is None:
         return replace(settings, bound_weights=data_source == "sites")
     return settings
+
+
+def _evaluation(table: Mapping[str, Any], chosen: ModelObjective) -> EvaluationSettings:
+    """The settings, with scores at the clients where the objective is judged by them, if the table does not say."""
+    settings = build(EvaluationSettings, table, "evaluation")
+    return replace(settings, per_client=chosen.scores_clients) if settings.per_client is None else settings
 
 
 def build_algorithm(name: str, table: Mapping[str, Any]) -> Algorithm[Any, Any, Any, Any, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from fedferret import models
-from fedferret.build import prepare
+from fedferret.build import tuned_skeleton
 from fedferret.config import Recipe
 from fedferret.core.algorithm import WireCost
 from fedferret.core.stages import shapes_by_round
@@ -25,7 +24,7 @@ def wire_costs(recipe: Recipe) -> Callable[[int], tuple[WireCost, int]]:
     Returns:
         A function from a round's number, from 1, to the round's cost and the number of tuned weights.
     """
-    model = prepare(recipe.algorithm, models.skeleton(recipe.model.name), recipe.seed)
+    model = tuned_skeleton(recipe)
     shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
 
     def of_round(number: int) -> tuple[WireCost, int]:

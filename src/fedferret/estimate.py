@@ -98,7 +98,6 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         UserError: if the recipe cannot run.
     """
-    from fedferret import models
     from fedferret.build import check, load_data
     from fedferret.disk import kept_states, log_bytes
     from fedferret.local.first_order import FirstOrder
@@ -111,7 +110,8 @@ def estimate(recipe: Recipe) -> Estimate:
         return sum(math.prod(shape) for shape in shapes_of(number).values())
 
     tuned = max(map(weights, numbers))
-    every = models.parameter_shapes(recipe.model.name)
+    skeleton = recipe.objective.skeleton(recipe.model.name)
+    every = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
     parameters = sum(math.prod(shape) for shape in every.values())
     costs = [recipe.algorithm.wire_cost(shapes_of(number), cohort, number) for number in numbers]
     training = getattr(recipe.algorithm, "training", None)

@@ -20,6 +20,7 @@ from fedferret.core.files import inside, read_intact
 from fedferret.core.keys import Key
 from fedferret.core.log import RESTORE, Log
 from fedferret.core.rounds import Engine, RoundRecord, RunState
+from fedferret.core.task import added_scores
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
@@ -27,13 +28,13 @@ from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
-from fedferret.evaluation.evaluator import Scores
-from fedferret.evaluation.loss import evaluate
-from fedferret.evaluation.personal import fairness
+from fedferret.evaluation.evaluator import Results, Scores
+from fedferret.evaluation.per_client import spread
 from fedferret.resident.simulation import simulation
 from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
 
+HELD_OUT_BY_CLIENTS = "clients"  # the main set's name where nothing is held out but at the clients
 ENGINES = {"in-process": InProcess, "debug": Debug}
 
 
@@ -209,8 +210,8 @@ class Experiment(Parts):
         kept = kept_rounds(self.recipe, state.versions) if self.trains_here else {}
         store = FolderClientStore(folder, codec, kept, execution.history) if folder else ClientStore()
         if self.transport is None and execution.engine in ENGINES:
-            held_out = self.tokens.held_out_by_client
-            return ENGINES[execution.engine](self.tokens, codec, store, on_client_start, held_out)
+            held_out = self.examples.held_out_by_client
+            return ENGINES[execution.engine](self.examples, codec, store, on_client_start, held_out)
         workers = None if self.transport else simulation(execution, self.folder)
         return Remote(
             self.transport or workers,  # type: ignore[arg-type]  # one of them is there
@@ -263,45 +264,59 @@ class Experiment(Parts):
     ) -> Scores:
         """What ``[evaluation]`` asks for, in fp32.
 
-        The global model is scored on every held-out set. Where there is no global model, the clients that have trained
-        score their models on what they hold out. Nothing is scored where nothing is held out here.
+        The global model is scored on every held-out set. Clients score the model that they would use, global or
+        personal, on what they hold out: before round 1 and at the end all of them, in between the cohort of the last
+        round. Where the method has no global model, the sums of the clients stand for the main set.
 
         Args:
             state: after the round to score.
             engine: reaches the clients.
-            on_progress: called after every batch.
-            extra: whether metrics beside the loss are due.
+            on_progress: called after every batch that is scored here.
+            extra: whether metrics beside the objective's figures are due.
 
         Returns:
-            Metrics by held-out set, each client's loss in nats per token, and the bytes that moved; empty where nothing
-            is scored.
+            The figures by held-out set and by client, and the bytes that moved; empty where nothing is scored.
 
         Raises:
-            RunError: a client could not score its model.
+            RunError: a simulated client could not score.
         """
-        algorithm = self.recipe.algorithm
-        if not self.data.held_out:
-            return Scores({}, {})
-        with algorithm.model(self.task, state.public) as model:
-            if model is not None:
-                return self.evaluator.score(model, extra, on_progress)
-        reachable = self.tokens.held_out_by_client.keys() - set(state.retired)
-        asked = [client for client in sorted(state.versions) if client in reachable]
-        if not asked or not self.trains_here:
-            return Scores({}, {})
+        results: Results = {}
+        with self.recipe.algorithm.model(self.task, state.public) as model:
+            is_global = model is not None
+            if model is not None and self.data.held_out:
+                results = self.evaluator.score(model, extra, on_progress)
+        if is_global and not self.recipe.scores_clients:
+            return Scores(results)
+        asked = self._scoring_clients(state)
+        if not asked:
+            return Scores(results)
         sums, failures, moved = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)
-        if failures:
+        if failures and self.trains_here:
             raise RunError(f"clients could not be scored ({rounds.reasons(failures)})")
-        losses = {client: each["loss"] / max(1.0, each["count"]) for client, each in sums.items()}
-        count = math.fsum(each["count"] for each in sums.values())
-        loss = math.fsum(each["loss"] for each in sums.values()) / max(1.0, count)
-        main = next(iter(self.data.held_out))
-        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count, **fairness(losses)}
-        return Scores({main: figures}, losses, moved)
+        unscored = {failure.client: failure.reason for failure in failures}
+        if not sums:
+            return Scores(results, failures=unscored)
+        figures = self.objective.figures
+        per_client = {client: figures(each) for client, each in sums.items()}
+        primary = {client: each[self.objective.primary] for client, each in per_client.items()}
+        main = next(iter(self.data.held_out), HELD_OUT_BY_CLIENTS)
+        if main not in results:
+            added = {name: math.fsum(each[name] for each in sums.values()) for name in next(iter(sums.values()))}
+            results[main] = figures(added)
+        results[main] |= spread(primary, self.objective.higher_is_better)
+        return Scores(results, per_client, moved, unscored)
+
+    def _scoring_clients(self, state: RunState) -> list[str]:
+        """Who is asked to score after the last round; of sites, those that have ever answered."""
+        known = self.examples.held_out_by_client if self.trains_here else state.versions
+        clients = [client for client in self.data.clients if client in known and client not in state.retired]
+        if 0 < state.round < self.recipe.rounds:
+            clients = [client for client in clients if state.versions.get(client) == state.round - 1]
+        return sorted(clients)
 
     def local_only(
         self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The local-only baseline: some clients train alone from the base for as many rounds as the federation.
 
         Args:
@@ -309,22 +324,25 @@ class Experiment(Parts):
             on_progress: called after each client's round.
 
         Returns:
-            Each client's loss on the main held-out set, nats per token.
+            By client, its loss on the main held-out set, and its figures on what it holds out itself.
         """
         recipe, model = self.recipe, self.model
         training = getattr(recipe.algorithm, "training", None)
         count = min(recipe.evaluation.local_only_clients, len(self.data.clients)) if training else 0
         if not self.trains_here or not self.data.held_out:
-            return {}
+            return {}, {}
         main = next(iter(self.data.held_out))
         losses: dict[str, float] = {}
+        own: dict[str, dict[str, float]] = {}
         for client in Key.of(recipe.seed, "local-only").sample(sorted(self.data.clients), count):
             tree.copy_(tree.parameters(model), base)
             for number in range(1, recipe.rounds + 1):
                 assert training is not None
-                training.train(self.task, self.tokens[client], Key.of(recipe.seed, "local-only", number, client))
+                training.train(self.task, self.examples[client], Key.of(recipe.seed, "local-only", number, client))
                 on_progress()
-            score = evaluate(model, self.objective, self.tokens.held_out(main), recipe.evaluation.batch_size)
-            losses[client] = score.loss
+            losses[client] = self.evaluator.figures(model, main)["loss"]
+            if recipe.scores_clients and client in self.examples.held_out_by_client:
+                rows, size = self.examples.held_out_by_client[client], recipe.evaluation.batch_size
+                own[client] = self.objective.figures(added_scores(self.objective, model, rows, size))
         tree.copy_(tree.parameters(model), base)
-        return losses
+        return losses, own

@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fedferret import models
-from fedferret.build import prepare
-from fedferret.config import Recipe, build_algorithm
+from fedferret.build import load_base, prepare
+from fedferret.config import DEFAULT_OBJECTIVE, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
@@ -29,11 +28,11 @@ from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
+from fedferret.data.text import TextSettings
 from fedferret.experiment import begun_recipe, check_start
-from fedferret.models import LanguageModel
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
-from fedferret.objectives.next_token import NextToken
+from fedferret.objectives.interface import Loaded, ModelObjective
 from fedferret.settings import table_of
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
@@ -41,10 +40,27 @@ from fedferret.wire import codec
 
 @message
 class DeltaFile:
+    """A tuned language model without its base, as versions before there were other objectives wrote it."""
+
+    base_name: str
+    base_fingerprint: str
+    method: str
+    settings: str
+    seed: int
+    rounds: int
+    version: int
+    snapshot: bytes | None
+    records: tuple[bytes, ...]
+    fingerprint: str
+
+
+@message
+class TunedDelta:
     """A tuned model without its base."""
 
     base_name: str
     base_fingerprint: str  # of all the base's weights
+    objective: str  # JSON: its name and settings, and what of the model was trained
     method: str
     settings: str  # JSON: the method's own
     seed: int
@@ -54,6 +70,30 @@ class DeltaFile:
     records: tuple[bytes, ...]
     fingerprint: str  # of the weights that the method tunes
 
+    @classmethod
+    def of(cls, recipe: Recipe, update: LogUpdate, base_fingerprint: str) -> TunedDelta:
+        """What a delta file of a run holds; the fingerprint of the tuned weights is not taken yet."""
+        objective = {"name": recipe.objective.name, "train": recipe.model.train, **table_of(recipe.objective)}
+        return cls(
+            recipe.model.name,
+            base_fingerprint,
+            json.dumps(objective),
+            recipe.algorithm.name,
+            json.dumps(table_of(recipe.algorithm)),
+            recipe.seed,
+            recipe.rounds,
+            update.version,
+            update.snapshot,
+            update.records,
+            "",
+        )
+
+    def parts(self) -> tuple[ModelObjective, str | None, AnyAlgorithm]:
+        """The objective, what of the model was trained, and the method. Raises UserError."""
+        objective = json.loads(self.objective)
+        name, train = objective.pop("name"), objective.pop("train")
+        return build_objective(name, objective), train, build_algorithm(self.method, json.loads(self.settings))
+
 
 def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
@@ -62,19 +102,19 @@ def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -
     """
     refuse_filled(folder)
     recipe, entries = _read_run(run)
-    base = models.load(recipe.model.name, log=log)
-    check_start(run, tree.fingerprint(tree.parameters(base.model)), entries.version)
-    return _write_folder(base, _delta(recipe, entries.since(0)), folder, log)
+    base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
+    check_start(run, fingerprint, entries.version)
+    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log)
 
 
-def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> DeltaFile:
+def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
     """Write the log of ``run`` as a delta file at ``path``. Raises as ``export_folder`` does."""
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
     recipe, entries = _read_run(run)
-    base = models.load(recipe.model.name, log=log)
-    delta = replace(_delta(recipe, entries.since(0)), base_fingerprint=tree.fingerprint(tree.parameters(base.model)))
-    check_start(run, delta.base_fingerprint, entries.version)
+    base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
+    check_start(run, fingerprint, entries.version)
+    delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
     with _tuned(base, delta) as (_, model):
         delta = replace(delta, fingerprint=tree.fingerprint(tree.parameters(model)))
     write_atomically(path, codec.encode(delta))
@@ -89,9 +129,9 @@ def apply_delta(base_name: str, path: Path, folder: Path, log: Callable[[str], N
     """
     refuse_filled(folder)
     delta = read_delta(path)
-    models.check(base_name)
-    base = models.load(base_name, log=log)
-    found = tree.fingerprint(tree.parameters(base.model))
+    objective, train, _ = delta.parts()
+    objective.check(base_name, TextSettings())
+    base, found = load_base(objective, base_name, train, log=log)
     if found != delta.base_fingerprint:
         raise UserError(
             f"{path} belongs to the base {delta.base_name} (SHA-256 {delta.base_fingerprint[:12]}…); "
@@ -100,7 +140,7 @@ def apply_delta(base_name: str, path: Path, folder: Path, log: Callable[[str], N
     return _write_folder(base, delta, folder, log)
 
 
-def read_delta(path: Path) -> DeltaFile:
+def read_delta(path: Path) -> TunedDelta:
     """The delta file at ``path``. Raises UserError."""
     try:
         delta = codec.decode(path.read_bytes())
@@ -112,7 +152,10 @@ def read_delta(path: Path) -> DeltaFile:
         raise UserError(f"{path} was {error}") from None
     except ValueError as error:
         raise UserError(f"{path}: not a delta file: {error}") from None
-    if not isinstance(delta, DeltaFile):
+    if isinstance(delta, DeltaFile):
+        old = {field.name: getattr(delta, field.name) for field in fields(delta)}
+        delta = TunedDelta(objective=json.dumps({"name": DEFAULT_OBJECTIVE, "train": None}), **old)
+    if not isinstance(delta, TunedDelta):
         raise UserError(f"{path}: not a delta file: it holds a {type(delta).__name__}")
     if not delta.fingerprint:
         raise UserError(
@@ -129,28 +172,12 @@ def _read_run(run: Path) -> tuple[Recipe, Log]:
     return recipe, checkpoint.read_log(run)
 
 
-def _delta(recipe: Recipe, update: LogUpdate) -> DeltaFile:
-    """What a delta file holds, its fingerprints not taken yet."""
-    return DeltaFile(
-        recipe.model.name,
-        "",
-        recipe.algorithm.name,
-        json.dumps(table_of(recipe.algorithm)),
-        recipe.seed,
-        recipe.rounds,
-        update.version,
-        update.snapshot,
-        update.records,
-        "",
-    )
-
-
 @contextmanager
-def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[tuple[AnyAlgorithm, nn.Module]]:
+def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.Module]]:
     """The method, and the base's model with the method's adapter if it has one and the delta's log applied."""
     try:
-        algorithm = build_algorithm(delta.method, json.loads(delta.settings))
-        task = Task.of(prepare(algorithm, base.model, delta.seed), NextToken(), delta.rounds)
+        objective, _, algorithm = delta.parts()
+        task = Task.of(prepare(algorithm, base.model, delta.seed), objective, delta.rounds)
         node, _ = Node.start(task, algorithm, delta.seed, codec)
         node.catch_up(LogUpdate(delta.version, delta.snapshot, delta.records))
     except (UserError, RunError):
@@ -166,7 +193,7 @@ def _tuned(base: LanguageModel, delta: DeltaFile) -> Iterator[tuple[AnyAlgorithm
         yield algorithm, model
 
 
-def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, log: Callable[[str], None]) -> str:
+def _write_folder(base: Loaded, delta: TunedDelta, folder: Path, log: Callable[[str], None]) -> str:
     with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
         if delta.fingerprint and fingerprint != delta.fingerprint:
@@ -178,6 +205,6 @@ def _write_folder(base: LanguageModel, delta: DeltaFile, folder: Path, log: Call
         if adapter is not None and not adapter.merges:
             log(adapter.export(model, base.name, folder))
         else:
-            plain: Any = algorithm.release(model)
-            models.save_folder(replace(base, model=plain), folder)
+            released: Any = replace(base, model=algorithm.release(model))  # type: ignore[type-var]  # a dataclass
+            log(delta.parts()[0].save(released, folder))
     return fingerprint

@@ -19,8 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedferret import models
-from fedferret.build import check, prepare
+from fedferret.build import check, load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
@@ -34,6 +33,7 @@ from fedferret.data.summary import plot_partition, summarise
 from fedferret.disk import kept_states, log_bytes, wire_costs
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
+from fedferret.evaluation.per_client import spread
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
 from fedferret.tracking import checkpoint, events, folder, rewinding
@@ -337,21 +337,28 @@ class Run:
             self.loss = outcome.body.metrics.get("loss", math.nan)
 
     def _evaluate(self, state: RunState, engine: Engine, progress: Progress) -> None:
-        if not self.experiment.data.held_out:
+        if not self.experiment.data.held_out and not self.recipe.scores_clients:
             return
         started = time.perf_counter()
         extra = self._extra_due(state.round)
         with self._aside(progress, "evaluation", self.experiment.evaluator.num_progress_calls(extra)) as on_progress:
             scores = self.experiment.score(state, engine, on_progress, extra)
         self.on_client("")
+        if scores.failures:
+            client, reason = next(iter(scores.failures.items()))
+            progress.message(f"{len(scores.failures)} clients sent no scores, such as {client}: {reason}")
         if not scores.results:
             return
+        primary = self.experiment.objective.primary
         self._log_event(
             "evaluation",
             round=state.round,
             results=scores.results,
-            per_client=scores.per_client,
+            per_client={client: each[primary] for client, each in scores.per_client.items()},
+            primary=primary,
+            clients=scores.per_client,
             bytes=dict(scores.moved),
+            unscored=dict(scores.failures),
             seconds=time.perf_counter() - started,
             who="global",
         )
@@ -373,19 +380,22 @@ class Run:
         return here and self.recipe.evaluation.local_only_clients > 0
 
     def _run_baseline(self, progress: Progress) -> None:
-        count = self.recipe.evaluation.local_only_clients
+        recipe, count = self.recipe, self.recipe.evaluation.local_only_clients
         who = "one client trains" if count == 1 else f"up to {count} clients train"
         progress.message(f"Local-only baseline: {who} alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
-        untuned = prepare(self.recipe.algorithm, models.load(self.recipe.model.name).model, self.recipe.seed)
+        untuned = prepare(self.recipe.algorithm, load_base(self.experiment.objective, recipe.model.name, recipe.model.train)[0].model, self.recipe.seed)
         base = MappedTree(self.out / "state", tree.parameters(untuned))
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:
-            losses = self.experiment.local_only(base, on_progress)
+            losses, own = self.experiment.local_only(base, on_progress)
         if losses:
-            mean = sum(losses.values()) / len(losses)
-            self._log_event("baseline", name="local-only", loss=mean, per_client=losses)
-            progress.message(f"Local-only training ends at loss {mean:.4f}.")
+            mean, objective = sum(losses.values()) / len(losses), self.experiment.objective
+            primary = {client: each[objective.primary] for client, each in own.items()}
+            own_spread = spread(primary, objective.higher_is_better)
+            self._log_event("baseline", name="local-only", loss=mean, per_client=losses, own=own, spread=own_spread)
+            said = f", {objective.primary} {own_spread['client-mean']:.4f} at its clients" if own_spread else ""
+            progress.message(f"Local-only training ends at loss {mean:.4f}{said}.")
 
     def _log_event(self, kind: str, /, *, flushed: bool = True, **fields: Any) -> None:
         self.events.write(kind, flushed=flushed, **fields)

@@ -260,7 +260,7 @@ def trained(algorithm: Any, **changes: Any) -> dict[str, Tensor]:
     """The weights after one client's training on the tiny model."""
     experiment = tiny_experiment(algorithm, 1)
     training = FirstOrder(learning_rate=0.1, steps=2, batch_size=2, **changes)
-    training.train(experiment.task, experiment.tokens["Ann"], KEY)
+    training.train(experiment.task, experiment.examples["Ann"], KEY)
     return tree.clone(tree.parameters(experiment.model))
 
 

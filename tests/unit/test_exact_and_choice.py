@@ -106,10 +106,10 @@ def test_all_choices_of_an_example_have_the_same_prompt() -> None:
     seen: list[list[int]] = []
 
     class Watching(NextToken):
-        def by_row(self, model: Any, batch: Any) -> Any:
+        def by_example(self, model: Any, batch: Any) -> Any:
             prompts = (batch.labels == -100) & (batch.attention_mask == 1)
             seen.extend(row[mask].tolist() for row, mask in zip(batch.input_ids, prompts, strict=True))
-            return super().by_row(model, batch)
+            return super().by_example(model, batch)
 
     loss = Watching()
     example = question(5, ("a", "b" * 40), 0)

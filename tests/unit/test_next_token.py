@@ -11,7 +11,8 @@ from fedferret import models
 from fedferret.core.keys import Key
 from fedferret.data.batches import Batch, TokenisedData
 from fedferret.data.templates import Tokens
-from fedferret.objectives.next_token import IGNORED, NextToken, head_is_linear
+from fedferret.data.batches import IGNORED
+from fedferret.objectives.next_token import NextToken, head_is_linear
 
 
 def batch() -> Batch:
@@ -72,7 +73,7 @@ def test_a_head_that_is_not_linear_is_noticed(tiny: nn.Module) -> None:
 
 def test_the_rows_sums_are_the_mean_times_the_tokens(tiny: nn.Module) -> None:
     loss = NextToken()
-    sums, tokens = loss.by_row(tiny, batch())
+    sums, tokens = (each.tolist() for each in loss.by_example(tiny, batch()))
     assert sum(tokens) == 6
     assert sum(sums) / 6 == pytest.approx(loss.loss(tiny, batch()).item(), rel=1e-6)
     for row, (row_sum, count) in enumerate(zip(sums, tokens, strict=True)):
@@ -96,11 +97,25 @@ def test_rounded_shapes_under_autocast_change_no_loss(tiny: nn.Module, packed: b
     model, loss = tiny, NextToken()
     examples = [Tokens(tuple(range(3, 3 + length)), 2, False) for length in (5, 9, 13)]
     (batch,) = TokenisedData(examples, packed).batches(3, Key.of(1))
-    plain, counts = loss.by_row(model, batch)
+    plain, counts = (each.tolist() for each in loss.by_example(model, batch))
     with torch.autocast("cpu", torch.bfloat16):
         logits, targets = loss.scored(model, batch)
-        rounded, rounded_counts = loss.by_row(model, batch)
+        rounded, rounded_counts = (each.tolist() for each in loss.by_example(model, batch))
     assert len(targets) % 16 == 0 and logits.shape[0] == len(targets)
     assert int((targets != IGNORED).sum()) == sum(counts)  # what was added is no target
-    assert sum(rounded_counts) == sum(counts) == 3 + 7 + 11
-    assert sum(rounded) == pytest.approx(sum(plain), rel=0.02)
+    assert rounded_counts == counts and sorted(counts) == [3, 7, 11]
+    assert rounded == pytest.approx(plain, rel=0.02)
+
+
+def test_a_packed_rows_examples_have_the_losses_and_gradients_that_they_have_alone(tiny: nn.Module) -> None:
+    loss, key = NextToken(), Key.of(1)
+    examples = [Tokens(tuple(range(3, 3 + length)), 2, False) for length in (5, 9, 13)]
+    (packed,) = TokenisedData(examples, packed=True).batches(3, key)
+    (padded,) = TokenisedData(examples).batches(3, key)
+    weight = next(tiny.parameters())
+    found, expected = (loss.by_example(tiny, each) for each in (packed, padded))
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    for mine, other in zip(found[0], expected[0], strict=True):
+        gradients = (torch.autograd.grad(each, weight, retain_graph=True)[0] for each in (mine, other))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

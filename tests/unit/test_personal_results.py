@@ -1,4 +1,4 @@
-"""Losses by owner, the fairness figures, and how all figures besides the loss reach the run's files."""
+"""Scores at the clients, the figures over clients, and how all figures besides the loss reach the run's files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from fedferret.algorithms.fedavg import FedAvg
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
-from fedferret.core.task import Task
+from fedferret.core.task import Task, added_scores
 from fedferret.data.examples import Example, Turn
-from fedferret.evaluation.loss import Losses, evaluate, example_losses
-from fedferret.evaluation.personal import fairness, losses_by_owner
+from fedferret.evaluation.per_client import spread
 from fedferret.experiment import Experiment
 from fedferret.runner import run
 from fedferret.tracking.events import read
@@ -47,33 +46,28 @@ def test_the_owner_of_an_example_is_the_first_of_the_owner_names_in_its_metadata
     assert example(conversation="17").owner is None
 
 
-def test_an_owners_loss_is_a_mean_over_tokens_and_examples_without_an_owner_are_left_out() -> None:
-    examples = [example(person="b"), example(person="a"), example(), example(person="b")]
-    found = losses_by_owner(examples, Losses([6.0, 5.0, 100.0, 2.0], [3, 1, 1, 1]))
-    assert found == {"a": 5.0, "b": 2.0} and list(found) == ["a", "b"]
-
-
 def test_the_fairness_figures_follow_their_formulas() -> None:
     losses = {str(number): float(number) for number in range(1, 26)}
-    assert fairness(losses) == {
+    assert spread(losses) == {
         "client-mean": 13.0,
         "worst-tenth": (25 + 24 + 23) / 3,
         "deviation": statistics.pstdev(range(1, 26)),
         "range": 24.0,
     }
-    assert fairness({"only": 2.0}) == {"client-mean": 2.0, "worst-tenth": 2.0, "deviation": 0.0, "range": 0.0}
-    assert fairness({}) == {}
+    assert spread(losses, higher_is_better=True)["worst-tenth"] == 2.0
+    assert spread({"only": 2.0}) == {"client-mean": 2.0, "worst-tenth": 2.0, "deviation": 0.0, "range": 0.0}
+    assert spread({}) == {}
 
 
 def test_the_loss_of_an_example_is_the_same_in_any_batch() -> None:
     experiment = tiny_experiment(FedAvg(training=TRAINING), 1)
-    tokens, model = experiment.tokens.held_out("rows"), experiment.model
+    tokens, model, objective = experiment.examples.held_out("rows"), experiment.model, experiment.objective
+    order = iter(tokens.longest_first)
     assert tokens.longest_first != sorted(tokens.longest_first)  # else the order would not matter
-    losses = example_losses(model, experiment.objective, tokens, 3)
-    for number, each in enumerate(experiment.data.held_out["rows"]):
-        alone = evaluate(model, experiment.objective, experiment.tokens.encode([each]))
-        assert losses.sums[number] / losses.tokens[number] == pytest.approx(alone.loss, rel=1e-5)
-        assert losses.tokens[number] == alone.tokens
+    for batch in tokens.batches(3, None):
+        for loss, count in zip(*(each.tolist() for each in objective.by_example(model, batch)), strict=True):
+            (alone,) = experiment.examples.encode([experiment.data.held_out["rows"][next(order)]]).batches(1, None)
+            assert objective.scores(model, alone) == pytest.approx({"loss": loss, "count": count}, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +78,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder / "run", run(recipe, folder / "run", lambda line: None)
 
 
-def test_every_evaluation_has_the_owners_losses_and_the_fairness_figures(measured: tuple[Path, dict[str, Any]]) -> None:
+def test_every_evaluation_has_the_clients_figures_and_their_spread(measured: tuple[Path, dict[str, Any]]) -> None:
     out, summary = measured
     evaluations = read(out).evaluations
     assert list(evaluations) == [0, 1, 2, 3]
-    for entry in evaluations.values():
+    for number, entry in evaluations.items():
         assert set(entry.per_client) <= set(NAMES) and len(entry.per_client) > 1
         scores = entry.results["rows"]
-        assert {name: scores[name] for name in FAIRNESS} == pytest.approx(fairness(entry.per_client))
+        assert {name: scores[name] for name in FAIRNESS} == pytest.approx(spread(entry.per_client))
+        assert {client: each["loss"] for client, each in entry.clients.items()} == entry.per_client
+        if number in (1, 2):  # before the first round and after the last everybody scores, in between the cohort
+            assert set(entry.per_client) <= set(read(out).rounds[number].clients)
     assert summary["metrics"]["rows"]["worst-tenth"][-1] == evaluations[3].results["rows"]["worst-tenth"]
     assert evaluations[3].per_client != evaluations[0].per_client
 
@@ -115,7 +112,7 @@ def test_the_report_shows_all_figures(measured: tuple[Path, dict[str, Any]]) -> 
     assert "<dt>range, untuned" not in page
     assert f"{summary['metrics']['rows']['worst-tenth'][2]:.3f}" in page
     losses = read(out).evaluations[3].per_client
-    assert f"The loss of each of the {len(losses)} owners of held-out examples" in page
+    assert f"The loss of each of the {len(losses)} clients on what it holds out" in page
     assert all(f"{loss:.3f}" in page for loss in losses.values())
 
 
@@ -190,7 +187,7 @@ class Alone(FedAvg):
         return Factor({Key.of(1, "join", name): factor for name, factor in FACTORS.items()}[key])
 
 
-def test_without_a_global_model_each_owners_examples_are_scored_with_the_owners_model(
+def test_without_a_global_model_each_clients_examples_are_scored_with_the_clients_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(tiny_recipe(tmp_path, evaluation={"per_client": True}), algorithm=Alone(training=TRAINING))
@@ -205,9 +202,12 @@ def test_without_a_global_model_each_owners_examples_are_scored_with_the_owners_
         examples = [each for each in main if each.owner == name]
         with Alone().model(experiment.task, state.public, Factor(FACTORS[name])) as model:
             if examples:
-                expected[name] = evaluate(model, experiment.objective, experiment.tokens.encode(examples)).loss
-    assert len(expected) == 2 and found.per_client == pytest.approx(expected)
+                rows = experiment.examples.encode(examples)
+                sums = added_scores(experiment.objective, model, rows, 8)
+                expected[name] = experiment.objective.figures(sums)["loss"]
+    losses = {name: each["loss"] for name, each in found.per_client.items()}
+    assert len(expected) == 2 and losses == pytest.approx(expected)
     assert set(found.moved) == set(expected) and min(found.moved.values()) > 0
     assert found.results["rows"]["client-mean"] == pytest.approx(statistics.fmean(expected.values()))
     everything = [each for each in main if each.owner in expected]
-    assert found.results["rows"]["tokens"] == experiment.tokens.encode(everything).num_response_tokens
+    assert found.results["rows"]["tokens"] == experiment.examples.encode(everything).num_response_tokens

@@ -61,8 +61,8 @@ def test_train_on_sets_the_labels_of_training_and_not_of_evaluation(small: Langu
     )
     example = Example((Turn("user", "the house of the state"), Turn("assistant", "the people")))
     experiment = Experiment(settings, small, FederatedData({"one": (example,)}, {"held out": (example,)}, "two lines"))
-    (trained,) = experiment.tokens["one"].batches(1, None)
-    (evaluated,) = experiment.tokens.held_out("held out").batches(1, None)
+    (trained,) = experiment.examples["one"].batches(1, None)
+    (evaluated,) = experiment.examples.held_out("held out").batches(1, None)
     responses = int((evaluated.labels != IGNORED).sum())
     assert responses < evaluated.labels.numel() - 1  # held-out examples are always scored on their responses
     assert int((trained.labels != IGNORED).sum()) == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.data.batches import FederatedTokens
+from fedferret.data.batches import TokenisedData
+from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import Example, FederatedData, Turn
 from fedferret.data.templates import template
 from fedferret.models.tiny import tiny_tokenizer
@@ -185,7 +187,10 @@ def test_federated_tokens_are_made_once_and_examples_are_counted_without_them():
         held_out={"rows": (_dialogue("When?", "Now."),) * 2},
         source="a test",
     )
-    tokens = FederatedTokens(data, Counting(before="{instruction}"), TOKENIZER, max_tokens=12)
+    def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
+        return TokenisedData([Counting(before="{instruction}").encode(each, TOKENIZER, 12) for each in examples])
+
+    tokens = EncodedData(data, encode)
     assert list(tokens) == ["a", "b"] and len(tokens) == 2 and tokens.num_examples("a") == 3 and not calls
     assert tokens["a"] is tokens["a"] and len(calls) == 3
     assert (len(tokens["a"]), tokens["a"].num_cut, tokens["b"].num_cut) == (3, 0, 1)
@@ -193,7 +198,3 @@ def test_federated_tokens_are_made_once_and_examples_are_counted_without_them():
     (batch,) = tokens["a"].batches(4, Key.of(1))
     assert TOKENIZER.decode(batch.labels[0][batch.labels[0] >= 0]) == "So.<eos>"
 
-
-def test_a_limit_of_one_token_is_refused():
-    with pytest.raises(UserError, match="max_tokens is 1"):
-        FederatedTokens(FederatedData({}, {}, "a test"), template("chat"), TOKENIZER, max_tokens=1)

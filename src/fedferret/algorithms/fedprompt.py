@@ -44,6 +44,11 @@ class FedPrompt(FedAvg):
         if self.virtual_tokens < 1:
             raise UserError(f"virtual_tokens={self.virtual_tokens}: must be at least 1")
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """A prompt stands before the tokens of a causal model."""
+        return ("next-token",)
+
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model behind a prompt."""
         return adapters.LearnedPrompt(tokens=self.virtual_tokens).attach(model, key)

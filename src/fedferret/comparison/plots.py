@@ -160,7 +160,7 @@ def _front(comparison: Comparison, axes: Axes) -> str:
     if rows:
         bytes_axis(axes, min(row.mean["bytes"] for row in rows), max(row.mean["bytes"] for row in rows))
     axes.set_xlabel("bytes up and down, per sampled client")
-    axes.set_ylabel("final loss (nats per token)")
+    axes.set_ylabel("final held-out loss (nats)")
     names = ", ".join(row.row.label for row in sorted(rows, key=lambda row: row.mean["bytes"]) if row.pareto_optimal)
     return f"Final loss against bytes. Pareto-optimal rows have filled marks and are joined: {names}."
 
@@ -192,7 +192,7 @@ def _curves(comparison: Comparison, axes: Axes, x: Callable[[Point], float], log
         losses += mean
     if losses:
         _fit(axes, comparison, losses)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("held-out loss (nats)")
     return coordinates
 
 

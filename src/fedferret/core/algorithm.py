@@ -134,6 +134,11 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The names of the objectives that this method can take; None: any."""
+        return None
+
+    @property
     def pooling(self) -> Pooling:
         """How this method's payloads combine."""
         return Pooling.MEAN

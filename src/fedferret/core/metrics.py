@@ -1,16 +1,16 @@
 """What a client may state beside its update: the only names that are read, and the bounds of each.
 
 METRICS    of ``ClientUpdate.metrics``     loss (mean over steps), seconds (of training)
-SUMS       of ``ClientScores.sums``        loss (summed over targets), count (of targets)
+sums       of ``ClientScores.sums``        count (of targets), and those that the objective declares
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 METRICS = ("loss", "seconds")
-SUMS = ("loss", "count")
 LARGEST_LOSS = 1e9  # of one target, on either side of 0: a guess among a billion words costs 21 nats
 LONGEST_WORK = 30 * 86400.0  # seconds: a month; a client may repeat what took longer than a round's deadline
 LARGEST_COUNT = 2.0**53  # above it a float counts no more
@@ -32,24 +32,25 @@ def check_metrics(metrics: Any) -> None:
         _check_range("metric", "seconds", metrics["seconds"], 0.0, LONGEST_WORK)
 
 
-def check_sums(sums: Any) -> None:
-    """Refuse sums that this version does not know, that are missing, or that contradict each other.
+def check_sums(sums: Any, declared: Mapping[str, float]) -> None:
+    """Refuse sums that the objective does not declare, that are missing, or that contradict each other.
 
     Args:
         sums: as they came from a client, of any type.
+        declared: the objective's: by name, the most that one target adds to a sum, on either side of 0.
 
     Raises:
         ValueError: with one line.
     """
-    _check_names("sum", sums, SUMS)
-    missing = [name for name in SUMS if name not in sums]
+    _check_names("sum", sums, ("count", *declared))
+    missing = [name for name in ("count", *declared) if name not in sums]
     if missing:
         raise ValueError(f"the sum {missing[0]!r} is missing")
     _check_range("sum", "count", sums["count"], 1.0, LARGEST_COUNT)
     if sums["count"] != math.floor(sums["count"]):
         raise ValueError(f"the sum 'count' is {sums['count']:g}: must be whole")
-    most = LARGEST_LOSS * sums["count"]
-    _check_range("sum", "loss", sums["loss"], -most, most)
+    for name, most in declared.items():
+        _check_range("sum", name, sums[name], -most * sums["count"], most * sums["count"])
 
 
 def _check_names(kind: str, values: Any, known: tuple[str, ...]) -> None:
@@ -57,7 +58,7 @@ def _check_names(kind: str, values: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{kind}s came that are no numbers")
     for name in values:
         if name not in known:
-            raise ValueError(f"an unknown {kind} came, {name!r:.40}: known are {', '.join(known)}")
+            raise ValueError(f"an unknown {kind} came, {name!r:.40}: known are {', '.join(known[:8])}")
 
 
 def _check_range(kind: str, name: str, value: float, least: float, most: float) -> None:

@@ -24,7 +24,7 @@ from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate, Record
 from fedferret.core.pooling import mapped, tensors
 from fedferret.core.restore import restore_tensors
-from fedferret.core.task import Examples, Task
+from fedferret.core.task import Examples, Task, added_scores
 
 
 class Codec(Protocol):
@@ -273,15 +273,8 @@ class Node:
         return ClientScores(sums)
 
     def _scores(self, body: Score, private: Any | None, data: Examples) -> dict[str, float] | None:
-        sums: dict[str, float] = {}
-        with self.algorithm.model(self.task, self.public, private) as model, torch.no_grad():
-            if model is None:
-                return None
-            model.eval()
-            for batch in data.batches(body.batch_size, None):
-                for name, value in self.task.objective.scores(model, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-        return sums
+        with self.algorithm.model(self.task, self.public, private) as model:
+            return None if model is None else added_scores(self.task.objective, model, data, body.batch_size)
 
     def _private(self, client: str, private: Any | None, data: Examples) -> Any | None:
         """The private state on the device that computes; made here before the client's first round."""

@@ -171,7 +171,7 @@ def score(
     failures: list[Failure] = []
     moved: dict[str, int] = {}
     for outcome in in_order(engine.exchange(bodies, state), clients):
-        outcome = _scored(outcome)
+        outcome = _scored(outcome, state.node.task.objective.sums)
         if isinstance(outcome, Failure):
             failures.append(outcome)
         else:
@@ -181,14 +181,14 @@ def score(
     return sums, failures, moved
 
 
-def _scored(outcome: Reply | Failure) -> Reply | Failure:
+def _scored(outcome: Reply | Failure, declared: Mapping[str, float]) -> Reply | Failure:
     """A reply with sums that can be, or the failure that it is."""
     if isinstance(outcome, Failure):
         return outcome
     if not isinstance(outcome.body, ClientScores):
         return Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores")
     try:
-        check_sums(outcome.body.sums)
+        check_sums(outcome.body.sums, declared)
     except ValueError as error:
         return Failure(outcome.client, "score", str(error))
     return outcome

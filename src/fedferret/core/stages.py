@@ -103,6 +103,13 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
             The stages in order; the caller leaves out those of zero rounds.
         """
 
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """Those that every stage can take."""
+        each = [stage.algorithm.objectives for stage in self.stages() if stage.rounds != 0]
+        limits = [names for names in each if names is not None]
+        return tuple(name for name in limits[0] if all(name in names for names in limits)) if limits else None
+
     def planned(self, rounds: int) -> tuple[tuple[Stage, int], ...]:
         """Divide the rounds of a run among the stages.
 

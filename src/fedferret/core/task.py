@@ -70,9 +70,43 @@ class Objective(Protocol):
             batch: from ``Examples.batches``.
 
         Returns:
-            Sums over the batch by name, at least ``loss`` and ``count``, the number of targets.
+            Sums over the batch by name: ``count``, the number of targets, and those of ``sums``.
         """
         ...
+
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """The sums that ``scores`` gives beside ``count``: by name, the most that one target adds, either side of 0."""
+        ...
+
+
+def added_scores(
+    objective: Objective,
+    model: nn.Module,
+    data: Examples,
+    batch_size: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluate a model on all examples.
+
+    Args:
+        objective: counts what the model gets right.
+        model: set to evaluation mode.
+        data: what is scored.
+        batch_size: examples at a time.
+        on_progress: called after each batch.
+
+    Returns:
+        The objective's sums over all examples, by name; they add up over any split of the data.
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+    with torch.no_grad():
+        for batch in data.batches(batch_size, None):
+            for name, value in objective.scores(model, batch).items():
+                sums[name] = sums.get(name, 0.0) + value
+            on_progress()
+    return sums
 
 
 @dataclass

@@ -6,20 +6,14 @@ batches with the key. Every example occurs exactly once. Storage: 4 bytes per to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedferret.core.keys import Key
-from fedferret.data.examples import Example, FederatedData, check_at_least
-from fedferret.data.templates import Template, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fedferret.data.templates import Tokens
 
 IGNORED = -100  # the label of a position that no loss counts
 WINDOW = 16  # batches per window that is sorted by length
@@ -157,118 +151,3 @@ class TokenisedData:
             attention_mask[place, :length] = 1
             labels[place, response_start:length] = ids[response_start:]
         return Batch(input_ids, attention_mask, labels)
-
-
-class FederatedTokens(Mapping[str, TokenisedData]):
-    """Client ids to tokenised examples, made on first access and cached; ``num_examples`` tokenises nothing."""
-
-    def __init__(
-        self,
-        data: FederatedData,
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        packed: bool = False,
-        train_on_prompts: bool = False,
-    ) -> None:
-        """Remember how to tokenise; nothing is tokenised yet.
-
-        Args:
-            data: the examples of each client and held-out set.
-            template: turns an example into prompt and response tokens.
-            tokenizer: the model's.
-            max_tokens: tokens per example, prompt and response together, at least 2.
-            packed: whether the clients' training batches are packed; a held-out set has one row per example.
-            train_on_prompts: whether training labels include prompts; held-out sets are scored on responses only.
-
-        Raises:
-            UserError: if ``max_tokens`` is below 2.
-        """
-        check_at_least("max_tokens", max_tokens, 2)
-        self.data = data
-        self._packed, self._train_on_prompts = packed, train_on_prompts
-        self._template, self._tokenizer, self._max_tokens = template, tokenizer, max_tokens
-        self._clients: dict[str, TokenisedData] = {}
-        self._held_out: dict[str, TokenisedData] = {}
-
-    def __getitem__(self, client: str) -> TokenisedData:
-        if client not in self._clients:
-            examples = self.data.clients[client]
-            self._clients[client] = self.encode(examples, self._packed, self._train_on_prompts)
-        return self._clients[client]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.data.clients)
-
-    def __len__(self) -> int:
-        return len(self.data.clients)
-
-    def held_out(self, name: str) -> TokenisedData:
-        """The examples of a held-out set.
-
-        Args:
-            name: of the set, as in ``data.held_out``.
-
-        Returns:
-            One row per example, labels on responses only; tokenised on first access and cached.
-        """
-        if name not in self._held_out:
-            self._held_out[name] = self.encode(self.data.held_out[name])
-        return self._held_out[name]
-
-    @cached_property
-    def held_out_by_client(self) -> Mapping[str, TokenisedData]:
-        """What each client holds out, tokenised on first access; clients that hold nothing out are left out."""
-        return HeldOutByClient(self)
-
-    def num_examples(self, client: str) -> int:
-        """How many examples a client trains on.
-
-        Args:
-            client: the client's id.
-
-        Returns:
-            The number of examples; nothing is tokenised.
-        """
-        return len(self.data.clients[client])
-
-    def encode(
-        self, examples: Sequence[Example], packed: bool = False, train_on_prompts: bool = False
-    ) -> TokenisedData:
-        """Tokenise any examples with the template, tokenizer and ``max_tokens`` of the clients.
-
-        Args:
-            examples: the examples to tokenise.
-            packed: as in :class:`TokenisedData`.
-            train_on_prompts: as in :class:`TokenisedData`.
-
-        Returns:
-            The examples in the same order, not cached.
-        """
-        tokens = [self._template.encode(each, self._tokenizer, self._max_tokens) for each in examples]
-        return TokenisedData(tokens, packed, train_on_prompts)
-
-
-class HeldOutByClient(Mapping[str, TokenisedData]):
-    """Client ids to what the clients hold out; see ``FederatedData.client_held_out``."""
-
-    def __init__(self, tokens: FederatedTokens) -> None:
-        """Tokenise nothing yet.
-
-        Args:
-            tokens: of the run; encodes a client's examples when they are first asked for.
-        """
-        self._tokens = tokens
-        self._examples = tokens.data.client_held_out
-        self._cache: dict[str, TokenisedData] = {}
-
-    def __getitem__(self, client: str) -> TokenisedData:
-        if client not in self._cache:
-            self._cache[client] = self._tokens.encode(self._examples[client])
-        return self._cache[client]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._examples)
-
-    def __len__(self) -> int:
-        return len(self._examples)

@@ -59,12 +59,22 @@ class Sites(Columns):
 
 @dataclass(frozen=True)
 class SiteFile(Columns):
-    """One site's rows, all for training: the table ``[data]`` of the site's ``site.toml``."""
+    """One site's rows: the table ``[data]`` of the site's ``site.toml``."""
 
     path: str
+    held_out_path: str | None = None  # rows that the site scores on; None: the recipe's share of ``path``, if any
+
+    def held_out(self) -> tuple[Example, ...]:
+        """The rows of ``held_out_path``; empty without one.
+
+        Raises:
+            UserError: as ``load``.
+        """
+        path = self.held_out_path
+        return () if path is None else self.examples(read_rows(Path(path)), path)
 
     def load(self) -> tuple[Example, ...]:
-        """Read the rows and check them.
+        """Read the rows of ``path`` and check them.
 
         Raises:
             UserError: for every fault of the file, with the line or row.

@@ -22,7 +22,6 @@ from fedferret.core.errors import UserError
 from fedferret.data.batches import TokenisedData
 from fedferret.data.examples import Example, Turn
 from fedferret.data.templates import Template, Tokens
-from fedferret.evaluation.loss import example_losses
 from fedferret.objectives.next_token import NextToken
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def choice_scores(
     rows = [row for example in asked for row in _rows(example, template, tokenizer, max_tokens, stops)]
     if not asked:
         return {}
-    losses = iter(example_losses(model, objective, TokenisedData(rows), batch_size, on_progress).sums)
+    losses = iter(_losses(model, objective, TokenisedData(rows), batch_size, on_progress))
     right, right_by_length = 0, 0
     for example in asked:
         choices = choices_of(example)
@@ -80,6 +79,24 @@ def choice_scores(
         right += choices[sums.index(min(sums))] == example.response
         right_by_length += choices[by_length.index(min(by_length))] == example.response
     return {"choice": right / len(asked), "choice-by-length": right_by_length / len(asked)}
+
+
+@torch.no_grad()
+def _losses(
+    model: nn.Module,
+    objective: NextToken,
+    rows: TokenisedData,
+    batch_size: int,
+    on_progress: Callable[[], None],
+) -> list[float]:
+    """The summed loss of each row, in the order of ``rows``."""
+    model.eval()
+    losses, order = [0.0] * len(rows), iter(rows.longest_first)
+    for batch in rows.batches(batch_size, None):
+        for loss in objective.by_example(model, batch)[0].tolist():
+            losses[next(order)] = loss
+        on_progress()
+    return losses
 
 
 def _rows(

@@ -1,62 +1,50 @@
-"""Everything that a recipe's ``[evaluation]`` table measures of one model, by held-out set.
+"""What is measured of one model on the held-out sets: the objective's figures, and answers where a recipe asks for them.
 
-always          loss and perplexity on every example
-per client      on the main set, the loss of each owner of examples, and the fairness figures over owners
-on request      scores of generated answers to some examples, drawn once for the run; choices by likelihood
+Sums add up over batches, so the figures of a set do not depend on how it is cut into batches. What clients hold out is
+scored at the clients: see ``per_client.py``.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from fedferret.core.keys import Key
-from fedferret.data.batches import FederatedTokens
-from fedferret.data.examples import Example, at_most
-from fedferret.data.templates import Template
-from fedferret.evaluation.choice import choice_scores, choices_of
-from fedferret.evaluation.generation import generate, prompt_room, stop_tokens
-from fedferret.evaluation.loss import example_losses
-from fedferret.evaluation.personal import fairness, losses_by_owner
-from fedferret.evaluation.scorers import SCORERS, applies
-from fedferret.objectives.next_token import NextToken
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fedferret.core.task import added_scores
+from fedferret.data.encoded import EncodedData
+from fedferret.evaluation.answers import Answers
+from fedferret.objectives.interface import ModelObjective
 
 Results = dict[str, dict[str, float]]  # held-out set: figure: value
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one model."""
+    """The scores of one model.
+
+    Attributes:
+        results: the figures by held-out set, the main set first.
+        per_client: the figures by client, each on what the client holds out.
+        moved: bytes, both ways, by client that scored.
+        failures: why a client that was asked has no figures, in one line.
+    """
 
     results: Results
-    per_client: Mapping[str, float] = field(default_factory=dict)  # each owner's loss on the main set; nats per token
-    moved: Mapping[str, int] = field(default_factory=dict)  # bytes, both ways, by client that scored its own model
+    per_client: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    moved: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluator:
-    """Scores models on the held-out sets of ``tokens.data``; the settings are those of a recipe."""
+    """Scores models on the global held-out sets."""
 
-    tokens: FederatedTokens
-    template: Template
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
-    objective: NextToken
-    key: Key  # draws the examples to generate answers to
-    metrics: Sequence[str] = ()
+    examples: EncodedData
+    objective: ModelObjective
     batch_size: int = 8
-    generate_examples: int = 100
-    max_new_tokens: int = 128
-    per_client: bool = False
+    answers: Answers | None = None
 
     def num_progress_calls(self, extra: bool) -> int:
         """How often ``score`` calls its ``on_progress``.
@@ -64,79 +52,35 @@ class Evaluator:
         Args:
             extra: as in ``score``.
         """
-        counts = [len(examples) for examples in self.tokens.data.held_out.values()]
-        if extra and self._scorers:
-            counts += map(len, self._asked.values())
-        if extra and "choice" in self.metrics:
-            held_out = self.tokens.data.held_out.values()
-            counts += [sum(len(choices_of(example)) for example in examples) for examples in held_out]
-        return sum(math.ceil(count / self.batch_size) for count in counts)
+        counts = [len(examples) for examples in self.examples.data.held_out.values()]
+        batches = sum(math.ceil(count / self.batch_size) for count in counts)
+        return batches + (self.answers.num_progress_calls() if extra and self.answers else 0)
 
-    def score(self, model: nn.Module, extra: bool, on_progress: Callable[[], None] = lambda: None) -> Scores:
+    def score(self, model: nn.Module, extra: bool, on_progress: Callable[[], None] = lambda: None) -> Results:
         """Score a model on every held-out set.
 
         Args:
-            model: a causal language model of transformers, or one that peft wraps.
-            extra: measure all metrics, not the loss, perplexity and fairness alone.
+            model: of the objective's kind.
+            extra: score answers too, where the recipe asks for any.
             on_progress: is called after each batch.
+
+        Returns:
+            The figures by held-out set.
         """
         results: Results = {}
-        per_client: dict[str, float] = {}
-        for name, examples in self.tokens.data.held_out.items():
-            losses = example_losses(model, self.objective, self.tokens.held_out(name), self.batch_size, on_progress)
-            results[name] = asdict(losses.score)
-            if self.per_client and len(results) == 1:
-                per_client = losses_by_owner(examples, losses)
-                results[name] |= fairness(per_client)
-            if extra:
-                results[name] |= self._answers(model, name, on_progress) | self._choices(model, examples, on_progress)
-        return Scores(results, per_client)
+        for name in self.examples.data.held_out:
+            results[name] = self.figures(model, name, on_progress)
+            if extra and self.answers:
+                results[name] |= self.answers.score(model, name, on_progress)
+        return results
 
-    @cached_property
-    def _scorers(self) -> list[str]:
-        return [metric for metric in self.metrics if metric in SCORERS]
+    def figures(self, model: nn.Module, name: str, on_progress: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The objective's figures of a model on one held-out set.
 
-    @cached_property
-    def _asked(self) -> dict[str, tuple[Example, ...]]:
-        """The examples to generate answers to, by held-out set."""
-        return {
-            name: at_most(
-                [example for example in examples if any(applies(metric, example) for metric in self._scorers)],
-                self.generate_examples,
-                self.key.fold(name),
-            )
-            for name, examples in self.tokens.data.held_out.items()
-        }
-
-    def _answers(self, model: nn.Module, name: str, on_progress: Callable[[], None]) -> dict[str, float]:
-        """The mean scores of generated answers in one held-out set, by metric."""
-        examples = self._asked[name] if self._scorers else ()
-        if not examples:
-            return {}
-        room = prompt_room(model, self.max_tokens, self.max_new_tokens)
-        prompts = [self.template.prompt(example, self.tokenizer, room) for example in examples]
-        written = generate(model, prompts, self._stops(model), self.max_new_tokens, self.batch_size, on_progress)
-        answers = [str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in written]
-        figures = {}
-        for metric in self._scorers:
-            scores = [
-                SCORERS[metric](example, answer)
-                for example, answer in zip(examples, answers, strict=True)
-                if applies(metric, example)
-            ]
-            if scores:
-                figures[metric] = statistics.fmean(scores)
-        return figures
-
-    def _choices(
-        self, model: nn.Module, examples: Sequence[Example], on_progress: Callable[[], None]
-    ) -> dict[str, float]:
-        if "choice" not in self.metrics:
-            return {}
-        parts = (self.template, self.tokenizer, self.max_tokens, self._stops(model), self.batch_size, on_progress)
-        return choice_scores(model, self.objective, examples, *parts)
-
-    def _stops(self, model: nn.Module) -> frozenset[int]:
-        examples = (example for held_out in self.tokens.data.held_out.values() for example in held_out)
-        shortest = min(examples, key=lambda example: len(example.response))
-        return stop_tokens(model, self.template, self.tokenizer, shortest, self.max_tokens)
+        Args:
+            model: of the objective's kind.
+            name: of the set.
+            on_progress: is called after each batch.
+        """
+        rows = self.examples.held_out(name)
+        return self.objective.figures(added_scores(self.objective, model, rows, self.batch_size, on_progress))

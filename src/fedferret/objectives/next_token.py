@@ -10,28 +10,49 @@ A model with a learned prompt reads the prompt's vectors before every row; the p
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from fedferret import models
+from fedferret.core.errors import UserError
+from fedferret.core.metrics import LARGEST_LOSS
+from fedferret.data.batches import IGNORED, TokenisedData
+from fedferret.data.examples import Example
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
+from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 
-IGNORED = -100  # the label of a position that is not scored
+if TYPE_CHECKING:
+    from fedferret.models import LanguageModel
+
 _MULTIPLE = 16  # oneDNN compiles bf16 kernels for every new shape, which cost more than bf16 saved
+_LINEAR_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what ``head_is_linear`` found, by model
 
 
-class NextToken:
+@dataclass(frozen=True)
+class NextToken(ModelObjective):
     """Mean cross-entropy over a batch's response tokens, fp32.
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are aligned with the inputs and
     hold ``IGNORED`` outside the response.
     """
 
-    def __init__(self) -> None:
-        self._linear_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+    name: ClassVar[str] = "next-token"
+    generates: ClassVar[bool] = True
+
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """The summed loss, in nats."""
+        return {"loss": LARGEST_LOSS}
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss that training minimises.
@@ -56,25 +77,82 @@ class NextToken:
         Returns:
             ``loss``, the sum over the batch's response tokens in nats, and ``count``, how many tokens.
         """
-        sums, counts = self.by_row(model, batch)
-        return {"loss": sum(sums), "count": float(sum(counts))}
+        losses, counts = self.by_example(model, batch)
+        return {"loss": math.fsum(losses.tolist()), "count": float(counts.sum())}
 
-    def by_row(self, model: nn.Module, batch: Any) -> tuple[list[float], list[int]]:
-        """The loss of each row apart, detached.
+    def by_example(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each example apart; in a packed row too.
 
         Args:
             model: as in ``loss``.
             batch: as in ``loss``.
 
         Returns:
-            For each of the B rows the sum over its response tokens, in nats; and for each row how many tokens.
+            For each of the B examples the sum over its response tokens in nats, float64, with a gradient, shape (B,);
+            and how many tokens these are, int64, shape (B,). Both on the model's device.
         """
         logits_NV, targets_N = self.scored(model, batch)
-        counts = (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
-        losses_N = (
-            functional.cross_entropy(logits_NV, targets_N, reduction="none")[: sum(counts)].detach().cpu().double()
-        )
-        return [float(row.sum()) for row in torch.split(losses_N, counts)], counts
+        if batch.position_ids is None:
+            rows_BT = torch.arange(len(batch.labels))[:, None].expand(batch.labels.shape)
+        else:
+            rows_BT = (batch.position_ids == 0).cumsum(dim=1) - 1
+        examples = int(rows_BT.max()) + 1
+        rows_N = rows_BT[:, 1:][batch.labels[:, 1:] != IGNORED].to(logits_NV.device)  # in the order of ``scored``
+        losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")[: len(rows_N)].double()
+        sums_B = losses_N.new_zeros(examples).index_add(0, rows_N, losses_N)
+        return sums_B, torch.bincount(rows_N, minlength=examples)
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The figures of a held-out set; every response token counts the same.
+
+        Args:
+            sums: of ``scores``, added up.
+
+        Returns:
+            ``loss``, nats per token; ``perplexity``, its exponential; ``tokens``, how many were scored.
+        """
+        mean = sums["loss"] / max(1.0, sums["count"])
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": sums["count"]}
+
+    def check(self, model: str, text: TextSettings) -> None:
+        """Refuse an unknown model, and a chat template where the model has none. Raises UserError."""
+        models.check(model)
+        if template(text.template) == Chat() and not models.has_chat_template(model):
+            raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
+
+    def check_examples(
+        self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
+    ) -> None:
+        """Refuse images. Raises UserError."""
+        for examples in (*clients.values(), *held_out.values()):
+            if any(example.image for example in examples[:1]):
+                raise UserError(
+                    'the data are images, and objective "next-token" reads text: set [objective] name="classification"'
+                )
+
+    def skeleton(self, model: str) -> nn.Module:
+        """A transformers causal model on the meta device."""
+        return models.skeleton(model)
+
+    def load(self, model: str, device: str, log: Callable[[str], None]) -> LanguageModel:
+        """A causal language model with its tokenizer."""
+        return models.load(model, device=device, log=log)
+
+    def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
+        """Prompts and responses by the template; training batches packed, and labels on prompts, where asked for."""
+        tokenizer, chosen = loaded.tokenizer, template(text.template)
+        assert tokenizer is not None
+
+        def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
+            tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
+            return TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
+
+        return encode
+
+    def save(self, loaded: Any, folder: Path) -> str:
+        """A Hugging Face folder."""
+        models.save_folder(loaded, folder)
+        return f"{folder} holds the whole model: transformers' AutoModelForCausalLM.from_pretrained(folder)"
 
     def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The forward pass, with logits at response positions only.
@@ -113,9 +191,9 @@ class NextToken:
         return logits.float(), targets
 
     def _head_is_linear(self, causal: nn.Module) -> bool:
-        if causal not in self._linear_heads:
-            self._linear_heads[causal] = head_is_linear(causal)
-        return self._linear_heads[causal]
+        if causal not in _LINEAR_HEADS:
+            _LINEAR_HEADS[causal] = head_is_linear(causal)
+        return _LINEAR_HEADS[causal]
 
 
 def _behind_prefix(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

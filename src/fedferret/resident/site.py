@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
 from fedferret.data.examples import Example, FederatedData
+from fedferret.data.held_out import hold_out
 from fedferret.data.sites import SiteFile
 from fedferret.resident.policy import Policy
 from fedferret.settings import build, table_of
@@ -81,7 +83,9 @@ def read_site(folder: Path) -> Site:
     if data is None:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
-    return replace(site, data=replace(file, path=str(folder / Path(file.path).expanduser())))
+    held_out = file.held_out_path and str(folder / Path(file.held_out_path).expanduser())
+    path = str(folder / Path(file.path).expanduser())
+    return replace(site, data=replace(file, path=path, held_out_path=held_out))
 
 
 def allow(site: Site, text: str, base: str) -> None:
@@ -106,7 +110,10 @@ def allow(site: Site, text: str, base: str) -> None:
 
 def check_data(site: Site) -> tuple[Example, ...]:
     """The site's examples, read before any server is met. Raises UserError for a file or a row that is of no use."""
-    return () if site.data is None else site.data.load()
+    if site.data is None:
+        return ()
+    site.data.held_out()
+    return site.data.load()
 
 
 def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None] = lambda line: None) -> Work:
@@ -131,11 +138,15 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
         check(settings)
         data = load_data(settings)
     else:
-        data = FederatedData({site.name: check_data(site)}, {}, source=site.data.path)
+        rows, kept = check_data(site), site.data.held_out()
+        data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
+        if not kept and settings.held_out_share:
+            data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"))
+        settings.objective.check_examples(settings.model.name, data.clients, {})
     parts = Parts.over(settings, data, folder, log)
     node, _ = parts.start_node()
-    held_out = parts.tokens.held_out_by_client
-    return Work(node, parts.tokens, parts.base_fingerprint, data.fingerprint, held_out)
+    held_out = parts.examples.held_out_by_client
+    return Work(node, parts.examples, parts.base_fingerprint, data.fingerprint, held_out)
 
 
 def adapted(site: Site, recipe: Recipe) -> Recipe:

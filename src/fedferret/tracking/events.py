@@ -102,8 +102,11 @@ class Evaluation:
     results: Mapping[str, Mapping[str, float]]  # by held-out set: loss (nats per token), perplexity, tokens, ...
     seconds: float
     who: str  # the evaluated model; "global": the server's
-    per_client: Mapping[str, float] = field(default_factory=dict)  # the loss of each owner of the main set's examples
-    moved: Mapping[str, int] = field(default_factory=dict)  # bytes, both ways, by client that scored its own model
+    per_client: Mapping[str, float] = field(default_factory=dict)  # each client's primary figure, on what it holds out
+    moved: Mapping[str, int] = field(default_factory=dict)  # bytes, both ways, by client that scored
+    primary: str = "loss"  # the figure by which clients are compared
+    clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # all figures, by client
+    unscored: Mapping[str, str] = field(default_factory=dict)  # why a client that was asked has none
 
     @property
     def loss(self) -> float:
@@ -111,18 +114,19 @@ class Evaluation:
         return next(iter(self.results.values()))["loss"]
 
     @property
-    def perplexity(self) -> float:
-        """The main held-out set's perplexity."""
-        return next(iter(self.results.values()))["perplexity"]
+    def perplexity(self) -> float | None:
+        """The main held-out set's perplexity; None where the model is no language model."""
+        return next(iter(self.results.values())).get("perplexity")
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A reference that tuning is compared with: losses on the main held-out set, in nats per token."""
+    """A reference that tuning is compared with: losses on the main held-out set."""
 
     name: str
     loss: float  # mean
     per_client: Mapping[str, float]  # empty if the baseline has none
+    spread: Mapping[str, float] = field(default_factory=dict)  # over clients, each on what it holds out itself
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _fault(run: Run) -> str:
         if any(failure.client not in entry.clients for failure in entry.failures):
             return f"a client failed in round {number} that was not sampled"
     for number, evaluation in run.evaluations.items():
-        if not evaluation.results or any({"loss", "perplexity"} - each.keys() for each in evaluation.results.values()):
+        if not evaluation.results or not all("loss" in each for each in evaluation.results.values()):
             return f"the evaluation after round {number} has no loss"
     return ""
 
@@ -256,10 +260,16 @@ def replay(events: Iterable[Event]) -> Run:
                 results = {name: _floats(scores) for name, scores in event["results"].items()}
                 losses = _floats(event.get("per_client", {}))
                 seconds, who, moved = _seconds(event["seconds"]), event.get("who", "global"), event.get("bytes", {})
-                run.evaluations[event["round"]] = Evaluation(event["round"], results, seconds, who, losses, moved)
+                clients = {client: _floats(scores) for client, scores in event.get("clients", {}).items()}
+                entry = Evaluation(event["round"], results, seconds, who, losses, moved)
+                primary, unscored = event.get("primary", "loss"), event.get("unscored", {})
+                run.evaluations[event["round"]] = replace(
+                    entry, primary=primary, clients=clients, unscored=unscored
+                )
             case "baseline":
                 per_client = _floats(event.get("per_client", {}))
-                run.baselines[event["name"]] = Baseline(event["name"], _float(event["loss"]), per_client)
+                spread = _floats(event.get("spread", {}))
+                run.baselines[event["name"]] = Baseline(event["name"], _float(event["loss"]), per_client, spread)
             case "end":
                 run.status = "finished"
             case "interrupted":
@@ -289,13 +299,14 @@ def _rewind(run: Run, event: Event) -> None:
 
 
 def extra_metrics(scores: Mapping[str, float]) -> dict[str, float]:
-    """A held-out set's metrics without those that every set has: loss, perplexity and the number of tokens."""
-    return {name: value for name, value in scores.items() if name not in ("loss", "perplexity", "tokens")}
+    """A held-out set's figures without its loss, what follows from it, and the number of targets."""
+    hidden = ("loss", "perplexity", "tokens", "examples")
+    return {name: value for name, value in scores.items() if name not in hidden}
 
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:
-    """The extra metrics that progress and the report's head show: of the losses by owner, only the worst tenth."""
-    hidden = ("client-mean", "deviation", "range")
+    """The extra figures that progress and the report's head show: over clients, only their mean and worst tenth."""
+    hidden = ("macro-f1", "calibration-error", "deviation", "range")
     return {name: value for name, value in extra_metrics(scores).items() if name not in hidden}
 
 

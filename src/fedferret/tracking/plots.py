@@ -110,6 +110,7 @@ def draw(run: Run) -> list[Plot]:
     plots = []
     for name, title, needs, paint in (
         ("loss-by-round", "Loss against rounds", bool(run.evaluations), _loss_by_round),
+        ("score-by-round", "Scores against rounds", _primary(run) != "loss", _score_by_round),
         ("loss-by-bytes", "Loss against bytes", bool(_loss_after_bytes(run)), _loss_by_bytes),
         ("sampled", "Sampled clients", bool(run.rounds), _sampled),
         ("time", "Time per round", bool(run.rounds), _time),
@@ -170,7 +171,7 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
         _curve(axes, points, colour, name, main=name == names[0])
     _baselines(run, axes)
     axes.set_xlabel("round")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {_target(run)})")
     axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     _legend(axes)
@@ -179,6 +180,37 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
         f"Held-out loss against rounds: {as_loss(first.loss)} after round {first.round}, "
         f"{as_loss(last.loss)} after round {last.round}."
     )
+
+
+def _primary(run: Run) -> str:
+    """The figure by which clients are compared."""
+    return run.evaluations[max(run.evaluations)].primary if run.evaluations else "loss"
+
+
+def _target(run: Run) -> str:
+    """What a loss is the mean over."""
+    return "token" if _primary(run) == "loss" else "example"
+
+
+def _score_by_round(run: Run, axes: Axes) -> str:
+    """The primary figure of the main set, of the clients' mean, and of their worst tenth."""
+    primary, evaluations = _primary(run), [entry for _, entry in sorted(run.evaluations.items())]
+    said = []
+    for name, label, colour in (
+        (primary, "main set", "main"),
+        ("client-mean", "clients, mean", "third"),
+        ("worst-tenth", "clients, worst tenth", "second"),
+    ):
+        scores = [(entry.round, next(iter(entry.results.values())).get(name)) for entry in evaluations]
+        points = [(float(number), value) for number, value in scores if value is not None and math.isfinite(value)]
+        if points:
+            _curve(axes, points, colour, label, main=name == primary)
+            said.append(f"{label} {as_loss(points[-1][1])}")
+    axes.set_xlabel("round")
+    axes.set_ylabel(primary)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    _legend(axes)
+    return f"{primary.capitalize()} after the last evaluated round: {', '.join(said)}."
 
 
 def _loss_after_bytes(run: Run) -> list[tuple[int, float]]:
@@ -199,7 +231,7 @@ def _loss_by_bytes(run: Run, axes: Axes) -> str:
     _baselines(run, axes)
     bytes_axis(axes, min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg))
     axes.set_xlabel("bytes up and down, all clients")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {_target(run)})")
     _legend(axes)
     count, loss = points[-1]
     reference = f"; one round of FedAvg takes {as_bytes(fedavg)}" if fedavg else ""

@@ -7,6 +7,7 @@ It can be written at any time. For an unfinished run it shows the rounds so far.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shlex
@@ -21,7 +22,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.core.log import RESTORE
 from fedferret.tracking import environment
-from fedferret.tracking.events import Run, extra_metrics, headline, read
+from fedferret.tracking.events import Evaluation, Run, extra_metrics, headline, read
 from fedferret.tracking.summary import read_summary, summarise
 from fedferret.tracking.units import as_bytes, as_count, as_duration, as_loss, as_ratio
 
@@ -68,6 +69,9 @@ def write_report(folder: Path) -> Path:
         notices=sorted(run.notices),
         clients=_clients(run),
         owners=_owners(run),
+        primary=_last(run).primary if run.evaluations else "loss",
+        owner_figures=_client_figures(_last(run)) if run.evaluations else [],
+        data_picture=_data_picture(folder),
         recipe=_recipe(folder),
         environment=environment_of(folder),
         folder=shlex.quote(str(folder)),
@@ -121,7 +125,9 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
     figures = []
     if run.evaluations:
         first, last = run.evaluations[min(run.evaluations)], run.evaluations[max(run.evaluations)]
-        perplexity = f"perplexity {first.perplexity:.4g} → {last.perplexity:.4g}"
+        perplexity = ""
+        if first.perplexity is not None and last.perplexity is not None:
+            perplexity = f"perplexity {first.perplexity:.4g} → {last.perplexity:.4g}"
         before_after = f"{as_loss(first.loss)} → {as_loss(last.loss)}"
         figures.append(Figure("held-out loss, untuned → tuned", before_after, perplexity))
         before, after = (headline(next(iter(evaluation.results.values()))) for evaluation in (first, last))
@@ -208,15 +214,39 @@ def _metrics(run: Run) -> list[tuple[str, ...]]:
     ]
 
 
-def _owners(run: Run) -> list[tuple[str, str, str]]:
-    """Every owner of held-out examples with the untuned and the tuned loss, the highest first."""
+def _owners(run: Run) -> list[tuple[str, ...]]:
+    """Every client that scored, with its primary figure before and after tuning and its other figures, the worst first."""
     if not run.evaluations:
         return []
-    first, last = (run.evaluations[number].per_client for number in (min(run.evaluations), max(run.evaluations)))
+    first, last = run.evaluations[min(run.evaluations)], _last(run)
+    names, worst = _client_figures(last), -1 if last.primary == "loss" else 1
     return [
-        (owner, as_loss(first[owner]) if owner in first else "", as_loss(loss))
-        for owner, loss in sorted(last.items(), key=lambda pair: -pair[1])
+        (
+            client,
+            as_loss(first.per_client[client]) if client in first.per_client else "",
+            as_loss(figure),
+            *(as_loss(last.clients[client][name]) for name in names),
+        )
+        for client, figure in sorted(last.per_client.items(), key=lambda pair: worst * pair[1])
     ]
+
+
+def _last(run: Run) -> Evaluation:
+    return run.evaluations[max(run.evaluations)]
+
+
+def _data_picture(folder: Path) -> str:
+    """The plot of who holds what, in base 64: as an image it can run nothing; "" where there is none."""
+    path = folder / "plots" / "data.svg"
+    if not path.exists():
+        return ""
+    return base64.b64encode(read_intact(inside(folder, path), "remove it; the report leaves it out")).decode()
+
+
+def _client_figures(evaluation: Evaluation) -> list[str]:
+    """The figures of clients beside the primary one."""
+    some = next(iter(evaluation.clients.values()), {})
+    return [name for name in some if name not in (evaluation.primary, "perplexity", "tokens")]
 
 
 def _rewinds(run: Run) -> list[tuple[str, ...]]:

@@ -1,0 +1,131 @@
+"""What an objective says beside its loss: the models and the examples it takes, and how a tuned model is handed over.
+
+    settings ([objective] of a recipe)  ->  check (no weights)  ->  model  ->  examples as tensors  ->  loss, sums  ->  figures
+
+An objective is a frozen dataclass; its fields are its settings. ``docs/adding-an-objective.md`` adds one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from fedferret.core.errors import UserError
+from fedferret.core.task import Examples
+from fedferret.data.examples import Example
+from fedferret.data.text import TextSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Encode = Callable[[Sequence[Example], bool], Examples]  # the bool: for training
+
+
+class Loaded(Protocol):
+    """A base model with what belongs to it."""
+
+    @property
+    def name(self) -> str:
+        """As the recipe has it."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The module, on its device, in evaluation mode."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Of a model that reads text."""
+        ...
+
+
+class ModelObjective(ABC):
+    """An objective, and the models and data that it takes."""
+
+    name: ClassVar[str]
+    primary: ClassVar[str] = "loss"  # the figure by which clients are compared
+    higher_is_better: ClassVar[bool] = False  # of the primary figure
+    scores_clients: ClassVar[bool] = False  # whether [evaluation] per_client is on unless a recipe says otherwise
+    generates: ClassVar[bool] = False  # whether answers can be generated, for metrics beside the figures
+
+    @property
+    @abstractmethod
+    def sums(self) -> Mapping[str, float]:
+        """The sums that ``scores`` gives beside ``count``: by name, the most that one target adds, either side of 0."""
+
+    @abstractmethod
+    def by_example(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each example apart.
+
+        Args:
+            model: what ``load`` gave, with or without an adapter.
+            batch: from ``Examples.batches``, B examples.
+
+        Returns:
+            For each example the sum over its targets, float64, shape (B,), with a gradient; and the number of its
+            targets, int64, shape (B,).
+        """
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """See ``core.task.Objective``."""
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """See ``core.task.Objective``."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """See ``core.task.Objective``: here the mean over all targets of the batch."""
+        losses, counts = self.by_example(model, batch)
+        return (losses.sum() / counts.sum()).float()
+
+    @abstractmethod
+    def check(self, model: str, text: TextSettings) -> None:
+        """Refuse a model or text settings that cannot be, without reading weights.
+
+        Raises:
+            UserError: with one line.
+        """
+
+    def check_examples(
+        self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
+    ) -> None:
+        """Refuse data that cannot be trained or scored on, without reading weights.
+
+        Args:
+            model: the model's name.
+            clients: what each client trains on.
+            held_out: the global held-out sets.
+
+        Raises:
+            UserError: with one line.
+        """
+
+    @abstractmethod
+    def skeleton(self, model: str) -> nn.Module:
+        """What ``load`` gives, on the meta device: modules and shapes, no values."""
+
+    @abstractmethod
+    def load(self, model: str, device: str, log: Callable[[str], None]) -> Loaded:
+        """The base model in fp32, on the device, in evaluation mode."""
+
+    @abstractmethod
+    def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
+        """A function from examples to what ``Examples.batches`` reads, in the same order."""
+
+    @abstractmethod
+    def save(self, loaded: Loaded, folder: Path) -> str:
+        """Write a tuned model, without an adapter, as a folder.
+
+        Returns:
+            One line on how to load the folder.
+        """
+
+    def freeze(self, model: nn.Module) -> None:
+        """Leave only the head to be trained. Raises UserError where there is none."""
+        raise UserError(f'model.train="head": the objective {self.name} has no head of its own; leave train out')
