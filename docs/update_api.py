@@ -41,7 +41,7 @@ CHAPTERS = {
         "models.adapters.lora",
         "models.adapters.prompt",
     ),
-    "Data": ("data.examples", "data.batches", "data.registry"),
+    "Data": ("data.examples", "data.held_out", "data.batches", "data.labelled_batches", "data.registry"),
     "Bases": ("bases.basis", "bases.blocks", "bases.projector", "bases.quantise", "bases.coding", "bases.registry"),
     "The wire": ("wire.codec", "wire.ledger"),
     "Engines": ("engines.in_process", "engines.debug", "engines.transport"),

@@ -1,7 +1,6 @@
-"""Tokens to tensors: compact storage, and batches of similar length, which need little padding.
+"""Tokens to tensors: compact storage, and batches of similar length (``data/order.py``), which need little padding.
 
-An epoch: shuffle the examples with the key; sort each window of 16 batches by length; cut into batches; shuffle the
-batches with the key. Every example occurs exactly once. Storage: 4 bytes per token and 12 bytes per example.
+Storage: 4 bytes per token and 12 bytes per example.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fedferret.core.keys import Key
+from fedferret.data.order import grouped, longest_first
 from fedferret.data.templates import Tokens
 
 IGNORED = -100  # the label of a position that no loss counts
-WINDOW = 16  # batches per window that is sorted by length
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class TokenisedData:
     @property
     def longest_first(self) -> list[int]:
         """Indices of the examples in evaluation order: longest first."""
-        lengths = self.lengths
-        return sorted(range(len(self)), key=lambda row: -lengths[row])
+        return longest_first(self.lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -112,20 +110,8 @@ class TokenisedData:
         Returns:
             Every example once, in batches of ``size``; one batch may be smaller. Evaluation order is never packed.
         """
-        for rows in self._grouped(size, key):
+        for rows in grouped(self.lengths, size, key):
             yield self._pack(rows) if self._packed and key is not None else self._batch(rows)
-
-    def _grouped(self, size: int, key: Key | None) -> list[list[int]]:
-        lengths = self.lengths
-        if key is None:
-            order = self.longest_first
-            return [order[start : start + size] for start in range(0, len(order), size)]
-        order = key.fold("examples").permutation(len(self))
-        span = WINDOW * size
-        for start in range(0, len(order), span):
-            order[start : start + span] = sorted(order[start : start + span], key=lambda row: lengths[row])
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        return [groups[index] for index in key.fold("batches").permutation(len(groups))]
 
     def _pack(self, rows: Sequence[int]) -> Batch:
         input_ids, labels, position_ids = [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -28,8 +29,31 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """One picture; ``shape`` is (channels, height, width).
+
+    Raises:
+        UserError: the number of pixels is not the shape's.
+    """
+
+    pixels: bytes  # uint8, channels x height x width
+    shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or math.prod(self.shape) != len(self.pixels):
+            channels, height, width = self.shape
+            raise UserError(
+                f"an image of {channels} x {height} x {width} has {len(self.pixels):,} bytes: "
+                f"give channels x height x width bytes"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """At least two turns: the last is the response to train on, the others are the prompt.
+
+    A labelled example has its class's name as the response. A labelled image has that one turn, and ``image`` in place
+    of a prompt.
 
     ``metadata`` is for scorers and summaries: ``category``; ``instruction`` and ``input`` where a prompt has
     two parts; ``task`` where there are tasks; ``entry`` from reasoning-gym; ``person`` and ``conversation`` from
@@ -38,11 +62,17 @@ class Example:
 
     turns: tuple[Turn, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    image: Image | None = None
 
     @property
     def response(self) -> str:
-        """The text to train on."""
+        """The text to train on, or the class of a labelled example."""
         return self.turns[-1].content
+
+    @property
+    def prompt(self) -> str:
+        """All turns but the last, joined by blank lines; empty for an image."""
+        return "\n\n".join(turn.content for turn in self.turns[:-1])
 
     @property
     def owner(self) -> str | None:
@@ -58,6 +88,7 @@ class FederatedData:
     held_out: Mapping[str, tuple[Example, ...]]  # by name; the first is the main set
     source: str
     notice: str | None = None  # the licence or benchmark notice that must accompany every copy of the data
+    kept: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)  # held out by each client: data/held_out.py
 
     def __post_init__(self) -> None:
         for client in self.clients:
@@ -69,7 +100,9 @@ class FederatedData:
 
     @property
     def client_held_out(self) -> dict[str, tuple[Example, ...]]:
-        """What each client holds out: the examples of the main held-out set that the client owns."""
+        """What each client holds out: ``kept``, or else the examples of the main held-out set that the client owns."""
+        if self.kept:
+            return dict(sorted(self.kept.items()))
         found: dict[str, list[Example]] = {}
         for example in next(iter(self.held_out.values()), ()):
             if example.owner in self.clients:
@@ -78,10 +111,10 @@ class FederatedData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a template reads; equal if and only if all clients and held-out sets hold the same."""
+        """SHA-256 of texts and images; equal if and only if all clients and held-out sets hold the same."""
         digest = hashlib.sha256()
         known: dict[int, bytes] = {}  # examples of one conversation share turns; each turn is hashed once
-        for part in (self.clients, self.held_out):
+        for part in (self.clients, self.held_out, *([self.kept] if self.kept else [])):
             digest.update(_hashed(len(part)))
             for name, examples in part.items():
                 digest.update(_hashed(name, len(examples)))
@@ -91,6 +124,8 @@ class FederatedData:
                             known[id(turn)] = _hashed(turn.role, turn.content)
                     fields = (example.metadata.get(name, "") for name in ("instruction", "input"))
                     digest.update(b"".join(known[id(turn)] for turn in example.turns) + _hashed(*fields))
+                    if example.image is not None:
+                        digest.update(_hashed("image", *example.image.shape) + example.image.pixels)
         return digest.hexdigest()
 
 
@@ -148,6 +183,20 @@ def at_most(examples: Sequence[T], limit: int | None, key: Key) -> tuple[T, ...]
         All examples, or a subset of ``limit``; in the order of ``examples``.
     """
     return tuple(examples if limit is None or len(examples) <= limit else key.sample(examples, limit))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Name things in one line.
+
+    Args:
+        names: of any number.
+        most: how many to name.
+
+    Returns:
+        The first names, printable and in quotation marks, and how many more there are.
+    """
+    shown = ", ".join(f'"{printable(name, 40)}"' for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def check_fraction(name: str, value: float) -> None:
