@@ -44,7 +44,9 @@ class ModelSettings:
     """Which model is tuned."""
 
     name: str
-    train: Literal["head"] | None = None  # "head": of a classifier the head alone, on frozen features; None: all weights
+    train: Literal["head"] | None = (
+        None  # "head": of a classifier the head alone, on frozen features; None: all weights
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,9 @@ class ClientSettings:
     bound_weights: bool | None = None  # whether the next three hold; None: where sites hold the data, and nowhere else
     max_examples: int = 10_000_000  # a claim of more examples counts as this many
     max_over_median: float = 10.0  # and one of more than so many times the cohort's lower median as that
-    held_out: float | None = None  # share of each client's examples that it scores on and never trains on; None: source's
+    held_out: float | None = (
+        None  # share of each client's examples that it scores on and never trains on; None: source's
+    )
     max_share: float = 0.5  # of all weight that one client has at most, unless fewer than 1 / max_share send an update
 
     def __post_init__(self) -> None:
@@ -229,7 +233,7 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
     if recipe.evaluation.metrics != ("loss",) and not recipe.objective.generates:
         raise UserError(
             f'evaluation.metrics={list(recipe.evaluation.metrics)}: objective "{recipe.objective.name}" has its own '
-            f'figures and generates no answers; leave metrics out'
+            f"figures and generates no answers; leave metrics out"
         )
     limit = recipe.algorithm.max_rounds
     if limit is not None and recipe.rounds > limit:

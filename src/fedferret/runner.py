@@ -384,7 +384,11 @@ class Run:
         who = "one client trains" if count == 1 else f"up to {count} clients train"
         progress.message(f"Local-only baseline: {who} alone, for comparison.")
         # in a file: this third copy of the weights would be the run's peak of memory
-        untuned = prepare(self.recipe.algorithm, load_base(self.experiment.objective, recipe.model.name, recipe.model.train)[0].model, self.recipe.seed)
+        untuned = prepare(
+            self.recipe.algorithm,
+            load_base(self.experiment.objective, recipe.model.name, recipe.model.train)[0].model,
+            self.recipe.seed,
+        )
         base = MappedTree(self.out / "state", tree.parameters(untuned))
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:

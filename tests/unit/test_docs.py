@@ -204,6 +204,25 @@ def test_the_method_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert bits < summary["bytes_up_per_client_round"] < bits + 1500  # names and sizes of 21 tensors
 
 
+def test_the_objective_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's file, registry line, law and recipe, taken from the page and used as it says."""
+    guide = blocks(ROOT / "docs" / "adding-an-objective.md")
+    (tmp_path / "rating.py").write_text(guide["src/fedferret/objectives/rating.py"])
+    monkeypatch.setattr(fedferret.objectives, "__path__", [*fedferret.objectives.__path__, str(tmp_path)])
+    ((name, entry),) = eval("{" + guide["src/fedferret/objectives/registry.py"] + "}").items()
+    monkeypatch.setitem(objectives._OBJECTIVES, name, entry)
+
+    laws: dict[str, Any] = {}
+    exec(guide["tests/unit/test_rating.py"], laws)
+    laws["test_any_split_gives_the_same_figures"]()
+
+    (tmp_path / "recipe.toml").write_text(guide["recipes/rating.toml"])
+    summary = fedferret.run(fedferret.load_recipe(tmp_path / "recipe.toml"), out=tmp_path / "run")
+    assert summary["eval_loss"][-1] < summary["eval_loss"][0]
+    (figures,) = summary["metrics"].values()
+    assert figures["worst-tenth"][-1] > figures["client-mean"][-1] > 0 < figures["absolute-error"][-1] < 4
+
+
 def test_the_page_of_the_api_is_what_the_docstrings_say_and_no_docstring_is_incomplete() -> None:
     """Otherwise: complete them, and run docs/update_api.py."""
     update_api = importlib.import_module("docs.update_api")

@@ -27,7 +27,7 @@ MAY = {
     "local": {"core", "bases"},
     "models": {"core"},
     "adapters": {"core", "models"},
-    "objectives": {"core", "models"},
+    "objectives": {"core", "data", "models"},
     "data": {"core"},
     "algorithms": {"core", "bases", "local", "models"},
     "engines": {"core", "wire"},

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from fedferret import models
 from fedferret.core.keys import Key
-from fedferret.data.batches import Batch, TokenisedData
+from fedferret.data.batches import IGNORED, Batch, TokenisedData
 from fedferret.data.templates import Tokens
-from fedferret.data.batches import IGNORED
 from fedferret.objectives.next_token import NextToken, head_is_linear
 
 

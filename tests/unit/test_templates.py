@@ -187,6 +187,7 @@ def test_federated_tokens_are_made_once_and_examples_are_counted_without_them():
         held_out={"rows": (_dialogue("When?", "Now."),) * 2},
         source="a test",
     )
+
     def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
         return TokenisedData([Counting(before="{instruction}").encode(each, TOKENIZER, 12) for each in examples])
 
@@ -197,4 +198,3 @@ def test_federated_tokens_are_made_once_and_examples_are_counted_without_them():
     assert tokens.held_out("rows") is tokens.held_out("rows") and len(tokens.held_out("rows")) == 2
     (batch,) = tokens["a"].batches(4, Key.of(1))
     assert TOKENIZER.decode(batch.labels[0][batch.labels[0] >= 0]) == "So.<eos>"
-

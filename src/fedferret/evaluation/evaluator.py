@@ -1,4 +1,4 @@
-"""What is measured of one model on the held-out sets: the objective's figures, and answers where a recipe asks for them.
+"""What is measured of a model on the held-out sets: the objective's figures, and answers where a recipe asks for any.
 
 Sums add up over batches, so the figures of a set do not depend on how it is cut into batches. What clients hold out is
 scored at the clients: see ``per_client.py``.

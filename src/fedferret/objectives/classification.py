@@ -30,7 +30,7 @@ from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.data.examples import Example
-from fedferret.data.labelled_batches import LabelledImages, LabelledTexts
+from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, labels_of
 from fedferret.data.text import TextSettings
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 
@@ -147,15 +147,15 @@ class Classification(ModelObjective):
         """Refuse an unknown model, a pooling that it cannot have, and packed batches. Raises UserError."""
         models.check_classifier(model, self.pooling)
         if text.packed:
-            raise UserError('text.packed=true: a class is read off one row per text; set packed=false')
+            raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
 
     def check_examples(
         self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
     ) -> None:
-        """Refuse images where the model reads text and the reverse, and labels that are no classes. Raises UserError."""
+        """Refuse images where the model reads text, the reverse, and labels that are no classes. Raises UserError."""
         everything = [example for each in (*clients.values(), *held_out.values()) for example in each]
         models.check_classifier(model, self.pooling, images=any(example.image for example in everything[:1]))
-        check_labels(clients, held_out, self.classes)
+        labels_of(everything, self.classes, images=any(example.image for example in everything[:1]))
 
     def skeleton(self, model: str) -> nn.Module:
         """The classifier on the meta device."""

@@ -1,6 +1,6 @@
 """What an objective says beside its loss: the models and the examples it takes, and how a tuned model is handed over.
 
-    settings ([objective] of a recipe)  ->  check (no weights)  ->  model  ->  examples as tensors  ->  loss, sums  ->  figures
+    [objective] of a recipe  ->  check, without weights  ->  model  ->  examples as tensors  ->  loss, sums  ->  figures
 
 An objective is a frozen dataclass; its fields are its settings. ``docs/adding-an-objective.md`` adds one.
 """
@@ -92,6 +92,7 @@ class ModelObjective(ABC):
             UserError: with one line.
         """
 
+    @abstractmethod
     def check_examples(
         self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
     ) -> None:

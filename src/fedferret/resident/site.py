@@ -84,8 +84,8 @@ def read_site(folder: Path) -> Site:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
     held_out = file.held_out_path and str(folder / Path(file.held_out_path).expanduser())
-    path = str(folder / Path(file.path).expanduser())
-    return replace(site, data=replace(file, path=path, held_out_path=held_out))
+    local = replace(file, path=str(folder / Path(file.path).expanduser()), held_out_path=held_out)
+    return replace(site, data=local)
 
 
 def allow(site: Site, text: str, base: str) -> None:

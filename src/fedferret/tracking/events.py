@@ -263,9 +263,7 @@ def replay(events: Iterable[Event]) -> Run:
                 clients = {client: _floats(scores) for client, scores in event.get("clients", {}).items()}
                 entry = Evaluation(event["round"], results, seconds, who, losses, moved)
                 primary, unscored = event.get("primary", "loss"), event.get("unscored", {})
-                run.evaluations[event["round"]] = replace(
-                    entry, primary=primary, clients=clients, unscored=unscored
-                )
+                run.evaluations[event["round"]] = replace(entry, primary=primary, clients=clients, unscored=unscored)
             case "baseline":
                 per_client = _floats(event.get("per_client", {}))
                 spread = _floats(event.get("spread", {}))

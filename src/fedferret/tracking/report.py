@@ -215,7 +215,7 @@ def _metrics(run: Run) -> list[tuple[str, ...]]:
 
 
 def _owners(run: Run) -> list[tuple[str, ...]]:
-    """Every client that scored, with its primary figure before and after tuning and its other figures, the worst first."""
+    """Every client that scored: its primary figure before and after tuning, its other figures; the worst first."""
     if not run.evaluations:
         return []
     first, last = run.evaluations[min(run.evaluations)], _last(run)
