@@ -18,8 +18,10 @@ from packaging.requirements import Requirement
 
 import fedferret
 import fedferret.algorithms
+import fedferret.objectives
 from fedferret.algorithms import registry as methods
 from fedferret.data import registry as sources
+from fedferret.objectives import registry as objectives
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import write_summary
 from unit.written_run import write_run

@@ -32,6 +32,7 @@ from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.data.examples import Example
 from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, labels_of
 from fedferret.data.text import TextSettings
+from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Classification(ModelObjective):
     def scores(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Sums over a batch: ``count``, ``loss``, and counts by class and by bin of confidence."""
         logits_BC, labels_B = self._logits(model, batch)
-        logits_BC = logits_BC.double()
+        logits_BC = logits_BC.detach().double()
         confidence_B, guess_B = logits_BC.softmax(dim=1).max(dim=1)
         right_B = (guess_B == labels_B).double()
         bin_B = (confidence_B * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
@@ -145,7 +146,7 @@ class Classification(ModelObjective):
 
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse an unknown model, a pooling that it cannot have, and packed batches. Raises UserError."""
-        models.check_classifier(model, self.pooling)
+        models.check_classifier(model, self.pooling, images=model in IMAGE_MODELS)
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
 
@@ -167,7 +168,9 @@ class Classification(ModelObjective):
 
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """Texts as the tokenizer's own tokens, cut at the end; images as they are."""
-        tokenizer = loaded.tokenizer
+        tokenizer, limit = loaded.tokenizer, getattr(loaded, "max_tokens", None)
+        if limit is not None and text.max_tokens > limit:
+            raise UserError(f"text.max_tokens={text.max_tokens}: {loaded.name} reads at most {limit} tokens of a text")
 
         def encode(examples: Sequence[Example], for_training: bool) -> LabelledTexts | LabelledImages:
             if tokenizer is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.models.classifiers import Classifier
 
 _ATTRIBUTE = "_fedferret_adapter"  # of the model that ``attach`` returned
 
@@ -35,7 +36,7 @@ class Adapter(ABC):
         """
         if adapter_of(model) is not None:
             raise UserError("the model has an adapter already: a run tunes one")
-        head = None
+        head = model.head if isinstance(model, Classifier) else None
         attached = self._attach(model, key).eval()
         if head is not None:  # of a classifier: it stays dense, and is trained and sent beside the adapter
             head.requires_grad_(True)
