@@ -37,6 +37,9 @@ CHAPTERS = {
     ),
     "Models and adapters": (
         "models.loading",
+        "models.classifiers",
+        "models.classifier_loading",
+        "models.classifier_folder",
         "models.adapters.interface",
         "models.adapters.lora",
         "models.adapters.prompt",

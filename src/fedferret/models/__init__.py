@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 from fedferret.models.catalogue import catalogue
 
 if TYPE_CHECKING:
+    from fedferret.models.classifier_folder import save_classifier
+    from fedferret.models.classifier_loading import (
+        LoadedClassifier,
+        check_classifier,
+        classifier,
+        classifier_skeleton,
+    )
+    from fedferret.models.classifiers import Classifier, ImageClassifier, TextClassifier
     from fedferret.models.loading import (
         LanguageModel,
         check,
@@ -19,16 +27,36 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Classifier",
+    "ImageClassifier",
     "LanguageModel",
+    "LoadedClassifier",
+    "TextClassifier",
     "catalogue",
     "check",
+    "check_classifier",
+    "classifier",
+    "classifier_skeleton",
     "has_chat_template",
     "is_local",
     "load",
     "parameter_shapes",
+    "save_classifier",
     "save_folder",
     "skeleton",
 ]
+
+
+_HOMES = {
+    "Classifier": "classifiers",
+    "ImageClassifier": "classifiers",
+    "TextClassifier": "classifiers",
+    "LoadedClassifier": "classifier_loading",
+    "check_classifier": "classifier_loading",
+    "classifier": "classifier_loading",
+    "classifier_skeleton": "classifier_loading",
+    "save_classifier": "classifier_folder",
+}  # all others: loading
 
 
 def __getattr__(name: str) -> Any:
@@ -36,4 +64,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("fedferret.models.loading"), name)
+    return getattr(importlib.import_module(f"fedferret.models.{_HOMES.get(name, 'loading')}"), name)

@@ -1,5 +1,6 @@
-"""Any causal language model that transformers can load, from a folder or by its name on the hub.
+"""Any causal language model or encoder that transformers can load, from a folder or by its name on the hub.
 
+Each function is given what the architecture must be: causal to model language, or a reader of text to classify.
 Weights are always fp32: Ferret's updates are far below the rounding step of half precision. Missing weights are an
 error, where transformers would initialise them at random.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,23 +21,106 @@ from fedferret.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Requirement = Callable[[str, Mapping[str, Any]], None]
+"""Is called with a model's name and configuration, and raises UserError unless the architecture serves."""
+
 _SURELY_CAUSAL = "ForCausalLM"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def check_source(name: str) -> None:
+def require_causal(name: str, config: Mapping[str, Any]) -> None:
+    """Check that an architecture predicts each token from the tokens before it.
+
+    Args:
+        name: of the model, for the message.
+        config: the content of its ``config.json``.
+
+    Raises:
+        UserError: if it does not.
+    """
+    architectures = config.get("architectures") or []
+    if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    if not attends_backwards(config) or (architectures and known not in architectures):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} is not a causal language model; '
+            "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
+
+
+def require_reader(name: str, config: Mapping[str, Any]) -> None:
+    """Check that an architecture reads text, and that one pass gives a hidden state for each token.
+
+    Args:
+        name: of the model, for the message.
+        config: the content of its ``config.json``.
+
+    Raises:
+        UserError: if it does not.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    kind = str(config.get("model_type"))
+    encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if not (encodes or attends_backwards(config)) or config.get("is_encoder_decoder"):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} cannot classify texts; '
+            "give an encoder (BERT, RoBERTa, DistilBERT, ...) or a causal language model (Llama, GPT-2, ...)"
+        )
+
+
+def attends_backwards(config: Mapping[str, Any]) -> bool:
+    """Whether each token of an architecture sees the tokens before it alone, as in causal language models.
+
+    Args:
+        config: the content of its ``config.json``.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = str(config.get("model_type"))
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT's attention is bidirectional unless is_decoder is set
+        return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and bool(config.get("is_decoder"))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def check_source(name: str, require: Requirement = require_causal) -> None:
     """Check a name without a network; at most a ``config.json`` is read.
 
     Args:
         name: a folder, or a name on the hub.
+        require: what a folder's architecture must be.
     Raises:
-        UserError: if ``name`` is neither a folder with a causal model nor a valid hub name.
+        UserError: if ``name`` is neither a folder with such a model nor a valid hub name.
+    """
+    config = folder_config(name)
+    if config is not None:
+        require(name, config)
+
+
+def folder_config(name: str) -> dict[str, Any] | None:
+    """The content of a folder's ``config.json``.
+
+    Args:
+        name: a folder, or a name on the hub.
+    Returns:
+        None for a name on the hub, which is not asked.
+    Raises:
+        UserError: if ``name`` is neither a folder with a configuration nor a valid hub name.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
             raise UserError(f'model "{name}": there is no such folder, and this is not a valid hub name (OWNER/NAME)')
-        return
+        return None
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f'model "{name}": no config.json there; give a folder in Hugging Face\'s format')
@@ -47,7 +131,8 @@ def check_source(name: str) -> None:
     kinds = config.get("architectures") or [] if isinstance(config, dict) else None
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f'model "{name}": its config.json is no configuration; fetch or save the folder again')
-    _require_causal(name, config)
+    found: dict[str, Any] = config
+    return found
 
 
 def folder_has_chat_template(folder: Path) -> bool:
@@ -66,20 +151,21 @@ def folder_has_chat_template(folder: Path) -> bool:
     return bool(isinstance(settings, dict) and settings.get("chat_template"))
 
 
-def read_config(name: str) -> PretrainedConfig:
+def read_config(name: str, require: Requirement = require_causal) -> PretrainedConfig:
     """The configuration of a model.
 
     Args:
         name: a folder, or a name on the hub.
+        require: what the architecture must be.
     Raises:
-        UserError: if the configuration cannot be read, or is not that of a causal model.
+        UserError: if the configuration cannot be read, or is not that of such a model.
     """
     from transformers import AutoConfig
 
-    check_source(name)
+    check_source(name, require)
     with one_line(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
-    _require_causal(name, config.to_dict())
+    require(name, config.to_dict())
     return config
 
 
@@ -93,12 +179,39 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: if either cannot be read, the model is not causal, or weights are missing or misshapen.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    config = read_config(name)
-    with one_line(name), quiet_transformers():
+    return _read(name, AutoModelForCausalLM, read_config(name), unread="")
+
+
+def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A transformer without an output head, and its tokenizer, as stored.
+
+    Args:
+        name: a folder, or a name on the hub.
+        config: of the model, from ``read_config``.
+        pooled: whether the weights of the architecture's pooler are needed.
+    Returns:
+        The model, fp32 on the CPU, and its tokenizer.
+    Raises:
+        UserError: if either cannot be read, or weights are missing or misshapen.
+    """
+    from transformers import AutoModel
+
+    return _read(name, AutoModel, config, unread="" if pooled else "pooler.")
+
+
+def _read(
+    name: str, auto: Any, config: PretrainedConfig, unread: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; weights that begin with ``unread`` may be missing."""
+    import torch
+    from transformers import AutoTokenizer
+
+    # weights that may be missing are drawn by transformers
+    with one_line(name), quiet_transformers(), torch.random.fork_rng(devices=[]):
         tokenizer = AutoTokenizer.from_pretrained(_source(name), trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             _source(name),
             config=config,
             dtype="float32",
@@ -107,7 +220,13 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             output_loading_info=True,
         )
     model, report = loaded
-    unusable = sorted(report["missing_keys"]) + sorted(key for key, *_shapes in report["mismatched_keys"])
+    missing = sorted(key for key in report["missing_keys"] if not (unread and key.startswith(unread)))
+    unusable = missing + sorted(key for key, *_shapes in report["mismatched_keys"])
+    if missing and all(key.startswith("pooler.") for key in unusable):
+        raise UserError(
+            f'model "{name}": its pooler has no weights ({unusable[0]}), so pooling "cls" cannot be used; '
+            f'give pooling = "mean"'
+        )
     if unusable:
         raise UserError(
             f'model "{name}": {len(unusable)} of its weights are missing or differ in shape from its config.json, '
@@ -121,27 +240,9 @@ def _source(name: str) -> str:
     return str(folder) if folder.exists() else name
 
 
-def _require_causal(name: str, config: dict[str, Any]) -> None:
-    """Raise UserError unless the architecture predicts each token from the tokens before it."""
-    architectures = config.get("architectures") or []
-    if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
-        return
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    kind = str(config.get("model_type"))
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    causal = known is not None and (not architectures or known in architectures)
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT's attention is bidirectional unless is_decoder is set
-        causal = causal and bool(config.get("is_decoder"))
-    if not causal:
-        what = ", ".join(architectures) or f"of model type {kind}"
-        raise UserError(
-            f'model "{name}": architecture {what} is not a causal language model; '
-            "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
-        )
+def _described(config: Mapping[str, Any]) -> str:
+    """An architecture in words."""
+    return ", ".join(config.get("architectures") or []) or f"of model type {config.get('model_type')}"
 
 
 @contextmanager

@@ -20,14 +20,22 @@ from torch import nn
 from fedferret.core.errors import UserError
 from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
-from fedferret.models.catalogue import PACKAGED
+from fedferret.models.catalogue import IMAGE_MODELS, PACKAGED, TINY_ENCODER
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
-from fedferret.models.huggingface import check_source, folder_has_chat_template, one_line, read_config, read_model
+from fedferret.models.huggingface import (
+    Requirement,
+    check_source,
+    folder_has_chat_template,
+    one_line,
+    read_config,
+    read_model,
+    require_causal,
+)
 from fedferret.models.packaged import describe, ensure, is_cached
 from fedferret.models.quiet import quiet_transformers
 from fedferret.models.small import DONOR, small_config, small_model, small_tokenizer
-from fedferret.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from fedferret.models.tiny import tiny_config, tiny_encoder_config, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,8 +62,10 @@ def check(name: str, *, device: str = "cpu") -> None:
         UserError: if the model or the device cannot work.
     """
     resolve_device(device)
+    if name in (TINY_ENCODER, *IMAGE_MODELS):
+        raise UserError(f'model "{name}": it classifies and models no language; give a causal language model')
     if name.startswith(PACKAGED):
-        describe(name)
+        require_causal(name, describe(name).config)
     elif name not in ("tiny", "small"):
         check_source(name)
 
@@ -69,7 +79,8 @@ def is_local(name: str) -> bool:
     Returns:
         Whether it is made here, in the cache, or in a folder. Of a model on the hub only ``config.json`` is looked for.
     """
-    if name == "tiny" or Path(name).expanduser().is_dir():
+    made_here = ("tiny", TINY_ENCODER, *(model for model in IMAGE_MODELS if not model.startswith(PACKAGED)))
+    if name in made_here or Path(name).expanduser().is_dir():
         return True
     if name == "small" or name.startswith(PACKAGED):
         return is_cached(DONOR if name == "small" else name)
@@ -113,6 +124,7 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
         UserError: for an unknown name, a model that is not causal, an unreachable hub, an absent device.
         RunError: if a packaged model's digest differs from the pinned one.
     """
+    check(name)
     target = resolve_device(device)
     folder: Path | None = None
     model: PreTrainedModel
@@ -127,6 +139,26 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
         model, tokenizer = read_model(name)
         local = Path(name).expanduser()
         folder = local if local.exists() else None
+    prepare(name, model, tokenizer)
+    on_device: PreTrainedModel = nn.Module.to(model, target)
+    on_device.eval()  # type: ignore[no-untyped-call]
+    return LanguageModel(name, on_device, tokenizer, folder)
+
+
+def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a model ready for tuning, and let its tokenizer pad on the right.
+
+    The padding token may be the end token, so its row of the embedding learns. Dropout is off in training mode too,
+    which recomputing activations needs: attention draws from the global generator there.
+
+    Args:
+        name: of the model, for the message.
+        model: changed in place.
+        tokenizer: changed in place.
+
+    Raises:
+        UserError: if the tokenizer has no token to pad with.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -134,9 +166,12 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
     tokenizer.padding_side = "right"
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None
-    on_device: PreTrainedModel = nn.Module.to(model, target)
-    on_device.eval()  # type: ignore[no-untyped-call]
-    return LanguageModel(name, on_device, tokenizer, folder)
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -161,25 +196,51 @@ def skeleton(name: str) -> nn.Module:
 
     Returns:
         A transformers causal model on the meta device: modules and shapes, no values.
+
+    Raises:
+        UserError: as ``configuration`` does.
     """
     import torch
 
-    config: PretrainedConfig
     with quick_imports():  # a model's code is imported when it is first asked for
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        if name == "tiny":
-            config = tiny_config()
-        elif name == "small":
-            config = small_config()
-        elif name.startswith(PACKAGED):
-            settings = dict(describe(name).config)
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        else:
-            config = read_config(name)
+        config = configuration(name, require_causal)
         with one_line(name), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
+
+
+def configuration(name: str, require: Requirement) -> PretrainedConfig:
+    """The configuration of a model that reads text; nothing is downloaded but a hub model's ``config.json``.
+
+    Args:
+        name: as in a recipe.
+        require: what the architecture must be.
+
+    Returns:
+        The configuration, as transformers has it.
+
+    Raises:
+        UserError: for an unknown name, another architecture, an unreachable hub.
+    """
+    with quick_imports():
+        from transformers import AutoConfig
+
+    made: dict[str, Callable[[], PretrainedConfig]] = {
+        "tiny": tiny_config,
+        "small": small_config,
+        TINY_ENCODER: tiny_encoder_config,
+    }
+    if name in made:
+        config = made[name]()
+        require(name, config.to_dict())
+        return config
+    if name.startswith(PACKAGED):
+        settings = dict(describe(name).config)
+        require(name, settings)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return read_config(name, require)
 
 
 def save_folder(language_model: LanguageModel, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""A Llama small enough for tests: 90,624 parameters, one token per byte, made from a key in milliseconds.
+"""Models small enough for tests: one token per byte, made from a key in milliseconds, the same bits on every machine.
 
-Two layers of width 64, four heads that share two key-value heads, tied embeddings. Each weight is a sum of twelve
-uniform values (close to normal, standard deviation 0.02). The additions are exact and in a fixed order, so the weights
-have the same bits on every machine.
+The causal one is a Llama of 90,624 parameters: two layers of width 64, four heads that share two key-value heads, tied
+embeddings. The encoder is a BERT of two layers of width 64 with four heads and BERT's pooler, 120,704 parameters. A
+text for the encoder begins with <bos>, in place of [CLS].
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedferret.core.keys import Key
+from fedferret.models.drawing import draw_transformer
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
-_DEVIATION = 0.02
 _MAX_LENGTH = 2048
+_ENCODER_MAX_LENGTH = 512
 # A turn is <bos>role, a new line, the content, <eos>: like ChatML, in tokens of this vocabulary.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<bos>' + message['role'] + '\n' + message['content'] + '<eos>\n' }}{% endfor %}"
@@ -62,16 +63,49 @@ def random_llama(config: LlamaConfig, key: Key) -> LlamaForCausalLM:
 
     with torch.random.fork_rng(devices=[]):  # transformers initialises the weights too
         model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            total = torch.full((parameter.numel(),), -6.0, dtype=torch.float64)
-            for draw in range(12):
-                total += key.fold(name, draw).uniform(parameter.numel())
-            parameter.copy_((total * _DEVIATION).view_as(parameter))
+    draw_transformer(model, key)
     return model
+
+
+def tiny_encoder_config() -> BertConfig:
+    """The configuration of the tiny encoder."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        architectures=["BertModel"],
+        vocab_size=256 + len(_SPECIAL),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=_ENCODER_MAX_LENGTH,
+        pad_token_id=0,
+        dtype="float32",
+    )
+
+
+def tiny_encoder(key: Key) -> BertModel:
+    """The tiny encoder with random weights from ``key``; norm weights are 1, biases 0."""
+    import torch
+    from transformers import BertModel
+
+    with torch.random.fork_rng(devices=[]):  # transformers initialises the weights too
+        model = BertModel(tiny_encoder_config())
+    draw_transformer(model, key)
+    return model
+
+
+def tiny_encoder_tokenizer() -> PreTrainedTokenizerBase:
+    """The tiny model's tokenizer, which puts <bos> before a text and has no chat template."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B:1", special_tokens=[("<bos>", 1)]
+    )
+    tokenizer.model_max_length = _ENCODER_MAX_LENGTH
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

@@ -1,0 +1,214 @@
+"""A model that classifies: features of an example, and a linear head that maps them to one logit per class.
+
+    logits_NC = head(features_NH)
+
+Features of a text are pooled from the hidden states of its tokens:
+
+    "cls"    the architecture's pooler where it has one, else the first token's hidden state
+    "mean"   the mean over tokens
+    "last"   the last token's
+
+A token is padding where the attention mask is 0, whatever its number. Features of an image are what the body makes of
+the resized and normalised pixels, so that data stay raw. Features are fp32. Buffers never change.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedferret.core.errors import UserError
+
+POOLINGS = ("cls", "mean", "last")
+_LUMA = (0.299, 0.587, 0.114)  # the brightness of red, green and blue (ITU-R BT.601)
+
+
+class Classifier(nn.Module, ABC):
+    """Features, and a linear head with C classes; a subclass sets the head last, so its weights are the last.
+
+    Attributes:
+        head: maps the H features to the C logits.
+    """
+
+    head: nn.Linear
+
+    @abstractmethod
+    def features(self, batch: Any) -> Tensor:
+        """What the head reads.
+
+        Args:
+            batch: of N examples, on any device; a subclass says which attributes are read.
+
+        Returns:
+            Features, fp32, shape (N, H), on the model's device.
+
+        Raises:
+            UserError: if the model cannot read such a batch.
+        """
+
+    def forward(self, batch: Any) -> Tensor:
+        """The logits of a batch.
+
+        Args:
+            batch: as in ``features``.
+
+        Returns:
+            Logits, shape (N, C), on the model's device.
+        """
+        logits_NC: Tensor = self.head(self.features(batch))
+        return logits_NC
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.head.weight.device
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, under the name that transformers has for it.
+
+        Returns:
+            The head; a method that adapts all linear modules leaves it out.
+        """
+        return self.head
+
+    def freeze(self) -> None:
+        """Everything but the head stops requiring a gradient, so that the head alone is tuned."""
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+    def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        """Recompute activations in the backward pass, where the architecture can.
+
+        Args:
+            options: as transformers takes them.
+        """
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations."""
+
+
+class TextClassifier(Classifier):
+    """A transformer without output head, a pooling, and a linear head."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: str) -> None:
+        """Join the parts.
+
+        Args:
+            encoder: a transformers encoder or decoder; its pooler is removed unless the pooling is "cls".
+            head: maps the hidden width to the classes.
+            pooling: "cls", "mean" or "last".
+        """
+        super().__init__()
+        parts: Any = encoder
+        if pooling != "cls" and getattr(parts, "pooler", None) is not None:
+            parts.pooler = None  # weights that no gradient reaches
+        self.encoder, self.pooling, self.head = encoder, pooling, head
+        # a cache of keys and values is of use to generation alone
+        cached = "use_cache" in inspect.signature(encoder.forward).parameters
+        self._options = {"use_cache": False} if cached else {}
+
+    def features(self, batch: Any) -> Tensor:
+        """Pooled hidden states.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, int64, shape (N, T), on any device.
+
+        Returns:
+            Features, fp32, shape (N, H), on the model's device.
+        """
+        ids_NT, mask_NT = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        output = self.encoder(input_ids=ids_NT, attention_mask=mask_NT, **self._options)
+        pooled = getattr(output, "pooler_output", None)
+        if self.pooling == "cls" and pooled is not None:
+            features_NH: Tensor = pooled
+            return features_NH.float()
+        hidden_NTH: Tensor = output.last_hidden_state.float()
+        if self.pooling == "mean":
+            mask_NT1: Tensor = mask_NT[:, :, None].to(hidden_NTH.dtype)
+            return (hidden_NTH * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1).clamp(min=1)
+        if self.pooling == "last":
+            places_T = torch.arange(mask_NT.shape[1], device=self.device)
+            last_N = (mask_NT * places_T).argmax(dim=1)
+            return hidden_NTH[torch.arange(len(last_N), device=self.device), last_N]
+        return hidden_NTH[:, 0]
+
+    def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        """Recompute activations in the backward pass.
+
+        Args:
+            options: as transformers takes them.
+        """
+        self.encoder.activation_checkpointing_enable(options)  # type: ignore[operator]
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations."""
+        self.encoder.activation_checkpointing_disable()  # type: ignore[operator]
+
+
+class ImageClassifier(Classifier):
+    """A body that makes features of images of one size, and a linear head."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, head: nn.Linear, channels: int, size: int, mean: float, std: float) -> None:
+        """Join the parts.
+
+        Args:
+            body: maps pixels of shape (N, ``channels``, ``size``, ``size``) to features of shape (N, H).
+            head: maps the features to the classes.
+            channels: 1 or 3.
+            size: height and width that the body reads, in pixels.
+            mean: of a pixel; it is subtracted.
+            std: of a pixel; the difference is divided by it.
+        """
+        super().__init__()
+        self.body, self.head = body, head
+        self.channels, self.size = channels, size
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def features(self, batch: Any) -> Tensor:
+        """What the body makes of the images.
+
+        Args:
+            batch: ``pixels`` in [0, 1], fp32, shape (N, 1 or 3, height, width), on any device.
+
+        Returns:
+            Features, fp32, shape (N, H), on the model's device.
+
+        Raises:
+            UserError: if images have neither one channel nor three.
+        """
+        features_NH: Tensor = self.body(self.prepared(batch.pixels.to(self.device)))
+        return features_NH.float()
+
+    def prepared(self, pixels_NCHW: Tensor) -> Tensor:
+        """The images in the form that the body reads.
+
+        One channel is repeated to three; three become one, their brightness. Images are resized bilinearly, with
+        antialiasing where they shrink.
+
+        Args:
+            pixels_NCHW: in [0, 1], fp32, on the model's device.
+
+        Returns:
+            Normalised pixels, shape (N, ``channels``, ``size``, ``size``).
+
+        Raises:
+            UserError: if images have neither one channel nor three.
+        """
+        given, size = pixels_NCHW.shape[1], (self.size, self.size)
+        if given not in (1, 3):
+            raise UserError(f"images have {given} channels; allowed: 1 (brightness) or 3 (red, green, blue)")
+        if given > self.channels:
+            luma_C11 = pixels_NCHW.new_tensor(_LUMA)[:, None, None]
+            pixels_NCHW = (pixels_NCHW * luma_C11).sum(dim=1, keepdim=True)
+        if pixels_NCHW.shape[2:] != size:
+            pixels_NCHW = functional.interpolate(pixels_NCHW, size, mode="bilinear", antialias=True)
+        return ((pixels_NCHW - self.mean) / self.std).expand(-1, self.channels, -1, -1)

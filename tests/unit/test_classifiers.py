@@ -1,0 +1,406 @@
+"""Classifiers by name: features and a head, the same bits every time, padding ignored; errors are one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fedferret.models as models
+from fedferret.core import tree
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.models.adapters import ALL_LINEAR, LoRA, factors
+from fedferret.models.tiny import tiny_encoder, tiny_encoder_tokenizer
+
+TEXTS = [
+    ("tiny", "last"),
+    ("tiny", "mean"),
+    ("tiny-encoder", "cls"),
+    ("tiny-encoder", "mean"),
+    ("tiny-encoder", "last"),
+]
+MADE_HERE = ["tiny", "tiny-encoder", "lenet5", "conv4"]
+SHORT, LONG = "a text", "a text that is longer"
+CLASSES = ["bad", "good", "neither"]
+
+
+def tokens(loaded: models.LoadedClassifier, *texts: str) -> Any:
+    assert loaded.tokenizer is not None
+    return loaded.tokenizer(list(texts), padding=True, return_tensors="pt")
+
+
+def logits(loaded: models.LoadedClassifier, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(batch)
+
+
+def shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Parameters in their order, then buffers that are stored."""
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return [(name, state.pop(name), kept) for name, kept in trained.items()] + [
+        (*item, False) for item in state.items()
+    ]
+
+
+def one_line(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "pooling"), [*TEXTS, ("lenet5", None), ("conv4", None)])
+def test_a_skeleton_has_the_loaded_models_names_and_shapes(name: str, pooling: str | None) -> None:
+    loaded, skeleton = models.classifier(name, 3, pooling), models.classifier_skeleton(name, 3, pooling)
+    assert shapes(skeleton) == shapes(loaded.model)
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training and not skeleton.training
+    names = [name for name, _ in loaded.model.named_parameters()]
+    assert [name for name in names if name.startswith("head.")] == names[-1:] if name == "tiny" else names[-2:]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("tiny", 90_624 + 640),
+        ("tiny-encoder", 120_704 + 650),
+        ("lenet5", 61_706),
+        ("conv4", 1_932_874),
+        ("packaged:smollm2", 134_515_008 + 5_760),
+    ],
+)
+def test_a_classifier_of_ten_classes_has_as_many_parameters_as_the_docs_say(name: str, count: int) -> None:
+    assert (
+        sum(math.prod(shape) for _, shape, trained in shapes(models.classifier_skeleton(name, 10)) if trained) == count
+    )
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_the_global_generator_is_as_before_and_the_bits_are_the_same(name: str) -> None:
+    before = torch.get_rng_state()
+    first = tree.fingerprint(models.classifier(name, 3).model.state_dict())
+    models.classifier_skeleton(name, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert tree.fingerprint(models.classifier(name, 3).model.state_dict()) == first
+
+
+def test_a_heads_first_values_depend_on_nothing_but_its_shape_and_are_torchs_for_a_linear_layer() -> None:
+    causal, encoder = models.classifier("tiny", 3).model.head, models.classifier("tiny-encoder", 3).model.head
+    assert torch.equal(causal.weight, encoder.weight)
+    assert causal.bias is None and encoder.bias.tolist() == [0, 0, 0]
+    wide = models.classifier("tiny", 900).model.head.weight
+    assert wide.abs().max() < 1 / 8 and abs(wide.std() * 8 * math.sqrt(3) - 1) < 0.02
+
+
+def test_a_relu_networks_first_values_are_hes() -> None:
+    body = models.classifier("conv4", 10).model.body
+    for name, parameter in body.named_parameters():
+        if parameter.ndim == 1:
+            assert not parameter.any()
+        else:
+            bound = math.sqrt(6 / math.prod(parameter.shape[1:]))
+            assert parameter.abs().max() <= bound and abs(parameter.std() * math.sqrt(3) / bound - 1) < 0.1, name
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "pooling"), TEXTS)
+def test_padding_changes_no_logits(name: str, pooling: str) -> None:
+    loaded = models.classifier(name, 3, pooling)
+    alone, batch = tokens(loaded, SHORT), tokens(loaded, SHORT, LONG)
+    torch.testing.assert_close(logits(loaded, batch)[:1], logits(loaded, alone), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
+@pytest.mark.parametrize("pad", [0, 2, 70])
+def test_pooling_last_ignores_padding_whatever_the_pad_id(name: str, pad: int) -> None:
+    loaded = models.classifier(name, 3, "last")
+    ids = torch.tensor([[70, 0, 2, 71, 70]])  # the pad token is the last of the text, and inside it
+    filled = torch.cat((ids, torch.full((1, 4), pad)), dim=1)
+    mask = torch.tensor([[1] * 5 + [0] * 4])
+    alone = loaded.model.features(SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    padded = loaded.model.features(SimpleNamespace(input_ids=filled, attention_mask=mask))
+    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=1e-5)
+    last = loaded.model.encoder(input_ids=ids).last_hidden_state[:, -1]
+    torch.testing.assert_close(alone, last, atol=1e-6, rtol=1e-5)
+
+
+def test_each_pooling_takes_what_it_says_and_no_weight_is_left_without_a_gradient() -> None:
+    for pooling in ("cls", "mean", "last"):
+        loaded = models.classifier("tiny-encoder", 3, pooling)
+        batch = tokens(loaded, SHORT, SHORT)
+        output = loaded.model.encoder(**batch)
+        hidden = output.last_hidden_state
+        expected = {"cls": output.pooler_output, "mean": hidden.mean(dim=1), "last": hidden[:, -1]}[pooling]
+        torch.testing.assert_close(loaded.model.features(batch), expected)
+        loaded.model(batch).logsumexp(dim=1).sum().backward()
+        assert all(parameter.grad is not None for parameter in loaded.model.parameters()), pooling
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("tiny", "last"), ("tiny-encoder", "cls")])
+def test_the_pooling_of_a_model_is_stated(name: str, pooling: str) -> None:
+    loaded = models.classifier(name, 3)
+    assert loaded.pooling == pooling
+    assert loaded.max_tokens == {"tiny": 2048, "tiny-encoder": 512}[name]
+
+
+def test_an_empty_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pooling in ("cls", "mean", "last"):
+        loaded = models.classifier("tiny-encoder", 3, pooling)
+        assert logits(loaded, tokens(loaded, "")).isfinite().all()
+
+
+# --- what is tuned ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_a_frozen_classifier_tunes_its_head_alone(name: str) -> None:
+    model = models.classifier(name, 3).model
+    model.freeze()
+    assert set(tree.parameters(model)) == {f"head.{part}" for part in dict(model.head.named_parameters())}
+
+
+def test_all_linear_modules_leave_the_head_out() -> None:
+    model = models.classifier("tiny-encoder", 3).model
+    LoRA(rank=2, alpha=4, modules=ALL_LINEAR).attach(model, Key.of(0, "lora"))
+    assert "encoder.pooler.dense" in factors(model) and "head" not in factors(model)
+
+
+def test_activations_are_recomputed_to_the_same_gradients() -> None:
+    from fedferret.local.steppers import checkpointed
+
+    gradients = []
+    for enabled in (False, True):
+        loaded = models.classifier("tiny-encoder", 3)
+        with checkpointed(loaded.model, enabled):
+            loaded.model(tokens(loaded, SHORT, LONG)).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in loaded.model.named_parameters()})
+    assert all(torch.allclose(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    with checkpointed(models.classifier("lenet5", 3).model, True):
+        pass
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lenet5", "conv4"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 28, 28), (3, 40, 30)])
+def test_images_of_any_size_and_either_number_of_channels_are_read(name: str, shape: tuple[int, ...]) -> None:
+    loaded = models.classifier(name, 4)
+    pixels = Key.of(1).uniform(2 * math.prod(shape)).float().view(2, *shape)
+    both = logits(loaded, SimpleNamespace(pixels=pixels))
+    assert both.shape == (2, 4) and both.isfinite().all()
+    torch.testing.assert_close(both[:1], logits(loaded, SimpleNamespace(pixels=pixels[:1])), atol=1e-5, rtol=1e-5)
+
+
+def test_a_grey_image_has_one_brightness_in_one_channel_and_in_three() -> None:
+    loaded = models.classifier("lenet5", 4)
+    grey = Key.of(2).uniform(784).float().view(1, 1, 28, 28)
+    colours = SimpleNamespace(pixels=grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(logits(loaded, colours), logits(loaded, SimpleNamespace(pixels=grey)), atol=1e-5, rtol=0)
+
+
+def test_pixels_are_normalised_to_minus_one_and_one() -> None:
+    model = models.classifier("lenet5", 4).model
+    for value in (0.0, 1.0):
+        prepared = model.prepared(torch.full((1, 1, 8, 8), value))
+        assert prepared.shape == (1, 1, 28, 28) and torch.allclose(prepared, torch.tensor(2 * value - 1))
+
+
+def test_images_with_another_number_of_channels_are_refused() -> None:
+    loaded = models.classifier("lenet5", 4)
+    assert "4 channels" in one_line(lambda: logits(loaded, SimpleNamespace(pixels=torch.zeros(1, 4, 8, 8))))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "images", "message"),
+    [
+        ("lenet5", None, False, "reads images"),
+        ("tiny-encoder", None, True, "data are images"),
+        ("lenet", None, True, 'did you mean "lenet5"?'),
+        ("lenet5", "mean", True, "no pooling"),
+        ("tiny", "cls", False, "the first token sees no other"),
+        ("packaged:smollm2", "cls", False, "the first token sees no other"),
+        ("tiny-encoder", "meen", False, 'did you mean "mean"?'),
+        ("owner/name", "meen", False, 'did you mean "mean"?'),
+        ("./no/such/folder", None, False, "no such folder"),
+    ],
+)
+def test_a_model_that_cannot_classify_the_data_is_refused_before_any_work(
+    name: str, pooling: str | None, images: bool, message: str
+) -> None:
+    assert message in one_line(lambda: models.check_classifier(name, pooling, images))
+
+
+def test_what_fits_is_accepted() -> None:
+    for name, pooling in [*TEXTS, ("owner/name", None), ("packaged:smollm2", "mean")]:
+        models.check_classifier(name, pooling, images=False)
+    for name in ("lenet5", "conv4"):
+        models.check_classifier(name, None, images=True)
+
+
+@pytest.mark.parametrize("name", ["tiny-encoder", "lenet5", "conv4"])
+def test_a_model_that_only_classifies_is_no_language_model(name: str) -> None:
+    for action in (models.check, models.load):
+        assert name in one_line(lambda action=action: action(name))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny encoder in Hugging Face's format, which a test may damage."""
+    tiny_encoder(Key.of(0, "tiny-encoder")).save_pretrained(tmp_path / "encoder")
+    tiny_encoder_tokenizer().save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_a_folder_with_an_encoder_is_the_encoder(folder: Path) -> None:
+    for pooling in ("cls", "mean"):
+        stored, made = models.classifier(str(folder), 3, pooling), models.classifier("tiny-encoder", 3, pooling)
+        assert shapes(stored.model) == shapes(made.model) == shapes(models.classifier_skeleton(str(folder), 3, pooling))
+        assert torch.equal(logits(stored, tokens(stored, SHORT)), logits(made, tokens(made, SHORT)))
+        assert stored.folder == folder
+
+
+def test_a_folder_with_a_causal_model_is_the_causal_model(tmp_path: Path) -> None:
+    models.save_folder(models.load("tiny"), tmp_path / "causal")
+    stored, made = models.classifier(str(tmp_path / "causal"), 3), models.classifier("tiny", 3)
+    assert stored.pooling == "last"
+    assert torch.equal(logits(stored, tokens(stored, SHORT)), logits(made, tokens(made, SHORT)))
+
+
+def test_a_pooler_without_weights_is_refused_where_it_is_read_and_never_drawn(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    kept = {name: value for name, value in load_file(weights).items() if not name.startswith("pooler.")}
+    save_file(kept, weights, {"format": "pt"})
+    message = one_line(lambda: models.classifier(str(folder), 3))
+    assert "pooler" in message and 'pooling = "mean"' in message
+    before = torch.get_rng_state()
+    models.classifier(str(folder), 3, "mean")
+    assert torch.equal(torch.get_rng_state(), before)
+    kept.pop("encoder.layer.0.output.dense.weight")
+    save_file(kept, weights, {"format": "pt"})
+    assert "encoder.layer.0.output.dense.weight" in one_line(lambda: models.classifier(str(folder), 3, "mean"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("T5ForConditionalGeneration", "t5"), ("BartModel", "bart"), ("ViTModel", "vit"), ("Wav2Vec2Model", "wav2vec2")],
+)
+def test_an_architecture_that_reads_no_text_in_one_pass_is_refused(folder: Path, architecture: str, kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": kind}))
+    for action in (
+        lambda: models.classifier(str(folder), 3),
+        lambda: models.classifier_skeleton(str(folder), 3),
+    ):
+        message = one_line(action)
+        assert str(folder) in message and architecture in message and "cannot classify texts" in message
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def tuned(name: str, pooling: str | None, classes: int = len(CLASSES)) -> models.LoadedClassifier:
+    """A classifier with a bias that is not zero, so that a forgotten one shows."""
+    loaded = models.classifier(name, classes, pooling)
+    if loaded.model.head.bias is not None:
+        torch.nn.init.constant_(loaded.model.head.bias[0], 0.5)
+    return loaded
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("tiny", "last"), ("tiny-encoder", "cls")])
+def test_plain_transformers_loads_a_saved_text_classifier_with_its_labels(
+    name: str, pooling: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    loaded = tuned(name, pooling)
+    line = models.save_classifier(loaded, CLASSES, tmp_path / "out")
+    assert "AutoModelForSequenceClassification" in line and "\n" not in line
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == dict(enumerate(CLASSES))
+    assert model.config.label2id == {name: index for index, name in enumerate(CLASSES)}
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")([SHORT, LONG], padding=True, return_tensors="pt")
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        found = model(**given).logits
+    torch.testing.assert_close(found, logits(loaded, tokens(loaded, SHORT, LONG)), atol=1e-5, rtol=1e-5)
+
+
+def example(readme: Path, names: dict[str, Any]) -> torch.Tensor:
+    """Run the example of a README.md, which is five lines after its imports."""
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len(code.split("\n\n")[1].strip().splitlines()) <= 5
+    with torch.no_grad():
+        exec(code, names)
+    logits: torch.Tensor = names["logits"]
+    return logits
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("tiny", "mean"), ("tiny-encoder", "mean"), ("tiny-encoder", "last")])
+def test_the_example_joins_an_encoder_and_a_head_that_transformers_has_no_class_for(
+    name: str, pooling: str, tmp_path: Path
+) -> None:
+    loaded = tuned(name, pooling)
+    assert "README.md" in models.save_classifier(loaded, CLASSES, tmp_path / "out")
+    found = example(tmp_path / "out" / "README.md", {"folder": tmp_path / "out", "texts": [SHORT, LONG]})
+    torch.testing.assert_close(found, logits(loaded, tokens(loaded, SHORT, LONG)), atol=1e-5, rtol=1e-5)
+    assert all(name in (tmp_path / "out" / "README.md").read_text() for name in CLASSES)
+
+
+def test_the_example_loads_a_saved_image_classifier(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    loaded = tuned("lenet5", None)
+    assert "README.md" in models.save_classifier(loaded, CLASSES, tmp_path / "out")
+    batch = SimpleNamespace(pixels=Key.of(3).uniform(2 * 64).float().view(2, 1, 8, 8))
+    found = example(tmp_path / "out" / "README.md", {"folder": tmp_path / "out", "batch": batch})
+    assert torch.equal(found, logits(loaded, batch))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata()["architecture"] == "lenet5" and json.loads(file.metadata()["classes"]) == CLASSES
+
+
+def test_a_model_whose_class_has_more_layers_in_its_head_is_written_apart(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(vocab_size=259, dim=32, hidden_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64)
+    with torch.random.fork_rng():
+        DistilBertModel(config).save_pretrained(tmp_path / "base")
+    tiny_encoder_tokenizer().save_pretrained(tmp_path / "base")
+    loaded = tuned(str(tmp_path / "base"), None)
+    assert loaded.pooling == "cls"
+    models.save_classifier(loaded, CLASSES, tmp_path / "out")
+    found = example(tmp_path / "out" / "README.md", {"folder": tmp_path / "out", "texts": [SHORT, LONG]})
+    torch.testing.assert_close(found, logits(loaded, tokens(loaded, SHORT, LONG)), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_overwritten_and_the_global_generator_is_as_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    before = torch.get_rng_state()
+    for name in ("lenet5", "tiny-encoder"):
+        assert "nothing is overwritten" in one_line(
+            lambda name=name: models.save_classifier(tuned(name, None), CLASSES, tmp_path)
+        )
+        models.save_classifier(tuned(name, None), CLASSES, tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), before)
