@@ -54,7 +54,8 @@ def sites_recipe(root: Path, folders: Mapping[str, Path], **changes: Any) -> Rec
         "files": {name: str(folder / "rows.jsonl") for name, folder in folders.items()},
         "held_out_path": str(held_out),
     }
-    recipe = tiny_recipe(root, algorithm=FERRET, clients={"per_round": len(folders)}, **changes)
+    changes = {"clients": {"per_round": len(folders)}, **changes}
+    recipe = tiny_recipe(root, algorithm=FERRET, **changes)
     tables = {**recipe.tables(), "data": data}
     del tables["clients"]["bound_weights"]  # as for any recipe that does not say: on, because sites hold the data
     from fedferret.config import from_tables

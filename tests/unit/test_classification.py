@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
         f1.append(2 * hit / (2 * hit + wrong))
     edges = [number / BINS for number in range(BINS + 1)]
     error = 0.0
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = [row for row in range(200) if low < float(confidence[row]) <= high]
         right = sum(pairs[row][0] == pairs[row][1] for row in inside)
         error += abs(right - sum(float(confidence[row]) for row in inside)) / 200

@@ -257,3 +257,23 @@ def run_and_kill(root: Path, whole: Path, draw: random.Random, most: int) -> int
 def due(root: Path, rounds: int) -> bool:
     """Whether the log has that many rounds, and a site's process runs."""
     return len(list((root / "run" / "log").glob("*.record"))) >= rounds and bool(residents_in(root))
+
+
+def test_sites_score_what_they_hold_out_and_a_server_without_data_reports_it(resident: Any, tmp_path: Path) -> None:
+    folders, transport = resident
+    changes = {
+        "clients": {"per_round": 3, "held_out": 0.3},
+        "evaluation": {"per_client": True, "local_only_clients": 0},
+    }
+    recipe = sites_recipe(tmp_path, folders, rounds=1, **changes)
+    run(recipe, tmp_path / "here", silent)
+    run(recipe, tmp_path / "there", silent, transport=Borrowed(transport))
+    assert log_of(tmp_path / "here", 1) == log_of(tmp_path / "there", 1)
+    here, there = (read(tmp_path / name).evaluations[1] for name in ("here", "there"))
+    assert set(here.clients) == set(folders) and here.clients == there.clients and here.results == there.results
+    blind = replace(recipe, data=replace(recipe.data, files=None, held_out_path=None))
+    run(blind, tmp_path / "blind", silent, transport=Borrowed(transport))
+    alone = read(tmp_path / "blind").evaluations[1]
+    assert alone.clients == there.clients and set(alone.results) == {"clients"} and not alone.unscored
+    assert alone.results["clients"]["tokens"] == sum(each["tokens"] for each in alone.clients.values())
+    assert alone.moved.keys() == folders.keys()

@@ -1,0 +1,207 @@
+"""Whole runs of classification: methods, engines, models of both kinds, exports, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedferret import recipe
+from fedferret.build import load_data
+from fedferret.config import Recipe
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.experiment import Experiment
+from fedferret.export import apply_delta, export_delta, export_folder
+from fedferret.runner import run
+from fedferret.tracking.events import read
+from fedferret.tracking.report import write_report
+from tiny_runs import silent
+
+WORDS = {"food": ("soup", "bread", "salt"), "sky": ("star", "moon", "cloud"), "sport": ("ball", "goal", "team")}
+TRAINING = {"optimizer": "adamw", "learning_rate": 3e-3, "steps": 5, "batch_size": 4}
+
+
+def write_texts(folder: Path, labels: Mapping[str, str] = {}) -> Path:  # read only
+    """Four clients with 24 short texts each, of three kinds, which ``labels`` may rename."""
+    lines = []
+    for client in range(4):
+        for row in range(24):
+            kind, *places = (int(3 * value) for value in Key.of(5, client, row).uniform(3))
+            name = list(WORDS)[kind]
+            text = " and ".join(f"the {WORDS[name][place]}" for place in places)
+            lines.append({"who": f"c{client}", "instruction": text, "response": labels.get(name, name)})
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def tables(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe of six quick rounds."""
+    made: dict[str, Any] = {
+        "rounds": 6,
+        "model": {"name": "tiny"},
+        "data": {"source": "files", "path": str(folder / "texts.jsonl"), "client_column": "who"},
+        "objective": {"name": "classification", "classes": list(WORDS)},
+        "text": {"max_tokens": 64},
+        "clients": {"per_round": 4, "held_out": 0.2},
+        "algorithm": {"name": "fedavg", "training": TRAINING},
+        "evaluation": {"local_only_clients": 0, "every": 6},
+    }
+    made["data"]["held_out_fraction"] = 0.2
+    for name, change in changes.items():
+        whole = not isinstance(change, Mapping) or name == "algorithm"
+        made[name] = change if whole else {**made.get(name, {}), **change}
+    return made
+
+
+def resolved(folder: Path, **changes: Any) -> Recipe:
+    """The recipe of those tables, with its data on disk."""
+    write_texts(folder)
+    return recipe(**tables(folder, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of FedAvg with a local-only baseline, and its summary."""
+    root = tmp_path_factory.mktemp("finished")
+    settings = resolved(root, evaluation={"every": 3, "local_only_clients": 2})
+    return root / "run", run(settings, root / "run", silent)
+
+
+def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finished: Any) -> None:
+    out, summary = finished
+    evaluations = read(out).evaluations
+    first, last = evaluations[0], evaluations[6]
+    assert last.results["rows"]["accuracy"] > 0.8 > first.results["rows"]["accuracy"]
+    assert set(last.clients) == {"c0", "c1", "c2", "c3"} and last.primary == "accuracy"
+    assert last.per_client == {client: figures["accuracy"] for client, figures in last.clients.items()}
+    assert last.results["rows"]["worst-tenth"] == min(last.per_client.values())
+    assert summary["metrics"]["rows"]["client-mean"][-1] == pytest.approx(sum(last.per_client.values()) / 4)
+    assert summary["bytes_evaluation"] > 0 and "perplexity" not in summary["metrics"]["rows"]
+    baseline = read(out).baselines["local-only"]
+    assert set(baseline.spread) == {"client-mean", "worst-tenth", "deviation", "range"}
+    page = write_report(out).read_text()
+    for words in ("The accuracy of each of the 4 clients", "nats per example", "Who holds what", "calibration-error"):
+        assert words in page, words
+
+
+@pytest.mark.parametrize(
+    ("model", "algorithm"),
+    [
+        ("tiny", {"name": "fedit", "training": TRAINING}),
+        ("tiny-encoder", {"name": "fedit", "modules": "all-linear", "training": TRAINING}),
+        ("tiny", {"name": "fedprox", "training": TRAINING}),
+        ("tiny", {"name": "ferret", "training": {"learning_rate": 0.3, "steps": 5, "batch_size": 4}}),
+        ("tiny-encoder", {"name": "fedkseed", "training": {"steps": 5}}),
+    ],
+)
+def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: Path) -> None:
+    settings = resolved(tmp_path, rounds=2, model={"name": model}, algorithm=algorithm, evaluation={"every": 2})
+    experiment = Experiment.load(settings, log=silent)
+    state = experiment.initial_state()
+    engine = experiment.engine(state)
+    records = list(experiment.run_rounds(state, engine))
+    assert not [failure for record in records for failure in record.failures]
+    found = experiment.score(state, engine)
+    assert len(found.per_client) == 4 and found.results["rows"]["examples"] == 19
+
+
+def test_an_adapter_leaves_the_head_dense_and_trains_it(tmp_path: Path) -> None:
+    algorithm = {"name": "fedit", "modules": "all-linear", "training": TRAINING}
+    experiment = Experiment.load(resolved(tmp_path, algorithm=algorithm), log=silent)
+    tuned = {name for name, weight in experiment.model.named_parameters() if weight.requires_grad}
+    assert {name for name in tuned if "lora" not in name} == {"head.weight"}
+
+
+def test_a_frozen_body_stays_what_it_was_and_the_head_alone_travels(tmp_path: Path) -> None:
+    settings = resolved(tmp_path, rounds=1, model={"name": "tiny-encoder", "train": "head"})
+    experiment = Experiment.load(settings, log=silent)
+    before = {name: weight.clone() for name, weight in experiment.model.named_parameters()}
+    state = experiment.initial_state()
+    (record,) = experiment.run_rounds(state, experiment.engine(state))
+    with settings.algorithm.model(experiment.task, state.public) as model:
+        moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+    assert max(record.bytes_up.values()) < 4 * (3 * 64 + 3) + 200
+
+
+@pytest.mark.slow(seconds=20)
+def test_workers_in_processes_have_the_bits_and_the_scores_of_one_process(tmp_path: Path) -> None:
+    for engine in ("in-process", "processes"):
+        settings = resolved(tmp_path, rounds=2, execution={"engine": engine}, evaluation={"every": 2})
+        run(settings, tmp_path / engine, silent)
+    one, many = (read(tmp_path / name) for name in ("in-process", "processes"))
+    assert one.rounds[2].fingerprint == many.rounds[2].fingerprint
+    assert one.evaluations[2].clients == many.evaluations[2].clients
+
+
+def test_an_export_is_a_folder_that_transformers_loads_with_its_labels(finished: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    out, _ = finished
+    export_folder(out, tmp_path / "model", silent)
+    export_delta(out, tmp_path / "tuned.delta", silent)
+    apply_delta("tiny", tmp_path / "tuned.delta", tmp_path / "rebuilt", silent)
+    texts = {"food": "the soup and the salt", "sky": "the moon and the star", "sport": "the goal and the team"}
+    for folder in ("model", "rebuilt"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            guesses = model(**tokenizer(list(texts.values()), return_tensors="pt", padding=True)).logits.argmax(dim=1)
+        assert [model.config.id2label[int(guess)] for guess in guesses] == list(texts)
+
+
+def test_images_train_and_export(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    settings = recipe(
+        rounds=3,
+        model={"name": "lenet5"},
+        data={"source": "digits", "partition": {"kind": "dirichlet", "clients": 4, "alpha": 1.0}},
+        clients={"per_round": 4},
+        algorithm={"name": "fedavg", "training": {**TRAINING, "steps": 15, "batch_size": 16}},
+        evaluation={"local_only_clients": 0, "every": 3, "batch_size": 64},
+    )
+    summary = run(settings, tmp_path / "run", silent)
+    (figures,) = summary["metrics"].values()
+    assert figures["accuracy"][0] < 0.3 < 0.6 < figures["accuracy"][-1]
+    export_folder(tmp_path / "run", tmp_path / "model", silent)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": {"name": "fedprompt"}}, 'fedprompt cannot take objective "classification", only next-token'),
+        ({"model": {"name": "lenet5"}}, 'model "lenet5": it reads images, and the data are texts'),
+        ({"objective": {"classes": ["food", "sky"]}}, "sport"),
+        ({"objective": {"classes": ["food"]}}, "name at least two"),
+        ({"objective": {"name": "clasification"}}, 'no objective is called "clasification"'),
+        ({"objective": {"pooling": "cls"}}, "pooling"),
+        ({"text": {"packed": True}}, "text.packed=true"),
+        ({"evaluation": {"metrics": ["rouge-l"]}}, "generates no answers"),
+        ({"clients": {"held_out": 1.0}}, "held_out=1.0"),
+        ({"objective": {"classes": [*WORDS, "war"]}}, "war"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    from fedferret.build import check
+
+    with pytest.raises(UserError) as caught:
+        settings = resolved(tmp_path, **changes)
+        check(settings)
+        load_data(settings)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_language_model_refuses_a_frozen_head_and_images(tmp_path: Path) -> None:
+    from fedferret.build import check
+
+    with pytest.raises(UserError, match="has no head of its own"):
+        check(
+            resolved(tmp_path, objective={"name": "next-token", "classes": []}, model={"name": "tiny", "train": "head"})
+        )
