@@ -83,10 +83,10 @@ def load_base(
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a base's weights, and of the statistics that its layers have gathered, where there are any."""
+    """SHA-256 of a base's weights, frozen or not, and of the statistics that its layers have gathered, if any."""
     kept = model.state_dict()
     gathered = {name: each for name, each in model.named_buffers() if name in kept and each.is_floating_point()}
-    return tree.fingerprint({**tree.parameters(model), **gathered})
+    return tree.fingerprint({**{name: each.detach() for name, each in model.named_parameters()}, **gathered})
 
 
 def check(recipe: Recipe) -> Callable[[int], Shapes]:
@@ -110,19 +110,20 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     return shapes_by_round(algorithm, model, recipe.rounds)
 
 
-def load_data(recipe: Recipe, at_sites: bool = False) -> FederatedData:
+def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None] = lambda line: None) -> FederatedData:
     """The clients' data, with the counts checked against the recipe.
 
     Args:
         recipe: with the data's source.
         at_sites: sites hold the examples; here is only what is held out.
+        log: called with a line on clients that hold nothing out.
 
     Raises:
         UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
     """
     data = recipe.data.load(Key.of(recipe.seed, "data"))
     if recipe.held_out_share and not at_sites:
-        data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"))
+        data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"), log)
     if recipe.clients.per_round > len(data.clients):
         raise UserError(
             f"clients.per_round={recipe.clients.per_round}: the data has {len(data.clients)} clients, "
@@ -138,7 +139,7 @@ def load_data(recipe: Recipe, at_sites: bool = False) -> FederatedData:
     if not data.held_out or not all(data.held_out.values()):
         raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
     check_metrics(recipe.evaluation.metrics, data.held_out)
-    recipe.objective.check_examples(recipe.model.name, data.clients, data.held_out)
+    recipe.objective.check_examples(recipe.model.name, data, complete=not at_sites)
     return data
 
 
@@ -153,21 +154,24 @@ class Parts:
         folder: of the run, where weights wait under memory = "lean"; None keeps nothing on disk.
         trains_here: whether clients work in this process or on this machine, rather than at sites.
         model: what is tuned: the base, with the method's adapter if it has one.
-        base_fingerprint: SHA-256 of the base's weights.
         base_size: weights of the base alone.
+        base_fingerprint: SHA-256 of those.
     """
 
     recipe: Recipe
     loaded: Loaded
-    base_fingerprint: str
     data: FederatedData
     folder: Path | None = None
     trains_here: bool = True
     model: nn.Module = field(init=False)
     base_size: int = field(init=False)
+    base_fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
+        self.base_fingerprint = base_fingerprint(self.loaded.model)
+        if self.recipe.model.train == "head":
+            self.objective.freeze(self.loaded.model)
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
 
     @classmethod
@@ -188,9 +192,8 @@ class Parts:
             log: called with lines on slow steps.
             options: further fields of a subclass.
         """
-        model, device = recipe.model, recipe.execution.device
-        loaded, fingerprint = load_base(recipe.objective, model.name, model.train, device, log)
-        return cls(recipe, loaded, fingerprint, data, folder, **options)
+        loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
+        return cls(recipe, loaded, data, folder, **options)
 
     @cached_property
     def examples(self) -> EncodedData:

@@ -165,7 +165,7 @@ class Experiment(Parts):
             UserError: whatever the recipe gets wrong.
         """
         check(recipe)
-        data = load_data(recipe, at_sites=transport is not None)
+        data = load_data(recipe, transport is not None, log)
         return cls.over(recipe, data, folder, log, transport=transport, protection=protection)
 
     def initial_state(self) -> RunState:

@@ -1,4 +1,4 @@
-"""Whole runs of classification: methods, engines, models of both kinds, exports, and what is refused before any work."""
+"""Whole runs of classification: methods, engines, both kinds of models, exports, and what is refused beforehand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedferret import recipe
-from fedferret.build import load_data
+from fedferret.build import check, load_data
 from fedferret.config import Recipe
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -189,8 +189,6 @@ def test_images_train_and_export(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    from fedferret.build import check
-
     with pytest.raises(UserError) as caught:
         settings = resolved(tmp_path, **changes)
         check(settings)
@@ -198,10 +196,8 @@ def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], rea
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_language_model_refuses_a_frozen_head_and_images(tmp_path: Path) -> None:
-    from fedferret.build import check
-
+def test_a_language_model_has_no_head_to_train_alone(tmp_path: Path) -> None:
+    made = {**tables(tmp_path, model={"name": "tiny", "train": "head"}), "objective": {"name": "next-token"}}
+    write_texts(tmp_path)
     with pytest.raises(UserError, match="has no head of its own"):
-        check(
-            resolved(tmp_path, objective={"name": "next-token", "classes": []}, model={"name": "tiny", "train": "head"})
-        )
+        check(recipe(**made))

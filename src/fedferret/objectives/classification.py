@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
-from fedferret.data.examples import Example
-from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, labels_of
+from fedferret.data.examples import Example, FederatedData
+from fedferret.data.label_checks import check_labels
+from fedferret.data.labelled_batches import LabelledImages, LabelledTexts
 from fedferret.data.text import TextSettings
 from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
@@ -150,13 +151,12 @@ class Classification(ModelObjective):
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
 
-    def check_examples(
-        self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
-    ) -> None:
+    def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images where the model reads text, the reverse, and labels that are no classes. Raises UserError."""
-        everything = [example for each in (*clients.values(), *held_out.values()) for example in each]
-        models.check_classifier(model, self.pooling, images=any(example.image for example in everything[:1]))
-        labels_of(everything, self.classes, images=any(example.image for example in everything[:1]))
+        first = next((each for part in (data.clients, data.held_out) for rows in part.values() for each in rows), None)
+        images = model in IMAGE_MODELS if first is None else first.image is not None
+        models.check_classifier(model, self.pooling, images=images)
+        check_labels(data, self.classes, images=images, complete=complete)
 
     def skeleton(self, model: str) -> nn.Module:
         """The classifier on the meta device."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.task import Examples
-from fedferret.data.examples import Example
+from fedferret.data.examples import Example, FederatedData
 from fedferret.data.text import TextSettings
 
 if TYPE_CHECKING:
@@ -93,15 +93,13 @@ class ModelObjective(ABC):
         """
 
     @abstractmethod
-    def check_examples(
-        self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
-    ) -> None:
+    def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse data that cannot be trained or scored on, without reading weights.
 
         Args:
             model: the model's name.
-            clients: what each client trains on.
-            held_out: the global held-out sets.
+            data: of the clients here, and the global held-out sets.
+            complete: whether these are all clients; a site sees its own alone.
 
         Raises:
             UserError: with one line.

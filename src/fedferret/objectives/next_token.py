@@ -25,7 +25,7 @@ from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.data.batches import IGNORED, TokenisedData
-from fedferret.data.examples import Example
+from fedferret.data.examples import Example, FederatedData
 from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
@@ -120,11 +120,9 @@ class NextToken(ModelObjective):
         if template(text.template) == Chat() and not models.has_chat_template(model):
             raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
 
-    def check_examples(
-        self, model: str, clients: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
-    ) -> None:
+    def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images. Raises UserError."""
-        for examples in (*clients.values(), *held_out.values()):
+        for examples in (*data.clients.values(), *data.held_out.values()):
             if any(example.image for example in examples[:1]):
                 raise UserError(
                     'the data are images, and objective "next-token" reads text: set [objective] name="classification"'

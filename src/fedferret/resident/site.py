@@ -141,8 +141,8 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
         rows, kept = check_data(site), site.data.held_out()
         data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
         if not kept and settings.held_out_share:
-            data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"))
-        settings.objective.check_examples(settings.model.name, data.clients, {})
+            data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"), log)
+        settings.objective.check_examples(settings.model.name, data, complete=False)
     parts = Parts.over(settings, data, folder, log)
     node, _ = parts.start_node()
     held_out = parts.examples.held_out_by_client
