@@ -44,11 +44,11 @@ def test_the_table_prints():
     assert all(word in text for word in ("a test", "clients", "rows", "x 6, y 1", "Some licence."))
 
 
-@pytest.mark.parametrize("categories", [0, 1, 2, 12])
-def test_the_plot_is_a_repeatable_picture(tmp_path, categories):
+@pytest.mark.parametrize(("categories", "clients"), [(0, 20), (1, 20), (2, 20), (12, 20), (12, 100)])
+def test_the_plot_is_a_repeatable_picture(tmp_path, categories, clients):
     held = {
         f"client {n}": tuple(_example(f"kind {n % categories}" if categories else None) for _ in range(n))
-        for n in range(20)
+        for n in range(clients)
     }
     data = FederatedData(held, {}, "a test")
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
@@ -56,7 +56,11 @@ def test_the_plot_is_a_repeatable_picture(tmp_path, categories):
     plot_partition(data, second)
     assert first.read_bytes() == second.read_bytes()
     assert ElementTree.parse(first).getroot().tag.endswith("svg")
-    assert ("<!-- others -->" in first.read_text()) == (categories > 8)
+    text = first.read_text()
+    assert ("<!-- others -->" in text) == (categories > 8 and clients == 100)
+    if categories > 8 and clients == 20:  # a heat map names every category and client
+        names = [f"kind {n}" for n in range(categories)] + [f"client {n}" for n in range(clients)]
+        assert [name for name in names if f"<!-- {name} -->" not in text] == []
     plot_partition(data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 3

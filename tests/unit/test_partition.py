@@ -56,6 +56,12 @@ def test_pathological_gives_each_client_the_set_number_of_categories():
     assert len(rows) == len(set(rows))
 
 
+def test_pathological_leaves_no_row_out_where_clients_are_as_many_as_categories():
+    for seed in range(10):
+        parts = Partition("pathological", 7, classes=2).split(700, CATEGORIES, Key.of(seed))
+        assert sorted(row for part in parts for row in part) == list(range(700))
+
+
 def test_small_alpha_is_skewed_and_large_alpha_is_not():
     def largest_share(alpha):
         parts = Partition("dirichlet", 5, alpha=alpha).split(700, CATEGORIES, Key.of(5))

@@ -49,7 +49,7 @@ def hold_out(data: FederatedData, share: float, key: Key, log: Callable[[str], N
             f"clients.held_out is {share} but no client holds more than one example: set it to 0, or give clients more"
         )
     if single and log is not None:
-        log(f"hold nothing out, as one example is all they have: {listed(single)}")
+        log(f"clients with a single example, which hold nothing out: {listed(single)}")
     everything = tuple(example for client in sorted(kept) for example in kept[client])
     held_out = data.held_out or ({"clients": everything} if kept else {})
     return replace(data, clients=training, kept=kept, held_out=held_out)

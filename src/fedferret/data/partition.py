@@ -2,7 +2,8 @@
 
     iid            equal shares of the shuffled rows
     dirichlet      each category's rows by shares drawn from Dirichlet(alpha): small alpha, few categories per client
-    pathological   exactly ``classes`` categories per client
+    pathological   exactly ``classes`` categories per client, the first of them in turn: with at least as many clients
+                   as categories every row has a client
     linear, square, exponential   client i holds a share that grows as i, i squared, e to the i (IID otherwise)
     natural        a column names the client of each row; used whenever ``client_column`` is set, so it has no kind here
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedferret.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
+
+T = TypeVar("T")
 
 BY_SIZE = ("iid", "linear", "square", "exponential")
 BY_CATEGORY = ("dirichlet", "pathological")
@@ -57,7 +60,8 @@ class Partition:
             categories: of the rows, ``count`` elements; None where rows have none.
             key: draws the shares and the rows of each client.
         Returns:
-            The row indices of each client, ascending; "pathological" may leave categories unused.
+            The row indices of each client, ascending; "pathological" may leave categories unused where there are fewer
+            clients than categories.
         Raises:
             UserError: for more clients than rows, missing categories, or a client with fewer than ``min_examples``.
         """
@@ -109,7 +113,9 @@ class Partition:
                     seed=seed,
                 )
             case "pathological":
-                return flwr.PathologicalPartitioner(self.clients, "category", self.classes, seed=seed)
+                return flwr.PathologicalPartitioner(
+                    self.clients, "category", self.classes, class_assignment_mode="first-deterministic", seed=seed
+                )
             case "linear":
                 return flwr.LinearPartitioner(self.clients)
             case "square":
@@ -141,3 +147,17 @@ class Partition:
             f"client {client} would hold {holds}: {raise_alpha}lower partition.clients or {allow} "
             f"partition.min_examples = {size}"
         )
+
+
+def named_clients(rows: Sequence[T], parts: Sequence[Sequence[int]]) -> dict[str, tuple[T, ...]]:
+    """The rows of each client, by name.
+
+    Args:
+        rows: of all clients.
+        parts: indices of each client's rows.
+
+    Returns:
+        Rows by "client-0", "client-1" and so on, with as many digits as sort them in this order.
+    """
+    digits = len(str(len(parts) - 1))
+    return {f"client-{number:0{digits}}": tuple(rows[row] for row in part) for number, part in enumerate(parts)}

@@ -26,7 +26,7 @@ import numpy as np
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData, Turn, at_most, check_at_least
-from fedferret.data.partition import Partition
+from fedferret.data.partition import Partition, named_clients
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -102,8 +102,7 @@ class ReasoningGym:
     def _partitioned(self, by_task: dict[str, tuple[Example, ...]], key: Key) -> dict[str, tuple[Example, ...]]:
         rows = [example for examples in by_task.values() for example in examples]
         parts = self.partition.split(len(rows), [example.metadata["task"] for example in rows], key)
-        digits = len(str(len(parts) - 1))
-        return {f"client-{number:0{digits}}": tuple(rows[row] for row in part) for number, part in enumerate(parts)}
+        return named_clients(rows, parts)
 
     def _tasks(self) -> list[str]:
         known = set(_package().factory.DATASETS)

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from fedferret.data.examples import Source
 
 _SOURCES: dict[str, tuple[str, str, str]] = {
+    "bbc-news": (
+        "bbc_news",
+        "BBCNews",
+        "2,127 distinct articles of BBC News in 5 classes; clients by Dirichlet shares",
+    ),
     "bigbench-ni": (
         "bigbench",
         "BigBenchNI",
@@ -18,15 +23,23 @@ _SOURCES: dict[str, tuple[str, str, str]] = {
     ),
     "chitchat": ("chitchat", "Chitchat", "messages of real people in 4,018 conversations; client = person"),
     "code-alpaca": ("code_alpaca", "CodeAlpaca", "instructions for code; client = programming language"),
+    "digits": ("digits", "Digits", "1,797 handwritten digits of 8 x 8 pixels; clients by Dirichlet shares"),
     "dolly": ("dolly", "Dolly", "Dolly-15K: instructions in 8 categories, one held out; clients by Dirichlet shares"),
     "files": ("files", "Files", "a local JSONL, JSON, CSV or Parquet file with named columns or chat messages"),
     "gsm8k": ("gsm8k", "GSM8K", "grade-school mathematics, the official test set held out; IID clients"),
     "hub": ("hub", "Hub", "a Hugging Face hub data set by name, with the same column settings as files"),
+    "mnist": ("mnist", "MNIST", "5,000 handwritten digits of 28 x 28 pixels; clients by Dirichlet shares"),
     "natural-instructions": (
         "natural_instructions",
         "NaturalInstructions",
         "a clone of Natural Instructions v2.8; client = training task, 119 test tasks held out",
     ),
+    "newsgroups": (
+        "newsgroups",
+        "Newsgroups",
+        "20 Newsgroups: 18,821 messages in 20 classes with the official test set; clients by Dirichlet shares",
+    ),
+    "ratings": ("ratings", "Ratings", "rated sentences in 3 classes; client = newspaper article or customer review"),
     "reasoning-gym": ("reasoning", "ReasoningGym", "generated reasoning tasks with exact scorers; client = task"),
     "sites": ("sites", "Sites", "a list of sites that keep their own files: a run across organisations"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,10 +14,13 @@ from fedferret.core.files import build_atomically
 from fedferret.data.examples import Example, FederatedData
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
-SHOWN_CATEGORIES = 8
+SHOWN_CATEGORIES = 8  # as colours; more are the rows of a heat map
+MOST_CELLS = 1000  # of a heat map: 40 kB of SVG for every hundred
+NAMED_CLIENTS = 40  # the names of more do not fit below a heat map
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ def _categories(examples: Sequence[Example]) -> Counter[str]:
 
 
 def plot_partition(data: FederatedData, path: Path) -> None:
-    """Plot the number of examples of each client, largest first, coloured by category where there are any.
+    """Plot who holds what.
+
+    With more than 8 categories: a heat map of category and client, with the clients' sizes above it. Else, and where a
+    heat map would have too many cells: the size of each client, largest first, coloured by category.
 
     Args:
         data: of the run.
@@ -108,6 +114,52 @@ def plot_partition(data: FederatedData, path: Path) -> None:
         raise UserError(f'cannot plot to "{path}": give a name that ends in .svg or .png')
     import matplotlib
     from matplotlib.figure import Figure
+
+    held = {client: _categories(examples) for client, examples in data.clients.items()}
+    categories = sorted(set().union(*held.values()))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    if len(categories) > SHOWN_CATEGORIES and len(categories) * len(held) <= MOST_CELLS:
+        _draw_heat_map(figure, data, held, categories)
+    else:
+        _draw_bands(figure, data)
+    # a fixed salt and no date: equal data gives an equal file
+    with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        build_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], metadata=metadata))
+
+
+def _draw_heat_map(
+    figure: Figure, data: FederatedData, held: Mapping[str, Counter[str]], categories: Sequence[str]
+) -> None:
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+
+    figure.set_size_inches(8, 1.8 + max(2.0, 0.19 * len(categories)))
+    above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(2.0, 0.19 * len(categories))])
+    edges = range(len(held) + 1)
+    above.stairs([len(examples) for examples in data.clients.values()], edges, fill=True)
+    above.set(ylabel="examples", title=f"Who holds what: {data.source}")
+    counts = np.ma.masked_equal([[client[name] for client in held.values()] for name in categories], 0)
+    # the square root of a count: a client's few examples of a class are seen beside hundreds of another's
+    cells = axes.pcolormesh(
+        edges,
+        range(len(categories) + 1),
+        counts,
+        cmap="Blues",
+        norm=PowerNorm(0.5, vmin=0),
+        edgecolor="0.9",
+        linewidth=0.3,
+    )
+    axes.invert_yaxis()
+    axes.set_yticks([row + 0.5 for row in range(len(categories))], [name[:40] for name in categories], fontsize="small")
+    if len(held) <= NAMED_CLIENTS:
+        axes.set_xticks([column + 0.5 for column in range(len(held))], [name[:20] for name in held])
+        axes.tick_params("x", rotation=90, labelsize="small")
+    axes.set(xlabel=f"{len(held):,} clients")
+    figure.colorbar(cells, ax=axes, label="examples")
+
+
+def _draw_bands(figure: Figure, data: FederatedData) -> None:
     from matplotlib.ticker import MaxNLocator
 
     held = [(_categories(examples), len(examples)) for examples in data.clients.values()]
@@ -119,7 +171,6 @@ def plot_partition(data: FederatedData, path: Path) -> None:
     if any(rest) or not bands:
         bands.append(("others" if bands else "", rest))
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     edges = range(len(held) + 1)
     floor = [0] * len(held)
@@ -134,7 +185,3 @@ def plot_partition(data: FederatedData, path: Path) -> None:
     axes.margins(x=0)
     if len(bands) > 1:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    # a fixed salt and no date: equal data gives an equal file
-    with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        build_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], metadata=metadata))

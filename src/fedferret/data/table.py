@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction, instruction_example
-from fedferret.data.partition import Partition
+from fedferret.data.partition import Partition, named_clients
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -166,10 +166,7 @@ class Table(Columns):
         categories = [record.category for record in records]
         known = [category for category in categories if category is not None]
         parts = self.partition.split(len(records), known if len(known) == len(records) else None, key)
-        digits = len(str(len(parts) - 1))
-        return {
-            f"client-{number:0{digits}}": _examples([records[row] for row in part]) for number, part in enumerate(parts)
-        }
+        return {client: _examples(held) for client, held in named_clients(records, parts).items()}
 
 
 def _examples(records: Sequence[_Record]) -> tuple[Example, ...]:
