@@ -114,7 +114,13 @@ def measured(task: str, method: str, alpha: float, seed: int, rate: float) -> It
     if "local-only" in known.baselines:
         baseline = known.baselines["local-only"]
         spread = {name: round(baseline.spread[name], 4) for name in ("client-mean", "worst-tenth")}
-        yield {**head, "method": "local-only", "loss": round(baseline.loss, 4), **spread, "bytes_up_per_client_round": 0}
+        yield {
+            **head,
+            "method": "local-only",
+            "loss": round(baseline.loss, 4),
+            **spread,
+            "bytes_up_per_client_round": 0,
+        }
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +138,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     Args:
         rows: finished ones.
     """
-    lines = ["| data | Dirichlet | method | seeds | test accuracy | clients' mean | worst tenth | up, bytes |", "|" + "---|" * 8]
+    lines = [
+        "| data | Dirichlet | method | seeds | test accuracy | clients' mean | worst tenth | up, bytes |",
+        "|" + "---|" * 8,
+    ]
 
     def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return row["task"], row["alpha"], row["method"]

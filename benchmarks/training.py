@@ -37,9 +37,7 @@ def figures() -> Iterator[Figure]:
     )
     run = Experiment(settings, load(MODEL), load_data(settings))
     client = sorted(run.data.clients)[0]
-    encoded = [
-        template("chat").encode(example, run.loaded.tokenizer, TOKENS) for example in run.data.clients[client]
-    ]
+    encoded = [template("chat").encode(example, run.loaded.tokenizer, TOKENS) for example in run.data.clients[client]]
     tokens = sum(len(example.ids) for example in encoded)
     for precision in ("fp32", "bf16"):
 

@@ -157,7 +157,6 @@ def test_an_export_is_a_folder_that_transformers_loads_with_its_labels(finished:
 
 
 def test_images_train_and_export(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     settings = recipe(
         rounds=3,
         model={"name": "lenet5"},
