@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedferret.core.errors import UserError
-from fedferret.data.examples import Example, FederatedData
+from fedferret.data.examples import Example
 from fedferret.data.label_checks import check_labels
 from fedferret.data.labelled import labelled_image, labelled_text
 
@@ -16,8 +18,8 @@ def texts(*labels: str) -> tuple[Example, ...]:
     return tuple(labelled_text(f"text {number}", label) for number, label in enumerate(labels))
 
 
-def data(held_out: tuple[Example, ...] = (), **clients: tuple[Example, ...]) -> FederatedData:
-    return FederatedData(clients, {"test": held_out}, "a test")
+def data(held_out: tuple[Example, ...] = (), **clients: tuple[Example, ...]) -> Any:
+    return clients, {"test": held_out}
 
 
 GOOD = texts("sport", "weather")
@@ -44,13 +46,13 @@ FAULTS = {
 def test_labelled_data_that_do_not_fit_are_one_line(message: str) -> None:
     faulty, classes = FAULTS[message]
     with pytest.raises(UserError) as error:
-        check_labels(faulty, classes, images=False)
+        check_labels(*faulty, classes, images=False)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_data_that_fit_pass_and_a_site_may_miss_a_class() -> None:
-    check_labels(data(GOOD, a=GOOD, b=texts("sport")), CLASSES, images=False)
-    check_labels(data(a=texts("sport")), CLASSES, images=False, complete=False)
-    check_labels(data(texts("a"), a=texts("a", "A")), ("A", "a"), images=False)  # both are classes
+    check_labels(*data(GOOD, a=GOOD, b=texts("sport")), CLASSES, images=False)
+    check_labels(*data(a=texts("sport")), CLASSES, images=False, complete=False)
+    check_labels(*data(texts("a"), a=texts("a", "A")), ("A", "a"), images=False)  # both are classes
     with pytest.raises(UserError, match="are texts and the model reads images"):
-        check_labels(data(GOOD, a=GOOD), CLASSES, images=True)
+        check_labels(*data(GOOD, a=GOOD), CLASSES, images=True)

@@ -7,32 +7,38 @@ from itertools import chain
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import printable
-from fedferret.data.examples import Example, FederatedData, listed
+from fedferret.data.examples import Example, listed
 from fedferret.data.labelled_batches import labels_of
 
 
-def check_labels(data: FederatedData, classes: Sequence[str], *, images: bool, complete: bool = True) -> None:
+def check_labels(
+    clients: Mapping[str, Sequence[Example]],
+    held_out: Mapping[str, Sequence[Example]],
+    classes: Sequence[str],
+    *,
+    images: bool,
+    complete: bool = True,
+) -> None:
     """Refuse labelled data that cannot be learned or scored.
 
     Args:
-        data: of the clients and the held-out sets.
+        clients: training examples by client.
+        held_out: examples to score by held-out set.
         classes: names of the classes, in the order of their indices.
         images: whether the model reads images; else it reads texts.
-        complete: whether ``data`` has the training examples of all clients; a site sees one client's, which may have
-            few of the classes.
+        complete: whether these are all clients; a site sees itself alone, and may have few of the classes.
 
     Raises:
         UserError: fewer than two classes; an image where text is expected or the reverse; an empty text; labels that
             differ in case or spaces only; a label that is no class; a class that no client has.
     """
     _check_classes(classes)
-    parts = {f"client {listed([name])}": examples for name, examples in data.clients.items()}
-    parts |= {f"held-out set {listed([name])}": examples for name, examples in data.held_out.items()}
-    parts |= {f"held out by {listed([name])}": examples for name, examples in data.kept.items()}
+    parts = {f"client {listed([name])}": examples for name, examples in clients.items()}
+    parts |= {f"held-out set {listed([name])}": examples for name, examples in held_out.items()}
     _check_spelling(parts, classes)
-    training = list(chain.from_iterable(data.clients.values()))
+    training = list(chain.from_iterable(clients.values()))
     labels_of(training, classes, images=images)
-    for examples in (*data.held_out.values(), *data.kept.values()):
+    for examples in held_out.values():
         labels_of(examples, classes, images=images)
     present = {example.response for example in training}
     if complete and len(present) == 1:
