@@ -156,7 +156,8 @@ class Classification(ModelObjective):
         first = next((each for part in (data.clients, data.held_out) for rows in part.values() for each in rows), None)
         images = model in IMAGE_MODELS if first is None else first.image is not None
         models.check_classifier(model, self.pooling, images=images)
-        check_labels(data, self.classes, images=images, complete=complete)
+        held_out = {**data.held_out, **{f"of {client}": rows for client, rows in data.kept.items()}}
+        check_labels(data.clients, held_out, self.classes, images=images, complete=complete)
 
     def skeleton(self, model: str) -> nn.Module:
         """The classifier on the meta device."""
