@@ -80,7 +80,9 @@ def test_a_skeleton_has_the_loaded_models_names_and_shapes(name: str, pooling: s
         ("tiny-encoder", 120_704 + 650),
         ("lenet5", 61_706),
         ("conv4", 1_932_874),
+        ("packaged:minilm", 22_565_376 + 3_850),
         ("packaged:smollm2", 134_515_008 + 5_760),
+        ("packaged:efficientnet-lite0", 3_371_008 + 12_810),
     ],
 )
 def test_a_classifier_of_ten_classes_has_as_many_parameters_as_the_docs_say(name: str, count: int) -> None:
@@ -235,6 +237,7 @@ def test_images_with_another_number_of_channels_are_refused() -> None:
     ("name", "pooling", "images", "message"),
     [
         ("lenet5", None, False, "reads images"),
+        ("packaged:efficientnet-lite0", None, False, "reads images"),
         ("tiny-encoder", None, True, "data are images"),
         ("lenet", None, True, 'did you mean "lenet5"?'),
         ("lenet5", "mean", True, "no pooling"),
@@ -242,6 +245,7 @@ def test_images_with_another_number_of_channels_are_refused() -> None:
         ("packaged:smollm2", "cls", False, "the first token sees no other"),
         ("tiny-encoder", "meen", False, 'did you mean "mean"?'),
         ("owner/name", "meen", False, 'did you mean "mean"?'),
+        ("packaged:minilmm", None, False, 'did you mean "packaged:minilm"?'),
         ("./no/such/folder", None, False, "no such folder"),
     ],
 )
@@ -252,13 +256,13 @@ def test_a_model_that_cannot_classify_the_data_is_refused_before_any_work(
 
 
 def test_what_fits_is_accepted() -> None:
-    for name, pooling in [*TEXTS, ("owner/name", None), ("packaged:smollm2", "mean")]:
+    for name, pooling in [*TEXTS, ("packaged:minilm", None), ("owner/name", None), ("packaged:smollm2", "mean")]:
         models.check_classifier(name, pooling, images=False)
-    for name in ("lenet5", "conv4"):
+    for name in ("lenet5", "conv4", "packaged:efficientnet-lite0"):
         models.check_classifier(name, None, images=True)
 
 
-@pytest.mark.parametrize("name", ["tiny-encoder", "lenet5", "conv4"])
+@pytest.mark.parametrize("name", ["tiny-encoder", "lenet5", "conv4", "packaged:minilm", "packaged:efficientnet-lite0"])
 def test_a_model_that_only_classifies_is_no_language_model(name: str) -> None:
     for action in (models.check, models.load):
         assert name in one_line(lambda action=action: action(name))

@@ -80,7 +80,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class SameConvolution(nn.Conv2d):
-    """A convolution without bias whose output has 1 / stride of the input's size, rounded up."""
+    """A convolution without bias; the output has 1 / stride of the size of the input, rounded up."""
 
     def __init__(self, maps: int, wider: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(maps, wider, kernel, stride=stride, groups=groups, bias=False)
