@@ -1,7 +1,7 @@
 """Classification under skew: central training, local-only, FedAvg, FedProx and Ferret on two data sets.
 
-A row is one method on one data set at one Dirichlet concentration and seed: accuracy and loss on the global test set, mean
-and worst tenth over the clients' own held-out parts, bytes up per client and round. Finished rows are appended to
+A row is one method on one data set at one Dirichlet concentration and seed: accuracy and loss on the global test set,
+mean and worst tenth over the clients' own held-out parts, bytes up per client and round. Finished rows are appended to
 ``benchmarks/results/classification.jsonl`` and never run again, so the command resumes.
 
     python -m benchmarks.classification                      all rows

@@ -22,6 +22,7 @@ HEAD = """# Licences of the dependencies
 
 `make lock` writes this page from what the packages of `requirements.lock` state. `make check` refuses a
 licence that is not in `supply/accepted.toml`. PyTorch's CUDA build adds NVIDIA's libraries, under NVIDIA's own terms.
+Models and data are no dependencies: [models](models.md#licences), [data](data.md).
 
 | package | version | licence |
 |---|---|---|

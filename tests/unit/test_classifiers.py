@@ -80,7 +80,9 @@ def test_a_skeleton_has_the_loaded_models_names_and_shapes(name: str, pooling: s
         ("tiny-encoder", 120_704 + 650),
         ("lenet5", 61_706),
         ("conv4", 1_932_874),
+        ("packaged:minilm", 22_565_376 + 3_850),
         ("packaged:smollm2", 134_515_008 + 5_760),
+        ("packaged:efficientnet-lite0", 3_371_008 + 12_810),
     ],
 )
 def test_a_classifier_of_ten_classes_has_as_many_parameters_as_the_docs_say(name: str, count: int) -> None:
@@ -160,7 +162,7 @@ def test_the_pooling_of_a_model_is_stated(name: str, pooling: str) -> None:
     assert loaded.max_tokens == {"tiny": 2048, "tiny-encoder": 512}[name]
 
 
-def test_an_empty_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_text_is_read() -> None:
     for pooling in ("cls", "mean", "last"):
         loaded = models.classifier("tiny-encoder", 3, pooling)
         assert logits(loaded, tokens(loaded, "")).isfinite().all()
@@ -194,6 +196,22 @@ def test_activations_are_recomputed_to_the_same_gradients() -> None:
     assert all(torch.allclose(gradients[0][name], gradients[1][name]) for name in gradients[0])
     with checkpointed(models.classifier("lenet5", 3).model, True):
         pass
+
+
+@pytest.mark.parametrize(("name", "pooling"), TEXTS)
+def test_plain_sgd_learns_a_word(name: str, pooling: str) -> None:
+    loaded = models.classifier(name, 2, pooling)
+    batch = tokens(loaded, "good abc", "bad abcdef", "good a", "bad bcd")
+    labels, losses = torch.tensor([1, 0, 1, 0]), []
+    for _ in range(15):
+        loss = torch.nn.functional.cross_entropy(loaded.model(batch), labels)
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    assert losses[-1] < 0.2 * losses[0]
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -235,13 +253,15 @@ def test_images_with_another_number_of_channels_are_refused() -> None:
     ("name", "pooling", "images", "message"),
     [
         ("lenet5", None, False, "reads images"),
-        ("tiny-encoder", None, True, "data are images"),
+        ("packaged:efficientnet-lite0", None, False, "reads images"),
+        ("tiny-encoder", None, True, "reads no images"),
         ("lenet", None, True, 'did you mean "lenet5"?'),
         ("lenet5", "mean", True, "no pooling"),
         ("tiny", "cls", False, "the first token sees no other"),
         ("packaged:smollm2", "cls", False, "the first token sees no other"),
         ("tiny-encoder", "meen", False, 'did you mean "mean"?'),
         ("owner/name", "meen", False, 'did you mean "mean"?'),
+        ("packaged:minilmm", None, False, 'did you mean "packaged:minilm"?'),
         ("./no/such/folder", None, False, "no such folder"),
     ],
 )
@@ -252,13 +272,13 @@ def test_a_model_that_cannot_classify_the_data_is_refused_before_any_work(
 
 
 def test_what_fits_is_accepted() -> None:
-    for name, pooling in [*TEXTS, ("owner/name", None), ("packaged:smollm2", "mean")]:
+    for name, pooling in [*TEXTS, ("packaged:minilm", None), ("owner/name", None), ("packaged:smollm2", "mean")]:
         models.check_classifier(name, pooling, images=False)
-    for name in ("lenet5", "conv4"):
+    for name in ("lenet5", "conv4", "packaged:efficientnet-lite0"):
         models.check_classifier(name, None, images=True)
 
 
-@pytest.mark.parametrize("name", ["tiny-encoder", "lenet5", "conv4"])
+@pytest.mark.parametrize("name", ["tiny-encoder", "lenet5", "conv4", "packaged:minilm", "packaged:efficientnet-lite0"])
 def test_a_model_that_only_classifies_is_no_language_model(name: str) -> None:
     for action in (models.check, models.load):
         assert name in one_line(lambda action=action: action(name))
@@ -316,6 +336,37 @@ def test_an_architecture_that_reads_no_text_in_one_pass_is_refused(folder: Path,
     ):
         message = one_line(action)
         assert str(folder) in message and architecture in message and "cannot classify texts" in message
+
+
+@pytest.mark.parametrize("edit", [{"hidden_size": {}}, {"text_config": {"a": 1}}, {"num_attention_heads": 0}])
+def test_a_configuration_of_another_form_is_one_line(folder: Path, edit: dict[str, object]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    for action in (models.classifier, models.classifier_skeleton):
+        assert str(folder) in one_line(lambda action=action: action(str(folder), 3))
+
+
+def test_the_limit_of_tokens_is_that_of_positions_where_a_tokenizer_states_none(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng():
+        RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer = tiny_encoder_tokenizer()
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path)
+    loaded = models.classifier(str(tmp_path), 3)
+    assert loaded.max_tokens == 10  # positions 0 and 1 are those of padding
+    ids = torch.full((1, 10), 70)
+    assert logits(loaded, SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))).isfinite().all()
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

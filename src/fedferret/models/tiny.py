@@ -63,7 +63,7 @@ def random_llama(config: LlamaConfig, key: Key) -> LlamaForCausalLM:
 
     with torch.random.fork_rng(devices=[]):  # transformers initialises the weights too
         model = LlamaForCausalLM(config)
-    draw_transformer(model, key)
+    draw_transformer(model, 0.02, key)
     return model
 
 
@@ -91,7 +91,7 @@ def tiny_encoder(key: Key) -> BertModel:
 
     with torch.random.fork_rng(devices=[]):  # transformers initialises the weights too
         model = BertModel(tiny_encoder_config())
-    draw_transformer(model, key)
+    draw_transformer(model, 1 / 8, key)  # 1/√64: with BERT's 0.02 signals vanish at this width, and SGD stands still
     return model
 
 
