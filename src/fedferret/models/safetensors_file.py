@@ -1,4 +1,4 @@
-"""Writes safetensors files whose bytes are a pure function of names, shapes and values, one slab at a time."""
+"""Writes safetensors files, one slab at a time; the bytes are a pure function of names, shapes and values."""
 
 from __future__ import annotations
 
