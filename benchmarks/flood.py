@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedferret import load_recipe
-from fedferret.runner import update_bytes
+from fedferret.disk import update_bytes
 from fedferret.sites import flower_process, nginx
 from fedferret.sites.control import Control
 from fedferret.sites.credentials import read_server

@@ -90,9 +90,13 @@ class TunedDelta:
 
     def parts(self) -> tuple[ModelObjective, str | None, AnyAlgorithm]:
         """The objective, what of the model was trained, and the method. Raises UserError."""
-        objective = json.loads(self.objective)
-        name, train = objective.pop("name"), objective.pop("train")
-        return build_objective(name, objective), train, build_algorithm(self.method, json.loads(self.settings))
+        try:
+            objective, settings = json.loads(self.objective), json.loads(self.settings)
+            name, train = objective.pop("name"), objective.pop("train")
+            return build_objective(name, objective), train, build_algorithm(self.method, dict(settings))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"the log of {self.method} cannot be applied, its settings are none ({reason})") from None
 
 
 def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -19,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedferret.build import check, load_base, prepare
+from fedferret.build import load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
@@ -30,7 +29,7 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.data.summary import plot_partition, summarise
-from fedferret.disk import kept_states, log_bytes, wire_costs
+from fedferret.disk import log_room
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.per_client import spread
@@ -42,7 +41,6 @@ from fedferret.tracking.environment import write_environment
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import is_finished, read_summary, write_summary
-from fedferret.tracking.units import as_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
 SERVED = "server"  # what `fedferret serve` keeps in a run's folder, from before the run begins
@@ -125,39 +123,6 @@ def finished_summary(recipe: Recipe, out: Path, log: Callable[[str], None]) -> d
         summary = write_summary(out)
         write_report(out)
     return summary
-
-
-def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
-    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
-    recipe, history = experiment.recipe, experiment.recipe.execution.history
-    costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
-    kept = max(cost.client_state_bytes for cost in costs)
-    count = kept_states(len(experiment.data.clients), recipe.rounds, recipe.clients.per_round, history)
-    states = kept * count if experiment.trains_here else 0.0
-    entries = log_bytes([cost.down_most for cost in costs], [4 * weights for weights in tuned], history)
-    there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
-    free = shutil.disk_usage(out).free + there
-    stops = "where the disk is full the run stops, and goes on once there is more"
-    if states > free:
-        log(
-            f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
-            f"{as_bytes(states)} in all, and {out} has room for {as_bytes(free)}: {stops}"
-        )
-    elif states + entries > free:
-        log(
-            f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
-            f"{as_bytes(free - states)}: lower execution.history, or {stops}"
-        )
-
-
-def update_bytes(recipe: Recipe) -> float:
-    """The most bytes of one client's update by the method's formula, over all rounds.
-
-    Raises:
-        UserError: the recipe is known to be wrong.
-    """
-    check(recipe)
-    return max(cost.up_most for cost, _ in map(wire_costs(recipe), range(1, recipe.rounds + 1)))
 
 
 @contextmanager

@@ -198,5 +198,5 @@ def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], rea
 def test_a_language_model_has_no_head_to_train_alone(tmp_path: Path) -> None:
     made = {**tables(tmp_path, model={"name": "tiny", "train": "head"}), "objective": {"name": "next-token"}}
     write_texts(tmp_path)
-    with pytest.raises(UserError, match="has no head of its own"):
+    with pytest.raises(UserError, match="has no head that can be trained alone"):
         check(recipe(**made))

@@ -328,6 +328,8 @@ def test_lines_that_are_no_records_are_passed_over_and_a_server_writes_its_files
         ({"fingerprint": "f" * 64}, "the rebuilt weights have SHA-256"),
         ({"settings": "{"}, "cannot be applied"),
         ({"settings": "7"}, "cannot be applied"),
+        ({"objective": "{"}, "cannot be applied"),
+        ({"objective": "{}"}, "cannot be applied"),
         ({"settings": "{}"}, "cannot be applied"),
         ({"method": "fedavg", "settings": "{}"}, "cannot be applied"),
         ({"method": "no such"}, "no method is called"),

@@ -86,6 +86,7 @@ def test_everything_that_has_settings_has_a_table() -> None:
     kinds = [methods.method(name) for name in methods.catalogue()] + [
         sources.source(name) for name in sources.catalogue()
     ]
+    kinds += [kind for kind in map(objectives.objective, objectives.catalogue()) if dataclasses.fields(kind)]
     wanted = {f"{kind.__module__}.{kind.__name__}" for kind in kinds} | {f"fedferret.{name}" for name in COMMON}
     assert wanted == set(settings_tables())
 

@@ -34,7 +34,7 @@ MAY = {
     "evaluation": {"core", "data", "models", "objectives"},
     "tracking": {"core", "wire", "data"},
     "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "settings"},
-    "sites": {"core", "data", "engines", "resident", "tracking", "config", "runner"},
+    "sites": {"core", "data", "engines", "resident", "tracking", "config", "disk", "runner"},
     "comparison": {"core", "tracking", "build", "config", "estimate", "recipe_file", "runner"},
 }
 

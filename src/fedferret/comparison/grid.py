@@ -20,7 +20,7 @@ from typing import Any
 from fedferret.config import Recipe, from_tables, merged
 from fedferret.core.errors import UserError, nearest
 
-TASK = ("model", "data", "text", "clients")
+TASK = ("model", "data", "objective", "text", "clients")
 PER_METHOD = ("rounds", "algorithm", "pool", "evaluation", "execution")  # what a method may override
 _GRID = ("seeds", "target_loss", "budget_bytes", "methods")
 

@@ -7,7 +7,7 @@ leave it dense and train it beside their own. Its first values follow from the a
 
 Figures, all from sums that add up over any split of the data:
 
-    accuracy             examples whose most likely class is theirs
+    accuracy             examples with the right class as the most likely
     macro-f1             2 hits / (examples + predictions) of each class, the mean over classes that occur in either
     calibration-error    Σ over 15 equal bins of confidence: |hits − summed confidence| / examples (Guo et al., "On
                          Calibration of Modern Neural Networks", ICML 2017, equation 3)

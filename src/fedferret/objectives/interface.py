@@ -127,4 +127,6 @@ class ModelObjective(ABC):
 
     def freeze(self, model: nn.Module) -> None:
         """Leave only the head to be trained. Raises UserError where there is none."""
-        raise UserError(f'model.train="head": the objective {self.name} has no head of its own; leave train out')
+        raise UserError(
+            f'model.train="head": the objective {self.name} has no head that can be trained alone; leave train out'
+        )

@@ -34,11 +34,12 @@ from flwr.superlink.grid import HttpGrid
 
 from fedferret.config import Recipe, load
 from fedferret.core.errors import RunError, TooFewClients, UserError
+from fedferret.disk import update_bytes
 from fedferret.engines.flower import FlowerTransport, Roster
 from fedferret.engines.flower_link import PATIENCE, RECONNECTS, Link
 from fedferret.engines.replay import Protection, SequenceNumbers
 from fedferret.engines.transport import NoSeal
-from fedferret.runner import run, update_bytes
+from fedferret.runner import run
 from fedferret.sites import state
 from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret

@@ -261,9 +261,10 @@ def replay(events: Iterable[Event]) -> Run:
                 losses = _floats(event.get("per_client", {}))
                 seconds, who, moved = _seconds(event["seconds"]), event.get("who", "global"), event.get("bytes", {})
                 clients = {client: _floats(scores) for client, scores in event.get("clients", {}).items()}
-                entry = Evaluation(event["round"], results, seconds, who, losses, moved)
-                primary, unscored = event.get("primary", "loss"), event.get("unscored", {})
-                run.evaluations[event["round"]] = replace(entry, primary=primary, clients=clients, unscored=unscored)
+                scored = event.get("primary", "loss"), clients, event.get("unscored", {})
+                run.evaluations[event["round"]] = Evaluation(
+                    event["round"], results, seconds, who, losses, moved, *scored
+                )
             case "baseline":
                 per_client = _floats(event.get("per_client", {}))
                 spread = _floats(event.get("spread", {}))
