@@ -38,6 +38,7 @@ from fedferret.local.first_order import observing_steps
 from fedferret.tracking import checkpoint, events, folder, rewinding
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
+from fedferret.tracking.figures import headline
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
 from fedferret.tracking.summary import is_finished, read_summary, write_summary
@@ -328,7 +329,7 @@ class Run:
             who="global",
         )
         main = next(iter(scores.results.values()))
-        progress.evaluated(state.round, main["loss"], events.headline(main))
+        progress.evaluated(state.round, main["loss"], headline(main))
 
     @contextmanager
     def _aside(self, progress: Progress, label: str, total: int) -> Iterator[Callable[[], None]]:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 from fedferret.comparison.comparability import Task, task_of
 from fedferret.comparison.grid import Cell, Grid, Row
 from fedferret.comparison.run_status import RunStatus
-from fedferret.tracking.events import Run, headline, read
+from fedferret.tracking.events import Run, read
+from fedferret.tracking.figures import headline
 from fedferret.tracking.summary import read_summary, summarise
 
 TARGET_REDUCTION = 0.9  # the default target is this share of the best row's loss reduction

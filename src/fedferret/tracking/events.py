@@ -297,18 +297,6 @@ def _rewind(run: Run, event: Event) -> None:
     run.status = "rewound"
 
 
-def extra_metrics(scores: Mapping[str, float]) -> dict[str, float]:
-    """A held-out set's figures without its loss, what follows from it, and the number of targets."""
-    hidden = ("loss", "perplexity", "tokens", "examples")
-    return {name: value for name, value in scores.items() if name not in hidden}
-
-
-def headline(scores: Mapping[str, float]) -> dict[str, float]:
-    """The extra figures that progress and the report's head show: over clients, only their mean and worst tenth."""
-    hidden = ("macro-f1", "calibration-error", "deviation", "range")
-    return {name: value for name, value in extra_metrics(scores).items() if name not in hidden}
-
-
 def round_fields(record: RoundRecord) -> dict[str, Any]:
     """The fields of a ``round`` event, from a record of the round loop."""
     losses = [metrics["loss"] for metrics in record.metrics.values() if "loss" in metrics]

@@ -22,7 +22,8 @@ from fedferret.core.errors import UserError
 from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.core.log import RESTORE
 from fedferret.tracking import environment
-from fedferret.tracking.events import Evaluation, Run, extra_metrics, headline, read
+from fedferret.tracking.events import Evaluation, Run, read
+from fedferret.tracking.figures import extra_metrics, headline
 from fedferret.tracking.summary import read_summary, summarise
 from fedferret.tracking.units import as_bytes, as_count, as_duration, as_loss, as_ratio
 

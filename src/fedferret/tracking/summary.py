@@ -16,7 +16,8 @@ from typing import Any
 from fedferret.core.errors import UserError
 from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.tracking import events
-from fedferret.tracking.events import Evaluation, Run, extra_metrics, read
+from fedferret.tracking.events import Evaluation, Run, read
+from fedferret.tracking.figures import extra_metrics
 
 FILE = "summary.json"
 
