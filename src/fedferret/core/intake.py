@@ -129,7 +129,7 @@ class Intake:
         """The pooled sums of all that was accepted."""
         if self._waiting is not None:
             for (client, update), weight in zip(self.accepted.items(), self._weights(), strict=True):
-                self._pool.add(self._waiting.pop(client), weight, update.norm)
+                self._pool.add(self._waiting.pop(client), weight, update.norm, checked=True)  # when it came
             self._waiting = None
         return self._pool.result()
 
