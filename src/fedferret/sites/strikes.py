@@ -107,7 +107,7 @@ class NotingSeal:
 
 
 def blame(run: Path, code: int) -> tuple[str, int]:
-    """Find the site of the message over which the ServerApp ended by an unforeseen error; a strike, if the site made it.
+    """Find the site of the message over which the ServerApp ended by an unforeseen error, and add a strike if due.
 
     Args:
         run: the run's folder.
