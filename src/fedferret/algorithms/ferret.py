@@ -62,7 +62,7 @@ Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 
 @dataclass(frozen=True, kw_only=True)
 class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, FerretReply]):
-    """Projected updates on shared random directions."""
+    """Projected updates on shared random directions. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "ferret"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
