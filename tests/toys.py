@@ -300,6 +300,7 @@ def simulate(
     task: Task | None = None,
     keeps_states: bool = True,
     history: int = 10,
+    on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
 ) -> Simulation:
     """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
@@ -324,7 +325,8 @@ def simulate(
     if state.round >= (until or rounds_):
         return simulation
     save = (lambda record: checkpoint.save(folder, state)) if folder else (lambda record: None)
-    for record in rounds.run(running, [name for name in data if name not in state.retired], state, plan, save=save):
+    clients = [name for name in data if name not in state.retired]
+    for record in rounds.run(running, clients, state, plan, on_outcome, save):
         simulation.records.append(record)
         if record.round == until:
             break

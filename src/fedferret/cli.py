@@ -156,6 +156,7 @@ def rewind(
 
     DIR is the run's folder. The rounds after ROUND are discarded; the command that ran them runs them again.
     The last 10 rounds can be undone (`execution.history`). Sites need no attention: they follow at the next request.
+    The present round discards nothing: sites then accept a restored copy that they refused as one of an earlier day.
     """
     with one_line_errors():
         with quick_imports():

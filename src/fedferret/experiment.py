@@ -239,7 +239,7 @@ class Experiment(Parts):
         Args:
             state: changed in place.
             engine: of this experiment.
-            on_outcome: called with every client's reply or failure.
+            on_outcome: called with every client's reply or failure, in every exchange of a round.
             on_round: called with a round's record just before the checkpoint: a round that a crash undoes is run again,
                 and the call repeated.
 

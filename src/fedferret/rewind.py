@@ -30,7 +30,8 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
 
     Args:
         out: the run's folder; no process may use it.
-        to: the round; those after it are discarded, and run again by the run's command.
+        to: the round; those after it are discarded, and run again by the run's command. The present round discards
+            nothing: with the folder of an earlier day, which sites refuse, the run goes on from there.
         without: a client that is not sampled from the next round on.
         log: called with lines for the terminal.
 
@@ -53,8 +54,6 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
         check_begun(out)
         events.read(out), read_summary(out)  # damage is found now, while nothing is changed
         rewinding.log_rewind(out)  # an earlier command may have been killed in the middle
-        if to == now.round and without is None:
-            raise UserError(f"{out} is at round {to}: nothing to rewind; give an earlier round with --to")
         then = rewinding.past_progress(out, now, to, recipe.execution.history)
         if without is not None:
             check_left(recipe, without, now.retired)

@@ -22,7 +22,7 @@ from fedferret.build import load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.exchanges import Failure, Reply
+from fedferret.core.exchanges import ClientUpdate, Failure, Reply
 from fedferret.core.files import write_atomically
 from fedferret.core.log import RESTORE
 from fedferret.core.mapped import MappedTree
@@ -299,7 +299,7 @@ class Run:
 
     def _outcome(self, outcome: Reply | Failure) -> None:
         self.on_client("")
-        if isinstance(outcome, Reply):
+        if isinstance(outcome, Reply) and isinstance(outcome.body, ClientUpdate):
             self.loss = outcome.body.metrics.get("loss", math.nan)
 
     def _evaluate(self, state: RunState, engine: Engine, progress: Progress) -> None:

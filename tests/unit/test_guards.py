@@ -100,6 +100,21 @@ def test_a_masked_sum_is_the_mean_in_fixed_point_wherever_the_clients_are(
     assert all(record.failures == () for record in run.records)
 
 
+def test_every_reply_of_every_exchange_is_read_to_its_end_before_the_next() -> None:
+    """Between a client's start and its outcome, an error of the server is booked against the client."""
+    heard: list[tuple[str, str]] = []
+
+    def engine(data: Any, given: Any, store: Any) -> InProcess:
+        return InProcess(data, given, store, lambda client: heard.append(("start", client)))
+
+    guarded(
+        EQUAL, [ToySecureSum()], engine=engine, on_outcome=lambda outcome: heard.append(("outcome", outcome.client))
+    )
+    assert len(heard) == 2 * 4 * 2 * 3, "of two rounds with four exchanges, start and outcome of three clients"
+    for (what, client), (end, same) in zip(heard[::2], heard[1::2], strict=True):
+        assert (what, end, client) == ("start", "outcome", same)
+
+
 class LosesAfterMasking(InProcess):
     """Client "b" sends its masked sum too late: the server hears of it no more."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedferret.bases import native
 from fedferret.bases.basis import Basis
+from fedferret.bases.rotation import rotate, rotate_back
 from fedferret.bases.sign_buckets import SignBuckets
 from fedferret.bases.truncated_normal import TruncatedNormal
 from fedferret.core.keys import Key
@@ -213,6 +214,21 @@ def test_a_library_is_built_once_and_complete_under_concurrent_builds(tmp_path: 
     assert torch.equal(sums, SignBuckets().project(delta, 7, KEY))
     built = path.stat().st_mtime_ns
     assert native.build(path.parent) == path and path.stat().st_mtime_ns == built
+
+
+@compiled_only
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 255, 256, 4095, 4096, 8192, 8193, 84_992, 131_072])
+def test_rotations_are_bit_equal_to_the_fallback_and_leave_their_input(count: int) -> None:
+    wide = heavy_tailed(2 * count)
+    wide[0] = -0.0
+    before = wide.clone()
+    for values in (wide[:count], wide[::2], wide[:count].double()):
+        turned, back = rotate(values, KEY), rotate_back(values, KEY)
+        with fallback():
+            expected = rotate(values, KEY), rotate_back(values, KEY)
+        for one, other in zip((turned, back), expected, strict=True):
+            assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+    assert torch.equal(wide, before)
 
 
 PROGRAM = """

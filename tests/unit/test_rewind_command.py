@@ -64,7 +64,9 @@ def test_a_finished_run_is_rewound_and_run_again_and_what_was_sent_stays_counted
     sent = sum(sum(summary(out)[f"bytes_{way}_by_round"][2:]) for way in ("up", "down"))
     result = CliRunner().invoke(app, ["rewind", str(out), "--to", "2"])
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{out} is at round 2, epoch 1. Discarded: rounds 3 to 4 (")
+    (epoch,) = [each.epoch for each in events.read(out).rewinds]
+    assert result.stdout.startswith(f"{out} is at round 2, epoch {epoch}. Discarded: rounds 3 to 4 (")
+    assert epoch > 1_700_000_000, "a time: higher than that of any copy that was rewound before"
     assert "`fedferret run` or `serve`" in result.stdout
     assert (summary(out)["status"], summary(out)["rounds"], summary(out)["bytes_discarded"]) == ("rewound", 2, sent)
     run(recipe, out, silent)
@@ -85,15 +87,27 @@ def test_whatever_stops_the_command_the_run_goes_on_and_the_event_log_knows(
         with power_cut(monkeypatch, moment), pytest.raises(PowerCut):
             rewind(folder, 3, log=silent)
         now = checkpoint.progress(folder)
-        assert now is not None and (now.round, now.epoch) == ((3, 1) if moment else (4, 0))
+        assert now is not None and (now.round, now.epoch > 0) == ((3, True) if moment else (4, False))
         if moment in (0, 1, len(changes) - 1):
             run(recipe, folder, silent)
             assert figures(folder) == figures(whole[1])
         else:
-            with pytest.raises(UserError, match="is at round 3: nothing to rewind"):
-                rewind(folder, 3, log=silent)
-        known = events.read(folder).rewinds
-        assert [(each.round, each.epoch, each.discarded) for each in known] == ([(3, 1, (4,))] if moment else [])
+            rewind(folder, 3, log=silent)
+        first = events.read(folder).rewinds[:1]
+        assert [(each.round, each.epoch, each.discarded) for each in first] == (
+            [(3, now.epoch, (4,))] if moment else []
+        )
+
+
+def test_the_present_round_discards_nothing_and_begins_an_epoch(
+    whole: tuple[Recipe, Path], copy: tuple[Recipe, Path]
+) -> None:
+    recipe, out = copy
+    said: list[str] = []
+    found = rewind(out, ROUNDS, log=said.append)
+    assert (found.round, found.discarded, found.bytes) == (ROUNDS, (), 0) and "Discarded: no round." in said[0]
+    run(recipe, out, silent)
+    assert figures(out) == figures(whole[1])
 
 
 def test_a_retired_site_is_asked_no_more(copy: tuple[Recipe, Path]) -> None:
@@ -142,7 +156,6 @@ def _foreign(out: Path) -> None:
     [
         (silent, 1, None, r"round 1 is no longer kept: this run keeps rounds 2 to 4 \(execution.history = 2\)"),
         (silent, 9, None, "round 9 is not reached yet: this run is at round 4"),
-        (silent, 4, None, "is at round 4: nothing to rewind; give an earlier round with --to"),
         (silent, 2, "dov", "--without dov: is no site of this run; allowed: ann, bo, cleo"),
         (_unfinished, 2, None, "no round is finished yet, so there is nothing to rewind"),
         (_foreign, 2, None, "not a run folder, it has no recipe.toml"),

@@ -20,11 +20,11 @@ from unit.test_checkpoint import PowerCut, power_cut
 ROWS = ["fedavg", "ferret-error-feedback", "drift", "hermits", "two-stages"]
 
 
-def back(folder: Path, round: int) -> None:
-    """Rewind the run in a folder."""
+def back(folder: Path, round: int, time: float = 0.0) -> None:
+    """Rewind the run in a folder at a time; at time 0 the epochs are 1, 2, ..."""
     now = checkpoint.progress(folder)
     assert now is not None
-    rewind(folder, past_progress(folder, now, round, 10))
+    rewind(folder, past_progress(folder, now, round, 10, lambda: time))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -60,6 +60,23 @@ def test_a_request_of_an_earlier_epoch_is_refused_and_changes_nothing(tmp_path: 
         run(tmp_path)
 
 
+def test_a_copy_from_before_a_rewinding_goes_on_once_it_is_rewound_to_its_present_round(tmp_path: Path) -> None:
+    """Sites know the epoch of another rewinding, and records that the copy never had."""
+    run(tmp_path, until=3)
+    shutil.copytree(tmp_path / "server", tmp_path / "copy")
+    back(tmp_path / "server", 2, 1000.7)
+    assert run(tmp_path).state.node.epoch == 1000
+    shutil.rmtree(tmp_path / "server")
+    (tmp_path / "copy").rename(tmp_path / "server")
+    back(tmp_path / "server", 3, 1001.0)
+    said: list[str] = []
+    again = run(tmp_path, log=said.append)
+    assert again.public == reference("ferret-error-feedback").public and not said
+    assert [record.round for record in again.records] == [4] and not again.records[0].failures
+    back(tmp_path / "server", 4, 900.0)  # the clock was set back
+    assert run(tmp_path).state.node.epoch == 1002
+
+
 def test_a_site_that_is_ahead_of_the_server_in_the_same_epoch_rebuilds(tmp_path: Path) -> None:
     said: list[str] = []
     run(tmp_path, until=2)

@@ -1,12 +1,9 @@
-"""Requests and responses are signed and numbered: a forgery is dropped and its request repeated, a replay refused."""
+"""Requests and responses are signed: what another made is dropped, and its request repeated."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
 import tarfile
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from contract.methods import METHODS, reference
+from contract.methods import reference
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.exchanges import Train
-from fedferret.core.task import Examples
-from fedferret.engines.replay import Protection, SequenceNumbers
-from fedferret.engines.trainer import Trainer
-from fedferret.engines.transport import SERVER, NoSeal, Received, Request, Response
+from fedferret.engines.replay import Protection
+from fedferret.engines.transport import SERVER, Received
 from fedferret.sites import certificates, signing
 from fedferret.sites.archive import unpack
 from fedferret.sites.certificates import Clock, Pair
 from fedferret.sites.credentials import read_server, read_site
 from fedferret.sites.pki import Authority, Validity
-from fedferret.sites.signing import ServerSeal, SiteSeal
 from fedferret.sites.signing_keys import read_private
 from fedferret.wire import codec
-from toy_sites import BASE, RECIPE, Direct, simulate_sites, toy_trainer
-from toys import Simulation, toy_clients
+from toy_sites import simulate_sites
+from toys import toy_clients
+from unit.signed import METHOD, NAMES, ROUNDS, issued, server_seal, signed_run, signed_sites, site_seal
 
-NAMES = ("a", "b", "c")
-METHOD, ROUNDS = METHODS["ferret"], 4
-RUN = hashlib.sha256(RECIPE.encode()).hexdigest()
 MESSAGE = codec.encode((1, "a message of either direction"))
 
 
@@ -50,25 +41,13 @@ def ago(days: float) -> Clock:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    made = Authority.create(tmp_path_factory.mktemp("signing") / "pki", ["127.0.0.1"])
-    for name in NAMES:
-        made.issue(name)
-    return made
+    return issued(tmp_path_factory.mktemp("signing"))
 
 
 @pytest.fixture
 def fresh(authority: Authority, tmp_path: Path) -> Authority:
     """A copy, to be changed."""
     return Authority(Path(shutil.copytree(authority.folder, tmp_path / "pki")))
-
-
-def server_seal(authority: Authority) -> ServerSeal:
-    return ServerSeal(read_server(authority.folder))
-
-
-def site_seal(authority: Authority, folder: Path, name: str = "a", **options: Any) -> SiteSeal:
-    folder.mkdir(exist_ok=True)
-    return SiteSeal(read_site(authority.folder / "sites" / name), folder, **options)
 
 
 def refusal(seal: Any, sealed: bytes, sender: str = SERVER) -> str:
@@ -202,40 +181,6 @@ def test_credentials_of_an_earlier_fedferret_are_refused_with_the_command_that_r
 
 
 # ---- a run over signed messages
-
-
-def signed_sites(authority: Authority, root: Path, tamper: Any = None, trained: list[str] | None = None) -> Any:
-    """Toy sites with seals; ``trained`` is given what each does with a request."""
-
-    def log(name: str) -> Callable[[Mapping[str, Any]], None]:
-        def note(event: Mapping[str, Any]) -> None:
-            if trained is not None and event["what"] == "done" and "the same response" not in event["note"]:
-                trained.append(f"{name} {event['round']}")
-
-        return note
-
-    def make(data: Mapping[str, Examples]) -> Direct:
-        trainers = {}
-        for name, rows in data.items():
-            seal = site_seal(authority, root / name, name)
-            options: dict[str, Any] = {"on_message": log(name), "seal": seal}
-            trainers[name] = toy_trainer(METHOD, ROUNDS, {name: rows}, root / name, name, **options)
-        transport = Direct(trainers, repeats=5)
-        transport.tamper = tamper or transport.tamper
-        return transport
-
-    return make
-
-
-def signed_run(authority: Authority, root: Path, tamper: Any = None, **options: Any) -> tuple[Simulation, list[str]]:
-    """A run over signed messages, and its lines."""
-    lines: list[str] = []
-    protection = Protection(server_seal(authority), SequenceNumbers(root / "sequence"))
-    trained = options.pop("trained", None)
-    made = signed_sites(authority, root, tamper, trained)
-    return simulate_sites(METHOD, ROUNDS, made, log=lines.append, protection=protection, **options), lines
-
-
 def test_a_signed_run_has_the_bits_of_one_process_and_the_ledger_counts_no_signature(
     authority: Authority, tmp_path: Path
 ) -> None:
@@ -337,103 +282,3 @@ def test_a_server_that_a_site_does_not_know_is_told_so_at_once(authority: Author
     protection = Protection(server_seal(other))
     with pytest.raises(RunError, match=r"did not take the request: ValueError: the certificate .* another authority"):
         simulate_sites(METHOD, ROUNDS, made, protection=protection)
-
-
-# ---- replays
-
-
-def request(sequence: int, **changes: Any) -> bytes:
-    """A request for the first round."""
-    head = {"run": RUN, "epoch": 0, "round": 1, "ticket": "t", "client": "a", "recipe": RECIPE, "base": BASE}
-    state = {"version": 0, "fingerprint": "", "snapshot": b"", "records": (), "counted": 0, "rebuild": False}
-    return codec.encode(Request(**{**head, **state, "private": b"", "body": Train(1), "sequence": sequence, **changes}))
-
-
-def trainer(folder: Path, built: list[str] | None = None, seal: Any = None) -> Trainer:
-    return toy_trainer(METHOD, ROUNDS, {"a": toy_clients()["a"]}, folder, "a", built=built, seal=seal)
-
-
-def ask(site: Trainer, message: bytes) -> Response:
-    response = codec.decode(site.handle(message))
-    assert isinstance(response, Response)
-    return response
-
-
-@pytest.mark.parametrize("kind", ["signed", "insecure"])
-def test_the_same_request_has_the_same_bytes_and_no_second_training_after_a_restart_too(
-    kind: str, authority: Authority, tmp_path: Path
-) -> None:
-    seal = site_seal(authority, tmp_path) if kind == "signed" else NoSeal()
-    message = server_seal(authority).close(request(5)) if kind == "signed" else request(5)
-    built: list[str] = []
-    site = trainer(tmp_path, built, seal)
-    first = site.handle(message)
-    assert site.handle(message) == first == trainer(tmp_path, built, seal).handle(message)
-    assert built == [RECIPE], "the restarted trainer did not even build its model"
-
-
-def test_a_request_of_before_is_refused_whatever_came_since_a_restart_too(tmp_path: Path) -> None:
-    site = trainer(tmp_path)
-    assert ask(site, request(5)).status == ask(site, request(7)).status == "done"
-    for each in (site, trainer(tmp_path)):
-        for old in (request(5), request(6), request(7, ticket="another")):
-            late = ask(each, old)
-            assert late.status == "refused" and re.search("number [567] came after number 7", late.reason)
-    assert ask(site, request(7)).status == "done", "a refusal does not take the place of the response"
-
-
-def test_a_request_to_another_site_and_one_without_a_number_count_for_nothing(tmp_path: Path) -> None:
-    site = trainer(tmp_path)
-    assert "this site works for a, and the request is for b" in ask(site, request(9, client="b")).reason
-    for sequence in (0, -1, 1 << 63):
-        assert "came with the number" in ask(site, request(sequence)).reason
-    assert ask(site, request(5)).status == "done"
-
-
-def test_a_trainer_that_was_killed_at_work_does_it_when_the_request_comes_again(tmp_path: Path) -> None:
-    def killed(recipe: str, folder: Path | None) -> Any:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(killed, tmp_path, "a").handle(request(5))
-    assert ask(trainer(tmp_path), request(4)).status == "refused"
-    assert ask(trainer(tmp_path), request(5)).status == "done"
-    (tmp_path / "response.last").write_bytes((tmp_path / "response.last").read_bytes()[:-1])
-    assert ask(trainer(tmp_path), request(5)).status == "done", "a damaged response is made again"
-    (tmp_path / "request.last").write_bytes(b"")
-    with pytest.raises(UserError, match=r"request\.last is damaged"):
-        trainer(tmp_path)
-
-
-def test_numbers_ascend_over_restarts_restored_folders_and_clocks_that_are_set_back(tmp_path: Path) -> None:
-    path, now = tmp_path / "server" / "sequence", [1000.0]
-
-    def numbers() -> SequenceNumbers:
-        return SequenceNumbers(path, lambda: now[0])
-
-    first = numbers()
-    assert [first.next(), first.next()] == [1_000_000, 1_000_001]
-    restored = path.read_bytes()
-    now[0] = 900.0  # the clock is set back
-    assert numbers().next() == 1_000_002
-    now[0] = 2000.0
-    newest = numbers().next()
-    path.write_bytes(restored)  # an operator restores the folder of an earlier day
-    now[0] = 2001.0
-    assert numbers().next() > newest
-    path.write_bytes(b"12a")
-    with pytest.raises(RunError, match="sequence is damaged: delete it"):
-        numbers()
-
-
-def test_a_restored_server_goes_on_with_sites_that_worked_for_it_since(authority: Authority, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    signed_run(authority, tmp_path, folder=folder, until=1)
-    shutil.copytree(folder, tmp_path / "backup")
-    shutil.copy(tmp_path / "sequence", tmp_path / "backup.sequence")
-    signed_run(authority, tmp_path, folder=folder, until=3)
-    shutil.rmtree(folder)
-    shutil.move(tmp_path / "backup", folder)
-    shutil.move(tmp_path / "backup.sequence", tmp_path / "sequence")
-    run, _ = signed_run(authority, tmp_path, folder=folder)
-    assert run.public == reference("ferret").public

@@ -57,7 +57,7 @@ class FedAvgEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
-    """The weighted mean of the clients' updates of all weights."""
+    """The weighted mean of the clients' updates of all weights. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg"
     server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
@@ -99,7 +99,20 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         return ClientReply(delta, None, trained.metrics)
 
     def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> Trained:
-        """The local steps, in place in ``task.model``; FedProx differs here alone."""
+        """Take the local steps, in place in ``task.model``; FedProx differs here alone.
+
+        Args:
+            task: its model has the weights of ``public``.
+            public: the public state after the round before.
+            data: the client's examples.
+            key: draws the order of the examples.
+
+        Returns:
+            The training's metrics.
+
+        Raises:
+            TrainingRefused: the client has no examples, or its loss is not finite.
+        """
         return self.training.train(task, data, key)
 
     def server_update(

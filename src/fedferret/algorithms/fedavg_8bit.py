@@ -67,7 +67,7 @@ class QuantizedEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDelta]):
-    """The weighted mean of updates in 8 bits a weight."""
+    """The weighted mean of updates in 8 bits a weight. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg-8bit"
     bits: Literal[8, 4, 2, 1] = 8  # of a weight's update, up

@@ -66,7 +66,7 @@ class TopKEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
-    """The weighted mean of the clients' largest updates."""
+    """The weighted mean of the clients' largest updates. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg-top-k"
     fraction: float = 0.01  # k/d; Aji and Heafield (2017) and most since send one in a hundred
@@ -86,7 +86,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         return Pooling.EACH
 
     def num_kept(self, num_weights: int) -> int:
-        """k."""
+        """How many of ``num_weights`` weights a client sends: k, at least 1."""
         return max(1, round(self.fraction * num_weights))
 
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:

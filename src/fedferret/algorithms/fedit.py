@@ -97,7 +97,12 @@ def product_gap(clients: Sequence[Factors], weights: Sequence[float]) -> float:
 
         ‖Σ p_j B_j A_j − (Σ p_j B_j) (Σ p_j A_j)‖ / ‖Σ p_j B_j A_j‖,    p_j = weight j / all weights
 
-    0 where all A, or all B, are equal. Every client has the same modules.
+    Args:
+        clients: the factors of each, by module; every client has the same modules.
+        weights: one per client, positive, on any scale.
+
+    Returns:
+        The gap, a share of 1; 0 where all A, or all B, are equal.
     """
     shares = [weight / sum(weights) for weight in weights]
     gap = size = 0.0

@@ -45,7 +45,7 @@ _SHORT = 2**15  # numbers below it take two bytes
 
 @dataclass(frozen=True, kw_only=True)
 class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Walk]):
-    """Zeroth-order walks along K shared directions."""
+    """Zeroth-order walks along K shared directions. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedkseed"
     pool_size: int = 4096  # K, the paper's
@@ -162,13 +162,29 @@ class FedKSeedPro(FedKSeed):
 
 
 def probabilities(magnitudes_K: Tensor) -> Tensor:
-    """Softmax of the magnitudes scaled to [0, 1], fp64 (K,); equal ones give equal probabilities."""
+    """Softmax of the magnitudes scaled to [0, 1]; equal ones give equal probabilities.
+
+    Args:
+        magnitudes_K: of each seed's projected gradients, at least 0, any float dtype, shape (K,).
+
+    Returns:
+        fp64, shape (K,), with the sum 1.
+    """
     above = magnitudes_K.double() - magnitudes_K.min()
     return torch.softmax(above / (above.max() + 1e-10), 0)  # 1e-10: the published guard against a division by zero
 
 
 def drawn(probabilities_K: Tensor, count: int, key: Key) -> Tensor:
-    """``count`` numbers below K with these probabilities, with replacement: int64 (count,)."""
+    """Draw with replacement.
+
+    Args:
+        probabilities_K: on any scale, at least 0, shape (K,).
+        count: of draws.
+        key: of the draws.
+
+    Returns:
+        Numbers below K, int64, shape (count,).
+    """
     cumulative = probabilities_K.cumsum(0)
     found = torch.searchsorted(cumulative, key.uniform(count) * cumulative[-1], right=True)
     return found.clamp_(max=len(cumulative) - 1)  # a product may round up to the last bound

@@ -39,7 +39,15 @@ class FedProx(FedAvg):
 
 
 def pull(anchor: Mapping[str, Tensor], mu: float) -> Adjust:
-    """An adjustment that adds μ (w - anchor) to every gradient."""
+    """The proximal term's part of the gradient.
+
+    Args:
+        anchor: the weights that training began from, by name.
+        mu: μ, at least 0.
+
+    Returns:
+        An adjustment that adds μ (w - anchor) to every gradient.
+    """
 
     @torch.no_grad()
     def adjust(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.ferret_messages import (
@@ -63,7 +62,7 @@ Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 
 @dataclass(frozen=True, kw_only=True)
 class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, FerretReply]):
-    """Projected updates on shared random directions."""
+    """Projected updates on shared random directions. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "ferret"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -136,7 +135,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
         projector = self.projector(public)
         counts = projector.counts(decode_norms(self._norms(public, payload)))
         rate = scheduled(self.schedule, self.server_learning_rate, public.round + 1, task.rounds)
-        return rate * projector.reconstructed_norm(payload.coordinates.unpack(), counts)
+        return rate * projector.reconstructed_norm(payload.unpacked, counts)
 
     def init(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to move alike."""
@@ -180,7 +179,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
         projector = self.projector(public)
         check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, len(projector.blocks))
         self.coding.check(payload.coordinates, sum(projector.counts(decode_norms(self._norms(public, payload)))))
-        if isinstance(payload, KeyedReply) and not torch.isfinite(payload.coordinates.unpack()).all():
+        if isinstance(payload, KeyedReply) and not self.coding.is_finite(payload.coordinates):
             raise NotFinite("coordinates holds NaN or infinity")  # it travels on as it came, and is not pooled
 
     def accept_sum(self, task: Task, public: FerretPublic, sum: DecodedCoordinates) -> None:

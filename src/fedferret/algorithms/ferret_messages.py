@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, TypeAlias
 
 import torch
@@ -60,9 +61,14 @@ class SharedReply(Payload[DecodedCoordinates]):
     coordinates: Code
     norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,)
 
+    @cached_property
+    def unpacked(self) -> Tensor:
+        """The coordinates, fp32, shape (K,), not to be changed; decoded once for the norm and for the pool."""
+        return self.coordinates.unpack()
+
     def decoded(self) -> DecodedCoordinates:
         """The values behind the codes."""
-        return DecodedCoordinates(self.coordinates.unpack(), torch.tensor(decode_norms(self.norms)))
+        return DecodedCoordinates(self.unpacked, torch.tensor(decode_norms(self.norms)))
 
     def encoded(self, sum: DecodedCoordinates, key: Key) -> SharedReply:
         """Other coordinates in the same code."""
@@ -77,6 +83,11 @@ class KeyedReply(Payload["KeyedReply"]):
     coordinates: Code
     norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,); this client's allocation follows from them
     key: int
+
+    @property
+    def unpacked(self) -> Tensor:
+        """The coordinates, fp32, shape (K,); not kept, since the pool keeps every client's reply."""
+        return self.coordinates.unpack()
 
 
 @message

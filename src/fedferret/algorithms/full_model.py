@@ -19,7 +19,15 @@ class UpdateRefused(RuntimeError):
 
 @contextmanager
 def loaded(task: Task, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The task's model with these weights in it."""
+    """The task's model with these weights in it.
+
+    Args:
+        task: its working model is overwritten.
+        weights: by the model's names, of any types and devices.
+
+    Returns:
+        A context that gives the model; nothing is put back after it.
+    """
     tree.copy_(tree.parameters(task.model), weights)
     yield task.model
 
@@ -30,6 +38,9 @@ def deltas(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str
     Args:
         before: the weights that training began from.
         after: the trained model.
+
+    Yields:
+        Each name with its update, on the device of the trained weight.
 
     Raises:
         UpdateRefused: a tensor holds NaN or infinity.
@@ -43,6 +54,11 @@ def deltas(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str
 
 def check_finite(norms: Iterable[float], before: Mapping[str, Tensor], after: nn.Module) -> None:
     """Look at an update again where its norms are not finite: NaN and infinity survive into them.
+
+    Args:
+        norms: of parts of the update, which together are all of it.
+        before: the weights that training began from.
+        after: the trained model.
 
     Raises:
         UpdateRefused: names the tensor.

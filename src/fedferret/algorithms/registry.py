@@ -33,12 +33,26 @@ _METHODS: dict[str, tuple[str, str, str]] = {
 
 
 def catalogue() -> dict[str, str]:
-    """Every method's name with one line on it."""
+    """List the methods; none is imported.
+
+    Returns:
+        One line on each method, by its name in recipes.
+    """
     return {name: line for name, (_, _, line) in _METHODS.items()}
 
 
 def method(name: str) -> type[Algorithm[Any, Any, Any, Any, Any]]:
-    """The dataclass of that method's settings; ``UserError`` for a name that is none."""
+    """Import a method.
+
+    Args:
+        name: in recipes.
+
+    Returns:
+        The method's class; its fields are the settings.
+
+    Raises:
+        UserError: no method has this name.
+    """
     if name not in _METHODS:
         raise UserError(f'no method is called "{name}": {nearest(name, _METHODS)}')
     module, attribute, _ = _METHODS[name]

@@ -30,6 +30,6 @@ def fold_rows_(values_RN: Tensor) -> Tensor:
     rows = values_RN.shape[0]
     while rows > 1:
         half = rows // 2
-        values_RN[:half] += values_RN[rows - half : rows]
+        values_RN[:half].add_(values_RN[rows - half : rows])
         rows -= half
     return values_RN[0]

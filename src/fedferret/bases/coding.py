@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from fedferret.bases.quantise import Packed, num_bytes, pack_vector
 from fedferret.bases.top_one import TopOneCode, encode_top_one, top_one_bytes
 from fedferret.core.keys import Key
+from fedferret.core.pooling import within
 
 Code: TypeAlias = Packed | TopOneCode
 
@@ -70,6 +73,23 @@ class Coding:
         code.check()
         if code.length != length:
             raise ValueError(f"{code.length} coordinates came, {length} were expected")
+
+    def is_finite(self, code: Code) -> bool:
+        """Check the values of a code that ``check`` took.
+
+        A rotation keeps the norm, so no sum that undoes it is above that of all magnitudes: a code below 8 bits is
+        decoded only where its scale is huge.
+
+        Args:
+            code: of this coding.
+
+        Returns:
+            Whether no coordinate is NaN or infinite.
+        """
+        rotated = isinstance(code, TopOneCode) or code.bits < 8
+        if rotated and 4 * code.scale * code.length < torch.finfo(torch.float32).max:  # a level is below 3 scales
+            return True
+        return within(code.unpack(), math.inf)
 
     @classmethod
     def of(cls, code: Code) -> Coding:

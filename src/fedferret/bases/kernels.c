@@ -40,16 +40,20 @@ static inline float negated_where(float value, uint32_t word, unsigned bit) {
     return value;
 }
 
+/* the words that hold the signs of a tile */
+static inline void look_up(Signs *signs, int64_t tile) {
+    if (tile == signs->tile) return;
+    for (int i = 0; i < LANES; i++)
+        signs->words[i] = mix(mix(((uint32_t)(tile * LANES) + (uint32_t)i) ^ signs->low) ^ signs->high);
+    signs->tile = tile;
+}
+
 /* target[i] += values[i] with the sign of position start + i */
 static void add_signed(float *restrict target, const float *restrict values, int64_t count, int64_t start,
                        Signs *signs) {
     for (int64_t done = 0; done < count;) {
         const int64_t position = start + done, tile = position / TILE, lane = position % LANES;
-        if (tile != signs->tile) {
-            for (int i = 0; i < LANES; i++)
-                signs->words[i] = mix(mix(((uint32_t)(tile * LANES) + (uint32_t)i) ^ signs->low) ^ signs->high);
-            signs->tile = tile;
-        }
+        look_up(signs, tile);
         const unsigned bit = (unsigned)(position / LANES % 32);
         const int64_t run = least(LANES - lane, count - done);
         const uint32_t *restrict words = signs->words + lane;
@@ -74,6 +78,17 @@ void sign_project(const float *delta, int64_t count, int64_t start, float *accum
     }
 }
 
+/* target += the sum of the rows of values: fold_rows_ of arithmetic.py */
+void fold_rows(float *restrict target, float *restrict values, int64_t rows, int64_t columns) {
+    while (rows > 1) {
+        const int64_t half = rows / 2;
+        const float *restrict later = values + (rows - half) * columns;
+        for (int64_t i = 0; i < half * columns; i++) values[i] += later[i];
+        rows -= half;
+    }
+    for (int64_t i = 0; i < columns; i++) target[i] += values[i];
+}
+
 /* target at p += signed coordinates[p mod buckets] */
 void sign_expand(float *target, int64_t count, int64_t start, const float *coordinates, int64_t buckets, uint32_t low,
                  uint32_t high) {
@@ -83,6 +98,51 @@ void sign_expand(float *target, int64_t count, int64_t start, const float *coord
         const int64_t from = greatest(start, row), to = least(stop, row + buckets);
         add_signed(target + (from - start), coordinates + (from - row), to - from, from, &signs);
     }
+}
+
+/* ---- rotations ---- */
+
+/* values[p] with the sign of position p */
+static void flip_signs(float *values, int64_t count, uint32_t low, uint32_t high) {
+    Signs signs = {low, high, -1, {0}};
+    for (int64_t from = 0; from < count; from += LANES) {
+        look_up(&signs, from / TILE);
+        const unsigned bit = (unsigned)(from / LANES % 32);
+        const int64_t run = least(LANES, count - from);
+        for (int64_t i = 0; i < run; i++) values[from + i] = negated_where(values[from + i], signs.words[i], bit);
+    }
+}
+
+/* the Hadamard transform of 2^m values, unscaled: the additions of rotation.py, one CHUNK after the other where they
+   stay within it, so that they find their values in the L1 cache */
+static void transform(float *values, int64_t length) {
+    if (length > CHUNK) {
+        transform(values, length / 2);
+        transform(values + length / 2, length / 2);
+    }
+    for (int64_t half = length > CHUNK ? length / 2 : 1; half < length; half *= 2)
+        for (int64_t pair = 0; pair < length; pair += 2 * half) {
+            float *restrict one = values + pair, *restrict other = one + half;
+            for (int64_t i = 0; i < half; i++) {
+                const float a = one[i], b = other[i];
+                one[i] = a + b;
+                other[i] = a - b;
+            }
+        }
+}
+
+/* a step of a rotation: new signs, then the transform of the first `length` values */
+void rotate(float *values, int64_t count, int64_t length, float scale, uint32_t low, uint32_t high) {
+    flip_signs(values, count, low, high);
+    transform(values, length);
+    for (int64_t i = 0; i < length; i++) values[i] *= scale;
+}
+
+/* the inverse of `rotate` */
+void rotate_back(float *values, int64_t count, int64_t length, float scale, uint32_t low, uint32_t high) {
+    transform(values, length);
+    for (int64_t i = 0; i < length; i++) values[i] *= scale;
+    flip_signs(values, count, low, high);
 }
 
 /* ---- truncated normal ---- */

@@ -1,14 +1,14 @@
-"""The inner loops of the bases in machine code: ``kernels.c``, compiled where there is a C compiler.
+"""The inner loops of bases and rotations in machine code: ``kernels.c``, compiled where there is a C compiler.
 
 At first use (never at import) the machine's ``cc`` builds a library into the cache. Its name is a hash of the source,
 the flags, the compiler and the processor; later processes load it. ctypes releases Python's lock during a call, so
 pieces of one tensor run on a pool of as many threads as torch uses. The code uses no OpenMP, because torch has an
 OpenMP runtime already and two in one process conflict.
 
-Additions to weights give the same bits as the PyTorch fallback, element by element. Coordinates are sums in another
-order and agree to rounding (in units of the norm of their bucket or column, about 1e-7 times the square root of the
-number of sequential additions). Sizes alone determine how work is split, so results do not depend on the number of
-threads.
+Additions to weights and rotations give the same bits as the PyTorch fallback, element by element. Coordinates are sums
+in another order and agree to rounding (in units of the norm of their bucket or column, about 1e-7 times the square root
+of the number of sequential additions). Sizes alone determine how work is split, so results do not depend on the number
+of threads.
 
 Without a compiler, or with ``FEDFERRET_NATIVE=0``, the bases use the PyTorch fallback. A process tries a failing build
 once and logs the failure once, through ``logging``. The cache is ``$FEDFERRET_CACHE/kernels``, or ``fedferret/kernels``
@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -138,6 +139,9 @@ class Kernels:
             "sign_expand": (pointer, size, size, pointer, size, *keys),
             "dense_project": (pointer, size, word, pointer, word, word, *series, *keys),
             "dense_expand": (pointer, size, word, pointer, word, *series, *keys),
+            "fold_rows": (pointer, pointer, size, size),
+            "rotate": (pointer, size, size, ctypes.c_float, *keys),
+            "rotate_back": (pointer, size, size, ctypes.c_float, *keys),
             "gaussian_add": (pointer, size, word, pointer, pointer, size, pointer, *keys),
         }
         for name, signature in signatures.items():
@@ -158,11 +162,18 @@ class Kernels:
         buckets = repeats * out_K.numel()
         cached = _clamp(buckets // _COLUMN_BLOCK, _MOST_PIECES)
         # the split of buckets changes no sum, the split of positions does
-        blocks = cached if _is_contiguous_fp32(delta_N) else 1
+        whole = _is_contiguous_fp32(delta_N)
+        blocks = cached if whole else 1
         pieces = _clamp(count // max(64 * buckets, _SIGN_PIECE), _MOST_PIECES // cached)
         # sums are added to out_K directly; with K = d this is exact
         direct = repeats == pieces == 1 and out_K.is_contiguous()
         sums_PR = out_K[None] if direct else torch.zeros(pieces, buckets)
+        if whole and pieces == blocks == 1 and out_K.is_contiguous():  # a small tensor: most of its time is Python's
+            sums = sums_PR.data_ptr()
+            self._library.sign_project(delta_N.data_ptr(), count, offset, sums, buckets, 0, buckets, *key.words)
+            if not direct:
+                self._library.fold_rows(out_K.data_ptr(), sums, repeats, out_K.numel())
+            return
 
         def work(task: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
             piece, positions, columns = task
@@ -193,6 +204,18 @@ class Kernels:
                 self._library.sign_expand(*where, coordinates_R.data_ptr(), coordinates_R.numel(), *key.words)
 
         _for_each(work, _split(count, _clamp(count // _SIGN_PIECE, _MOST_PIECES)))
+
+    def rotate_(self, ring_K: Tensor, length: int, key: Key, back: bool) -> None:
+        """One step of a rotation: new signs, then the Hadamard transform of the first values; or both undone.
+
+        Args:
+            ring_K: fp32, contiguous, shape (K,), changed in place.
+            length: of the transform, a power of two, at most K.
+            key: of the signs.
+            back: whether the step is undone.
+        """
+        step = self._library.rotate_back if back else self._library.rotate
+        step(ring_K.data_ptr(), ring_K.numel(), length, 1 / math.sqrt(length), *key.words)
 
     def dense_project(
         self, delta_N: Tensor, num_columns: int, key: Key, offset: int, coefficients: Sequence[float]

@@ -18,6 +18,7 @@ Cost: ceil(K bits / 8) bytes, and O(K log K) time below 8 bits. Unpacking is ele
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -28,6 +29,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message
+from fedferret.core.pooling import within
 
 BITS = (32, 16, 8, 4, 2, 1)
 
@@ -174,7 +176,7 @@ def finite_fp32(values_K: Tensor) -> Tensor:
         UserError: where a value is NaN, infinite or too large for fp32.
     """
     values = values_K.detach().float().contiguous()
-    if not bool(torch.isfinite(values).all()):
+    if not within(values, math.inf):
         raise UserError("coordinates contain NaN or infinity: the update diverged, lower the learning rate")
     return values
 
@@ -203,12 +205,16 @@ def _pack_rotated(values: Tensor, bits: int, seed: int) -> Packed:
         codes = torch.zeros(num_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
         return Packed(codes, 0.0, bits, values.numel(), seed)
     levels = _levels(bits, values.device).double()
-    boundaries = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(rotated * math.sqrt(values.numel() / energy), boundaries)
-    scale = energy / float((rotated * levels[codes]).sum())
-    return Packed(join_bytes(codes, bits), rounded_to_fp32(scale), bits, values.numel(), seed)
+    if bits == 1:  # the same without a search, as the one boundary is 0
+        codes, products = rotated > 0, rotated.abs() * levels[1]
+    else:
+        boundaries = (levels[1:] + levels[:-1]) / 2
+        codes = torch.bucketize(rotated * math.sqrt(values.numel() / energy), boundaries)
+        products = rotated * levels[codes]
+    return Packed(join_bytes(codes, bits), rounded_to_fp32(energy / float(products.sum())), bits, values.numel(), seed)
 
 
+@lru_cache
 def _levels(bits: int, device: torch.device) -> Tensor:
     """All 2^bits levels, ascending, fp32."""
     positive = _LEVELS[bits]
@@ -240,11 +246,9 @@ def join_bytes(codes_K: Tensor, bits: int) -> Tensor:
     """
     per_byte = 8 // bits
     padded = torch.zeros(num_bytes(codes_K.numel(), bits) * per_byte, dtype=torch.uint8, device=codes_K.device)
-    padded[: codes_K.numel()] = codes_K.to(torch.uint8)
-    joined = torch.zeros(len(padded) // per_byte, dtype=torch.uint8, device=codes_K.device)
-    for place in range(per_byte):
-        joined |= padded[place::per_byte] << (place * bits)
-    return joined
+    padded[: codes_K.numel()] = codes_K
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes_K.device)
+    return (padded.view(-1, per_byte) << shifts).sum(dim=1, dtype=torch.uint8)  # no two codes share a bit
 
 
 def split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:

@@ -5,7 +5,7 @@ values are treated as a ring, and the transform of length 2^m < K is applied to 
 new signs: the first 2^m values, the last 2^m, and both again half a window further. Four windows spread the energy of
 a few neighbours over all values. The inverse undoes the steps in reverse order. All steps are butterflies in a fixed
 order and elementwise products, so both directions give the same bits on every node (DRIVE, Vargaftik et al., NeurIPS
-2021, section 6).
+2021, section 6). Compiled where there is a C compiler (native.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedferret.bases import native
 from fedferret.bases.hashing import flip_signs
 from fedferret.core.keys import Key
 
@@ -28,10 +29,9 @@ def rotate(values_K: Tensor, key: Key) -> Tensor:
     Returns:
         fp32, shape (K,).
     """
-    rotated = values_K.float()
+    rotated = values_K.detach().float()
     for number, start in enumerate(_windows(values_K.numel())):
-        ring = flip_signs(rotated.roll(-start), key.fold("rotation", number), 0)
-        rotated = _transform_first(ring).roll(start)
+        rotated = _step(rotated.roll(-start), key.fold("rotation", number), back=False).roll(start)
     return rotated
 
 
@@ -44,10 +44,9 @@ def rotate_back(rotated_K: Tensor, key: Key) -> Tensor:
     Returns:
         fp32, shape (K,).
     """
-    values = rotated_K.float()
+    values = rotated_K.detach().float()
     for number, start in reversed(list(enumerate(_windows(rotated_K.numel())))):
-        ring = _transform_first(values.roll(-start))
-        values = flip_signs(ring, key.fold("rotation", number), 0).roll(start)
+        values = _step(values.roll(-start), key.fold("rotation", number), back=True).roll(start)
     return values
 
 
@@ -69,10 +68,16 @@ def hadamard(values_K: Tensor) -> Tensor:
     return result.view(-1) * torch.tensor(1 / math.sqrt(length), dtype=torch.float32)
 
 
-def _transform_first(ring_K: Tensor) -> Tensor:
-    """The values with the Hadamard transform applied to the first window."""
+def _step(ring_K: Tensor, key: Key, back: bool) -> Tensor:
+    """New signs, then the Hadamard transform of the first window; or both undone. Overwrites ``ring_K``."""
     length = _window_length(ring_K.numel())
-    return torch.cat((hadamard(ring_K[:length]), ring_K[length:]))
+    if compiled := native.kernels(ring_K.device):
+        compiled.rotate_(ring_K, length, key, back)
+        return ring_K
+    if not back:
+        ring_K = flip_signs(ring_K, key, 0)
+    ring_K = torch.cat((hadamard(ring_K[:length]), ring_K[length:]))
+    return flip_signs(ring_K, key, 0) if back else ring_K
 
 
 def _windows(count: int) -> tuple[int, ...]:

@@ -72,7 +72,8 @@ class SignBuckets(Basis):
         """
         squares_K = coordinates_K.square()
         smaller, larger_buckets = divmod(size, coordinates_K.numel())
-        return smaller * float(squares_K.sum()) + float(squares_K[:larger_buckets].sum())
+        energy = smaller * float(squares_K.sum())
+        return energy + float(squares_K[:larger_buckets].sum()) if larger_buckets else energy
 
     def _project(self, delta_N: Tensor, out_K: Tensor, key: Key, size: int, offset: int) -> None:
         if compiled := native.kernels(delta_N.device):

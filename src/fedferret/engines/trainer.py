@@ -11,7 +11,7 @@
     FOLDER/runs/<run>/recipe.toml   what was asked of this site
     FOLDER/runs/<run>/log/          the records that it applied, each file whole or absent
     FOLDER/runs/<run>/clients/      its private state after each round that may be, or become, the last one counted
-    FOLDER/runs/<run>/epoch         how often the run was rewound, as far as this site knows
+    FOLDER/runs/<run>/epoch         the highest epoch of the run that came: a rewinding begins a higher one
 
 A request of an earlier epoch is refused. The first one of a later epoch makes the site drop the records and states of
 the rounds that the server rewound.
@@ -199,8 +199,8 @@ class Trainer:
         if request.epoch < known:
             raise RunError(
                 f"the request is of epoch {request.epoch}, and the run was rewound since, to epoch {known}: "
-                f"the server's folder is of an earlier day: restore its newest copy, or rewind it there with "
-                f"`fedferret rewind` until its epoch is higher"
+                f"the server's folder is of an earlier day: restore its newest copy, or begin a new epoch there with "
+                f"`fedferret rewind RUN --to ROUND`, also of its present round"
             )
         if request.epoch == known:
             return

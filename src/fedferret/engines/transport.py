@@ -119,7 +119,7 @@ class Request:
     """Server to site: come up to date, then answer a body for this client."""
 
     run: str  # SHA-256 of the recipe's identity
-    epoch: int  # how often the run was rewound
+    epoch: int  # 0, or when the run was last rewound; higher after every rewinding
     round: int
     ticket: str  # new for every sending: a response that names another is late, or a second one
     client: str  # the client to work for; "": none, only come up to date

@@ -151,13 +151,13 @@ class Server:
 
     def _blamed(self, code: int) -> str:
         """The site of the message over which the ServerApp ended by a fault of ours; "" if it ended otherwise."""
-        site = strikes.blame(self.out, code)
+        site, count = strikes.blame(self.out, code)
         if site:
-            count = strikes.strikes(self.out, site)
+            which = f"message {count} of {site}" if count else f"a message in the name of {site} that nobody verified"
             then = (
                 f"It is {strikes.unread_reason(self.out, site)}" if count >= strikes.STRIKES else "It is left out once"
             )
-            self.log(f"The ServerApp {ended(code)} over message {count} of {site}. {then}.")
+            self.log(f"The ServerApp {ended(code)} over {which}. {then}.")
         return site
 
     def _start_proxy(self) -> None:

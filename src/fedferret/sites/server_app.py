@@ -46,7 +46,7 @@ from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
 from fedferret.sites.nginx import upload_limit
 from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
-from fedferret.sites.strikes import CRASHED, Reading
+from fedferret.sites.strikes import CRASHED, NotingSeal, Reading
 from fedferret.sites.supervisor import terminable
 from fedferret.tracking import checkpoint
 
@@ -76,10 +76,10 @@ def main(grid: Grid, context: Context) -> None:
     pki = str(context.node_config["pki"])
     roster = Roster(link, approved, asks=not pki)
     seal = ServerSeal(read_server(Path(pki))) if pki else NoSeal()
-    protection = Protection(seal, SequenceNumbers(folder / state.FOLDER / "sequence"))
+    reading = Reading(folder, str(context.node_config["left_out"]), signed=seal.signs)
+    protection = Protection(NotingSeal(seal, reading), SequenceNumbers(folder / state.FOLDER / "sequence"))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
     messages = state.MessageLog(folder)
-    reading = Reading(folder, str(context.node_config["left_out"]))
 
     def connected(seconds: float = PATIENCE) -> dict[str, int]:
         nodes = roster(seconds)

@@ -1,11 +1,13 @@
 """Which site's message ended the server's app, and which sites are therefore left unread.
 
-    RUN/server/reading       by the ServerApp: site and id of the message that is being read; written before it is read
+    RUN/server/reading       by the ServerApp: site and id of the message that is being read, written before it is read,
+                             and whether the site is known to have made it
     RUN/server/strikes.json  by `serve`: the messages of each site over which a ServerApp ended
 
-A ServerApp that ends by an error that nobody foresaw is started again. If it was reading a message, this message counts
-against its site, and the site is left out of the next exchange: the same message would come again. A site with
-``STRIKES`` such messages is left unread: it is sent nothing, until `fedferret sites readmit RUN SITE`.
+A ServerApp that ends by an error that nobody foresaw is started again. If it was reading a message, the message's site
+is left out of the next exchange: the same message would come again. The message is a strike against the site if the
+site made it: once its signature is verified (``NotingSeal``), or where nothing is signed. A site with ``STRIKES`` of
+them is left unread: it is sent nothing, until `fedferret sites readmit RUN SITE`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import signal
 from pathlib import Path
 
 from fedferret.core.errors import UserError
+from fedferret.engines.transport import Seal
 from fedferret.sites import state
 
 STRIKES = 3  # messages of one site over which the ServerApp may end
@@ -34,15 +37,16 @@ _STRIKES = "strikes"
 class Reading:
     """The ServerApp's side: notes which site's message is being read, and knows which sites are not to be read."""
 
-    def __init__(self, run: Path, left_out: str = "") -> None:
+    def __init__(self, run: Path, left_out: str = "", signed: bool = False) -> None:
         """Open the note.
 
         Args:
             run: the run's folder.
             left_out: site to leave out of one exchange; "": none.
+            signed: whether a message counts for its site's only once ``opened`` is called.
         """
-        self._run, self._left_out = run, left_out
-        self._messages: dict[str, str] = {}  # id of each site's last message
+        self._run, self._left_out, self._signed = run, left_out, signed
+        self._messages: dict[str, tuple[str, bool]] = {}  # id of each site's last message; whether the site made it
         self._file = os.open(_path(run), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._noted = True
         self.reading("")
@@ -64,30 +68,65 @@ class Reading:
             message: its id; "": that of the site's last one.
         """
         if message:
-            self._messages[site] = message if re.fullmatch("[0-9a-f]{64}", message) else "not valid"
+            valid = re.fullmatch("[0-9a-f]{64}", message)
+            self._messages[site] = message if valid else "not valid", not self._signed
         if site or self._noted:
-            note = json.dumps({"site": site, "message": self._messages.get(site, "")}) if site else ""
+            identifier, made = self._messages.get(site, ("", not self._signed))
+            note = json.dumps({"site": site, "message": identifier, "made": made}) if site else ""
             os.pwrite(self._file, note.encode().ljust(_LENGTH)[:_LENGTH], 0)
         self._noted = bool(site)
 
+    def opened(self, site: str) -> None:
+        """Note that the message that is being read has this site's signature."""
+        if site in self._messages:
+            self._messages[site] = self._messages[site][0], True
+            self.reading(site)
 
-def blame(run: Path, code: int) -> str:
-    """Add a strike against the site of the message that was being read when the ServerApp ended by an unforeseen error.
+
+class NotingSeal:
+    """A seal that notes which site's message it opened: until then, anyone may have sent it in the site's name."""
+
+    def __init__(self, seal: Seal, reading: Reading) -> None:
+        """Put a note around a seal.
+
+        Args:
+            seal: the server's.
+            reading: the note.
+        """
+        self._seal, self._reading, self.signs = seal, reading, seal.signs
+
+    def close(self, message: bytes) -> bytes:
+        """Seal a request; see ``Seal.close``."""
+        return self._seal.close(message)
+
+    def open(self, sender: str, sealed: bytes) -> bytes:
+        """Verify a site's response, and note that it is the site's; see ``Seal.open``."""
+        message = self._seal.open(sender, sealed)
+        self._reading.opened(sender)
+        return message
+
+
+def blame(run: Path, code: int) -> tuple[str, int]:
+    """Find the site of the message over which the ServerApp ended by an unforeseen error, and add a strike if due.
 
     Args:
         run: the run's folder.
         code: the ServerApp's exit code.
 
     Returns:
-        The site; "" if no message was being read, or the ServerApp ended for another reason.
+        The site, "" if no message was being read or the ServerApp ended for another reason; and the site's number of
+        strikes, 0 if this message is none.
     """
-    site, message = _noted(run)
+    site, message, made = _noted(run)
     forget_reading(run)
     if not site or code not in _FAULTS:
-        return ""
+        return "", 0
+    if not made:
+        return site, 0
     known = _known(run)
-    state.write(run, _STRIKES, {**known, site: [*known.get(site, []), message]})
-    return site
+    found = [*known.get(site, []), message]
+    state.write(run, _STRIKES, {**known, site: found})
+    return site, len(found)
 
 
 def forget_reading(run: Path) -> None:
@@ -103,11 +142,6 @@ def unread_sites(run: Path) -> list[str]:
 def unread_reason(run: Path, site: str) -> str:
     """Return what an operator is told about a site that is left unread."""
     return f"left unread: {STRIKES} of its messages ended the server's app; `fedferret sites readmit {run} {site}`"
-
-
-def strikes(run: Path, site: str) -> int:
-    """Return how many of a site's messages ended a ServerApp."""
-    return len(_known(run).get(site, []))
 
 
 def readmit(run: Path, site: str) -> None:
@@ -131,12 +165,12 @@ def _path(run: Path) -> Path:
     return run / state.FOLDER / _READING
 
 
-def _noted(run: Path) -> tuple[str, str]:
+def _noted(run: Path) -> tuple[str, str, bool]:
     try:
         note = json.loads(_path(run).read_bytes())
-        return str(note["site"]), str(note["message"])
+        return str(note["site"]), str(note["message"]), note["made"] is True
     except (OSError, ValueError, LookupError, TypeError):
-        return "", ""
+        return "", "", False
 
 
 def _known(run: Path) -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ class Progress:
     versions: dict[str, int]
     log: dict[str, int]  # the checksum of each file of the log: with another log the run would go on to other weights
     firsts: tuple[int, ...]  # of the log, for the rounds that end with ``round``
-    epoch: int  # how often the run was rewound
+    epoch: int  # 0, or when the run was last rewound; see ``rewinding.py``
     retired: tuple[str, ...]  # clients that are sampled no more
     begun_anew: tuple[str, ...] = ()  # after rewinding to here: clients with a private state that was not held
 

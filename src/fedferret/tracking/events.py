@@ -151,7 +151,7 @@ class Rewind:
     """The run went back to ``round``, into a new epoch."""
 
     round: int
-    epoch: int  # from 1
+    epoch: int  # above that of the rewinding before; seconds since 1970
     discarded: tuple[int, ...]  # rounds that are run again
     bytes: int  # that were sent for them, both ways, evaluation included
     retired: tuple[str, ...]  # clients that are sampled no more from then on
@@ -188,7 +188,7 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """How often the run was rewound."""
+        """0, or that of the last rewinding."""
         return max((rewind.epoch for rewind in self.rewinds), default=0)
 
     def ledger(self) -> Ledger:

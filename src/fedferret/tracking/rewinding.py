@@ -5,11 +5,15 @@
     log_rewind  the event log learns of it, after a crash too
 
 Before that rename the folder is as it was. After it, files of later rounds are what a crash could have left behind:
-whatever opens the folder removes them. The epoch travels with every request, so that sites drop later rounds too.
+whatever opens the folder removes them. The epoch travels with every request, so that sites drop later rounds too. It is
+the time at which it began, in seconds, and above the one before: what is rewound now has a higher epoch than all that
+was rewound before it, in another copy of the folder too.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,17 +25,20 @@ from fedferret.tracking.checkpoint import Progress, past, progress, prune, read
 from fedferret.wire import codec
 
 
-def past_progress(folder: Path, now: Progress, round: int, history: int) -> Progress:
+def past_progress(
+    folder: Path, now: Progress, round: int, history: int, clock: Callable[[], float] = time.time
+) -> Progress:
     """The state to rewind a run to, with every file that it needs read.
 
     Args:
         folder: of the run.
         now: the state of the run.
-        round: to go back to; at most the present one.
+        round: to go back to; at most the present one, which discards nothing and begins an epoch.
         history: ``execution.history``, for the message.
+        clock: seconds since 1970.
 
     Returns:
-        The state after ``round``, of the next epoch, with the clients that are retired now.
+        The state after ``round``, of a new epoch, with the clients that are retired now.
 
     Raises:
         UserError: the round is not kept.
@@ -50,7 +57,8 @@ def past_progress(folder: Path, now: Progress, round: int, history: int) -> Prog
     except RunError as error:
         raise RunError(f"round {round} cannot be rebuilt, choose another one: {error}") from None
     firsts = tuple(first for number, first in now.window.items() if number <= round)
-    return replace(then, firsts=firsts, epoch=now.epoch + 1, retired=now.retired)
+    epoch = max(now.epoch + 1, int(clock()))
+    return replace(then, firsts=firsts, epoch=epoch, retired=now.retired)
 
 
 def rewind(folder: Path, then: Progress) -> None:
