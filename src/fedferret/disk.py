@@ -7,13 +7,20 @@ states     one a client, and one for each client of each round that can be rewou
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedferret import models
 from fedferret.build import prepare
 from fedferret.config import Recipe
 from fedferret.core.algorithm import WireCost
 from fedferret.core.stages import shapes_by_round
+from fedferret.tracking.units import as_bytes
+
+if TYPE_CHECKING:
+    from fedferret.experiment import Experiment
 
 
 def wire_costs(recipe: Recipe) -> Callable[[int], tuple[WireCost, int]]:
@@ -98,3 +105,26 @@ def kept_states(clients: int, rounds: int, cohort: int, history: int) -> int:
         history: rounds before the last that can be rewound.
     """
     return min(rounds * cohort, min(clients, rounds * cohort) + history * cohort)
+
+
+def log_room(experiment: Experiment, out: Path, log: Callable[[str], None]) -> None:
+    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
+    recipe, history = experiment.recipe, experiment.recipe.execution.history
+    costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
+    kept = max(cost.client_state_bytes for cost in costs)
+    count = kept_states(len(experiment.data.clients), recipe.rounds, recipe.clients.per_round, history)
+    states = kept * count if experiment.trains_here else 0.0
+    entries = log_bytes([cost.down_most for cost in costs], [4 * weights for weights in tuned], history)
+    there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
+    free = shutil.disk_usage(out).free + there
+    stops = "where the disk is full the run stops, and goes on once there is more"
+    if states > free:
+        log(
+            f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
+            f"{as_bytes(states)} in all, and {out} has room for {as_bytes(free)}: {stops}"
+        )
+    elif states + entries > free:
+        log(
+            f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
+            f"{as_bytes(free - states)}: lower execution.history, or {stops}"
+        )

@@ -32,7 +32,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from fedferret.config import Recipe, load
+from fedferret.config import load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.engines.flower import FlowerTransport, Roster
 from fedferret.engines.flower_link import PATIENCE, RECONNECTS, Link
@@ -42,12 +42,12 @@ from fedferret.runner import run, update_bytes
 from fedferret.sites import state
 from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
+from fedferret.sites.members import Members
 from fedferret.sites.nginx import upload_limit
 from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
 from fedferret.sites.strikes import CRASHED, Reading
 from fedferret.sites.supervisor import terminable
-from fedferret.tracking import checkpoint
 
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
@@ -69,11 +69,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
-    approved = approved_sites(recipe, folder)
+    members = Members(folder, recipe)
     state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
     link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
     pki = str(context.node_config["pki"])
-    roster = Roster(link, approved, asks=not pki)
+    roster = Roster(link, members.names(), asks=not pki)
     seal = ServerSeal(read_server(Path(pki))) if pki else NoSeal()
     protection = Protection(seal, SequenceNumbers(folder / state.FOLDER / "sequence"))
     patience, pause = float(context.node_config["patience"]), FIRST_PAUSE
@@ -81,12 +81,13 @@ def main(grid: Grid, context: Context) -> None:
     reading = Reading(folder, str(context.node_config["left_out"]))
 
     def connected(seconds: float = PATIENCE) -> dict[str, int]:
+        roster.approve(members.names())
         nodes = roster(seconds)
         state.write(folder, "names", {str(node): name for name, node in nodes.items()})
         return nodes
 
     transport = FlowerTransport(link, connected, messages.traffic, watch=reading)
-    gather(connected, approved, float(context.node_config["wait"]))
+    gather(connected, members.names, float(context.node_config["wait"]))
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
@@ -96,6 +97,7 @@ def main(grid: Grid, context: Context) -> None:
                 _log,
                 transport=transport,
                 protection=protection,
+                changes=members.changes,
                 on_message=messages.record,
                 on_client=reading.reading,
             )
@@ -108,42 +110,24 @@ def main(grid: Grid, context: Context) -> None:
             _log(f"{error}. The round is run again in {pause:.0f} seconds.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            gather(connected, approved, pause)
+            gather(connected, members.names, pause)
 
 
-def approved_sites(recipe: Recipe, out: Path) -> list[str]:
-    """Return the names of the run's sites, sorted, without those that were retired.
-
-    Args:
-        recipe: with the data source "sites".
-        out: the run's folder, which knows the retired ones.
-    Raises:
-        UserError: unless the recipe's data source is "sites".
-    """
-    if recipe.data_source != "sites":
-        raise UserError(
-            f'data.source="{recipe.data_source}": set data.source="sites" and name them in data.sites to serve a run'
-        )
-    known = checkpoint.progress(out)
-    retired = known.retired if known else ()
-    return sorted(set(recipe.data.sites) - set(retired))  # type: ignore[attr-defined]  # of the source of that name
-
-
-def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], seconds: float) -> None:
+def gather(connected: Callable[[], Mapping[str, int]], sites: Callable[[], Sequence[str]], seconds: float) -> None:
     """Wait until all sites are connected, or the time is over; sites that connect later join the next rounds.
 
     Args:
         connected: returns the node id of each connected site.
-        approved: the names of all sites.
+        sites: returns the names of all sites, which may come and go meanwhile.
         seconds: how long to wait.
     """
     end, known = time.monotonic() + seconds, set[str]()
     while True:
-        nodes = connected()
+        nodes, names = connected(), sites()
         for name in sorted(nodes.keys() - known):
             known.add(name)
-            _log(f"{name} is connected ({len(known)} of {len(approved)}).")
-        if len(nodes) == len(approved) or time.monotonic() > end:
+            _log(f"{name} is connected ({len(nodes.keys() & known)} of {len(names)}).")
+        if set(names) <= nodes.keys() or time.monotonic() > end:
             return
         time.sleep(0.5)
 

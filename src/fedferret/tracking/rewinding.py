@@ -31,7 +31,7 @@ def past_progress(folder: Path, now: Progress, round: int, history: int) -> Prog
         history: ``execution.history``, for the message.
 
     Returns:
-        The state after ``round``, of the next epoch, with the clients that are retired now.
+        The state after ``round``, of the next epoch, with the list of clients as it is now.
 
     Raises:
         UserError: the round is not kept.
@@ -50,7 +50,7 @@ def past_progress(folder: Path, now: Progress, round: int, history: int) -> Prog
     except RunError as error:
         raise RunError(f"round {round} cannot be rebuilt, choose another one: {error}") from None
     firsts = tuple(first for number, first in now.window.items() if number <= round)
-    return replace(then, firsts=firsts, epoch=now.epoch + 1, retired=now.retired)
+    return replace(then, firsts=firsts, epoch=now.epoch + 1, retired=now.retired, added=now.added)
 
 
 def rewind(folder: Path, then: Progress) -> None:
@@ -80,7 +80,7 @@ def log_rewind(folder: Path) -> events.Rewind | None:
     run = events.read(folder)
     if run.epoch >= known.epoch:
         return None
-    before = {name for each in run.rewinds for name in each.retired}
+    before = {name for event in events.read_events(folder) for name in event.get("retired", ())}
     retired = [name for name in known.retired if name not in before]
     events.EventLog(folder).write(
         "rewind", round=known.round, epoch=known.epoch, retired=retired, begun_anew=list(known.begun_anew)
