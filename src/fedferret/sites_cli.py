@@ -15,7 +15,7 @@ sites = typer.Typer(
     no_args_is_help=True,
     help="""The sites of a served run: list, add and retire them while it runs or after it was stopped.
 
-A change takes effect from the next round on. It is a fact of the run: the recipe stays as it is.
+A change takes effect as the next round begins. It is a fact of the run: the recipe stays as it is.
 docs/deployment.md explains how.""",
 )
 RunFolder = Annotated[Path, typer.Argument(help="A served run's folder.", metavar="RUN", show_default=False)]

@@ -287,7 +287,9 @@ def test_a_stopped_runs_sites_change_at_the_next_start_with_their_certificates(o
     pki = out.parent / "authority"
     state.write(out, "server", {"doing": "stopped", "secure": True, "pki": str(pki)})
     code, said = command("add dov", out)
-    assert code == 0 and f"Archive:  {pki / 'sites' / 'dov.tar'}" in said and "is started again" in said, said
+    assert (
+        code == 0 and f"Archive:  {pki / 'sites' / 'dov.tar'}" in said and "; start `fedferret serve` again" in said
+    ), said
     code, said = command("retire bo", out)
     assert code == 0 and "Revoked:  1 certificate of bo" in said and not (pki / "sites" / "bo").exists(), said
     code, said = command("retire cleo --keep-certificate", out)
@@ -296,7 +298,7 @@ def test_a_stopped_runs_sites_change_at_the_next_start_with_their_certificates(o
     recipe = Members(out, recipe_of(out))
     assert (recipe.names(), recipe.retired()) == (["ann", "dov"], ["bo", "cleo"])
     shown = command("list", out)[1]
-    assert "takes part from the next round on" in shown and shown.count("retired from the next round on") == 2
+    assert "takes part once it has connected" in shown and shown.count("retired from the next round on") == 2
     Authority(pki).issue("eve")  # for another run, or copied from where the authority's key is
     (pki / "ca.key").unlink()
     code, said = command("add eve", out)
@@ -309,6 +311,14 @@ def recipe_of(out: Path) -> Recipe:
     from fedferret.config import load
 
     return load(out / "server" / "recipe.toml")
+
+
+def test_a_site_that_was_added_is_waited_for_by_no_round_before_it_has_connected(out: Path) -> None:
+    members = Members(out, recipe_of(out))
+    assert command("add dov --insecure", out)[0] == command("retire bo", out)[0] == 0
+    assert members.names() == ["ann", "cleo", "dov"] and members.awaited() == ["ann", "cleo"]
+    assert members.effective({"ann"}) == ClientChanges(retired=("bo",))
+    assert members.effective({"ann", "dov"}) == ClientChanges(("dov",), ("bo",)) == members.effective({"ann"})
 
 
 class Link:

@@ -31,7 +31,7 @@ PATIENCE = 10.0  # seconds to wait for another of these commands, which issues a
 
 
 def add(run: Path, name: str, pki: Path | None, insecure: bool, log: Log) -> None:
-    """Let a further site take part in a run, from the next round on.
+    """Let a further site take part in a run, from the first round on that begins after it has connected.
 
     Args:
         run: the run's folder; its server may be running.
@@ -63,7 +63,7 @@ def add(run: Path, name: str, pki: Path | None, insecure: bool, log: Log) -> Non
                 f"or serve it with those of `fedferret pki`"
             )
         write(run, ClientChanges(added=(name,)))
-    log(f"{name} may take part {_from_when(server)}.")
+    log(f"{name} takes part from the first round on that begins after it has connected{_started(server)}.")
 
 
 def retire(run: Path, name: str, pki: Path | None, keep_certificate: bool, log: Log) -> None:
@@ -91,7 +91,7 @@ def retire(run: Path, name: str, pki: Path | None, keep_certificate: bool, log: 
         _check_unfinished(recipe, run)
         write(run, ClientChanges(retired=(name,)))
     count = len(left) - 1
-    log(f"{name} is retired: it is not sampled {_from_when(server)}. {count} site{'s' * (count != 1)} left.")
+    log(f"{name} is retired: no round that begins now samples it. {count} site{'s' * (count != 1)} left.")
     if count < recipe.clients.per_round:
         log(f"Note:     rounds then have {count} of the {recipe.clients.per_round} sites of clients.per_round")
     if keep_certificate or not issued:
@@ -132,7 +132,7 @@ def sites_table(run: Path) -> Table:
         if name in changes.retired:
             status = f"retired from {f'round {until}' if until else 'the next round'} on"
         else:
-            status = "takes part" if since else "takes part from the next round on"
+            status = "takes part" if since else "takes part once it has connected"
         table.add_row(name, f"round {since}" if since else "", status)
     return table
 
@@ -183,6 +183,5 @@ def _issued(folder: Path, name: str, log: Log) -> None:
     pki_commands.issue(folder, name, log)
 
 
-def _from_when(server: dict[str, Any]) -> str:
-    running = doing(server) in ("starting", "serving")
-    return "from the next round on" if running else "once `fedferret serve` is started again"
+def _started(server: dict[str, Any]) -> str:
+    return "" if doing(server) in ("starting", "serving") else "; start `fedferret serve` again"

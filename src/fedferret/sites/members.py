@@ -5,12 +5,13 @@
     RUN/events.jsonl        by the ServerApp: the list of each round (``tracking/client_lists.py``)
 
 The server's processes read the file again when it was replaced: `serve` admits a site's node at the port, and the
-ServerApp draws the next round from the new list.
+ServerApp draws the next round from the new list. A site that was added is on the list from the first round that begins
+after it has connected: a round that needs every site must not wait for an archive that is still in the post.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,8 @@ class Members:
         self._named: tuple[str, ...] = recipe.data.sites  # type: ignore[attr-defined]  # of the source of that name
         self._path, self._run = run / state.FOLDER / f"{FILE}.json", run
         known = checkpoint.progress(run)
-        self._changes = known.changes if known else ClientChanges()
+        self._begun = self._changes = known.changes if known else ClientChanges()
+        self._arrived: set[str] = set()  # sites that have connected
         self._read: tuple[int, int] | None = None
         self.changes()
 
@@ -90,6 +92,22 @@ class Members:
             self._changes |= requested(self._run)
             self._read = now
         return self._changes
+
+    def effective(self, connected: Collection[str]) -> ClientChanges:
+        """Return the changes that take effect with a round that begins now.
+
+        Args:
+            connected: the sites that are connected.
+        Raises:
+            UserError: if the file was damaged.
+        """
+        asked = self.changes()
+        self._arrived.update(connected)
+        return ClientChanges(tuple(name for name in asked.added if name in self._arrived), asked.retired)
+
+    def awaited(self) -> list[str]:
+        """Return the sites that a server waits for as it starts: not those that were added since it ran."""
+        return [name for name in self.names() if name in self._named or name in self._begun.added]
 
     def names(self) -> list[str]:
         """Return the sites that may take part, sorted. Raises UserError if the file was damaged."""

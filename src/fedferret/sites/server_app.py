@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def main(grid: Grid, context: Context) -> None:
         return nodes
 
     transport = FlowerTransport(link, connected, messages.traffic, watch=reading)
-    gather(connected, members.names, float(context.node_config["wait"]))
+    gather(connected, members, float(context.node_config["wait"]))
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
@@ -97,7 +97,7 @@ def main(grid: Grid, context: Context) -> None:
                 _log,
                 transport=transport,
                 protection=protection,
-                changes=members.changes,
+                changes=lambda: members.effective(connected()),
                 on_message=messages.record,
                 on_client=reading.reading,
             )
@@ -110,24 +110,24 @@ def main(grid: Grid, context: Context) -> None:
             _log(f"{error}. The round is run again in {pause:.0f} seconds.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            gather(connected, members.names, pause)
+            gather(connected, members, pause)
 
 
-def gather(connected: Callable[[], Mapping[str, int]], sites: Callable[[], Sequence[str]], seconds: float) -> None:
+def gather(connected: Callable[[], Mapping[str, int]], members: Members, seconds: float) -> None:
     """Wait until all sites are connected, or the time is over; sites that connect later join the next rounds.
 
     Args:
         connected: returns the node id of each connected site.
-        sites: returns the names of all sites, which may come and go meanwhile.
+        members: of the run; they may come and go meanwhile.
         seconds: how long to wait.
     """
     end, known = time.monotonic() + seconds, set[str]()
     while True:
-        nodes, names = connected(), sites()
+        nodes = connected()
         for name in sorted(nodes.keys() - known):
             known.add(name)
-            _log(f"{name} is connected ({len(nodes.keys() & known)} of {len(names)}).")
-        if set(names) <= nodes.keys() or time.monotonic() > end:
+            _log(f"{name} is connected ({len(nodes.keys() & known)} of {len(members.names())}).")
+        if nodes.keys() >= {*members.awaited()} or time.monotonic() > end:
             return
         time.sleep(0.5)
 
