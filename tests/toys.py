@@ -18,6 +18,7 @@ from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.ferret import Ferret
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
+from fedferret.core.clients import ClientChanges
 from fedferret.core.exchanges import Body, Failure, Reply
 from fedferret.core.guard import Guard
 from fedferret.core.keys import Key
@@ -287,6 +288,7 @@ def simulate(
     rounds_: int,
     *,
     data: Mapping[str, Examples] | None = None,
+    first: Sequence[str] = (),
     until: int | None = None,
     per_round: int | None = None,
     min_clients: int = 1,
@@ -301,8 +303,12 @@ def simulate(
     keeps_states: bool = True,
     history: int = 10,
     on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
+    changes: Callable[[int], ClientChanges] = lambda number: ClientChanges(),
 ) -> Simulation:
-    """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds."""
+    """Run ``rounds_`` rounds (or stop after ``until`` of them); with a folder, go on from what it holds.
+
+    The list of clients begins with ``first``, or all; ``changes`` are asked for as a round begins.
+    """
     data, task = data or toy_clients(), task or toy_task(rounds_, algorithm)
     plan = Plan(
         seed,
@@ -325,7 +331,11 @@ def simulate(
     if state.round >= (until or rounds_):
         return simulation
     save = (lambda record: checkpoint.save(folder, state)) if folder else (lambda record: None)
-    clients = [name for name in data if name not in state.retired]
+
+    def clients(number: int) -> list[str]:
+        state.changes |= changes(number)
+        return state.changes.applied(first or data)
+
     for record in rounds.run(running, clients, state, plan, on_outcome, save):
         simulation.records.append(record)
         if record.round == until:

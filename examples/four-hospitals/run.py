@@ -47,11 +47,12 @@ class Federation:
     settings: list[str]  # --set ... of the recipe
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    folder: str = "run"  # of the run, in ``out``
 
     @property
     def run(self) -> Path:
         """The run's folder."""
-        return self.out / "run"
+        return self.out / self.folder
 
     def start(self, name: str) -> None:
         """Start or restart the server or a site: the command is the same."""

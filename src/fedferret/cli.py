@@ -12,6 +12,7 @@ import typer
 from fedferret.command_errors import one_line_errors
 from fedferret.core.imports import quick_imports
 from fedferret.pki_cli import pki
+from fedferret.sites_cli import sites
 
 _log = typer.echo
 app = typer.Typer(
@@ -294,22 +295,6 @@ def status(
         _log(status_text(folder))
 
 
-sites = typer.Typer(no_args_is_help=True, help="The sites of a served run.")
-app.add_typer(sites, name="sites")
-
-
-@sites.command("readmit")
-def sites_readmit(
-    folder: RunFolder, name: Annotated[str, typer.Argument(help="A site's name.", metavar="NAME", show_default=False)]
-) -> None:
-    """Read a site again after three of its messages ended the server's app."""
-    with one_line_errors():
-        from fedferret.sites.strikes import readmit
-
-        readmit(folder, name)
-        _log(f"{name} is read again from the next exchange on.")
-
-
 def _site_commands() -> ModuleType:
     """The module behind serve and join. Raises UserError if a package that it needs is missing."""
     from importlib.util import find_spec
@@ -324,6 +309,7 @@ def _site_commands() -> ModuleType:
     return commands
 
 
+app.add_typer(sites, name="sites")
 app.add_typer(pki, name="pki")
 
 

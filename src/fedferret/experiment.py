@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe, load
 from fedferret.core import rounds, tree
+from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import Failure, Reply
 from fedferret.core.files import inside, read_intact
@@ -131,10 +132,12 @@ class Experiment(Parts):
     Attributes:
         transport: to sites that hold the data; None: clients run on this machine or cluster.
         protection: of the messages to sites.
+        changes: returns the changes to the list of clients that are asked for; called as a round begins.
     """
 
     transport: Transport | None = None
     protection: Protection | None = None
+    changes: Callable[[], ClientChanges] = ClientChanges
 
     def __post_init__(self) -> None:
         self.trains_here = self.transport is None
@@ -148,6 +151,7 @@ class Experiment(Parts):
         log: Callable[[str], None] = print,
         transport: Transport | None = None,
         protection: Protection | None = None,
+        changes: Callable[[], ClientChanges] = ClientChanges,
     ) -> Experiment:
         """Check, then load data and model.
 
@@ -157,6 +161,7 @@ class Experiment(Parts):
             log: called with lines on slow steps.
             transport: to sites that hold the data; None: clients run on this machine or cluster.
             protection: of the messages to sites; None: no seal.
+            changes: returns the changes to the list of clients that are asked for; called as a round begins.
 
         Returns:
             The experiment; no round has been run.
@@ -166,7 +171,8 @@ class Experiment(Parts):
         """
         check(recipe)
         data = load_data(recipe, transport is not None, log)
-        return cls.over(recipe, data, folder, log, transport=transport, protection=protection)
+        options = {"transport": transport, "protection": protection, "changes": changes}
+        return cls.over(recipe, data, folder, log, **options)
 
     def initial_state(self) -> RunState:
         """Start the run, or resume the run in ``folder``.
@@ -192,6 +198,7 @@ class Experiment(Parts):
         on_client_start: Callable[[str], None] = lambda client: None,
         log: Callable[[str], None] = lambda line: None,
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        run: str = "",
     ) -> Engine:
         """Make the engine of the recipe. The caller closes the engine.
 
@@ -200,6 +207,7 @@ class Experiment(Parts):
             on_client_start: called with a client's name before its work.
             log: called with lines that an operator should read.
             on_message: called with every message, where there are messages.
+            run: a name that no other run has, also not one of the same recipe; "": sites tell runs by recipe alone.
 
         Returns:
             The recipe's engine, or ``Remote`` over ``transport``. Simulated clients go on from their private states
@@ -216,7 +224,7 @@ class Experiment(Parts):
         return Remote(
             self.transport or workers,  # type: ignore[arg-type]  # one of them is there
             codec,
-            recipe=self.recipe.identity_toml(),
+            recipe=(f"# run {run}\n" if run else "") + self.recipe.identity_toml(),
             base=self.base_fingerprint,
             deadline=execution.deadline,
             workers=workers.workers if workers else (),
@@ -233,6 +241,7 @@ class Experiment(Parts):
         engine: Engine,
         on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
         on_round: Callable[[RoundRecord], None] = lambda record: None,
+        on_clients: Callable[[int, Sequence[str]], None] = lambda round, clients: None,
     ) -> Iterator[RoundRecord]:
         """Run the rounds after ``state.round``.
 
@@ -242,6 +251,7 @@ class Experiment(Parts):
             on_outcome: called with every client's reply or failure, in every exchange of a round.
             on_round: called with a round's record just before the checkpoint: a round that a crash undoes is run again,
                 and the call repeated.
+            on_clients: called as a round begins, with its number and all who may be sampled.
 
         Returns:
             A record per round, in order; each round is committed before its record is yielded.
@@ -252,7 +262,12 @@ class Experiment(Parts):
             if self.folder:
                 checkpoint.save(self.folder, state)
 
-        clients = [client for client in self.data.clients if client not in state.retired]
+        def clients(number: int) -> list[str]:
+            state.changes |= self.changes()
+            names = state.changes.applied(self.data.clients)
+            on_clients(number, names)
+            return names
+
         return rounds.run(engine, clients, state, self.plan(), on_outcome, save)
 
     def score(
@@ -309,7 +324,7 @@ class Experiment(Parts):
     def _scoring_clients(self, state: RunState) -> list[str]:
         """Who is asked to score after the last round; of sites, those that have ever answered."""
         known = self.examples.held_out_by_client if self.trains_here else state.versions
-        clients = [client for client in self.data.clients if client in known and client not in state.retired]
+        clients = [client for client in state.changes.applied(self.data.clients) if client in known]
         if 0 < state.round < self.recipe.rounds:
             clients = [client for client in clients if state.versions.get(client) == state.round - 1]
         return sorted(clients)

@@ -5,18 +5,19 @@ The folder must be nobody else's. Nothing is asked. Weights are not read, so thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from fedferret.build import load_data
 from fedferret.config import Recipe
-from fedferret.core.errors import UserError, nearest
+from fedferret.core.errors import UserError
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import FolderClientStore, held
 from fedferret.experiment import begun_recipe
 from fedferret.runner import SERVED, alone, check_begun, lost_files_in_a_line
+from fedferret.sites.members import Members, check_left
 from fedferret.sites.supervisor import alone_in
 from fedferret.tracking import checkpoint, events, rewinding
 from fedferret.tracking.report import write_report
@@ -56,7 +57,7 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
         rewinding.log_rewind(out)  # an earlier command may have been killed in the middle
         then = rewinding.past_progress(out, now, to, recipe.execution.history)
         if without is not None:
-            check_left(recipe, without, now.retired)
+            _check_left(out, recipe, without, now)
             then.retired = (*now.retired, without)
         states = out / "state" / "clients"
         kept = kept_rounds(recipe, then.versions if any(states.glob("*.state")) else {})  # sites keep their own
@@ -72,17 +73,14 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
     return found
 
 
-def check_left(recipe: Recipe, without: str, retired: Sequence[str]) -> None:
+def _check_left(out: Path, recipe: Recipe, without: str, now: checkpoint.Progress) -> None:
     """Refuse to retire a client that is none of the run's, or that the run cannot do without. Raises UserError."""
-    names = list(recipe.data.sites) if recipe.data_source == "sites" else list(load_data(recipe).clients)  # type: ignore[attr-defined]  # of the source of that name
-    left = [name for name in names if name not in retired]
-    if without not in left:
-        known = "is retired already" if without in names else "is no site of this run"
-        raise UserError(f"--without {without}: {known}; {nearest(without, left)}")
-    count, needed = len(left) - 1, max(1, recipe.clients.min_clients)
-    if count < needed:
-        raise UserError(f"--without {without}: that leaves {count} sites, and clients.min_clients={needed} are needed")
-    recipe.pool.check(recipe.algorithm.pooling, recipe.algorithm.name, min(count, recipe.clients.per_round))
+    if recipe.data_source == "sites":
+        members = Members(out, recipe)
+        left, retired = members.names(), members.retired()
+    else:
+        left, retired = now.changes.applied(load_data(recipe).clients), list(now.retired)
+    check_left(recipe, left, retired, without, f"--without {without}")
 
 
 def described(out: Path, found: events.Rewind) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from fedferret.build import load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
+from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import ClientUpdate, Failure, Reply
 from fedferret.core.files import write_atomically
@@ -35,7 +37,7 @@ from fedferret.engines.transport import Transport
 from fedferret.evaluation.per_client import spread
 from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
-from fedferret.tracking import checkpoint, events, folder, rewinding
+from fedferret.tracking import checkpoint, client_lists, events, folder, rewinding
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.figures import headline
@@ -58,6 +60,7 @@ def run(
     *,
     transport: Transport | None = None,
     protection: Protection | None = None,
+    changes: Callable[[], ClientChanges] = ClientChanges,
     on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     on_client: Callable[[str], None] = lambda client: None,
 ) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def run(
         log: called with lines for the terminal.
         transport: reaches sites that hold the data, in place of the recipe's engine; it is closed at the end.
         protection: of messages to and from them.
+        changes: returns the changes to the list of clients that are asked for; called as a round begins.
         on_message: called with every message to and from them.
         on_client: called with a client's name before its reply is read, and with "" after that.
 
@@ -90,7 +94,7 @@ def run(
         if resumes:
             stack.enter_context(alone(out))  # before the model is loaded, which takes long
             check_begun(out)
-        experiment = Experiment.load(recipe, out, log, transport, protection)
+        experiment = Experiment.load(recipe, out, log, transport, protection, changes)
         if not resumes:  # only now: a recipe that was refused claims no folder
             write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
@@ -198,6 +202,7 @@ class Run:
         self.tensorboard: Any = None
         self.index = 0  # of the client at work, within its round
         self.loss = math.nan  # of the last client with an update
+        self.clients: Sequence[str] = ()  # who may be sampled, as the event log has it
 
     def finish(self) -> dict[str, Any]:
         """Run what is left, and leave a summary and a report whatever happens."""
@@ -206,6 +211,7 @@ class Run:
         rewinding.log_rewind(self.out)
         self._announce(state)
         known = events.read(self.out)
+        self.clients = client_lists.clients_at(known.lists, state.round, experiment.data.clients)
         sent = known.ledger()
         if recipe.execution.tensorboard:
             from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import
@@ -214,13 +220,21 @@ class Run:
         with Progress(recipe.rounds, state.round) as progress, self._reporting(state), ExitStack() as stack:
             on_client_start = partial(self._client, progress)
             engine = stack.enter_context(
-                closing(experiment.engine(state, on_client_start, progress.message, self._message))
+                closing(
+                    experiment.engine(
+                        state, on_client_start, progress.message, self._message, known.start.get("run", "")
+                    )
+                )
             )
             if self._due(state.round) and state.round not in known.evaluations:
                 self._evaluate(state, engine, progress)
             moved = sent.up + sent.down
             records = experiment.run_rounds(
-                state, engine, self._outcome, lambda record: self._log_event("round", **events.round_fields(record))
+                state,
+                engine,
+                self._outcome,
+                lambda record: self._log_event("round", **events.round_fields(record)),
+                partial(self._sampled, progress),
             )
             progress.round(state.round + 1, recipe.clients.per_round)
             with observing_steps(lambda step, total: progress.step(step, total, self.loss)):
@@ -275,6 +289,7 @@ class Run:
             seed=recipe.seed,
             base=experiment.base_fingerprint,
             recipe=recipe_fingerprint(self.out),
+            run="" if experiment.trains_here else secrets.token_hex(8),  # sites keep runs of one recipe apart
         )
         plot_partition(experiment.data, self.out / "plots" / "data.svg")
         plain_console().print(summarise(experiment.data))
@@ -296,6 +311,16 @@ class Run:
         self.on_message(event)
         if event["what"] == "notice":
             self._log_event("notice", **{name: event[name] for name in ("round", "client", "note")})
+
+    def _sampled(self, progress: Progress, round: int, clients: Sequence[str]) -> None:
+        """Write down from which round on another list of clients holds."""
+        fields = client_lists.list_fields(round, clients, self.clients)
+        self.clients = clients
+        for names, became in ((fields["added"], "came"), (fields["retired"], "retired")):
+            if names:
+                progress.message(f"From round {round} on, {became}: {', '.join(names)}.")
+        if fields["added"] or fields["retired"]:
+            self._log_event("clients", **fields)
 
     def _outcome(self, outcome: Reply | Failure) -> None:
         self.on_client("")

@@ -92,7 +92,7 @@ def test_the_size_of_client_states_is_shown_before_they_fill_the_disk(
     assert "disk, per client" not in fedferret("show", recipe)
     warning = "fedavg-top-k keeps 362 KB of every client that took part, up to 725 KB in all"
     assert warning not in fedferret("run", *words, "--out", tmp_path / "roomy")
-    monkeypatch.setattr("fedferret.runner.shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
+    monkeypatch.setattr("fedferret.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
     assert f"{warning}, and {tmp_path / 'small'} has room for 700 KB" in fedferret(
         "run", *words, "--out", tmp_path / "small"
     )

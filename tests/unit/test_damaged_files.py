@@ -245,6 +245,7 @@ def places(tmp_path: Path) -> Path:
     state.write(tmp_path / "run", "server", {"doing": "stopped", "listen": "127.0.0.1:1", "secure": False})
     state.write(tmp_path / "run", "nodes", {"time": 0, "nodes": {"w": {"connected": True}}})
     state.write(tmp_path / "run", "names", {})
+    state.write(tmp_path / "run", "sites", {"added": ["v"], "retired": []})
     state.MessageLog(tmp_path / "run").record({"what": "done", "client": "w", "round": 3, "version": 2, "process": 7})
     site = tmp_path / "site"
     site.mkdir(mode=0o700)
@@ -275,6 +276,8 @@ def places(tmp_path: Path) -> Path:
         ("serve", lose("run/recipe.toml"), "run/recipe.toml", "is missing"),
         ("serve", cut("run/recipe.toml"), "run/recipe.toml", "cannot be used"),
         ("serve", occupy("run/server/server.json"), "run/server/server.json", "Is a directory"),
+        ("serve", cut("run/server/sites.json"), "run/server/sites.json", "give the last `fedferret sites` command"),
+        ("serve", occupy("run/server/sites.json"), "run/server/sites.json", "is damaged"),
         ("serve", occupy("run/server/messages.jsonl"), "run/server/messages.jsonl", "remove it"),
         ("join", cut("site/site.toml"), "site/site.toml", "give a name and a table"),
         ("join", occupy("site/site.toml"), "site/site.toml", "Is a directory"),

@@ -296,6 +296,19 @@ def test_without_keys_nodes_are_asked_for_their_names_once() -> None:
     assert len(grid.pushed) == 1
 
 
+def test_without_keys_a_node_is_asked_again_once_its_site_was_added_and_no_more_believed_when_it_was_retired() -> None:
+    grid = Grid(lambda node, message: b"ward-2", [(8, "")])
+    roster = Roster(grid, ["ward-1"], asks=True)  # type: ignore[arg-type]
+    for _ in range(SENDINGS + 2):
+        assert roster() == {}
+    assert len(grid.pushed) == SENDINGS
+    roster.approve(["ward-1", "ward-2"])
+    roster()
+    assert roster() == {"ward-2": 8}
+    roster.approve(["ward-1"])
+    assert roster() == {}
+
+
 def test_the_run_package_holds_no_code_and_is_the_same_everywhere() -> None:
     package = run_package()
     assert package == run_package() and len(package) < 1000
@@ -350,7 +363,7 @@ def test_mistakes_are_one_line(
     assert line in outcome.output and outcome.output.strip().count("\n") == 0
 
 
-def test_a_clock_that_is_wrong_is_named_with_the_limits_that_flower_has() -> None:
+def test_why_a_server_refuses_a_site_is_said_and_a_wrong_clock_has_the_limits_that_flower_has() -> None:
     from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
 
     assert (joining.SIGNED_BEFORE, -joining.SIGNED_AHEAD) == (MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS)
@@ -359,6 +372,10 @@ def test_a_clock_that_is_wrong_is_named_with_the_limits_that_flower_has() -> Non
         httpx.Response(401, request=httpx.Request("POST", "https://fed.example.org")).raise_for_status()
     line = joining.explain(settings, "SuperNode", 1, f"Failed to initialize the connection.\n{refused.value}")
     assert "clock" in line and "305 s" in line and "5 s ahead" in line and "\n" not in line
+    line = joining.explain(settings, "SuperNode", 1, f"SuperNode ID: 7\n{refused.value}")
+    assert "it serves another run now; connecting again" in line and "clock" not in line
+    line = joining.explain(settings, "SuperNode", 1, "Client error '400 Bad Request' for url")
+    assert "refuses the certificate of w: it was revoked" in line and "\n" not in line
     assert (
         joining.explain(settings, "relay", 1, "401 Unauthorized") == "The relay ended with code 1; starting it again."
     )

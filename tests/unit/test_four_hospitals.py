@@ -1,22 +1,27 @@
-"""The example of four hospitals with the tiny model: all processes are real."""
+"""The example of four hospitals with the tiny model, then a second run under its certificates, with real processes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fedferret
+from fedferret.cli import app
 from fedferret.core.errors import UserError
 from fedferret.tracking.events import read
 
 pytest.importorskip("flwr")
 pytest.importorskip("chitchat_dataset")
-pytestmark = pytest.mark.slow(seconds=190)
+pytestmark = pytest.mark.slow(seconds=220)
 
 # ward-2's trainer signs its first response wrongly, as whoever posed as ward-2 would
 FORGER = """
@@ -35,7 +40,21 @@ if "fedferret.sites.resident" in sys.orig_argv and any("ward-2" in word for word
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "four-hospitals" / "run.py"
 
 
-def test_a_site_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_path: Path) -> None:
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example's script as a module."""
+    specification = importlib.util.spec_from_file_location("four_hospitals", SCRIPT)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "four_hospitals", module)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_a_site_and_the_server_are_killed_and_sites_come_and_go_in_a_second_run(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fedferret.sites.proxy import find_nginx
 
     try:
@@ -47,14 +66,17 @@ def test_a_site_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_pat
     out = tmp_path / "four"
     (tmp_path / "forger").mkdir()
     (tmp_path / "forger" / "sitecustomize.py").write_text(FORGER)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--tiny", "--out", out],
-        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'forger'}:{Path(fedferret.__file__).parents[1]}"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'forger'}:{Path(fedferret.__file__).parents[1]}")
+    out.mkdir()
+    with example.federation(out, True) as hospitals:
+        example.run(hospitals)
+        assert_finished(out)
+        second_run(hospitals)
+    assert not processes_with(str(out))
+
+
+def assert_finished(out: Path) -> None:
+    """What the example leaves."""
     run = read(out / "run")
     assert run.status == "finished" and run.done == 5
     replies = {number: len(each.bytes_up) for number, each in run.rounds.items()}
@@ -68,7 +90,35 @@ def test_a_site_and_the_server_are_killed_and_the_run_ends_with_a_report(tmp_pat
     for site in ("ward-1", "ward-3"):
         audit = [json.loads(line) for line in (out / "sites" / site / "audit.jsonl").read_text().splitlines()]
         assert {event["round"] for event in audit if event["what"] != "socket"} >= {1, 5}
-    assert not processes_with(str(out))
+
+
+def second_run(hospitals: Any) -> None:
+    """The sites' processes keep running. ward-3 is gone: the server waits for it until it is retired."""
+    out, log = hospitals.out, hospitals.out / "server.log"
+    hospitals.kill("ward-3")
+    log.rename(out / "first-server.log")
+    hospitals.folder, hospitals.settings = "second", [*hospitals.settings, "--set", "rounds=1"]
+    hospitals.start("server")
+    hospitals.wait("the second run", lambda: "Sites call" in log.read_text())
+    assert str(out / "pki" / "sites" / "ward-5.tar") in sites(hospitals.run, "add", "ward-5")
+    (out / "ward-5.jsonl").write_bytes((out / "ward-3.jsonl").read_bytes())
+    hospitals.start("ward-5")
+    hospitals.wait("ward-5", lambda: "ward-5 is connected" in log.read_text())
+    assert "Revoked:" in sites(hospitals.run, "retire", "ward-4")
+    refused = "refuses the certificate of ward-4"
+    hospitals.wait("the end of ward-4", lambda: refused in (out / "ward-4.log").read_text())
+    sites(hospitals.run, "retire", "ward-3")
+    assert "that leaves 2 sites, and clients.min_clients=3" in sites(hospitals.run, "retire", "ward-1")
+    hospitals.wait("the end", lambda: hospitals.processes["server"].poll() == 0)
+    run, left = read(hospitals.run), ("ward-1", "ward-2", "ward-5")
+    assert [(each.clients, tuple(sorted(each.bytes_up))) for each in run.rounds.values()] == [(left, left)]
+    assert [(each.round, each.added, each.retired) for each in run.lists] == [(1, ("ward-5",), ("ward-3", "ward-4"))]
+    assert len(list((out / "sites" / "ward-1" / "runs").iterdir())) == 2
+
+
+def sites(run: Path, verb: str, name: str) -> str:
+    """The output of `fedferret sites`."""
+    return CliRunner().invoke(app, ["sites", verb, str(run), name]).output
 
 
 def processes_with(word: str) -> list[str]:

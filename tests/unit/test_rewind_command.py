@@ -17,7 +17,7 @@ from fedferret.core.errors import RunError, UserError
 from fedferret.core.log import Log
 from fedferret.rewind import rewind
 from fedferret.runner import run
-from fedferret.sites.server_app import approved_sites
+from fedferret.sites.members import Members
 from fedferret.tracking import checkpoint, events
 from site_folders import sites_recipe, write_sites
 from tiny_runs import silent
@@ -115,7 +115,7 @@ def test_a_retired_site_is_asked_no_more(copy: tuple[Recipe, Path]) -> None:
     said: list[str] = []
     rewind(out, 3, "bo", said.append)
     assert "bo is retired: no round from 4 on samples it." in said[0]
-    assert approved_sites(recipe, out) == ["ann", "cleo"]
+    assert Members(out, recipe).names() == ["ann", "cleo"]
     run(recipe, out, silent)  # the recipe is the same: a retired site is a fact of the run
     assert events.read(out).rounds[4].clients == ("ann", "cleo")
     assert events.read(out).rounds[3].clients == ("ann", "bo", "cleo")

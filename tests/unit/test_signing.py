@@ -83,6 +83,13 @@ def test_a_message_passes_neither_for_another_sites_nor_in_the_other_direction(
     assert refusal(a, MESSAGE) == refusal(server, MESSAGE, "a") == "the message has no signature"
 
 
+def test_a_site_that_came_after_the_server_began_is_known_by_its_key(fresh: Authority, tmp_path: Path) -> None:
+    server = server_seal(fresh)
+    assert refusal(server, MESSAGE, "d") == "there is no signing key of d"
+    fresh.issue("d")
+    assert server.open("d", site_seal(fresh, tmp_path / "d", "d").close(MESSAGE)) == MESSAGE
+
+
 def posing(key: Ed25519PrivateKey, certificate: bytes) -> bytes:
     """A request, signed with a key, beside a certificate (PEM) of the attacker's choice."""
     der = x509.load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)

@@ -116,7 +116,7 @@ def served(
     monkeypatch.setattr(Server, "_once", once)
     monkeypatch.setattr(serve, "check_free", lambda port: None)
     monkeypatch.setattr(serve, "environment", lambda home: {})
-    Server(run, ServeSettings(), {}, logged.append).run()
+    Server(run, ServeSettings(), list, logged.append).run()
     return left_out, logged
 
 

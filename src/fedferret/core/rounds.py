@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fedferret.core import tree
 from fedferret.core.algorithm import framing_bytes
+from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, TooFewClients
 from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
 from fedferret.core.guard import TRAIN, Exchange, exchanges_after, exchanges_before
@@ -43,7 +44,7 @@ class RunState:
         log: the entries.
         round: the last finished round.
         versions: the log's version that each client is known to hold; 0 is the base.
-        retired: clients that are sampled no more.
+        changes: to the list of clients, since the run began.
     """
 
     node: Node
@@ -51,7 +52,7 @@ class RunState:
     log: Log
     round: int = 0
     versions: dict[str, int] = field(default_factory=dict)
-    retired: tuple[str, ...] = ()
+    changes: ClientChanges = field(default_factory=ClientChanges)
 
     @property
     def public(self) -> Any:
@@ -122,7 +123,7 @@ class RoundRecord:
 
 def run(
     engine: Engine,
-    clients: Sequence[str],
+    clients: Sequence[str] | Callable[[int], Sequence[str]],
     state: RunState,
     plan: Plan,
     on_outcome: Callable[[Reply | Failure], None] = lambda outcome: None,
@@ -132,7 +133,7 @@ def run(
 
     Args:
         engine: where clients run.
-        clients: all who may be sampled.
+        clients: all who may be sampled; where that changes, a function from a round's number, called as it begins.
         state: changed in place.
         plan: how rounds are run.
         on_outcome: called with every reply and failure of every exchange, in client order, once the reply is read.
@@ -145,7 +146,8 @@ def run(
         TooFewClients: fewer updates came than the plan asks for; ``state`` is as before that round.
     """
     for number in range(state.round + 1, plan.rounds + 1):
-        record = _round(engine, clients, state, plan, number, on_outcome)
+        sampled = clients(number) if callable(clients) else clients
+        record = _round(engine, sampled, state, plan, number, on_outcome)
         started = time.perf_counter()
         save(record)
         engine.commit(number, [failure.client for failure in record.failures])

@@ -188,6 +188,12 @@ class Roster:
         self._names: dict[int, str] = {}  # of the nodes that replied with the name of an approved site
         self._replies: Counter[int] = Counter()  # by node: of one that has no such name
 
+    def approve(self, names: Iterable[str]) -> None:
+        """Replace the names of the run's sites."""
+        if self._approved != (approved := frozenset(names)):
+            self._approved = approved
+            self._replies.clear()  # a node may have replied with a name that was none then
+
     def __call__(self, seconds: float = PATIENCE) -> dict[str, int]:
         """Return the node ids; of two nodes with one name, which a restart leaves, the newer.
 

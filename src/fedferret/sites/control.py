@@ -6,7 +6,7 @@ The control API has no login in Flower's released build; the server never publis
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -90,6 +92,16 @@ class Control:
                 known = FlowerError.from_json(error.response.text)
                 if known is None or known.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                     raise RunError(f"the SuperLink refuses the node key of {name}: {error.response.text}") from error
+
+    def unregister(self, keep: Collection[str]) -> None:
+        """Unregister the nodes of all other sites: the SuperLink accepts no call of theirs any more.
+
+        Args:
+            keep: names of the sites that stay.
+        """
+        for node in self._client.ListNodes(ListNodesRequest()).nodes_info:
+            if node.status != NodeStatus.UNREGISTERED and node.name not in keep:
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
 
     def start(self, package: bytes) -> int:
         """Stop the runs of an earlier server, start a run with that package, and return the new run's id."""

@@ -38,6 +38,8 @@ from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, termin
 
 LOOK = 0.2  # seconds between two polls of the processes
 NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
+CONNECTED = "SuperNode ID"  # of its output, once the server accepted it
+NOT_CERTIFIED = "400 Bad Request"  # the proxy's response to a certificate that it refuses
 NOT_SIGNED = "401 Unauthorized"  # of a call with a signature that Flower refuses, by its time for instance
 SIGNED_BEFORE, SIGNED_AHEAD = 305, 5  # seconds, of Flower's (`flwr/superlink/routers/fleet/node_auth.py`); measured
 SETTINGS = "site.toml"  # read by the trainer, `sites/site.py`
@@ -199,7 +201,7 @@ class Site:
     def _log_connection(self) -> None:
         """Log that the server accepted this site, once for each SuperNode process."""
         process = self.supervisor.process("SuperNode")
-        if process and process != self.connected and "SuperNode ID" in self.supervisor.output("SuperNode"):
+        if process and process != self.connected and CONNECTED in self.supervisor.output("SuperNode"):
             self.connected = process
             self.log(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
             self._log_event("connected")
@@ -227,6 +229,13 @@ def explain(settings: JoinSettings, process: str, code: int, output: str) -> str
             f"{settings.address} refuses {settings.name} for now: it holds a lost connection for up to a minute, or "
             f"this site is not on the run's list of sites; trying again."
         )
+    if process == "SuperNode" and NOT_CERTIFIED in output:
+        return (
+            f"{settings.address} refuses the certificate of {settings.name}: it was revoked, as a retired site's is, "
+            f"or has expired; ask the server's administrator; trying again."
+        )
+    if process == "SuperNode" and NOT_SIGNED in output and CONNECTED in output:
+        return f"{settings.address} does not know this connection: it serves another run now; connecting again."
     if process == "SuperNode" and NOT_SIGNED in output:
         return (
             f"{settings.address} refuses the signatures of {settings.name} (401): set this machine's clock and the "

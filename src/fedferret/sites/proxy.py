@@ -63,9 +63,7 @@ class Proxy:
         nginx = find_nginx()
         private_folder(self.folder)
         (self.folder / "temporary").mkdir(exist_ok=True)
-        path = self.folder / "nginx.conf"
-        listen, superlink = _written(*self._listen), _written(*self._superlink)
-        write_atomically(path, configuration(self.folder, listen, superlink, self._server, self._limits))
+        path = self.configure()
         outcome = subprocess.run(
             [nginx, "-t", "-q", "-p", str(self.folder), "-c", str(path)], capture_output=True, text=True
         )
@@ -74,8 +72,20 @@ class Proxy:
         (self.folder / "nginx.pid").unlink(missing_ok=True)
         log = self.folder / "error.log"
         self._logged = log.stat().st_size if log.exists() else 0
-        watched = [self._server.revocations, *self._server.proxy, self._server.superlink[0]]
+        watched = [self._server.revocations, *self._server.proxy, self._server.superlink[0], path]
         return [sys.executable, "-P", "-m", "fedferret.sites.watchdog", nginx, str(path), *map(str, watched)]
+
+    def configure(self) -> Path:
+        """Write the configuration and return its path; a running nginx reads it within seconds.
+
+        It has the node key of each site in the folder of `fedferret pki`.
+
+        Raises:
+            UserError: for a path that nginx cannot read from its configuration, or a node key that is damaged.
+        """
+        path, listen, superlink = self.folder / "nginx.conf", _written(*self._listen), _written(*self._superlink)
+        write_atomically(path, configuration(self.folder, listen, superlink, self._server, self._limits))
+        return path
 
     def wait(self, running: Callable[[], bool], patience: float = 60.0) -> None:
         """Wait until the port takes connections.

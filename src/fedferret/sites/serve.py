@@ -31,10 +31,11 @@ from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control
 from fedferret.sites.credentials import UNSIGNED, ServerCredentials
 from fedferret.sites.flower_process import LOOPBACK, Certificates, check_free, environment, free_port, superlink
+from fedferret.sites.members import Members
 from fedferret.sites.nginx import Limits
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.proxy import Proxy, find_nginx
-from fedferret.sites.server_app import AGAIN, approved_sites
+from fedferret.sites.server_app import AGAIN
 from fedferret.sites.supervisor import HEALTHY, Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes
@@ -76,8 +77,8 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
         KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
     known = belongs(recipe, out)  # before the checkpoint is read: another run's may have messages of another method
-    sites = approved_sites(recipe, out)
-    keys = _keys(settings.credentials, sites)
+    members = Members(out.resolve(), recipe)
+    _keys(settings.credentials, members.names())
     if known and finished_summary(recipe, out, log) is not None:
         return
     out = out.resolve()
@@ -86,22 +87,27 @@ def serve(recipe: Recipe, out: Path, settings: ServeSettings, log: Callable[[str
         state.remove_damaged(out, log)
         for notice in settings.credentials.notices if settings.credentials else (UNSIGNED,):
             log(notice)
-        Server(out, settings, keys, log).run()
+        Server(out, settings, members.names, log).run()
 
 
 class Server:
     """The processes of one served run."""
 
-    def __init__(self, out: Path, settings: ServeSettings, keys: dict[str, bytes], log: Callable[[str], None]) -> None:
+    def __init__(
+        self, out: Path, settings: ServeSettings, sites: Callable[[], list[str]], log: Callable[[str], None]
+    ) -> None:
         """Create a server; nothing is started yet.
 
         Args:
             out: the run's folder.
             settings: of the server.
-            keys: public node key (OpenSSH format) by site; empty: insecure.
+            sites: returns the names of the sites that may take part now.
             log: called with each line for the operator.
         """
-        self.out, self.folder, self.settings, self.keys, self.log = out, out / state.FOLDER, settings, keys, log
+        self.out, self.folder, self.settings, self.sites, self.log = out, out / state.FOLDER, settings, sites, log
+        self.admitted: list[str] = []  # sites with a node that the SuperLink accepts
+        self.refusal, self.refused = "", 0.0  # why not all sites were admitted, and when
+        self.proxy: Proxy | None = None
         self.package = run_package()
         self.supervisor = Supervisor(log, lambda part, code, output: f"{part.name} {ended(code)}; starting it again.")
         self.environment = environment(self.folder / "flower")
@@ -167,9 +173,9 @@ class Server:
         if not self.proxied or credentials is None or not limits or self.supervisor.knows("nginx"):
             return
         address, upload = f"{LOOPBACK}:{self.port}", int(limits["upload"])
-        proxy = Proxy(self.folder / "nginx", credentials, self.settings.listen, address, Limits(upload=upload))
-        self.supervisor.start(Part("nginx", proxy.prepare(), self.folder / "nginx.log"))
-        proxy.wait(lambda: self.supervisor.process("nginx") is not None)
+        self.proxy = Proxy(self.folder / "nginx", credentials, self.settings.listen, address, Limits(upload=upload))
+        self.supervisor.start(Part("nginx", self.proxy.prepare(), self.folder / "nginx.log"))
+        self.proxy.wait(lambda: self.supervisor.process("nginx") is not None)
 
     def _once(self) -> int:
         """Start SuperLink and ServerApp, watch them until one ends, and return the ServerApp's exit code, or AGAIN."""
@@ -182,7 +188,8 @@ class Server:
         try:
             try:
                 control.wait(STARTING, lambda: self.supervisor.process("SuperLink") is not None)
-                control.register(self.keys)
+                self.admitted = []
+                self._admit(control)
                 run_id = control.start(self.package)
             except (RunError, httpx.HTTPError) as error:
                 self.log(f"The SuperLink did not accept the run ({error}); it is started again.")
@@ -210,9 +217,30 @@ class Server:
                 return AGAIN
             self._start_proxy()
             self.supervisor.poll("nginx")
+            with suppress(httpx.HTTPError):  # the SuperLink is ending: it is started again, and called again
+                self._admit(control)
             if time.monotonic() - self.written > WRITE_EVERY:
                 self._log_event("serving", control)
             time.sleep(LOOK)
+
+    def _admit(self, control: Control) -> None:
+        """Let the nodes of the run's sites call, and no others: sites come and are retired while the server runs."""
+        sites, credentials = self.sites(), self.settings.credentials
+        if credentials is None or sites == self.admitted or time.monotonic() < self.refused + WRITE_EVERY:
+            return
+        present = credentials.node_public_keys().keys() & credentials.signing_keys().keys()
+        if self.proxy:
+            self.proxy.configure()
+        control.register(_keys(credentials, [name for name in sites if name in present]))
+        control.unregister(sites)
+        self.admitted = sites
+        try:
+            _keys(credentials, sites)
+        except UserError as error:  # credentials that another machine made were not copied yet
+            self.admitted, self.refused = [], time.monotonic()
+            if self.refusal != str(error):
+                self.refusal = str(error)
+                self.log(f"{error}. Until then the others take part.")
 
     def _log_event(self, doing: str, control: Control | None = None) -> None:
         """Write the state that `fedferret nodes` and `status` show."""
@@ -230,6 +258,7 @@ class Server:
                 "started": self.started,
                 "listen": self.settings.listen,
                 "secure": self.authority is not None,
+                "pki": str(self.settings.credentials.folder) if self.settings.credentials else "",
                 "proxy": self.proxied,
                 "package": fingerprint(self.package),
                 "restarts": self.restarts,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from fedferret.config import Recipe, load
+from fedferret.config import load
 from fedferret.core.errors import RunError, TooFewClients, UserError
 from fedferret.disk import update_bytes
 from fedferret.engines.flower import FlowerTransport, Roster
@@ -43,12 +43,12 @@ from fedferret.runner import run
 from fedferret.sites import state
 from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
+from fedferret.sites.members import Members
 from fedferret.sites.nginx import upload_limit
 from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
 from fedferret.sites.strikes import CRASHED, NotingSeal, Reading
 from fedferret.sites.supervisor import terminable
-from fedferret.tracking import checkpoint
 
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
@@ -70,11 +70,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
-    approved = approved_sites(recipe, folder)
+    members = Members(folder, recipe)
     state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
     link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
     pki = str(context.node_config["pki"])
-    roster = Roster(link, approved, asks=not pki)
+    roster = Roster(link, members.names(), asks=not pki)
     seal = ServerSeal(read_server(Path(pki))) if pki else NoSeal()
     reading = Reading(folder, str(context.node_config["left_out"]), signed=seal.signs)
     protection = Protection(NotingSeal(seal, reading), SequenceNumbers(folder / state.FOLDER / "sequence"))
@@ -82,12 +82,13 @@ def main(grid: Grid, context: Context) -> None:
     messages = state.MessageLog(folder)
 
     def connected(seconds: float = PATIENCE) -> dict[str, int]:
+        roster.approve(members.names())
         nodes = roster(seconds)
         state.write(folder, "names", {str(node): name for name, node in nodes.items()})
         return nodes
 
     transport = FlowerTransport(link, connected, messages.traffic, watch=reading)
-    gather(connected, approved, float(context.node_config["wait"]))
+    gather(connected, members, float(context.node_config["wait"]))
     newest, progressed = messages.newest_round(), time.monotonic()
     while True:
         try:
@@ -97,6 +98,7 @@ def main(grid: Grid, context: Context) -> None:
                 _log,
                 transport=transport,
                 protection=protection,
+                changes=lambda: members.effective(connected()),
                 on_message=messages.record,
                 on_client=reading.reading,
             )
@@ -109,33 +111,15 @@ def main(grid: Grid, context: Context) -> None:
             _log(f"{error}. The round is run again in {pause:.0f} seconds.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            gather(connected, approved, pause)
+            gather(connected, members, pause)
 
 
-def approved_sites(recipe: Recipe, out: Path) -> list[str]:
-    """Return the names of the run's sites, sorted, without those that were retired.
-
-    Args:
-        recipe: with the data source "sites".
-        out: the run's folder, which knows the retired ones.
-    Raises:
-        UserError: unless the recipe's data source is "sites".
-    """
-    if recipe.data_source != "sites":
-        raise UserError(
-            f'data.source="{recipe.data_source}": set data.source="sites" and name them in data.sites to serve a run'
-        )
-    known = checkpoint.progress(out)
-    retired = known.retired if known else ()
-    return sorted(set(recipe.data.sites) - set(retired))  # type: ignore[attr-defined]  # of the source of that name
-
-
-def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], seconds: float) -> None:
+def gather(connected: Callable[[], Mapping[str, int]], members: Members, seconds: float) -> None:
     """Wait until all sites are connected, or the time is over; sites that connect later join the next rounds.
 
     Args:
         connected: returns the node id of each connected site.
-        approved: the names of all sites.
+        members: of the run; they may come and go meanwhile.
         seconds: how long to wait.
     """
     end, known = time.monotonic() + seconds, set[str]()
@@ -143,8 +127,8 @@ def gather(connected: Callable[[], Mapping[str, int]], approved: Sequence[str], 
         nodes = connected()
         for name in sorted(nodes.keys() - known):
             known.add(name)
-            _log(f"{name} is connected ({len(known)} of {len(approved)}).")
-        if len(nodes) == len(approved) or time.monotonic() > end:
+            _log(f"{name} is connected ({len(nodes.keys() & known)} of {len(members.names())}).")
+        if nodes.keys() >= {*members.awaited()} or time.monotonic() > end:
             return
         time.sleep(0.5)
 

@@ -42,7 +42,7 @@ class ServerSeal:
         Args:
             credentials: checked.
         """
-        self._paths = credentials.signing
+        self._paths, self._credentials = credentials.signing, credentials
         self._sites = {name: read_public(path.read_bytes()) for name, path in credentials.signing_keys().items()}
         self._read: tuple[int, ...] = ()
         self._key, self._certificate = self._load()
@@ -58,11 +58,19 @@ class ServerSeal:
 
     def open(self, sender: str, sealed: bytes) -> bytes:
         """Verify a site's response; see ``Seal.open``."""
-        if sender not in self._sites:
+        if sender not in self._sites and not self._found(sender):
             raise ValueError(f"there is no signing key of {sender}")
         _, message = _parts(sealed, RESPONSE)
         _verify(self._sites[sender], sealed, "the site's")
         return bytes(message)
+
+    def _found(self, sender: str) -> bool:
+        """Read the key of a site that came after this process began; returns whether there is one."""
+        path = self._credentials.signing_keys().get(sender)
+        if path is None:
+            return False
+        self._sites[sender] = read_public(path.read_bytes())
+        return True
 
     def _load(self) -> tuple[Ed25519PrivateKey, bytes]:
         read = self._times()

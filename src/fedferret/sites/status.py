@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
 from fedferret.engines.transport import DONE, MISSING, REFUSED
-from fedferret.sites import join, state, strikes
+from fedferret.sites import join, members, state, strikes
 from fedferret.tracking import events
 from fedferret.tracking.audit import read_audit
 from fedferret.tracking.units import as_bytes, as_duration
@@ -39,6 +39,7 @@ class SiteStatus:
     reason: str = ""  # why the last request brought no update; "" if it did
     messages: int = 0  # bytes of requests and responses
     framed: int = 0  # the same with Flower's records and headers
+    retired: bool = False  # by `fedferret sites retire`
 
 
 def site_statuses(run: Path) -> dict[str, SiteStatus]:
@@ -68,6 +69,12 @@ def site_statuses(run: Path) -> dict[str, SiteStatus]:
         found.setdefault(name, SiteStatus()).connected = bool(node.get("connected")) if fresh else None
     for name in strikes.unread_sites(run):
         found.setdefault(name, SiteStatus()).reason = strikes.unread_reason(run, name)
+    asked = members.requested(run)
+    for name in asked.added:
+        found.setdefault(name, SiteStatus())
+    for name in asked.retired:
+        site = found.setdefault(name, SiteStatus())
+        site.retired, site.reason = True, "retired"
     return found
 
 
@@ -99,13 +106,15 @@ def status(folder: Path) -> str:
         raise UserError(f"{folder}: not the folder of a served run or of a site")
     run = events.read(folder)
     security = "certificates on both sides" if known.get("secure") else "INSECURE: no certificates"
-    sites = site_statuses(folder)
+    found = site_statuses(folder)
+    sites = [site for site in found.values() if not site.retired]
+    retired = f"; {len(found) - len(sites)} retired" if len(found) > len(sites) else ""
     lines = [
         f"Server:   {_doing(known)}; sites call {known.get('listen', '?')} ({security})",
         f"Package:  SHA-256 {known.get('package', '?')}",
         f"Run:      round {run.done} of {run.planned or '?'}; {run.status}; the server was restarted "
         f"{known.get('restarts', 0)} times",
-        f"Sites:    {sum(site.connected is True for site in sites.values())} of {len(sites)} connected",
+        f"Sites:    {sum(site.connected is True for site in sites)} of {len(sites)} connected{retired}",
     ]
     return "\n".join(
         [

@@ -18,6 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError
 from fedferret.core.files import build_atomically, read_intact, write_atomically
 from fedferret.core.log import RESTORE, Log, log_files
@@ -39,6 +40,12 @@ class Progress:
     epoch: int  # 0, or when the run was last rewound; see ``rewinding.py``
     retired: tuple[str, ...]  # clients that are sampled no more
     begun_anew: tuple[str, ...] = ()  # after rewinding to here: clients with a private state that was not held
+    added: tuple[str, ...] = ()  # clients that came after the run began
+
+    @property
+    def changes(self) -> ClientChanges:
+        """To the list of clients, since the run began."""
+        return ClientChanges(self.added, self.retired)
 
     @property
     def window(self) -> dict[int, int]:
@@ -54,13 +61,14 @@ def save(folder: Path, run: RunState) -> None:
         run: after its last round.
     """
     path, before = folder / "state" / "run.state", past(folder, run.round - 1)
+    epoch, changes = run.node.epoch, {"retired": run.changes.retired, "added": run.changes.added}
     if run.log.history and path.exists():
         build_atomically(before, lambda temporary: shutil.copyfile(path, temporary))
     elif run.log.history and run.round == 1:
-        write_atomically(before, codec.encode(Progress(0, None, {}, {}, (1,), run.node.epoch, run.retired)))
+        write_atomically(before, codec.encode(Progress(0, None, {}, {}, (1,), epoch, **changes)))
     log = run.log
     firsts = tuple(log.firsts.values())
-    progress = Progress(run.round, run.server, run.versions, log.checksums, firsts, run.node.epoch, run.retired)
+    progress = Progress(run.round, run.server, run.versions, log.checksums, firsts, epoch, **changes)
     write_atomically(path, codec.encode(progress))
     run.log.prune()
     prune(folder, run.log.firsts)
@@ -133,7 +141,7 @@ def resume(folder: Path, node: Node, initial: Any = None, history: int = 0) -> R
     node.catch_up(log.since(0))
     node.epoch = known.epoch
     server = known.server if known.round else initial
-    return RunState(node, server, log, known.round, known.versions, known.retired)
+    return RunState(node, server, log, known.round, known.versions, known.changes)
 
 
 def past(folder: Path, round: int) -> Path:

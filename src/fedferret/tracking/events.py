@@ -28,6 +28,7 @@ from fedferret.core.exchanges import Failure
 from fedferret.core.files import flush, inside, read_intact
 from fedferret.core.log import RESTORE
 from fedferret.core.rounds import RoundRecord
+from fedferret.tracking.client_lists import ClientList
 from fedferret.wire.ledger import Ledger
 
 FILE = "events.jsonl"
@@ -167,6 +168,7 @@ class Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
     rewinds: list[Rewind] = field(default_factory=list)
+    lists: list[ClientList] = field(default_factory=list)  # by round, where another list of clients began
     notices: list[tuple[int, str, str]] = field(default_factory=list)  # round, client, the client's words
     status: str = "in progress"  # "finished", "interrupted", "rewound"
     last: str = ""  # ISO time of the last event
@@ -250,6 +252,8 @@ def replay(events: Iterable[Event]) -> Run:
                 run.status = "in progress"
             case "rewind":
                 _rewind(run, event)
+            case "clients":
+                run.lists.append(ClientList.of(event))
             case "notice":
                 run.notices.append((event["round"], event["client"], event["note"]))
             case "round":
@@ -281,6 +285,7 @@ def _cut(run: Run, last: int) -> None:
     """Take the rounds after ``last`` out of the run."""
     run.rounds = {number: entry for number, entry in run.rounds.items() if number <= last}
     run.evaluations = {number: entry for number, entry in run.evaluations.items() if number <= last}
+    run.lists = [each for each in run.lists if each.round <= last]
     run.notices = [notice for notice in run.notices if notice[0] <= last]
 
 

@@ -66,6 +66,7 @@ def write_report(folder: Path) -> Path:
         metrics=_metrics(run),
         failures=[(number, f.client, f.stage, f.reason) for number, f in run.failures],
         bounded=[(number, client) for number, entry in sorted(run.rounds.items()) for client in entry.bounded],
+        lists=[(str(each.round), ", ".join(each.added), ", ".join(each.retired)) for each in run.lists],
         rewinds=_rewinds(run),
         notices=sorted(run.notices),
         clients=_clients(run),

@@ -38,7 +38,7 @@ def past_progress(
         clock: seconds since 1970.
 
     Returns:
-        The state after ``round``, of a new epoch, with the clients that are retired now.
+        The state after ``round``, of a new epoch, with the list of clients as it is now.
 
     Raises:
         UserError: the round is not kept.
@@ -58,7 +58,7 @@ def past_progress(
         raise RunError(f"round {round} cannot be rebuilt, choose another one: {error}") from None
     firsts = tuple(first for number, first in now.window.items() if number <= round)
     epoch = max(now.epoch + 1, int(clock()))
-    return replace(then, firsts=firsts, epoch=epoch, retired=now.retired)
+    return replace(then, firsts=firsts, epoch=epoch, retired=now.retired, added=now.added)
 
 
 def rewind(folder: Path, then: Progress) -> None:
@@ -88,7 +88,7 @@ def log_rewind(folder: Path) -> events.Rewind | None:
     run = events.read(folder)
     if run.epoch >= known.epoch:
         return None
-    before = {name for each in run.rewinds for name in each.retired}
+    before = {name for event in events.read_events(folder) for name in event.get("retired", ())}
     retired = [name for name in known.retired if name not in before]
     events.EventLog(folder).write(
         "rewind", round=known.round, epoch=known.epoch, retired=retired, begun_anew=list(known.begun_anew)
