@@ -31,7 +31,8 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_kille
     nginx the four hospitals run (``test_four_hospitals.py``).
     """
     sites = ["ward-1", "ward-2"]
-    recipe = write_recipe(tmp_path, sites, 4)
+    clients = {"per_round": 2, "min_clients": 2, "held_out": 0.3}
+    recipe = write_recipe(tmp_path, sites, 4, clients=clients, evaluation={"per_client": True})
     run(load_recipe(recipe), out=tmp_path / "alone", log=lambda line: None)
     with (
         socket.create_server(("127.0.0.1", 0)) as outside,
@@ -62,9 +63,11 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_kille
         made.start("serve", *serve)
         assert made.end("serve") == 0, made.output("serve")
         assert records(served) == records(tmp_path / "alone")
+        scored = [events.read(folder).evaluations[4].clients for folder in (served, tmp_path / "alone")]
+        assert scored[0] == scored[1] and set(scored[0]) == set(sites), "what sites hold out is scored where it is"
         assert not list(tmp_path.glob("**/.tmp*")), "no torn file"
         for site in sites:
-            assert "version 3" in made_output(made, "nodes", "served", site)
+            assert "version 4" in made_output(made, "nodes", "served", site), "to score, a site catches up"
         made.start("serve", *serve)
         assert made.end("serve") == 0
         assert made.output("serve").strip().endswith("runs it again.\nThe run is finished: served/report.html")

@@ -36,7 +36,8 @@ from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Reques
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
 ERRORS = 3  # errors of a site's processes that are not believed in an exchange: nobody signs them
-_FRAME = 64 << 10  # bytes of a response beside the reply, and of a reply with scores
+_FRAME = 64 << 10  # bytes of a response beside the reply
+_SUM = 64  # bytes of a sum in a reply with scores: its name and value
 _GUARDS = 1 << 20  # bytes of a reply that a guard declares: keys and shares for each of the cohort
 _SLACK = 4  # a response is decoded up to this many times the longest reply; the intake is exact
 _LARGEST = 1 << 40  # no round, version or process has this number
@@ -115,12 +116,15 @@ def largest_response(bodies: Mapping[str, Body], state: RunState) -> int:
         state: of the run, before the round.
 
     Returns:
-        A few times what the method's formula gives for an update, or a constant for scores and guards' exchanges.
+        A few times what the method's formula gives for an update; for scores by the number of the objective's sums; a
+        constant for guards' exchanges.
     """
     body = next(iter(bodies.values()), None)
     if isinstance(body, Train):
         return _FRAME + math.ceil(_SLACK * longest_update(state.node, len(bodies), body.round))
-    return _FRAME if isinstance(body, Score) else _FRAME + _GUARDS
+    if isinstance(body, Score):
+        return _FRAME + _SUM * len(state.node.task.objective.sums)
+    return _FRAME + _GUARDS
 
 
 class _Messages(Mapping[str, bytes]):
