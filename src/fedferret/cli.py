@@ -63,17 +63,19 @@ def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> Non
 
 @app.command("list")
 def list_() -> None:
-    """List all methods, models and data sources, one line each."""
+    """List all methods, objectives, models and data sources, one line each."""
     from rich.table import Table
     from rich.text import Text
 
     from fedferret.algorithms.registry import catalogue as methods
     from fedferret.data.registry import catalogue as data
     from fedferret.models.catalogue import catalogue as models
+    from fedferret.objectives.registry import catalogue as objectives
     from fedferret.tracking.console import plain_console
 
     console = plain_console()
-    for title, entries in (("Methods", methods()), ("Models", models()), ("Data", data())):
+    kinds = (("Methods", methods()), ("Objectives", objectives()), ("Models", models()), ("Data", data()))
+    for title, entries in kinds:
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, line in entries.items():
             table.add_row(Text(name, style="bold"), line)

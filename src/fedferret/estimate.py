@@ -6,7 +6,8 @@ memory    fp32 weights (two copies of the tuned ones, one with memory = "lean"),
           tuned ones, activations; zeroth-order training has the weights alone
 time      the data is read and its lengths are taken (characters / 4 where the tokenizer is not at hand), then
           operations   6 d' per trained token (4 d' where weights are frozen, 4 d' for two forward passes), 2 d' per
-                       evaluated token, with d' the weights without the vocabulary; the vocabulary's on response tokens
+                       evaluated token, with d' the weights without the vocabulary; the vocabulary's on response tokens;
+                       of an image as PyTorch counts them
           memory       the passes over the weights that steps, clients and evaluations make
           at the rates of a product of the batch's size and of a copy, both measured here for a fifth of a second
 """
@@ -16,15 +17,18 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedferret.config import Recipe
 from fedferret.core.keys import Key
 from fedferret.tracking.units import as_bytes, as_count, as_duration
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedferret.data.examples import Example, FederatedData
 
 _EFFICIENCY = 0.75  # of a product of the batch's size: softmax, norms and small layers take the rest
@@ -92,6 +96,9 @@ class _Lengths:
         )
 
 
+_Forward: TypeAlias = "Callable[[_Lengths], float]"
+
+
 def estimate(recipe: Recipe) -> Estimate:
     """The cost of a recipe; data is read, weights are not.
 
@@ -135,14 +142,28 @@ def estimate(recipe: Recipe) -> Estimate:
         log_bytes([cost.down_most for cost in costs], [4 * weights(number) for number in numbers], history),
         history,
         4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
-        _seconds(recipe, data, training, list(every.values()), tuned),
+        _seconds(recipe, data, training, skeleton, tuned),
     )
 
 
-def _seconds(
-    recipe: Recipe, data: FederatedData, training: Any, shapes: Sequence[tuple[int, ...]], tuned: int
-) -> float:
+def _forward(recipe: Recipe, model: nn.Module, data: FederatedData, body: int, vocabulary: int) -> _Forward:
+    """The operations of a forward pass of one example, as a function of the examples' lengths."""
+    images = (each.image for part in (data.clients, data.held_out) for rows in part.values() for each in rows[:1])
+    if image := next(images, None):
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            model(SimpleNamespace(pixels=torch.zeros(1, *image.shape, device="meta")))
+        total = float(counter.get_total_flops())
+        return lambda lengths: total
+    scored = vocabulary if recipe.objective.generates else 0  # a classifier has no product with its vocabulary
+    return lambda lengths: 2 * (lengths.tokens * body + lengths.response * scored)
+
+
+def _seconds(recipe: Recipe, data: FederatedData, training: Any, model: nn.Module, tuned: int) -> float:
     """Of all rounds, evaluations and the local-only baseline."""
+    shapes = [tuple(weight.shape) for weight in model.parameters()]
     key, most = Key.of(recipe.seed, "estimate"), recipe.text.max_tokens
     trained = [example for examples in data.clients.values() for example in examples]
     held_out = [example for examples in data.held_out.values() for example in examples]
@@ -163,9 +184,14 @@ def _seconds(
     share = tuned / sum(math.prod(shape) for shape in shapes)
     per_weight = 4 + 2 * min(1.0, share) if backward else 4.0  # a frozen weight needs no gradient
     examples = batches * batch
-    operations = trainings * examples * per_weight * (client.tokens * body + client.response * vocabulary)
+    forward = _forward(recipe, model, data, body, vocabulary)
+    operations = trainings * examples * per_weight / 2 * forward(client)
     evaluations = recipe.rounds // recipe.evaluation.every + 1
-    operations += 2 * evaluations * scored.count * (scored.tokens * body + scored.response * vocabulary)
+    operations += evaluations * scored.count * forward(scored)
+    if recipe.scores_clients:  # all clients at either end, the cohort in between
+        asked = 2 * len(data.clients) + (evaluations - 2) * recipe.clients.per_round
+        kept = sum(map(len, data.client_held_out.values())) / len(data.clients)
+        operations += asked * kept * forward(client)
     passes = trainings * (steps * _STEP_PASSES * tuned + batches * _BATCH_PASSES * (body + vocabulary))
     passes += trainings * _CLIENT_PASSES * tuned
     return operations / (_EFFICIENCY * rate) + passes * copy_seconds
