@@ -63,6 +63,9 @@ class Evaluator:
 
         Args:
             extra: as in ``score``.
+
+        Returns:
+            Batches of all passes over all held-out sets.
         """
         counts = [len(examples) for examples in self.tokens.data.held_out.values()]
         if extra and self._scorers:
@@ -79,6 +82,9 @@ class Evaluator:
             model: a causal language model of transformers, or one that peft wraps.
             extra: measure all metrics, not the loss, perplexity and fairness alone.
             on_progress: is called after each batch.
+
+        Returns:
+            Metrics by held-out set, losses in nats per token, and the losses of the main set's owners.
         """
         results: Results = {}
         per_client: dict[str, float] = {}

@@ -24,6 +24,9 @@ class HeldOut(Protocol):
         Args:
             size: examples per batch.
             key: None; evaluation does not shuffle.
+
+        Returns:
+            An iterator over batches in which every example occurs once.
         """
         ...
 
@@ -73,6 +76,9 @@ def example_losses(
         examples: the held-out set.
         batch_size: examples at a time.
         on_progress: is called after each batch.
+
+    Returns:
+        Losses in nats, summed over each response, and the responses' tokens; in the order of the set.
     """
     model.eval()
     sums, tokens = [0.0] * len(examples), [0] * len(examples)
@@ -100,5 +106,8 @@ def evaluate(
         examples: the held-out set.
         batch_size: examples at a time.
         on_progress: is called after each batch.
+
+    Returns:
+        Mean loss in nats per token, perplexity and number of tokens.
     """
     return example_losses(model, objective, examples, batch_size, on_progress).score
