@@ -25,6 +25,7 @@ from fedferret.sites.pki import Authority
 from fedferret.sites.proxy import Proxy
 
 SITES, BODY, PIECE = 6, 250 << 20, bytes(1 << 20)
+RECIPE = Path("recipes/demo.toml")
 
 
 def peak(process: int) -> float:
@@ -49,8 +50,15 @@ def upload(port: int, authority: Path, site: Path, name: str, size: int, chunked
     line.close()
 
 
-def flood(folder: Path, limits: nginx.Limits | None) -> tuple[float, float, float]:
-    """SuperLink's peak before, after bodies of 250 MiB, and after as many uploads at a time as are allowed, in MB."""
+def flood(folder: Path, limits: nginx.Limits | None, body: int = BODY) -> tuple[float, float, float]:
+    """SuperLink's peak before, after such bodies, and after as many uploads at a time as are allowed, in MB.
+
+    Args:
+        folder: for credentials, logs and the SuperLink's files; made if missing.
+        limits: of nginx; None: the default ones.
+        body: bytes that each site sends to each call.
+    """
+    folder.mkdir(exist_ok=True)
     authority = Authority.create(folder / "pki", ["localhost"])
     sites = [authority.issue(f"site-{number}").with_suffix("") for number in range(SITES)]
     server, port, inner = read_server(folder / "pki"), flower_process.free_port(), flower_process.free_port()
@@ -66,7 +74,7 @@ def flood(folder: Path, limits: nginx.Limits | None) -> tuple[float, float, floa
         with Proxy(folder / "nginx", server, f"127.0.0.1:{port}", f"127.0.0.1:{inner}", limits):
             allowed = (limits or nginx.Limits()).upload
             for calls in (
-                [(site, name, BODY, chunked) for name in nginx.FLEET for site in sites for chunked in (False, True)],
+                [(site, name, body, chunked) for name in nginx.FLEET for site in sites for chunked in (False, True)],
                 [(site, "push-object", allowed, False) for site in sites for _ in range(8)],
             ):
                 threads = [
@@ -86,7 +94,7 @@ def flood(folder: Path, limits: nginx.Limits | None) -> tuple[float, float, floa
 
 def main() -> None:
     """Print the peaks for a recipe."""
-    recipe = load_recipe(Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/demo.toml"))
+    recipe = load_recipe(Path(sys.argv[1]) if len(sys.argv) > 1 else RECIPE)
     limits = nginx.Limits(upload=nginx.upload_limit(update_bytes(recipe)))
     with tempfile.TemporaryDirectory() as folder:
         before, bodies, uploads = flood(Path(folder), limits)

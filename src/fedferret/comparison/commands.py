@@ -130,6 +130,10 @@ def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
         path: the grid file.
         out: the folder of the runs.
         overrides: settings of the base.
+
+    Returns:
+        The grid; nothing has been run.
+
     Raises:
         UserError: for an invalid grid, a folder with other contents, or runs of fedferret 0.1.
     """
@@ -155,6 +159,9 @@ def is_left(cell: Cell, retry_failed: bool) -> bool:
     Args:
         cell: of the grid.
         retry_failed: also run a failed or diverged cell.
+
+    Returns:
+        False for a cell that is over, unless it is to be run again.
     """
     status = run_status(cell)
     return not status.over or (retry_failed and status.state != "finished")
@@ -167,6 +174,10 @@ def gather(grid: Grid, out: Path, imported: Mapping[str, RunResult] | None = Non
         grid: resolved.
         out: the folder of the runs.
         imported: results by cell name, used for cells that are not over in ``out``.
+
+    Returns:
+        Rows with the results that are there, and what is missing.
+
     Raises:
         UserError: if the event log of a finished run cannot be read.
     """

@@ -32,14 +32,28 @@ class Task:
 
 
 def task_of(run: Run) -> Task:
-    """The task of a run."""
+    """The task of a run.
+
+    Args:
+        run: as its event log has it.
+
+    Returns:
+        What must be equal in runs that are compared: base, data and cohorts.
+    """
     cohorts = (hashlib.sha256("\0".join(run.rounds[number].clients).encode()) for number in sorted(run.rounds))
     digests = " ".join(cohort.hexdigest()[:12] for cohort in cohorts)
     return Task(str(run.start.get("base")), str(run.start.get("data_fingerprint")), digests)
 
 
 def differing(tasks: Mapping[Cell, Task]) -> dict[Cell, str]:
-    """The finished cells with another task than the others, each with the difference."""
+    """The finished cells with another task than the others, each with the difference.
+
+    Args:
+        tasks: of the finished cells.
+
+    Returns:
+        One clause per cell; empty where all can be compared.
+    """
     found = _differing_values(tasks, lambda task: task.base, "started from other weights")
     for seed in sorted({cell.seed for cell in tasks}):
         same_seed = {cell: task for cell, task in tasks.items() if cell.seed == seed}

@@ -69,13 +69,24 @@ class Grid:
     tables: Mapping[str, Any]  # the file's TOML tables
 
     def to_toml(self) -> str:
-        """The grid as TOML."""
+        """The grid as TOML.
+
+        Returns:
+            TOML of the tables that ``resolve`` took.
+        """
         import tomli_w
 
         return tomli_w.dumps(self.tables)
 
     def cells(self, out: Path) -> list[Cell]:
-        """Every run, in the order of execution: all rows with the first seed, then with the next."""
+        """Every run, in the order of execution: all rows with the first seed, then with the next.
+
+        Args:
+            out: the folder of the runs.
+
+        Returns:
+            One cell per row and seed.
+        """
         return [
             Cell(row, replace(row.recipe, seed=seed), out / "runs" / row.slug / f"seed-{seed}")
             for seed in self.seeds
@@ -84,6 +95,12 @@ class Grid:
 
     def chosen(self, labels: Sequence[str]) -> list[Row]:
         """The rows with these labels, or from the entries with these labels; all rows if ``labels`` is empty.
+
+        Args:
+            labels: of rows or entries.
+
+        Returns:
+            Rows in the grid's order.
 
         Raises:
             UserError: for an unknown label.
@@ -97,6 +114,12 @@ class Grid:
 
 def resolve(tables: Mapping[str, Any]) -> Grid:
     """The grid in these TOML tables.
+
+    Args:
+        tables: of a grid file, with the overrides applied.
+
+    Returns:
+        The grid, with a recipe for every row.
 
     Raises:
         UserError: for an invalid setting.

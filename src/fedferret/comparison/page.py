@@ -27,7 +27,14 @@ class Link:
 
 
 def write_page(comparison: Comparison) -> Path:
-    """Write ``comparison.html`` and the plots' files, and return the page's path."""
+    """Write ``comparison.html`` and the plots' files, and return the page's path.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        The path of ``comparison.html``.
+    """
     rows, styled = comparison.rows, styles(comparison)
     runs = [run for row in rows for run in row.runs]
     local = [run for run in runs if run.imported_from is None]
@@ -56,7 +63,14 @@ def write_page(comparison: Comparison) -> Path:
 
 
 def swatch(style: Style) -> Markup:
-    """A piece of a row's line with the row's mark, as SVG."""
+    """A piece of a row's line with the row's mark, as SVG.
+
+    Args:
+        style: of a row.
+
+    Returns:
+        An SVG element.
+    """
     shapes = {
         "o": '<circle cx="18" cy="7" r="4"/>',
         "s": '<rect x="14" y="3" width="8" height="8"/>',

@@ -56,7 +56,14 @@ class Style:
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """The style of every row by label, in the order of the grid. Beyond 24 rows the styles repeat."""
+    """The style of every row by label, in the order of the grid. Beyond 24 rows the styles repeat.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Colour, mark and dashes by label.
+    """
     names = list(COLOURS)
     return {
         row.label: Style(names[number % len(names)], *MARKS[number // len(names) % len(MARKS)])
@@ -65,7 +72,14 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Every plot with data, without legends. Also writes plots/NAME.svg and plots/NAME.png with legends."""
+    """Every plot with data, without legends. Also writes plots/NAME.svg and plots/NAME.png with legends.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        The plots, in the order of the page.
+    """
     plots = []
     for name, title, paint in (
         ("loss-by-round", "Loss against rounds", _loss_by_round),

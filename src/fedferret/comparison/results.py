@@ -66,11 +66,19 @@ class RowResult:
         return self.mean.get("loss", math.inf)
 
     def curve(self) -> list[Point]:
-        """The mean over the runs, after every round that all runs evaluated."""
+        """The mean over the runs, after every round that all runs evaluated.
+
+        Returns:
+            Points in the order of rounds; empty without runs.
+        """
         return [Point(*map(statistics.fmean, zip(*points, strict=True))) for points in self._points()]
 
     def band(self) -> list[tuple[float, float]]:
-        """The lowest and the highest loss at the curve's points."""
+        """The lowest and the highest loss at the curve's points.
+
+        Returns:
+            Pairs in nats per token, one per point of ``curve``.
+        """
         return [(min(p.loss for p in points), max(p.loss for p in points)) for points in self._points()]
 
     def _points(self) -> list[tuple[Point, ...]]:
@@ -98,6 +106,12 @@ class Comparison:
 
 def result_of(cell: Cell) -> RunResult:
     """The curve and the figures of the finished run in a cell's folder, without those that need the target.
+
+    Args:
+        cell: with a finished run in its folder.
+
+    Returns:
+        The run's result.
 
     Raises:
         UserError: if the event log cannot be read.

@@ -41,7 +41,14 @@ def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
 
 
 def threads_of(jobs: int) -> int:
-    """The number of threads of a run if ``jobs`` runs share the machine."""
+    """The number of threads of a run if ``jobs`` runs share the machine.
+
+    Args:
+        jobs: at least 1.
+
+    Returns:
+        At least 1.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // jobs)
 

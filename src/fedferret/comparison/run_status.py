@@ -42,7 +42,14 @@ class RunStatus:
 
 
 def run_status(cell: Cell) -> RunStatus:
-    """The status of a cell."""
+    """The status of a cell.
+
+    Args:
+        cell: of the grid.
+
+    Returns:
+        The state with its reason, and the threads and seconds of the run's processes.
+    """
     record = _read(cell)
     parts = record.get("parts", [])
     threads, seconds = tuple(part["threads"] for part in parts), sum(part["seconds"] for part in parts)
@@ -77,12 +84,26 @@ def record_outcome(cell: Cell, outcome: Outcome, threads: int, seconds: float) -
 
 
 def record_of(cell: Cell) -> Path:
-    """The path of the cell's record."""
+    """The path of the cell's record.
+
+    Args:
+        cell: of the grid.
+
+    Returns:
+        A JSON file beside the run's folder; it need not exist.
+    """
     return cell.folder.with_name(f"{cell.folder.name}.json")
 
 
 def output_of(cell: Cell) -> Path:
-    """The path of the run's output."""
+    """The path of the run's output.
+
+    Args:
+        cell: of the grid.
+
+    Returns:
+        A text file beside the run's folder; it need not exist.
+    """
     return cell.folder.with_name(f"{cell.folder.name}.txt")
 
 

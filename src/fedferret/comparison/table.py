@@ -46,13 +46,24 @@ COLUMNS = (
 
 
 def write_tables(comparison: Comparison) -> None:
-    """Write comparison.md, comparison.csv and comparison.json into the grid's folder."""
+    """Write comparison.md, comparison.csv and comparison.json into the grid's folder.
+
+    Args:
+        comparison: of a grid.
+    """
     for name, text in (("md", as_markdown), ("csv", as_csv), ("json", as_json)):
         write_atomically(comparison.out / f"comparison.{name}", text(comparison))
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """The columns of every comparison. After the loss come the extra metrics of the main held-out set."""
+    """The columns of every comparison. After the loss come the extra metrics of the main held-out set.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        The columns, in order.
+    """
     scores = dict.fromkeys(name for row in comparison.rows for run in row.runs for name in run.scores)
     loss, *others = COLUMNS
     budget = comparison.grid.budget_bytes
@@ -61,7 +72,14 @@ def columns(comparison: Comparison) -> list[Column]:
 
 
 def headings(comparison: Comparison) -> list[str]:
-    """The headings of the columns, in order."""
+    """The headings of the columns, in order.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Text, with the two columns before the figures.
+    """
     return ["method", "seeds", *(column.heading for column in columns(comparison))]
 
 
@@ -72,6 +90,9 @@ def cells(comparison: Comparison, row: RowResult, separator: str = " ") -> list[
         comparison: of the row.
         row: to format.
         separator: between a mean and its deviation.
+
+    Returns:
+        Text, one per heading.
     """
     planned = len(comparison.grid.seeds)
     label = f"{row.row.label} {PARETO_MARK}" if row.pareto_optimal else row.row.label
@@ -93,7 +114,14 @@ def _cell(row: RowResult, column: Column, separator: str) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """The notes below the table."""
+    """The notes below the table.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Sentences, each a note.
+    """
     grid, target = comparison.grid, comparison.target
     lines = [
         "Mean ± sample standard deviation over the seeds. Loss: held-out, nats per token, after the last round. Rows "
@@ -122,14 +150,28 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def missing_runs(comparison: Comparison) -> list[str]:
-    """The runs that the means leave out, one line each."""
+    """The runs that the means leave out, one line each.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Row, seed and status of each.
+    """
     return [
         f"{row.row.label}, seed {seed}: {status}" for row in comparison.rows for seed, status in row.missing.items()
     ]
 
 
 def as_rich(comparison: Comparison) -> Table:
-    """The table for the terminal."""
+    """The table for the terminal.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        A table that the terminal folds.
+    """
     table = Table(title=f"{comparison.out}", title_justify="left")
     for number, heading in enumerate(headings(comparison)):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
@@ -139,7 +181,14 @@ def as_rich(comparison: Comparison) -> Table:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The table and its notes as Markdown."""
+    """The table and its notes as Markdown.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Text that ends with a line break.
+    """
     lines = [_markdown_row(headings(comparison)), "|---|" + "---:|" * (len(columns(comparison)) + 1)]
     lines += [_markdown_row(cells(comparison, row)) for row in comparison.rows]
     for title, texts in (("", notes(comparison) + list(comparison.remarks)), ("Left out:", missing_runs(comparison))):
@@ -153,7 +202,14 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The table as CSV: a line per row, unformatted values, an empty field for NaN."""
+    """The table as CSV: a line per row, unformatted values, an empty field for NaN.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Text with a head.
+    """
     names = list(dict.fromkeys(name for row in comparison.rows for name in row.mean))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -168,7 +224,14 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> str:
-    """The comparison as JSON: rows, runs, curves, checks."""
+    """The comparison as JSON: rows, runs, curves, checks.
+
+    Args:
+        comparison: of a grid.
+
+    Returns:
+        Text without NaN, which JSON has not.
+    """
     plain = {
         "seeds": list(comparison.grid.seeds),
         "target_loss": comparison.target,

@@ -78,11 +78,19 @@ class Worker:
         pipe.flush()
 
     def fileno(self) -> int:
-        """The file descriptor that is readable when the run is over."""
+        """The file descriptor that is readable when the run is over.
+
+        Returns:
+            Of the pipe to the run's process.
+        """
         return self._pipe("stdout").fileno()
 
     def finish(self) -> Outcome:
-        """Wait for the started run and return its outcome."""
+        """Wait for the started run and return its outcome.
+
+        Returns:
+            What became of the run; a process that was killed has failed.
+        """
         assert self._process is not None
         line = self._pipe("stdout").readline()
         if not line:
@@ -124,7 +132,14 @@ class Server:
         self._stopping = False
 
     def outcome(self, job: Mapping[str, Any]) -> Outcome:
-        """Run a job in a child. If the grid's process ends meanwhile, the child and this process end too."""
+        """Run a job in a child. If the grid's process ends meanwhile, the child and this process end too.
+
+        Args:
+            job: recipe as TOML, folder, output and threads of a run.
+
+        Returns:
+            What became of the run.
+        """
         _import_for(job)
         reading, writing = os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have their handlers
@@ -158,7 +173,14 @@ class Server:
 
 
 def run_job(job: Mapping[str, Any]) -> Outcome:
-    """Run a job in this process."""
+    """Run a job in this process.
+
+    Args:
+        job: recipe as TOML, folder, output and threads of a run.
+
+    Returns:
+        What became of the run; nothing is raised.
+    """
     import tomllib
 
     import torch

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def choices_of(example: Example) -> tuple[str, ...]:
-    """The choices in an example's metadata; empty if there are none.
+    """The choices in an example's metadata.
+
+    Args:
+        example: of a held-out set.
+
+    Returns:
+        The choices as text, in the example's order; empty if there are none.
 
     Raises:
         UserError: if the response is not one of the choices.

@@ -18,6 +18,9 @@ def exact_match(answer: str, reference: str) -> float:
         answer: the generated text.
         reference: the example's response.
 
+    Returns:
+        1.0 where the numbers after "####" are equal or, without one in the reference, all words; otherwise 0.0.
+
     >>> exact_match("3 + 4 is 7. #### 1,007", "<<1000+7=1007>> #### 1007"), exact_match("Paris.", "Paris")
     (1.0, 0.0)
     """
@@ -28,6 +31,13 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def final_number(text: str) -> str | None:
-    """The number after "####", without commas; None if there is none."""
+    """The number after "####".
+
+    Args:
+        text: an answer or a reference.
+
+    Returns:
+        The number as written, without commas; None if there is none.
+    """
     found = _NUMBER.search(text)
     return found[1].replace(",", "") if found else None

@@ -77,6 +77,9 @@ def stop_tokens(
         tokenizer: the model's.
         example: any example with a short response; its last token shows how training ends a response.
         max_tokens: the longest example, in tokens.
+
+    Returns:
+        Token ids: the model's ends of text, and the template's end of a response.
     """
     ends = transformer_of(model).generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -93,6 +96,10 @@ def prompt_room(model: Any, max_tokens: int, max_new_tokens: int) -> int:
         model: a causal language model of transformers, or one that peft wraps.
         max_tokens: the longest prompt that the recipe allows.
         max_new_tokens: the longest answer.
+
+    Returns:
+        Tokens, at least 1.
+
     Raises:
         UserError: if the answer alone fills the model's positions.
     """

@@ -29,6 +29,9 @@ def rouge_l(answer: str, reference: str) -> float:
         answer: the generated text.
         reference: the example's response.
 
+    Returns:
+        The F measure; 0.0 where either text has no word.
+
     >>> rouge_l("the cat sat", "the cat sat down")
     0.8571428522448981
     """
@@ -47,6 +50,10 @@ def rouge_l_google(answer: str, reference: str) -> float:
     Args:
         answer: the generated text.
         reference: the example's response.
+
+    Returns:
+        What the package's scorer gives.
+
     Raises:
         UserError: if the package is not installed.
     """

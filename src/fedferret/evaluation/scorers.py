@@ -31,6 +31,9 @@ def applies(metric: str, example: Example) -> bool:
     Args:
         metric: a name in ``[evaluation] metrics``.
         example: of a held-out set.
+
+    Returns:
+        False for "choice" without choices, and for "task-score" without a task and an entry.
     """
     if metric == "task-score":
         return {"task", "entry"} <= example.metadata.keys()

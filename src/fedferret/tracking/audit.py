@@ -53,7 +53,17 @@ class Audit:
 
 
 def read_audit(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line, oldest first; nothing if the file does not exist. Raises RunError if it cannot be read."""
+    """Read a site's audit file.
+
+    Args:
+        folder: of the site.
+
+    Yields:
+        Every whole line, oldest first; nothing if the file does not exist.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
     path = folder / FILE
     remedy = "put a file in its place, or remove it; a new one is begun"
     for line in read_intact(path, remedy).splitlines() if path.exists() else ():

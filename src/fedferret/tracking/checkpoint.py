@@ -89,6 +89,12 @@ def prune(folder: Path, window: Collection[int]) -> None:
 def progress(folder: Path) -> Progress | None:
     """The state of the run in ``folder``, or None where no round is finished.
 
+    Args:
+        folder: of the run.
+
+    Returns:
+        What ``run.state`` holds.
+
     Raises:
         RunError: as ``read``, and where the file is missing though the log has later rounds.
     """
@@ -102,13 +108,26 @@ def progress(folder: Path) -> Progress | None:
 
 
 def saved_round(folder: Path) -> int | None:
-    """The last finished round of the run in ``folder``, or None where no run has begun. Raises as ``progress``."""
+    """The last finished round of the run in ``folder``, or None where no run has begun. Raises as ``progress``.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The round, from 0.
+    """
     known = progress(folder)
     return None if known is None else known.round
 
 
 def read(path: Path) -> Progress:
     """The state in a checkpoint file.
+
+    Args:
+        path: of ``run.state``, or of one that is kept for rewinding.
+
+    Returns:
+        The run's state beside its log.
 
     Raises:
         RunError: if the file is damaged or another version of fedferret wrote it.
@@ -133,6 +152,9 @@ def resume(folder: Path, node: Node, initial: Any = None, history: int = 0) -> R
         initial: the server's own state before round 1, for a run that was rewound to there.
         history: rounds before the last that stay on disk.
 
+    Returns:
+        The run's state, with the node at the last finished round.
+
     Raises:
         RunError: if a file is missing or damaged, or replaying the log gives other weights than its fingerprints.
     """
@@ -145,12 +167,26 @@ def resume(folder: Path, node: Node, initial: Any = None, history: int = 0) -> R
 
 
 def past(folder: Path, round: int) -> Path:
-    """Where the state of an earlier round is kept."""
+    """Where the state of an earlier round is kept.
+
+    Args:
+        folder: of the run.
+        round: before the last.
+
+    Returns:
+        The file's path; it need not exist.
+    """
     return folder / "state" / "history" / f"{round:06d}.state"
 
 
 def read_log(folder: Path) -> Log:
     """The log of the run in a folder, after its last finished round; the folder stays as it is.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        A log in memory.
 
     Raises:
         RunError: if a file is missing or damaged.

@@ -27,7 +27,11 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Python, platform, processor, cores available to this process, memory (bytes), accelerator, package versions."""
+    """Describe what this process runs on.
+
+    Returns:
+        Python, platform, processor, cores available to this process, memory in bytes, accelerator, package versions.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -40,7 +44,14 @@ def environment() -> dict[str, Any]:
 
 
 def write_environment(folder: Path) -> Path:
-    """Write ``environment.json`` into ``folder`` and return its path."""
+    """Write ``environment.json``.
+
+    Args:
+        folder: of a run.
+
+    Returns:
+        The file's path.
+    """
     write_atomically(folder / FILE, json.dumps(environment(), indent=2) + "\n")
     return folder / FILE
 

@@ -21,7 +21,14 @@ FILES = {
 
 
 def explain(folder: Path) -> Path:
-    """Write ``README.txt`` into ``folder`` and return its path."""
+    """Write ``README.txt``, which says what each file is.
+
+    Args:
+        folder: of a run.
+
+    Returns:
+        The file's path.
+    """
     width = max(map(len, FILES))
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in FILES.items()]
     text = "\n".join(["A run of fedferret.", "", *lines, "", "Every file appears whole or not at all.", ""])

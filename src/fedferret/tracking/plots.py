@@ -106,7 +106,14 @@ class Plot:
 
 
 def draw(run: Run) -> list[Plot]:
-    """Every plot for which ``run`` has data, in the order of the report."""
+    """Every plot for which ``run`` has data, in the order of the report.
+
+    Args:
+        run: as its event log has it.
+
+    Returns:
+        The plots, drawn.
+    """
     plots = []
     for name, title, needs, paint in (
         ("loss-by-round", "Loss against rounds", bool(run.evaluations), _loss_by_round),
@@ -135,6 +142,9 @@ def drawn(
         paint: fills the axes and returns a description of the plot.
         size: width and height, inches.
         save: may write the figure in other formats.
+
+    Returns:
+        The plot, with the description that ``paint`` returned.
     """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
@@ -285,7 +295,14 @@ def _sampled(run: Run, axes: Axes) -> str:
 
 
 def first_seen(run: Run) -> list[str]:
-    """Every sampled client, in the order of their first rounds."""
+    """Every sampled client, in the order of their first rounds.
+
+    Args:
+        run: as its event log has it.
+
+    Returns:
+        Names, each once.
+    """
     return list(dict.fromkeys(client for number in sorted(run.rounds) for client in run.rounds[number].clients))
 
 

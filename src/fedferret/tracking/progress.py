@@ -119,7 +119,11 @@ class Progress:
         self.message(f"round {round}/{self._total}: held-out loss {as_loss(loss)}{others}")
 
     def message(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays.
+
+        Args:
+            text: one line; nothing in it is read as markup.
+        """
         self._console.print(Text(text), soft_wrap=True)  # Text: a name from the data is never read as markup
 
     def finished_round(self, record: RoundRecord, bytes_so_far: int) -> None:
@@ -150,7 +154,11 @@ class Progress:
         return min(1.0, (self._finished + within_round) / max(1, self._total - self._first))
 
     def time_left(self) -> str:
-        """The time left, as text; unknown before the first step."""
+        """The time left, as text; unknown before the first step.
+
+        Returns:
+            Such as "4 min 12 s left", and "done" at the end.
+        """
         fraction = self.fraction
         if not fraction:
             return "time left unknown"

@@ -42,6 +42,12 @@ class Figure:
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` and ``plots/*.svg`` of the run in ``folder`` and return the report's path.
 
+    Args:
+        folder: of the run.
+
+    Returns:
+        The path of ``report.html``.
+
     Raises:
         UserError: if ``folder`` has no event log, a file of it is damaged, or a link leads out of it.
         RunError: if a file cannot be read.
@@ -85,7 +91,14 @@ def write_report(folder: Path) -> Path:
 
 
 def templates(*folders: Path) -> Environment:
-    """The report's templates and those in ``folders``. They escape every value."""
+    """The report's templates and those in ``folders``. They escape every value.
+
+    Args:
+        folders: looked at before the report's own.
+
+    Returns:
+        An environment that refuses names which nobody gave.
+    """
     return Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
@@ -283,7 +296,14 @@ def _clients(run: Run) -> list[tuple[str, int, int, str, str]]:
 
 
 def environment_of(folder: Path) -> list[tuple[str, str]]:
-    """The machine and versions of the run in ``folder``: names and values as text."""
+    """The machine and versions of the run in ``folder``: names and values as text.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Pairs in the file's order; empty if the file does not exist.
+    """
     path = folder / environment.FILE
     if not path.exists():
         return []

@@ -23,7 +23,14 @@ FILE = "summary.json"
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The metrics of ``run``: losses in nats per token (None if not finite), counts in bytes, times in seconds."""
+    """The figures of a run.
+
+    Args:
+        run: as its event log has it.
+
+    Returns:
+        Losses in nats per token (None if not finite), counts in bytes, times in seconds, by the names of the file.
+    """
     ledger = run.ledger()
     rounds = [entry for _, entry in sorted(run.rounds.items())]
     evaluations = [entry for _, entry in sorted(run.evaluations.items())]
@@ -76,7 +83,14 @@ def _metrics(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> dict[str
 
 
 def times(run: Run) -> dict[str, float]:
-    """The seconds of ``run`` in all, and of training, evaluation and overhead."""
+    """Where a run's time went.
+
+    Args:
+        run: as its event log has it.
+
+    Returns:
+        Seconds in all, and of training, evaluation and overhead; clients that train in parallel may have more.
+    """
     evaluation = sum(entry.seconds for entry in run.evaluations.values())
     local = sum(entry.seconds_local for entry in run.rounds.values())
     total = sum(entry.seconds for entry in run.rounds.values()) + evaluation
@@ -89,9 +103,15 @@ def times(run: Run) -> dict[str, float]:
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Bring ``summary.json`` up to date from the event log, with the peak memory of this process, and return it.
+    """Bring ``summary.json`` up to date from the event log, with the peak memory of this process.
 
     The peak memory of a resumed run is the maximum over its processes.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The file's content.
 
     Raises:
         UserError: if ``folder`` has no event log, the log has another format, or a line is damaged.
@@ -104,7 +124,13 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """``summary.json`` as last written; empty if the file does not exist.
+    """Read ``summary.json`` as it was last written.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The file's content; empty if the file does not exist.
 
     Raises:
         UserError: if the file is damaged.
@@ -123,12 +149,26 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the event log says that the run in ``folder`` is finished. Raises as ``events.read``."""
+    """Whether the event log says that a run is finished.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        False where there is no event log.
+
+    Raises:
+        UserError, RunError: as ``events.read``.
+    """
     return (folder / events.FILE).exists() and read(folder).status == "finished"
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """The most memory that this process had so far.
+
+    Returns:
+        The largest resident set, in bytes.
+    """
     import resource  # does not exist on Windows; only this value would be missing there
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,6 +8,12 @@ import math
 def as_bytes(count: float) -> str:
     """A number of bytes.
 
+    Args:
+        count: in bytes.
+
+    Returns:
+        Text for a person, with a unit where there is one.
+
     >>> as_bytes(501), as_bytes(8192), as_bytes(538_060_032), as_bytes(999_999)
     ('501 B', '8.19 KB', '538 MB', '1.00 MB')
     """
@@ -16,6 +22,12 @@ def as_bytes(count: float) -> str:
 
 def as_count(count: float) -> str:
     """A count.
+
+    Args:
+        count: a number of anything.
+
+    Returns:
+        Text for a person, with a unit where there is one.
 
     >>> as_count(90), as_count(134_515_008)
     ('90', '134.5 million')
@@ -28,6 +40,12 @@ def as_count(count: float) -> str:
 
 def as_duration(seconds: float) -> str:
     """A duration in seconds.
+
+    Args:
+        seconds: at least 0.
+
+    Returns:
+        Text for a person, with a unit where there is one.
 
     >>> as_duration(0.25), as_duration(42.4), as_duration(252), as_duration(7500)
     ('0.25 s', '42 s', '4 min 12 s', '2 h 5 min')
@@ -45,6 +63,12 @@ def as_duration(seconds: float) -> str:
 def as_loss(loss: float) -> str:
     """A loss, "none" for NaN.
 
+    Args:
+        loss: in nats per token.
+
+    Returns:
+        Text for a person, with a unit where there is one.
+
     >>> as_loss(3.07821), as_loss(float("nan"))
     ('3.078', 'none')
     """
@@ -53,6 +77,12 @@ def as_loss(loss: float) -> str:
 
 def as_ratio(ratio: float) -> str:
     """A ratio with two significant digits.
+
+    Args:
+        ratio: above 0.
+
+    Returns:
+        Text for a person, with a unit where there is one.
 
     >>> as_ratio(1.04), as_ratio(65.3), as_ratio(1_073_972)
     ('1.0', '65', '1,100,000')
