@@ -54,7 +54,7 @@ REPORTED = ("mnist", "newsgroups")
 RATES: dict[tuple[str, str], float] = {}  # of (task, method), found with --tune on the other data of the same kind
 
 
-def settings(task: str, method: str, alpha: float, seed: int, rate: float) -> Any:
+def settings(task: str, method: str, alpha: float, seed: int, rate: float, local_only: bool = True) -> Any:
     """The recipe of one run.
 
     Args:
@@ -63,6 +63,7 @@ def settings(task: str, method: str, alpha: float, seed: int, rate: float) -> An
         alpha: Dirichlet concentration of the classes among 20 clients.
         seed: of the run.
         rate: learning rate.
+        local_only: whether FedAvg's run has the baseline.
     """
     made, central = TASKS[task], method == "central"
     skewed = {"kind": "dirichlet", "alpha": alpha, "clients": CLIENTS, "min_examples": 2}
@@ -80,12 +81,14 @@ def settings(task: str, method: str, alpha: float, seed: int, rate: float) -> An
         evaluation={
             "every": made["rounds"],
             "batch_size": 64,
-            "local_only_clients": CLIENTS if method == "fedavg" else 0,
+            "local_only_clients": CLIENTS if method == "fedavg" and local_only else 0,
         },
     )
 
 
-def measured(task: str, method: str, alpha: float, seed: int, rate: float) -> Iterator[dict[str, Any]]:
+def measured(
+    task: str, method: str, alpha: float, seed: int, rate: float, local_only: bool
+) -> Iterator[dict[str, Any]]:
     """Run one method; the rows that it gives, FedAvg's with that of its local-only clients.
 
     Args:
@@ -94,10 +97,11 @@ def measured(task: str, method: str, alpha: float, seed: int, rate: float) -> It
         alpha: as in ``settings``.
         seed: as in ``settings``.
         rate: as in ``settings``.
+        local_only: as in ``settings``.
     """
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        summary = run(settings(task, method, alpha, seed, rate), Path(folder) / "run", lambda line: None)
+        summary = run(settings(task, method, alpha, seed, rate, local_only), Path(folder) / "run", lambda line: None)
         known = read(Path(folder) / "run")
         seconds = time.perf_counter() - started
     last = known.evaluations[max(known.evaluations)]
@@ -183,7 +187,7 @@ def main() -> None:
         for rate in TASKS[task]["rates"] if asked.tune else (RATES[task, method],):
             if (task, method, alpha, seed, rate) in there:
                 continue
-            for row in measured(task, method, alpha, seed, rate):
+            for row in measured(task, method, alpha, seed, rate, not asked.tune):
                 print(json.dumps(row), flush=True)
                 with asked.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")

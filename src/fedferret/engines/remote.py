@@ -116,15 +116,12 @@ def largest_response(bodies: Mapping[str, Body], state: RunState) -> int:
         state: of the run, before the round.
 
     Returns:
-        A few times what the method's formula gives for an update; for scores by the number of the objective's sums; a
-        constant for guards' exchanges.
+        A few times the method's formula for an update; by the number of sums for scores; a constant for guards.
     """
     body = next(iter(bodies.values()), None)
     if isinstance(body, Train):
         return _FRAME + math.ceil(_SLACK * longest_update(state.node, len(bodies), body.round))
-    if isinstance(body, Score):
-        return _FRAME + _SUM * len(state.node.task.objective.sums)
-    return _FRAME + _GUARDS
+    return _FRAME + (_SUM * len(state.node.task.objective.sums) if isinstance(body, Score) else _GUARDS)
 
 
 class _Messages(Mapping[str, bytes]):
