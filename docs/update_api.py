@@ -27,7 +27,15 @@ CHAPTERS = {
         "core.keys",
         "core.stages",
     ),
-    "A node and a round": ("core.node", "core.exchanges", "core.guard", "core.rounds", "core.weighting", "core.log"),
+    "A node and a round": (
+        "core.node",
+        "core.clients",
+        "core.exchanges",
+        "core.guard",
+        "core.rounds",
+        "core.weighting",
+        "core.log",
+    ),
     "Pools": ("core.pooling", "core.robust_pooling"),
     "Objectives and local training": (
         "objectives.next_token",

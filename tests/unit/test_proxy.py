@@ -170,14 +170,27 @@ def test_each_refusal_is_logged_and_a_call_that_passed_is_not(
     assert "CN=ward-7" in three and three.endswith("POST /v1/control/start-run 404")
 
 
-def test_a_revoked_site_is_cut_off_while_the_proxy_runs(superlink: SuperLink, tmp_path: Path) -> None:
+def test_a_revoked_site_is_cut_off_and_one_that_came_is_let_in_while_the_proxy_runs(
+    superlink: SuperLink, tmp_path: Path
+) -> None:
     outside.needs_nginx()
     federation = outside.federation(tmp_path)
     number = outside.free_port()
     with (
         outside.superlink(federation.server.superlink) as behind,
-        Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{behind.port}"),
+        Proxy(tmp_path / "nginx", federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{behind.port}") as proxy,
     ):
+        came = federation.authority.issue("ward-9").with_suffix("")
+        pair, key = (came / "site.crt", came / "site.key"), node_key(federation, "ward-9")
+        assert call(number, federation.ca, pair, PULL, flwr_public_key=key)[0] == 403  # nginx does not know the key
+        proxy.configure()
+
+        def passes() -> bool:
+            with suppress(OSError):  # of a connection to a worker that ends; a node tries again
+                return call(number, federation.ca, pair, PULL, flwr_public_key=key)[0] == 200
+            return False
+
+        wait_until(passes)
         lines = {
             name: outside.connection(number, federation.ca, federation.pairs[name]) for name in ("ward-7", "ward-8")
         }

@@ -118,7 +118,7 @@ class Transport(Protocol):
 class Request:
     """Server to site: come up to date, then answer a body for this client."""
 
-    run: str  # SHA-256 of the recipe's identity
+    run: str  # SHA-256 of the recipe's identity, after a line with the name of the run where sites hold the data
     epoch: int  # 0, or when the run was last rewound; higher after every rewinding
     round: int
     ticket: str  # new for every sending: a response that names another is late, or a second one

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from fedferret.sites.state import read_json
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes
+LOOK_REFUSED = 5.0  # seconds between two looks at whether a connected SuperNode was refused
 NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
 CONNECTED = "SuperNode ID"  # of its output, once the server accepted it
 NOT_CERTIFIED = "400 Bad Request"  # the proxy's response to a certificate that it refuses
@@ -145,6 +148,7 @@ class Site:
         self.settings, self.folder, self.credentials, self.log = settings, folder, credentials, log
         self.supervisor = Supervisor(log, self._explain)
         self.port, self.forwarding = free_port(), free_port()
+        self.looked = 0.0  # when the connected SuperNode's output was read last
         self.connected, self.started = 0, time.time()  # id of the SuperNode's process that connected last
 
     def run(self) -> None:
@@ -157,6 +161,7 @@ class Site:
                 self._check_trainer()
                 self.supervisor.poll()
                 self._log_connection()
+                self._end_refused()
                 time.sleep(LOOK)
         finally:
             self.supervisor.close()
@@ -205,6 +210,16 @@ class Site:
             self.connected = process
             self.log(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
             self._log_event("connected")
+
+    def _end_refused(self) -> None:
+        """End a SuperNode with a certificate that the server refuses: Flower's calls no more then, and does not end."""
+        process, now = self.supervisor.process("SuperNode"), time.monotonic()
+        if not process or process != self.connected or now < self.looked + LOOK_REFUSED:
+            return
+        self.looked = now
+        if NOT_CERTIFIED in self.supervisor.output("SuperNode"):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
     def _explain(self, part: Part, code: int, output: str) -> str:
         return explain(self.settings, part.name, code, output)
