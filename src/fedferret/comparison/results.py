@@ -22,7 +22,7 @@ from fedferret.comparison.comparability import Task, task_of
 from fedferret.comparison.grid import Cell, Grid, Row
 from fedferret.comparison.run_status import RunStatus
 from fedferret.tracking.events import Run, read
-from fedferret.tracking.figures import headline
+from fedferret.tracking.figures import compared
 from fedferret.tracking.summary import read_summary, summarise
 
 TARGET_REDUCTION = 0.9  # the default target is this share of the best row's loss reduction
@@ -118,7 +118,7 @@ def result_of(cell: Cell) -> RunResult:
     """
     run = read(cell.folder)
     last = run.evaluations[max(run.evaluations)] if run.evaluations else None
-    scores = headline(next(iter(last.results.values()))) if last else {}
+    scores = compared(next(iter(last.results.values()))) if last else {}
     summary, curve = {**read_summary(cell.folder), **summarise(run)}, _curve(run)
     figures = {
         "loss": curve[-1].loss if curve else math.nan,
