@@ -129,6 +129,9 @@ class SquaredError:
         """The summed loss."""
         return {"loss": LARGEST_LOSS}
 
+    def check_sums(self, sums: Mapping[str, float]) -> None:
+        """Any loss can be."""
+
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """The mean over a batch."""
         return self.factor * nn.functional.mse_loss(model(rows.x), rows.y)
@@ -155,6 +158,10 @@ class LastWord:
     def sums(self) -> Mapping[str, float]:
         """The summed loss."""
         return self.next_token.sums
+
+    def check_sums(self, sums: Mapping[str, float]) -> None:
+        """The language model's."""
+        self.next_token.check_sums(sums)
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """The mean over a batch."""

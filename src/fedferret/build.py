@@ -34,7 +34,7 @@ from fedferret.data.templates import template
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
 from fedferret.evaluation.scorers import check_metrics
-from fedferret.models.adapters import prefix_of
+from fedferret.models.adapters import adapter_of, prefix_of
 from fedferret.models.devices import resolve_device
 from fedferret.objectives.interface import Loaded, ModelObjective
 from fedferret.objectives.next_token import NextToken
@@ -101,6 +101,11 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     resolve_device(recipe.execution.device)
     recipe.objective.check(recipe.model.name, recipe.text)
     algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
+    if recipe.model.train == "head" and adapter_of(model) is not None:
+        raise UserError(
+            f'model.train="head": {algorithm.name} tunes an adapter in the frozen model, and the head beside it; '
+            f"leave train out"
+        )
     if recipe.text.packed and prefix_of(model, 1) is not None:
         raise UserError(
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
@@ -139,6 +144,8 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     if not data.held_out or not all(data.held_out.values()):
         raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
     check_metrics(recipe.evaluation.metrics, data.held_out)
+    if recipe.scores_clients and not at_sites and not data.client_held_out:
+        log("No client holds anything out, so no client scores the model: set clients.held_out, such as 0.2.")
     recipe.objective.check_examples(recipe.model.name, data, complete=not at_sites)
     return data
 
@@ -154,6 +161,7 @@ class Parts:
         folder: of the run, where weights wait under memory = "lean"; None keeps nothing on disk.
         trains_here: whether clients work in this process or on this machine, rather than at sites.
         model: what is tuned: the base, with the method's adapter if it has one.
+        examples: the data as tensors, client by client, made when first asked for.
         base_size: weights of the base alone.
         base_fingerprint: SHA-256 of those.
     """
@@ -164,6 +172,7 @@ class Parts:
     folder: Path | None = None
     trains_here: bool = True
     model: nn.Module = field(init=False)
+    examples: EncodedData = field(init=False)
     base_size: int = field(init=False)
     base_fingerprint: str = field(init=False)
 
@@ -172,6 +181,7 @@ class Parts:
         self.base_fingerprint = base_fingerprint(self.loaded.model)
         if self.recipe.model.train == "head":
             self.objective.freeze(self.loaded.model)
+        self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
 
     @classmethod
@@ -194,11 +204,6 @@ class Parts:
         """
         loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
         return cls(recipe, loaded, data, folder, **options)
-
-    @cached_property
-    def examples(self) -> EncodedData:
-        """The data as tensors, client by client, made when first asked for."""
-        return EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
 
     @property
     def objective(self) -> ModelObjective:

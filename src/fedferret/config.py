@@ -214,11 +214,12 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
     data, algorithm = dict(tables["data"]), dict(tables["algorithm"])
     data_source, algorithm_name = _take(data, "source", "data"), _take(algorithm, "name", "algorithm")
     kind = source(data_source)
-    chosen = _objective(tables.get("objective", {}), kind)
+    model = build(ModelSettings, tables["model"], "model")
+    chosen = _objective(tables.get("objective", {}), kind).resolved(model.name)
     recipe = Recipe(
         seed=_whole(tables, "seed", 1, 0),
         rounds=_whole(tables, "rounds", 10, 1),
-        model=build(ModelSettings, tables["model"], "model"),
+        model=model,
         data=build(kind, data, "data"),
         data_source=data_source,
         objective=chosen,

@@ -22,6 +22,7 @@ from fedferret.core.keys import Key
 from fedferret.core.log import RESTORE, Log
 from fedferret.core.rounds import Engine, RoundRecord, RunState
 from fedferret.core.task import added_scores
+from fedferret.core.weighting import weights_of
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import ClientStore, FolderClientStore
 from fedferret.engines.debug import Debug
@@ -280,8 +281,8 @@ class Experiment(Parts):
         """What ``[evaluation]`` asks for, in fp32.
 
         The global model is scored on every held-out set. Clients score the model that they would use, global or
-        personal, on what they hold out: before round 1 and at the end all of them, in between the cohort of the last
-        round. Where the method has no global model, the sums of the clients stand for the main set.
+        personal, on what they hold out: simulated ones before round 1, all at the end, in between the last round's
+        cohort. Where the method has no global model, the sums of the clients stand for the main set.
 
         Args:
             state: after the round to score.
@@ -300,12 +301,14 @@ class Experiment(Parts):
             is_global = model is not None
             if model is not None and self.data.held_out:
                 results = self.evaluator.score(model, extra, on_progress)
-        if is_global and not self.recipe.scores_clients:
+        if (is_global and not self.recipe.scores_clients) or state.node.guards:  # what guards hide, scores would tell
             return Scores(results)
         asked = self._scoring_clients(state)
         if not asked:
             return Scores(results)
-        sums, failures, moved = rounds.score(engine, asked, state, self.recipe.evaluation.batch_size)
+        sums, failures, moved = rounds.score(
+            engine, asked, state, self.recipe.evaluation.batch_size, trusted=self.trains_here
+        )
         if failures and self.trains_here:
             raise RunError(f"clients could not be scored ({rounds.reasons(failures)})")
         unscored = {failure.client: failure.reason for failure in failures}
@@ -316,15 +319,32 @@ class Experiment(Parts):
         primary = {client: each[self.objective.primary] for client, each in per_client.items()}
         main = next(iter(self.data.held_out), HELD_OUT_BY_CLIENTS)
         if main not in results:
-            added = {name: math.fsum(each[name] for each in sums.values()) for name in next(iter(sums.values()))}
-            results[main] = figures(added)
+            results[main] = figures(self._added(sums))
         results[main] |= spread(primary, self.objective.higher_is_better)
         return Scores(results, per_client, moved, unscored)
 
+    def _added(self, sums: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """All clients' sums together; where claims are bounded, a client weighs what its claim of targets gives."""
+        counts = [int(each["count"]) for each in sums.values()]
+        weights = weights_of(counts, "examples", self.recipe.clients.bounds())
+        scale = sum(map(min, counts, weights)) / sum(weights) if self.recipe.clients.bounds() else 1.0
+        shares = [scale * weight / count for weight, count in zip(weights, counts, strict=True)]
+        names = next(iter(sums.values()))
+        return {
+            name: math.fsum(share * each[name] for share, each in zip(shares, sums.values(), strict=True))
+            for name in names
+        }
+
     def _scoring_clients(self, state: RunState) -> list[str]:
-        """Who is asked to score after the last round; of sites, those that have ever answered."""
-        known = self.examples.held_out_by_client if self.trains_here else state.versions
-        clients = [client for client in state.changes.applied(self.data.clients) if client in known]
+        """Who is asked to score after the last round: all at either end, in between the cohort.
+
+        Sites are not asked before round 1, when few of them have called yet.
+        """
+        clients = state.changes.applied(self.data.clients)
+        if self.trains_here:
+            clients = [client for client in clients if client in self.examples.held_out_by_client]
+        elif not state.round:
+            return []
         if 0 < state.round < self.recipe.rounds:
             clients = [client for client in clients if state.versions.get(client) == state.round - 1]
         return sorted(clients)

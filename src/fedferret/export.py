@@ -28,7 +28,6 @@ from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
-from fedferret.data.text import TextSettings
 from fedferret.experiment import begun_recipe, check_start
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
@@ -134,7 +133,7 @@ def apply_delta(base_name: str, path: Path, folder: Path, log: Callable[[str], N
     refuse_filled(folder)
     delta = read_delta(path)
     objective, train, _ = delta.parts()
-    objective.check(base_name, TextSettings())
+    objective.check_model(base_name)
     base, found = load_base(objective, base_name, train, log=log)
     if found != delta.base_fingerprint:
         raise UserError(

@@ -291,7 +291,8 @@ class Run:
             recipe=recipe_fingerprint(self.out),
             run="" if experiment.trains_here else secrets.token_hex(8),  # sites keep runs of one recipe apart
         )
-        plot_partition(experiment.data, self.out / "plots" / "data.svg")
+        if any(experiment.data.clients.values()):  # sites keep their examples
+            plot_partition(experiment.data, self.out / "plots" / "data.svg")
         plain_console().print(summarise(experiment.data))
 
     def _due(self, round: int) -> bool:

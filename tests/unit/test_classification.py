@@ -117,12 +117,37 @@ def test_the_loss_of_each_example_has_its_own_gradient_and_their_mean_is_the_los
         ({"loss": math.nan}, "'loss' is nan"),
         ({"hit 7": 1.0}, "an unknown sum came"),
         ({"binned 3": None}, "'binned 3' is missing"),
+        ({"loss": -1.0}, "'loss' is -1: must not be negative"),
+        ({"hit 0": 4.0, "hit 1": 4.0, "hit 2": 4.0}, "more is right than there is"),
+        ({"right 0": -1.0}, "'right 0' is -1: must be a count"),
+        ({"true 0": 0.5}, "'true 0' is 0.5: must be a count"),
+        ({"true 0": 4.0, "true 1": 4.0}, "'true' add up to"),
+        ({"count": 3.0}, "add up to 4, and 'count' is 3"),
+        ({f"confidence {BINS - 1}": 4.0, f"binned {BINS - 1}": 0.0}, "add up to|more is right"),
     ],
 )
 def test_sums_that_cannot_be_are_refused(change: dict[str, float | None], reason: str) -> None:
     sums: dict[str, Any] = {**THREE.scores(Given(), batch(*drawn(3, 4))), **change}
+    given = {name: value for name, value in sums.items() if value is not None}
     with pytest.raises(ValueError, match=reason):
-        check_sums({name: value for name, value in sums.items() if value is not None}, THREE.sums)
+        check_sums(given, THREE.sums)
+        THREE.check_sums(given)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30))
+@settings(max_examples=30, deadline=None)
+def test_honest_sums_are_taken(seed: int, count: int) -> None:
+    sums = THREE.scores(Given(), batch(*drawn(seed, count)))
+    check_sums(sums, THREE.sums)
+    THREE.check_sums(sums)
+
+
+def test_a_model_that_gives_nan_has_no_accuracy() -> None:
+    logits, labels = drawn(4, 3)
+    logits[1, 2] = math.nan
+    assert all(
+        math.isnan(THREE.figures(THREE.scores(Given(), batch(logits, labels)))[name]) for name in ("loss", "accuracy")
+    )
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,17 @@ def test_an_adapter_leaves_the_head_dense_and_trains_it(tmp_path: Path) -> None:
     assert {name for name in tuned if "lora" not in name} == {"head.weight"}
 
 
+def test_one_site_weighs_no_more_in_the_main_set_than_its_claim_may(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    settings = resolved(tmp_path)
+    bounded = replace(settings, clients=replace(settings.clients, bound_weights=True))
+    experiment = Experiment.load(bounded, log=silent)
+    sums = {name: {"count": 10.0, "loss": 10.0} for name in ("a", "b")} | {"c": {"count": 2.0**50, "loss": 0.0}}
+    added = experiment._added(sums)
+    assert added["loss"] / added["count"] >= 0.5 - 1e-9  # half of all weight is the most that one client has
+
+
 def test_a_frozen_body_stays_what_it_was_and_the_head_alone_travels(tmp_path: Path) -> None:
     settings = resolved(tmp_path, rounds=1, model={"name": "tiny-encoder", "train": "head"})
     experiment = Experiment.load(settings, log=silent)
@@ -185,6 +196,8 @@ def test_images_train_and_export(tmp_path: Path) -> None:
         ({"evaluation": {"metrics": ["rouge-l"]}}, "generates no answers"),
         ({"clients": {"held_out": 1.0}}, "held_out=1.0"),
         ({"objective": {"classes": [*WORDS, "war"]}}, "war"),
+        ({"model": {"name": "tiny", "train": "head"}, "algorithm": {"name": "fedit"}}, 'model.train="head": fedit'),
+        ({"algorithm": {"name": "fedit", "modules": ["head"]}}, 'modules="head": no linear module'),
     ],
 )
 def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:

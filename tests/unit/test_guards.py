@@ -18,7 +18,7 @@ from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.ferret import Ferret
 from fedferret.core.algorithm import Pooling
 from fedferret.core.errors import UserError
-from fedferret.core.exchanges import Body, ClientUpdate, Failure, Masked, Reply, Train
+from fedferret.core.exchanges import Body, ClientUpdate, Failure, Masked, Reply, Score, Train
 from fedferret.core.guard import Guard, RoundSecret
 from fedferret.core.keys import Key
 from fedferret.core.node import Node
@@ -29,7 +29,7 @@ from fedferret.engines.remote import Remote
 from fedferret.wire import codec
 from toy_guards import MODULUS, Advertise, Identity, ToySecureSum, Unmask
 from toy_sites import BASE, RECIPE, Direct, toy_trainer
-from toys import TRAINING, bits, simulate, toy_clients, toy_task, weights
+from toys import HELD_OUT, TRAINING, bits, simulate, toy_clients, toy_task, weights
 
 EQUAL = FedAvg(weighting="equal", training=TRAINING)
 PRIVATE = Ferret(**{**Ferret.presets["private"], "coordinates": 60}, training=TRAINING)
@@ -287,3 +287,9 @@ def test_a_guard_on_payloads_that_are_kept_apart_is_one_line() -> None:
 def test_bodies_of_guards_are_messages() -> None:
     body = Unmask(1, ("b",), {"b": 7})
     assert codec.decode(codec.encode(body)) == body and dataclasses.is_dataclass(body)
+
+
+def test_under_a_guard_no_client_scores() -> None:
+    node = simulate(EQUAL, 1, guards=[Identity()]).state.node
+    with pytest.raises(ValueError, match="would tell what the guards of this run hide"):
+        node.handle(Score(1, 4), "a", None, HELD_OUT)

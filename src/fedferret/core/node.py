@@ -227,9 +227,11 @@ class Node:
             The reply, a message, and the client's private state from now on.
 
         Raises:
-            ValueError: the body is neither Train nor Score, and no guard declares its type.
+            ValueError: the body is neither Train nor Score, and no guard declares its type; or Score under a guard.
         """
         if isinstance(body, Score):
+            if self.guards:
+                raise ValueError("clients' scores would tell what the guards of this run hide")
             return self._score(body, client, private, data), private
         if isinstance(body, Train):
             return self._train(body, client, private, data)

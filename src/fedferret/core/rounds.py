@@ -31,6 +31,7 @@ from fedferret.core.metrics import check_sums
 from fedferret.core.node import Node
 from fedferret.core.norms import FINITE, LARGEST, check_values
 from fedferret.core.robust_pooling import PoolSettings
+from fedferret.core.task import Objective
 from fedferret.core.weighting import Bounds
 
 
@@ -155,7 +156,7 @@ def run(
 
 
 def score(
-    engine: Engine, clients: Sequence[str], state: RunState, batch_size: int
+    engine: Engine, clients: Sequence[str], state: RunState, batch_size: int, trusted: bool = False
 ) -> tuple[dict[str, dict[str, float]], list[Failure], dict[str, int]]:
     """Score clients' models on what the clients hold out, after the last committed round; changes nothing.
 
@@ -164,6 +165,7 @@ def score(
         clients: whom to ask.
         state: of the run.
         batch_size: examples scored at once.
+        trusted: whether clients are simulated here: what is not finite then shows in the figures.
 
     Returns:
         The sums of each client that scored, the failures, and bytes per client, both ways.
@@ -173,7 +175,7 @@ def score(
     failures: list[Failure] = []
     moved: dict[str, int] = {}
     for outcome in in_order(engine.exchange(bodies, state), clients):
-        outcome = _scored(outcome, state.node.task.objective.sums)
+        outcome = _scored(outcome, state.node.task.objective, trusted)
         if isinstance(outcome, Failure):
             failures.append(outcome)
         else:
@@ -183,14 +185,17 @@ def score(
     return sums, failures, moved
 
 
-def _scored(outcome: Reply | Failure, declared: Mapping[str, float]) -> Reply | Failure:
+def _scored(outcome: Reply | Failure, objective: Objective, trusted: bool) -> Reply | Failure:
     """A reply with sums that can be, or the failure that it is."""
     if isinstance(outcome, Failure):
         return outcome
     if not isinstance(outcome.body, ClientScores):
         return Failure(outcome.client, "score", f"sent a {type(outcome.body).__name__} for its scores")
+    if trusted:
+        return outcome
     try:
-        check_sums(outcome.body.sums, declared)
+        check_sums(outcome.body.sums, objective.sums)
+        objective.check_sums(outcome.body.sums)
     except ValueError as error:
         return Failure(outcome.client, "score", str(error))
     return outcome

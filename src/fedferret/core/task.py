@@ -79,6 +79,17 @@ class Objective(Protocol):
         """The sums that ``scores`` gives beside ``count``: by name, the most that one target adds, either side of 0."""
         ...
 
+    def check_sums(self, sums: Mapping[str, float]) -> None:
+        """Refuse sums of a client that contradict each other; each alone is within ``sums`` already.
+
+        Args:
+            sums: of ``scores``, as a client sent them.
+
+        Raises:
+            ValueError: with one line.
+        """
+        ...
+
 
 def added_scores(
     objective: Objective,

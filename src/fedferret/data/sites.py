@@ -71,7 +71,10 @@ class SiteFile(Columns):
             UserError: as ``load``.
         """
         path = self.held_out_path
-        return () if path is None else self.examples(read_rows(Path(path)), path)
+        rows = () if path is None else self.examples(read_rows(Path(path)), path)
+        if path is not None and not rows:
+            raise UserError(f"data.held_out_path: {path} holds no row; leave the setting out, or give it rows")
+        return rows
 
     def load(self) -> tuple[Example, ...]:
         """Read the rows of ``path`` and check them.

@@ -309,6 +309,7 @@ class Trainer:
                 "run": request.run[:16],
                 "round": request.round,
                 "client": request.client,
+                "body": type(request.body).__name__ if request.body is not None else "",
                 "payload_bytes": down if what == "request" else payload,
                 "framed_bytes": framed,
                 "version": replica.work.node.version if replica else -1,

@@ -62,7 +62,7 @@ def choice_scores(
 
     Args:
         model: a causal language model of transformers, or one that peft wraps.
-        loss: gives the summed loss of a response, in nats.
+        objective: gives the summed loss of a response, in nats.
         examples: of a held-out set; those without choices are left out.
         template: makes the prompts.
         tokenizer: the model's.

@@ -23,10 +23,12 @@ def spread(by_client: Mapping[str, float], higher_is_better: bool = False) -> di
         higher_is_better: of the figure.
 
     Returns:
-        The figures by name; empty without clients.
+        The figures by name, NaN where a client's is not finite; empty without clients.
     """
     if not by_client:
         return {}
+    if not all(map(math.isfinite, by_client.values())):
+        return dict.fromkeys(("client-mean", "worst-tenth", "deviation", "range"), math.nan)
     worst_first = sorted(by_client.values(), reverse=not higher_is_better)
     return {
         "client-mean": statistics.fmean(worst_first),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         check_classifier,
         classifier,
         classifier_skeleton,
+        own_pooling,
     )
     from fedferret.models.classifiers import Classifier, ImageClassifier, TextClassifier
     from fedferret.models.loading import (
@@ -40,6 +41,7 @@ __all__ = [
     "has_chat_template",
     "is_local",
     "load",
+    "own_pooling",
     "parameter_shapes",
     "save_classifier",
     "save_folder",
@@ -53,6 +55,7 @@ _HOMES = {
     "TextClassifier": "classifiers",
     "LoadedClassifier": "classifier_loading",
     "check_classifier": "classifier_loading",
+    "own_pooling": "classifier_loading",
     "classifier": "classifier_loading",
     "classifier_skeleton": "classifier_loading",
     "save_classifier": "classifier_folder",

@@ -87,17 +87,38 @@ def check_classifier(name: str, pooling: str | None, images: bool) -> None:
         return
     if images:
         raise UserError(f'model "{name}": it reads no images, and the data are images; {nearest(name, IMAGE_MODELS)}')
-    config: Mapping[str, Any] | None
-    if name.startswith(PACKAGED):
-        config = describe(name).config
-    elif name in ("tiny", "small", TINY_ENCODER):
-        config = {"model_type": "bert" if name == TINY_ENCODER else "llama"}
-    else:
-        config = folder_config(name)
-    if config is None:  # on the hub: only the pooling's name can be checked
-        config = {"model_type": "bert"}
+    config = _known_config(name)
     require_reader(name, config)
     _fitting(name, pooling, config)
+
+
+def own_pooling(name: str) -> str | None:
+    """The pooling that a model is loaded with unless another is asked for, without reading weights.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        "cls", "mean" or "last"; None where the model reads images, or is on the hub, which is not asked.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    local = name.startswith(PACKAGED) or name in ("tiny", "small", TINY_ENCODER)
+    if name in IMAGE_MODELS or not (local or folder_config(name)):
+        return None
+    config = _known_config(name)
+    require_reader(name, config)
+    return _fitting(name, None, config)
+
+
+def _known_config(name: str) -> Mapping[str, Any]:
+    """A text model's configuration as far as it is known without a network."""
+    if name.startswith(PACKAGED):
+        return describe(name).config
+    if name in ("tiny", "small", TINY_ENCODER):
+        return {"model_type": "bert" if name == TINY_ENCODER else "llama"}
+    return folder_config(name) or {"model_type": "bert"}  # on the hub: only the pooling's name can be checked
 
 
 def classifier(

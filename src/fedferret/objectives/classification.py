@@ -15,9 +15,10 @@ Figures, all from sums that add up over any split of the data:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from fedferret.models import LoadedClassifier
 
 BINS = 15
+_BY_CLASS, _BY_BIN = ("true", "predicted", "hit"), ("binned", "confidence", "right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +69,38 @@ class Classification(ModelObjective):
     @cached_property
     def sums(self) -> Mapping[str, float]:
         """The summed loss in nats, and counts by class and by bin of confidence."""
-        by_class = [f"{what} {number}" for what in ("true", "predicted", "hit") for number in range(len(self.classes))]
-        by_bin = [f"{what} {number}" for what in ("binned", "confidence", "right") for number in range(BINS)]
+        by_class = [f"{what} {number}" for what in _BY_CLASS for number in range(len(self.classes))]
+        by_bin = [f"{what} {number}" for what in _BY_BIN for number in range(BINS)]
         return {"loss": LARGEST_LOSS, **dict.fromkeys([*by_class, *by_bin], 1.0)}
+
+    def check_sums(self, sums: Mapping[str, float]) -> None:
+        """Refuse counts that no predictions can give. Raises ValueError."""
+        super().check_sums(sums)
+        for name in self.sums.keys() - {"loss"}:
+            whole = name.startswith("confidence") or sums[name] == math.floor(sums[name])
+            if sums[name] < 0 or not whole:
+                raise ValueError(f"the sum {name!r} is {sums[name]:g}: must be a count")
+        parts = {what: [sums[f"{what} {number}"] for number in range(len(self.classes))] for what in _BY_CLASS}
+        bins = {what: [sums[f"{what} {number}"] for number in range(BINS)] for what in _BY_BIN}
+        for name, total in (("true", parts), ("predicted", parts), ("binned", bins)):
+            if sum(total[name]) != sums["count"]:
+                raise ValueError(f"the sums {name!r} add up to {sum(total[name]):g}, and 'count' is {sums['count']:g}")
+        fit = all(map(_at_most, parts["hit"], parts["true"])) and all(map(_at_most, parts["hit"], parts["predicted"]))
+        fit = fit and all(map(_at_most, bins["right"], bins["binned"])) and sum(bins["right"]) == sum(parts["hit"])
+        if not fit or not all(map(_at_most, bins["confidence"], bins["binned"])):
+            raise ValueError("the sums contradict each other: more is right than there is")
 
     def by_example(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each example; every example is one target.
 
         Args:
-            model: a classifier (``models/classifier.py``), with or without an adapter.
+            model: a classifier (``models/classifiers.py``), with or without an adapter.
             batch: ``labels``, int64, shape (B,), and ``input_ids`` and ``attention_mask`` or ``pixels``.
 
         Returns:
-            Nats, float64, shape (B,), with a gradient; and B ones.
+            Nats, float64, shape (B,), with a gradient; and B ones. Both in the processor's memory.
         """
-        logits_BC, labels_B = self._logits(model, batch)
+        logits_BC, labels_B = (each.cpu() for each in self._logits(model, batch))  # Apple's devices have no fp64
         return functional.cross_entropy(logits_BC.double(), labels_B, reduction="none"), torch.ones_like(labels_B)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -104,8 +123,10 @@ class Classification(ModelObjective):
 
     def scores(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Sums over a batch: ``count``, ``loss``, and counts by class and by bin of confidence."""
-        logits_BC, labels_B = self._logits(model, batch)
-        logits_BC = logits_BC.detach().double()
+        logits_BC, labels_B = (each.detach().cpu() for each in self._logits(model, batch))
+        logits_BC = logits_BC.double()
+        if not logits_BC.isfinite().all():  # the most likely class of NaN would be the first
+            return {"count": float(len(labels_B)), **dict.fromkeys(self.sums, math.nan)}
         confidence_B, guess_B = logits_BC.softmax(dim=1).max(dim=1)
         right_B = (guess_B == labels_B).double()
         bin_B = (confidence_B * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
@@ -145,9 +166,18 @@ class Classification(ModelObjective):
             "examples": sums["count"],
         }
 
+    def check_model(self, model: str) -> None:
+        """Refuse an unknown model, and a pooling that it cannot have. Raises UserError."""
+        models.check_classifier(model, self.pooling, images=model in IMAGE_MODELS)
+
+    def resolved(self, model: str) -> Classification:
+        """With the model's own pooling, where none is given. Raises UserError for an unknown model."""
+        pooling: Any = models.own_pooling(model) if self.pooling is None else self.pooling
+        return replace(self, pooling=pooling)
+
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse an unknown model, a pooling that it cannot have, and packed batches. Raises UserError."""
-        models.check_classifier(model, self.pooling, images=model in IMAGE_MODELS)
+        super().check(model, text)
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
 
@@ -191,3 +221,7 @@ class Classification(ModelObjective):
     def _logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         logits_BC = model(batch)
         return logits_BC, batch.labels.to(logits_BC.device)
+
+
+def _at_most(part: float, whole: float) -> bool:
+    return part <= whole * (1 + 1e-9)

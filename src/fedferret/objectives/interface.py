@@ -58,6 +58,11 @@ class ModelObjective(ABC):
     def sums(self) -> Mapping[str, float]:
         """The sums that ``scores`` gives beside ``count``: by name, the most that one target adds, either side of 0."""
 
+    def check_sums(self, sums: Mapping[str, float]) -> None:
+        """See ``core.task.Objective``: here a loss below 0 is refused."""
+        if sums["loss"] < 0:
+            raise ValueError(f"the sum 'loss' is {sums['loss']:g}: must not be negative")
+
     @abstractmethod
     def by_example(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The loss of each example apart.
@@ -85,12 +90,28 @@ class ModelObjective(ABC):
         return (losses.sum() / counts.sum()).float()
 
     @abstractmethod
+    def check_model(self, model: str) -> None:
+        """Refuse a model that cannot be, without reading weights. Raises UserError."""
+
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse a model or text settings that cannot be, without reading weights.
+
+        Args:
+            model: its name.
+            text: how examples become tokens.
 
         Raises:
             UserError: with one line.
         """
+        self.check_model(model)
+
+    def resolved(self, model: str) -> ModelObjective:
+        """The objective with what it takes from the model spelt out, so that a copy under another name is the same.
+
+        Args:
+            model: its name.
+        """
+        return self
 
     @abstractmethod
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:

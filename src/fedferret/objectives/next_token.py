@@ -89,7 +89,7 @@ class NextToken(ModelObjective):
 
         Returns:
             For each of the B examples the sum over its response tokens in nats, float64, with a gradient, shape (B,);
-            and how many tokens these are, int64, shape (B,). Both on the model's device.
+            and how many tokens these are, int64, shape (B,). Both in the processor's memory.
         """
         logits_NV, targets_N = self.scored(model, batch)
         if batch.position_ids is None:
@@ -97,8 +97,9 @@ class NextToken(ModelObjective):
         else:
             rows_BT = (batch.position_ids == 0).cumsum(dim=1) - 1
         examples = int(rows_BT.max()) + 1
-        rows_N = rows_BT[:, 1:][batch.labels[:, 1:] != IGNORED].to(logits_NV.device)  # in the order of ``scored``
-        losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")[: len(rows_N)].double()
+        rows_N = rows_BT[:, 1:].cpu()[batch.labels[:, 1:].cpu() != IGNORED]  # in the order of ``scored``
+        losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")[: len(rows_N)]
+        losses_N = losses_N.cpu().double()  # Apple's devices have no fp64
         sums_B = losses_N.new_zeros(examples).index_add(0, rows_N, losses_N)
         return sums_B, torch.bincount(rows_N, minlength=examples)
 
@@ -114,9 +115,13 @@ class NextToken(ModelObjective):
         mean = sums["loss"] / max(1.0, sums["count"])
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": sums["count"]}
 
+    def check_model(self, model: str) -> None:
+        """Refuse an unknown model. Raises UserError."""
+        models.check(model)
+
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse an unknown model, and a chat template where the model has none. Raises UserError."""
-        models.check(model)
+        super().check(model, text)
         if template(text.template) == Chat() and not models.has_chat_template(model):
             raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
 

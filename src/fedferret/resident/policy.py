@@ -7,6 +7,7 @@
     most_steps = 200                  # batches that a round trains on
     longest_round = 600.0             # seconds that a round may compute here
     fetch_models = false              # whether models may be fetched from the network; true by default
+    scores = false                    # whether the rows that this site holds out may be scored; true by default
 
 All but ``longest_round`` is checked before a model is loaded or fetched. A refusal names the key, what the run asks for
 and what this site allows; it reaches the server as the reason of a failure, and ``audit.jsonl``.
@@ -34,6 +35,7 @@ class Policy:
     most_steps: int | None = None  # batches that a round trains on; None: any number
     longest_round: float | None = None  # seconds that a round may compute here; None: as long as it takes
     fetch_models: bool = True  # whether models may be fetched; code never is
+    scores: bool = True  # whether held-out rows may be scored: sums say how many rows each class has
 
     def __post_init__(self) -> None:
         for name in ("most_steps", "longest_round"):

@@ -145,7 +145,9 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
         settings.objective.check_examples(settings.model.name, data, complete=False)
     parts = Parts.over(settings, data, folder, log)
     node, _ = parts.start_node()
-    held_out = parts.examples.held_out_by_client
+    with settings.algorithm.model(parts.task, node.public) as model:
+        scores = site.policy.scores and (settings.scores_clients or model is None)  # without a global model always
+    held_out = parts.examples.held_out_by_client if scores else {}
     return Work(node, parts.examples, parts.base_fingerprint, data.fingerprint, held_out)
 
 

@@ -217,8 +217,12 @@ class Server:
                 return AGAIN
             self._start_proxy()
             self.supervisor.poll("nginx")
-            with suppress(httpx.HTTPError):  # the SuperLink is ending: it is started again, and called again
+            try:
                 self._admit(control)
+            except httpx.HTTPError:  # the SuperLink is ending: it is started again, and called again
+                pass
+            except (UserError, RunError) as error:  # a file of a site that was copied by hand: the others take part
+                self._say_refusal(error)
             if time.monotonic() - self.written > WRITE_EVERY:
                 self._log_event("serving", control)
             time.sleep(LOOK)
@@ -237,10 +241,15 @@ class Server:
         try:
             _keys(credentials, sites)
         except UserError as error:  # credentials that another machine made were not copied yet
-            self.admitted, self.refused = [], time.monotonic()
-            if self.refusal != str(error):
-                self.refusal = str(error)
-                self.log(f"{error}. Until then the others take part.")
+            self.admitted = []
+            self._say_refusal(error)
+
+    def _say_refusal(self, error: Exception) -> None:
+        """Log once why a site cannot be let in, and try again later."""
+        self.refused = time.monotonic()
+        if self.refusal != str(error):
+            self.refusal = str(error)
+            self.log(f"{error}. Until then the others take part.")
 
     def _log_event(self, doing: str, control: Control | None = None) -> None:
         """Write the state that `fedferret nodes` and `status` show."""

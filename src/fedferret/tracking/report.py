@@ -155,6 +155,12 @@ def _figures(run: Run, summary: dict[str, Any]) -> list[Figure]:
             Figure(f"baseline: {name}", as_loss(baseline.loss), _against(last.loss, baseline.loss))
             for name, baseline in run.baselines.items()
         ]
+        figures += [
+            Figure(f"baseline: {name}, {figure}", as_loss(baseline.spread[figure]), "on what its clients hold out")
+            for name, baseline in run.baselines.items()
+            for figure in ("client-mean", "worst-tenth")
+            if figure in baseline.spread
+        ]
     ledger = run.ledger()
     if ledger.up:
         model = 4 * ledger.parameters

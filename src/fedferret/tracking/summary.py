@@ -53,6 +53,11 @@ def summarise(run: Run) -> dict[str, Any]:
         },
         "metrics": _metrics(evaluations, list(sets)),
         "baselines": baselines,
+        "baselines_by_client": {
+            name: {figure: _plain(value) for figure, value in baseline.spread.items()}
+            for name, baseline in run.baselines.items()
+            if baseline.spread
+        },
         "train_loss_by_round": [_plain(entry.loss) for entry in rounds],
         "bytes_up": ledger.up,
         "bytes_down": ledger.down,

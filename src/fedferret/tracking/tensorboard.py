@@ -46,7 +46,7 @@ class TensorBoard:
         if kind == "evaluation":
             for name, scores in fields["results"].items():
                 for metric, value in scores.items():
-                    if metric != "tokens":
+                    if metric not in ("tokens", "examples"):
                         self._point(f"{metric}/{name}", value, fields["round"])
         elif kind == "round":
             self._up += sum(fields["bytes_up"].values())

@@ -66,7 +66,8 @@ class Adapter(ABC):
             model: what ``attach`` returned; may be changed in place.
 
         Returns:
-            The plain model; its weights are bit for bit those of before ``attach``, and still frozen.
+            The plain model; its weights are bit for bit those of before ``attach``, and still frozen. A classifier's
+            head keeps what it learned.
         """
         return self._forget(self._detach(model))
 

@@ -14,6 +14,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.models.adapters.drawing import draw, no_trace
 from fedferret.models.adapters.interface import Adapter
+from fedferret.models.classifiers import Classifier
 
 ALL_LINEAR = "all-linear"
 
@@ -61,7 +62,8 @@ class LoRA(Adapter):
 def linear_modules(model: nn.Module) -> list[str]:
     """Which modules can take LoRA.
 
-    An output head that shares its weights with the embedding cannot: what is added to the one is not to the other.
+    An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
+    classifier's head stays dense.
 
     Args:
         model: a transformers model without an adapter, on any device, the meta device included.
@@ -71,11 +73,12 @@ def linear_modules(model: nn.Module) -> list[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kept = {id(model.head.weight)} if isinstance(model, Classifier) else set()  # it stays dense
+    kept |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embeddings
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
     ]
 
 
