@@ -106,10 +106,10 @@ def second_run(hospitals: Any) -> None:
     assert "issued before" in sites(hospitals.run, "add", "ward-4")
     hospitals.wait("ward-4", lambda: "ward-4 is connected" in log.read_text())
     assert "Revoked:" in sites(hospitals.run, "retire", "ward-2")
+    refused = "refuses the certificate of ward-2"  # certain while the server waits for ward-3: the site tries on
+    hospitals.wait("the end of ward-2", lambda: refused in (out / "ward-2.log").read_text())
     sites(hospitals.run, "retire", "ward-3")
     assert "that leaves 1 sites, and clients.min_clients=2" in sites(hospitals.run, "retire", "ward-1")
-    refused = "refuses the certificate of ward-2"
-    hospitals.wait("the end of ward-2", lambda: refused in (out / "ward-2.log").read_text())
     hospitals.wait("the end", lambda: hospitals.processes["server"].poll() == 0)
     run, left = read(hospitals.run), ("ward-1", "ward-4")
     assert [(each.clients, tuple(sorted(each.bytes_up))) for each in run.rounds.values()] == [(left, left)]

@@ -39,7 +39,7 @@ from fedferret.sites.state import read_json
 from fedferret.sites.supervisor import Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes
-LOOK_REFUSED = 5.0  # seconds between two looks at whether a connected SuperNode was refused
+LOOK_REFUSED = 2.0  # seconds between two looks at whether a connected SuperNode was refused
 NOT_ACTIVATED = "[code: 2004]"  # Flower's code for a node that it refuses (`flwr/supercore/error/catalog.py`)
 CONNECTED = "SuperNode ID"  # of its output, once the server accepted it
 NOT_CERTIFIED = "400 Bad Request"  # the proxy's response to a certificate that it refuses
