@@ -325,6 +325,6 @@ def _closing_lines(folder: Path) -> str:
     return (
         f"Report:       {folder / 'report.html'}\n"
         f"Figures:      {folder / 'summary.json'}\n"
-        f"Tuned model:  fedferret export {folder} --to FOLDER   (Hugging Face)\n"
-        f"              fedferret export {folder} --delta FILE  (kilobytes)"
+        f"Tuned model:  fedferret export {folder} --to FOLDER   (the whole model)\n"
+        f"              fedferret export {folder} --delta FILE  (what was learned, to be applied to the base)"
     )

@@ -183,6 +183,8 @@ def _seconds(recipe: Recipe, data: FederatedData, training: Any, model: nn.Modul
     backward = hasattr(training, "accumulate")
     share = tuned / sum(math.prod(shape) for shape in shapes)
     per_weight = 4 + 2 * min(1.0, share) if backward else 4.0  # a frozen weight needs no gradient
+    if recipe.model.train == "head":
+        per_weight = 2.0  # no gradient goes through the frozen part
     examples = batches * batch
     forward = _forward(recipe, model, data, body, vocabulary)
     operations = trainings * examples * per_weight / 2 * forward(client)

@@ -59,7 +59,7 @@ class TunedDelta:
 
     base_name: str
     base_fingerprint: str  # of all the base's weights
-    objective: str  # JSON: its name and settings, and what of the model was trained
+    objective: str  # JSON: its name and settings, what of the model was trained, on how many tokens of a text
     method: str
     settings: str  # JSON: the method's own
     seed: int
@@ -72,7 +72,8 @@ class TunedDelta:
     @classmethod
     def of(cls, recipe: Recipe, update: LogUpdate, base_fingerprint: str) -> TunedDelta:
         """What a delta file of a run holds; the fingerprint of the tuned weights is not taken yet."""
-        objective = {"name": recipe.objective.name, "train": recipe.model.train, **table_of(recipe.objective)}
+        how = {"name": recipe.objective.name, "train": recipe.model.train, "max_tokens": recipe.text.max_tokens}
+        objective = {**how, **table_of(recipe.objective)}
         return cls(
             recipe.model.name,
             base_fingerprint,
@@ -91,7 +92,7 @@ class TunedDelta:
         """The objective, what of the model was trained, and the method. Raises UserError."""
         try:
             objective, settings = json.loads(self.objective), json.loads(self.settings)
-            name, train = objective.pop("name"), objective.pop("train")
+            name, train, _ = (objective.pop(word) for word in ("name", "train", "max_tokens"))
             return build_objective(name, objective), train, build_algorithm(self.method, dict(settings))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -157,7 +158,7 @@ def read_delta(path: Path) -> TunedDelta:
         raise UserError(f"{path}: not a delta file: {error}") from None
     if isinstance(delta, DeltaFile):
         old = {field.name: getattr(delta, field.name) for field in fields(delta)}
-        delta = TunedDelta(objective=json.dumps({"name": DEFAULT_OBJECTIVE, "train": None}), **old)
+        delta = TunedDelta(objective=json.dumps({"name": DEFAULT_OBJECTIVE, "train": None, "max_tokens": None}), **old)
     if not isinstance(delta, TunedDelta):
         raise UserError(f"{path}: not a delta file: it holds a {type(delta).__name__}")
     if not delta.fingerprint:
@@ -209,5 +210,5 @@ def _write_folder(base: Loaded, delta: TunedDelta, folder: Path, log: Callable[[
             log(adapter.export(model, base.name, folder))
         else:
             released: Any = replace(base, model=algorithm.release(model))  # type: ignore[type-var]  # a dataclass
-            log(delta.parts()[0].save(released, folder))
+            log(delta.parts()[0].save(released, folder, json.loads(delta.objective)["max_tokens"]))
     return fingerprint

@@ -73,7 +73,7 @@ def test_the_example_loads_a_saved_image_classifier(tmp_path: Path) -> None:
     loaded = tuned("lenet5", None)
     assert "README.md" in models.save_classifier(loaded, CLASSES, tmp_path / "out")
     batch = SimpleNamespace(pixels=Key.of(3).uniform(2 * 64).float().view(2, 1, 8, 8))
-    found = example(tmp_path / "out" / "README.md", {"folder": tmp_path / "out", "batch": batch})
+    found = example(tmp_path / "out" / "README.md", {"folder": tmp_path / "out", "images": batch.pixels})
     assert torch.equal(found, logits(loaded, batch))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["architecture"] == "lenet5" and json.loads(file.metadata()["classes"]) == CLASSES

@@ -248,7 +248,8 @@ def _round(
     needed = max(1, plan.min_clients, math.ceil(plan.min_fraction * len(cohort)))
     if len(answered) < needed:
         known = reasons(intake.failures)
-        raise TooFewClients(f"round {number}: {len(answered)} clients replied, {needed} are needed ({known})")
+        hint = "; a lower learning rate gives shorter updates" if "pool.norm_" in known else ""
+        raise TooFewClients(f"round {number}: {len(answered)} clients replied, {needed} are needed ({known}){hint}")
     pooled = intake.result()
     for guard in reversed(node.guards):
         pooled = guard.on_server(pooled, answered, received)

@@ -99,7 +99,8 @@ class Partition:
             from flwr_datasets import partitioner as flwr
         except ImportError:
             raise UserError(
-                'partitioning rows needs a package: pip install "fedferret[partition]", or name a client_column'
+                'partitioning rows needs a package: pip install "fedferret[partition]" (from a clone: '
+                ".venv/bin/python -m pip install -c requirements.lock -e '.[partition]'), or name a client_column"
             ) from None
 
         match self.kind:

@@ -31,13 +31,16 @@ _FEATURES = {
 }
 
 
-def save_classifier(loaded: LoadedClassifier, classes: Sequence[str], folder: Path) -> str:
+def save_classifier(
+    loaded: LoadedClassifier, classes: Sequence[str], folder: Path, max_tokens: int | None = None
+) -> str:
     """Write a classifier as a folder; it is written completely or not at all.
 
     Args:
         loaded: the classifier, without an adapter.
         classes: the names of the classes, in the order of the logits.
         folder: absent or empty.
+        max_tokens: of a text in training, which the saved tokenizer truncates to; None: the model's limit.
 
     Returns:
         One line on how to load the folder.
@@ -51,9 +54,9 @@ def save_classifier(loaded: LoadedClassifier, classes: Sequence[str], folder: Pa
     with torch.no_grad(), quiet_transformers():
         whole = _sequence_classifier(loaded, loaded.model, classes)
         if whole is not None:
-            build_folder(folder, lambda temporary: _write_parts(whole, loaded, temporary))
+            build_folder(folder, lambda temporary: _write_parts(whole, loaded, temporary, max_tokens))
             return f'{folder} loads with transformers\' AutoModelForSequenceClassification.from_pretrained("{folder}")'
-        build_folder(folder, lambda temporary: _write_apart(loaded, classes, temporary))
+        build_folder(folder, lambda temporary: _write_apart(loaded, classes, temporary, max_tokens))
     return f"{folder} holds an encoder and a head; its README.md has an example that joins them"
 
 
@@ -97,18 +100,22 @@ def _sequence_classifier(loaded: LoadedClassifier, model: TextClassifier, classe
     return whole if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4) else None
 
 
-def _write_parts(model: Any, loaded: LoadedClassifier, folder: Path) -> None:
-    tokenizer: Any = loaded.tokenizer
+def _write_parts(model: Any, loaded: LoadedClassifier, folder: Path, max_tokens: int | None) -> None:
+    """The model, and a tokenizer that cuts texts as training did when it is called with ``truncation=True``."""
+    tokenizer: Any = copy.deepcopy(loaded.tokenizer)
+    limits = [limit for limit in (max_tokens, loaded.max_tokens) if limit is not None]
+    if limits:
+        tokenizer.model_max_length = min(limits)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _write_apart(loaded: LoadedClassifier, classes: Sequence[str], folder: Path) -> None:
+def _write_apart(loaded: LoadedClassifier, classes: Sequence[str], folder: Path, max_tokens: int | None) -> None:
     """The encoder's folder, the head, and how to join them."""
     from safetensors.torch import save_file
 
     model: Any = loaded.model
-    _write_parts(model.encoder, loaded, folder)
+    _write_parts(model.encoder, loaded, folder, max_tokens)
     pooled = loaded.pooling == "cls" and getattr(model.encoder, "pooler", None) is not None
     save_file(_stored(model.head), folder / "head.safetensors", _metadata(classes, pooling=str(loaded.pooling)))
     bias = "" if model.head.bias is None else ' + head["bias"]'
@@ -152,7 +159,7 @@ from transformers import AutoModel, AutoTokenizer
 
 tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
 head = load_file(f"{{folder}}/head.safetensors")
-batch = tokenizer(texts, padding=True, return_tensors="pt")
+batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 {lines}
 ```
 """
@@ -161,14 +168,17 @@ _IMAGE_README = """# An image classifier: {name}
 
 Classes, in the order of the logits: {classes}
 
-`folder` is this folder, `batch.pixels` has images in [0, 1], shape (N, channels, height, width).
+`folder` is this folder; `images` are fp32 in [0, 1], shape (N, channels, height, width). The architecture is
+fedferret's, which must be installed.
 
 ```python
+from types import SimpleNamespace
+
 from fedferret.models import classifier_skeleton
 from safetensors.torch import load_file
 
 model = classifier_skeleton("{name}", {count}).to_empty(device="cpu")
 model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
-logits = model(batch)
+logits = model(SimpleNamespace(pixels=images))
 ```
 """

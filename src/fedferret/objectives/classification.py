@@ -186,7 +186,7 @@ class Classification(ModelObjective):
         first = next((each for part in (data.clients, data.held_out) for rows in part.values() for each in rows), None)
         images = model in IMAGE_MODELS if first is None else first.image is not None
         models.check_classifier(model, self.pooling, images=images)
-        held_out = {**data.held_out, **{f"of {client}": rows for client, rows in data.kept.items()}}
+        held_out = {**data.held_out, **{f"of client {client}": rows for client, rows in data.kept.items()}}
         check_labels(data.clients, held_out, self.classes, images=images, complete=complete)
 
     def skeleton(self, model: str) -> nn.Module:
@@ -210,9 +210,9 @@ class Classification(ModelObjective):
 
         return encode
 
-    def save(self, loaded: Any, folder: Path) -> str:
+    def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A sequence-classification folder of transformers where there is one for this model, with its labels."""
-        return models.save_classifier(loaded, self.classes, folder)
+        return models.save_classifier(loaded, self.classes, folder, max_tokens)
 
     def freeze(self, model: nn.Module) -> None:
         """Leave only the head to be trained."""

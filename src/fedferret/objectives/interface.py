@@ -139,8 +139,13 @@ class ModelObjective(ABC):
         """A function from examples to what ``Examples.batches`` reads, in the same order."""
 
     @abstractmethod
-    def save(self, loaded: Loaded, folder: Path) -> str:
+    def save(self, loaded: Loaded, folder: Path, max_tokens: int | None = None) -> str:
         """Write a tuned model, without an adapter, as a folder.
+
+        Args:
+            loaded: with the tuned model.
+            folder: absent or empty.
+            max_tokens: of a text in training; None where that is not known.
 
         Returns:
             One line on how to load the folder.

@@ -152,7 +152,7 @@ class NextToken(ModelObjective):
 
         return encode
 
-    def save(self, loaded: Any, folder: Path) -> str:
+    def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A Hugging Face folder."""
         models.save_folder(loaded, folder)
         return f"{folder} holds the whole model: transformers' AutoModelForCausalLM.from_pretrained(folder)"
