@@ -294,8 +294,6 @@ class Run:
         if any(experiment.data.clients.values()):  # sites keep their examples
             plot_partition(experiment.data, self.out / "plots" / "data.svg")
         plain_console().print(summarise(experiment.data))
-        if kept := sum(map(len, experiment.data.kept.values())):
-            self.log(f"Beside these, clients hold out {kept:,} examples of their own, on which each scores the model.")
 
     def _due(self, round: int) -> bool:
         return round % self.recipe.evaluation.every == 0 or round == self.recipe.rounds

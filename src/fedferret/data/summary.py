@@ -74,6 +74,9 @@ def summarise(data: FederatedData, tokenizer: PreTrainedTokenizerBase | None = N
     sizes = [len(examples) for examples in data.clients.values()]
     groups = [_group("clients", everything, sizes, tokenizer)]
     groups += [_group(name, examples, None, tokenizer) for name, examples in data.held_out.items()]
+    if data.kept:
+        kept = [example for examples in data.kept.values() for example in examples]
+        groups.append(_group("held out at clients", kept, None, tokenizer))
     return Summary(data.source, tuple(groups), data.notice)
 
 
