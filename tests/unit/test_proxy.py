@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,31 +187,44 @@ def test_a_revoked_site_is_cut_off_and_one_that_came_is_let_in_while_the_proxy_r
         assert call(number, federation.ca, pair, PULL, flwr_public_key=key)[0] == 403  # nginx does not know the key
         proxy.configure()
 
-        def passes() -> bool:
+        def gives(status: int, pair: outside.Pair, **headers: str) -> bool:
             with suppress(OSError):  # of a connection to a worker that ends; a node tries again
-                return call(number, federation.ca, pair, PULL, flwr_public_key=key)[0] == 200
+                return call(number, federation.ca, pair, PULL, **headers)[0] == status
             return False
 
-        wait_until(passes)
-        lines = {
-            name: outside.connection(number, federation.ca, federation.pairs[name]) for name in ("ward-7", "ward-8")
-        }
-        for line in lines.values():  # they stay open, like those of a node
-            line.request("POST", PULL)
-            assert line.getresponse().read()
+        wait_until(lambda: gives(200, pair, flwr_public_key=key))
+        line = open_line(number, federation, "ward-7")
         again = federation.authority.folder / "again"
         again.mkdir()
         kept = tuple(again / path.name for path in federation.pairs["ward-7"])
         for path, copy in zip(federation.pairs["ward-7"], kept, strict=True):
             copy.write_bytes(path.read_bytes())  # the site still has the keys that are deleted here
         federation.authority.revoke("ward-7")
-        wait_until(lambda: call(number, federation.ca, (kept[0], kept[1]), PULL)[0] == 400)
-        assert call(number, federation.ca, federation.pairs["ward-8"], PULL)[0] == 200
-        assert lines["ward-7"].sock.recv(1) == b""  # the open connection is closed
+        wait_until(lambda: gives(400, (kept[0], kept[1])))
+        open_line(number, federation, "ward-8").close()
+        assert line.sock.recv(1) == b""  # the open connection is closed
+        line.close()
         renewed = federation.authority.issue("ward-7").with_suffix("")
-        assert call(number, federation.ca, (renewed / "site.crt", renewed / "site.key"), PULL)[0] == 200
-        for line in lines.values():
-            line.close()
+        wait_until(lambda: gives(200, (renewed / "site.crt", renewed / "site.key")))
+
+
+def open_line(port: int, federation: Federation, name: str) -> Any:
+    """A connection that has had a reply and stays open, like a node's. A worker that ends after a reload closes it."""
+    found: list[Any] = []
+
+    def stays() -> bool:
+        line = outside.connection(port, federation.ca, federation.pairs[name])
+        with suppress(OSError):
+            line.request("POST", PULL)
+            assert line.getresponse().read()
+            if line.sock is not None:
+                found.append(line)
+                return True
+        line.close()
+        return False
+
+    wait_until(stays)
+    return found[0]
 
 
 def test_no_tls_session_is_resumed_without_checking_the_certificate(federation: Federation, port: int) -> None:
