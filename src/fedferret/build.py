@@ -76,14 +76,25 @@ def load_base(
         UserError: there is no such model.
     """
     loaded = objective.load(model, device, log)
-    fingerprint = base_fingerprint(loaded.model)
+    return loaded, freeze_base(objective, loaded.model, train)
+
+
+def freeze_base(objective: ModelObjective, model: nn.Module, train: str | None) -> str:
+    """Freeze what is not to be trained of a base.
+
+    Args:
+        objective: says which part is the head.
+        model: changed in place.
+        train: as in ``load_base``.
+
+    Returns:
+        SHA-256 of the base's weights, frozen or not, and of the statistics that its layers have gathered, if any.
+
+    Raises:
+        UserError: the model has no head that can be trained alone.
+    """
     if train == "head":
-        objective.freeze(loaded.model)
-    return loaded, fingerprint
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a base's weights, frozen or not, and of the statistics that its layers have gathered, if any."""
+        objective.freeze(model)
     kept = model.state_dict()
     gathered = {name: each for name, each in model.named_buffers() if name in kept and each.is_floating_point()}
     return tree.fingerprint({**{name: each.detach() for name, each in model.named_parameters()}, **gathered})
@@ -178,9 +189,7 @@ class Parts:
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
-        self.base_fingerprint = base_fingerprint(self.loaded.model)
-        if self.recipe.model.train == "head":
-            self.objective.freeze(self.loaded.model)
+        self.base_fingerprint = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
 

@@ -44,9 +44,7 @@ class ModelSettings:
     """Which model is tuned."""
 
     name: str
-    train: Literal["head"] | None = (
-        None  # "head": of a classifier the head alone, on frozen features; None: all weights
-    )
+    train: Literal["head"] | None = None  # "head": a classifier's head alone, on frozen features; None: all weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +54,10 @@ class ClientSettings:
     per_round: int = 4  # clients sampled each round
     min_clients: int = 1  # the run stops, resumable, when fewer send an update
     min_fraction: float = 0.0  # and when a smaller share does; 0: min_clients alone decides
+    held_out: float | None = None  # share of each client's examples that it scores on, not trains on; None: source's
     bound_weights: bool | None = None  # whether the next three hold; None: where sites hold the data, and nowhere else
     max_examples: int = 10_000_000  # a claim of more examples counts as this many
     max_over_median: float = 10.0  # and one of more than so many times the cohort's lower median as that
-    held_out: float | None = (
-        None  # share of each client's examples that it scores on and never trains on; None: source's
-    )
     max_share: float = 0.5  # of all weight that one client has at most, unless fewer than 1 / max_share send an update
 
     def __post_init__(self) -> None:

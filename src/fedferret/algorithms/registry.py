@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedferret.core.errors import UserError, nearest
+from fedferret.core.registry import described, imported
 
 if TYPE_CHECKING:
     from fedferret.core.algorithm import Algorithm
@@ -38,7 +37,7 @@ def catalogue() -> dict[str, str]:
     Returns:
         One line on each method, by its name in recipes.
     """
-    return {name: line for name, (_, _, line) in _METHODS.items()}
+    return described(_METHODS)
 
 
 def method(name: str) -> type[Algorithm[Any, Any, Any, Any, Any]]:
@@ -53,10 +52,5 @@ def method(name: str) -> type[Algorithm[Any, Any, Any, Any, Any]]:
     Raises:
         UserError: no method has this name.
     """
-    if name not in _METHODS:
-        raise UserError(f'no method is called "{name}": {nearest(name, _METHODS)}')
-    module, attribute, _ = _METHODS[name]
-    found: type[Algorithm[Any, Any, Any, Any, Any]] = getattr(
-        importlib.import_module(f"fedferret.algorithms.{module}"), attribute
-    )
+    found: type[Algorithm[Any, Any, Any, Any, Any]] = imported("method", "fedferret.algorithms", _METHODS, name)
     return found

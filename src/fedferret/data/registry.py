@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-from fedferret.core.errors import UserError, nearest
+from fedferret.core.registry import described, imported
 
 if TYPE_CHECKING:
     from fedferret.data.examples import Source
@@ -51,7 +50,7 @@ def catalogue() -> dict[str, str]:
     Returns:
         A one-line description of every source by name.
     """
-    return {name: line for name, (_, _, line) in _SOURCES.items()}
+    return described(_SOURCES)
 
 
 def source(name: str) -> type[Source]:
@@ -66,8 +65,5 @@ def source(name: str) -> type[Source]:
     Raises:
         UserError: for an unknown name.
     """
-    if name not in _SOURCES:
-        raise UserError(f'no data source is called "{name}": {nearest(name, _SOURCES)}')
-    module, attribute, _ = _SOURCES[name]
-    found: type[Source] = getattr(importlib.import_module(f"fedferret.data.{module}"), attribute)
+    found: type[Source] = imported("data source", "fedferret.data", _SOURCES, name)
     return found

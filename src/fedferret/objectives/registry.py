@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-from fedferret.core.errors import UserError, nearest
+from fedferret.core.registry import described, imported
 
 if TYPE_CHECKING:
     from fedferret.objectives.interface import ModelObjective
@@ -22,7 +21,7 @@ def catalogue() -> dict[str, str]:
     Returns:
         A one-line description of every objective by name.
     """
-    return {name: line for name, (_, _, line) in _OBJECTIVES.items()}
+    return described(_OBJECTIVES)
 
 
 def objective(name: str) -> type[ModelObjective]:
@@ -37,8 +36,5 @@ def objective(name: str) -> type[ModelObjective]:
     Raises:
         UserError: for an unknown name.
     """
-    if name not in _OBJECTIVES:
-        raise UserError(f'no objective is called "{name}": {nearest(name, _OBJECTIVES)}')
-    module, attribute, _ = _OBJECTIVES[name]
-    found: type[ModelObjective] = getattr(importlib.import_module(f"fedferret.objectives.{module}"), attribute)
+    found: type[ModelObjective] = imported("objective", "fedferret.objectives", _OBJECTIVES, name)
     return found
