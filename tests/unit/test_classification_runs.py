@@ -13,7 +13,9 @@ import torch
 from fedferret import recipe
 from fedferret.build import check, load_data
 from fedferret.config import Recipe
+from fedferret.core import rounds
 from fedferret.core.errors import UserError
+from fedferret.core.exchanges import ClientScores, Reply
 from fedferret.core.keys import Key
 from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
@@ -116,6 +118,30 @@ def test_an_adapter_leaves_the_head_dense_and_trains_it(tmp_path: Path) -> None:
     experiment = Experiment.load(resolved(tmp_path, algorithm=algorithm), log=silent)
     tuned = {name for name, weight in experiment.model.named_parameters() if weight.requires_grad}
     assert {name for name in tuned if "lora" not in name} == {"head.weight"}
+
+
+def test_a_recipe_splits_off_what_clients_hold_out_before_training(tmp_path: Path) -> None:
+    whole = load_data(resolved(tmp_path, clients={"held_out": 0.0}))
+    split = load_data(resolved(tmp_path))
+    assert not whole.kept and split.kept.keys() == whole.clients.keys()
+    for client, rows in whole.clients.items():
+        assert 0 < len(split.kept[client]) == len(rows) - len(split.clients[client])
+
+
+def test_scores_that_contradict_each_other_are_a_failure_of_their_client(tmp_path: Path) -> None:
+    experiment = Experiment.load(resolved(tmp_path), log=silent)
+    state = experiment.initial_state()
+    sums, _, _ = rounds.score(experiment.engine(state), ["c0"], state, 8)
+    wrong = {**sums["c0"], **{name: sums["c0"]["count"] for name in sums["c0"] if name.startswith("hit")}}
+
+    class Lying:
+        """An engine with one site that claims to be right more often than it has examples."""
+
+        def exchange(self, bodies: Any, state: Any) -> Any:
+            return [Reply(client, ClientScores(wrong), 1) for client in bodies]
+
+    taken, failures, _ = rounds.score(Lying(), ["c0"], state, 8)  # type: ignore[arg-type]  # has what is called
+    assert not taken and "more is right than there is" in failures[0].reason
 
 
 def test_one_site_weighs_no_more_in_the_main_set_than_its_claim_may(tmp_path: Path) -> None:
