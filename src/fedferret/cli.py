@@ -38,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
 ]
+ChangedData = Annotated[bool, typer.Option("--accept-changed-data", help="Go on with data that has changed.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
 
@@ -68,9 +69,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,
-    accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="Resume with other data than the run began with.")
-    ] = False,
+    accept_changed_data: ChangedData = False,
 ) -> None:
     """Run a recipe: tune the model, evaluate it, write a report.
 
@@ -296,13 +295,15 @@ def join(
     package: Annotated[str, typer.Option(help="SHA-256 of the run package.", show_default="this version's")] = "",
     insecure: Insecure = False,
     insecure_off_loopback: OffLoopback = False,
+    accept_changed_data: ChangedData = False,
 ) -> None:
     """Take part in a server's run with the data of this machine, until Ctrl-C.
 
     ADDRESS is the server, HOST:PORT. The data file stays on this machine.
     """
     with one_line_errors():
-        _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
+        unsafe = insecure, insecure_off_loopback
+        _site_commands().join(address, name, data, folder, credentials, package, *unsafe, accept_changed_data, _log)
 
 
 @app.command()

@@ -89,7 +89,9 @@ def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(table)
     for field in dataclasses.fields(kind):
         if isinstance(table.get(field.name), Mapping) and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+            default: Any = field.default_factory()
+            if not dataclasses.is_dataclass(type(default)):
+                continue
             usual = table_of(type(default)())
             merged[field.name] = {
                 **{name: value for name, value in table_of(default).items() if value != usual.get(name)},
