@@ -24,7 +24,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import shapes_by_round
+from fedferret.core.stages import Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
@@ -111,7 +111,13 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     """
     resolve_device(recipe.execution.device)
     recipe.objective.check(recipe.model.name, recipe.text)
-    algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
+    algorithm = recipe.algorithm
+    if recipe.model.train == "head" and isinstance(algorithm, Staged) and len(algorithm.planned(recipe.rounds)) > 1:
+        raise UserError(
+            f'model.train="head": {algorithm.name} has several stages, and each after the first would train all '
+            f"weights; leave train out"
+        )
+    model = tuned_skeleton(recipe)
     if recipe.model.train == "head" and adapter_of(model) is not None:
         raise UserError(
             f'model.train="head": {algorithm.name} tunes an adapter in the frozen model, and the head beside it; '
