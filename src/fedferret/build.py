@@ -128,6 +128,8 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
+    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
 
@@ -198,6 +200,12 @@ class Parts:
         self.base_fingerprint = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
+        self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
+        if not self.objective.reads_every_token(self.loaded):  # then all data are read now, not in round 1
+            for client in self.examples:
+                _ = self.examples[client]
+            for name in self.data.held_out:
+                self.examples.held_out(name)
 
     @classmethod
     def over(
