@@ -11,6 +11,7 @@ from fedferret.comparison.plots import COLOURS, Style, draw, styles
 from fedferret.comparison.results import Comparison, RowResult
 from fedferret.comparison.table import PARETO_MARK, cells, headings, missing_runs, notes
 from fedferret.core.files import write_atomically
+from fedferret.core.text import shortened
 from fedferret.tracking.plots import DARK, LIGHT
 from fedferret.tracking.report import Figure, environment_of, templates
 from fedferret.tracking.units import as_bytes, as_duration, as_loss, as_ratio
@@ -85,7 +86,7 @@ def swatch(style: Style) -> Markup:
 
 def _title(comparison: Comparison) -> str:
     recipe = comparison.grid.rows[0].recipe
-    return f"{len(comparison.grid.rows)} methods on {recipe.model.name}"
+    return f"{len(comparison.grid.rows)} methods on {shortened(recipe.model.name, 100)}"
 
 
 def _sentence(comparison: Comparison) -> str:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedferret.comparison.results import Comparison, Point, RowResult
 from fedferret.core.files import build_atomically, write_atomically
+from fedferret.core.text import shortened
 from fedferret.tracking.plots import LIGHT, SIZE, Plot, bytes_axis, drawn
 from fedferret.tracking.units import as_bytes, as_loss
 
@@ -109,7 +110,7 @@ def _write(comparison: Comparison, name: str, title: str, paint: Callable[[Axes]
         axes.set_title(title, loc="left", color=LIGHT["ink"], fontsize=12)
         known = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         labels = [row.row.label for row in shown if row.row.label in known]
-        short = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
+        short = [shortened(label, _LONGEST_LABEL) for label in labels]
         figure = axes.get_figure()
         assert figure is not None
         figure.legend([known[label] for label in labels], short, loc="outside lower left", ncols=1, handlelength=3)

@@ -27,6 +27,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedferret.core.text import printable_lines, shortened
 from fedferret.tracking.events import Run
 from fedferret.tracking.summary import times
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
@@ -158,7 +159,7 @@ def drawn(
             save(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable_lines(text, 1000))}"', 1)
     svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'\sd="[^"]*"', lambda path: _rounded(path[0]), svg)
     return Plot(name, title, text, svg)
@@ -376,7 +377,7 @@ def _baselines(run: Run, axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     """A legend above the plot, where it covers no data. Long names are cut, because they would shrink the plot."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
+    labels = [shortened(label, _LONGEST_LABEL) for label in labels]
     axes.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2
     )
