@@ -132,12 +132,14 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     Args:
         recipe: with the data's source.
         at_sites: sites hold the examples; here is only what is held out.
-        log: called with a line on clients that hold nothing out.
+        log: called with the data's notes, and with a line on clients that hold nothing out.
 
     Raises:
         UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
     """
     data = recipe.data.load(Key.of(recipe.seed, "data"))
+    for note in data.notes:
+        log(note)
     if recipe.held_out_share and not at_sites:
         data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"), log)
     if recipe.clients.per_round > len(data.clients):
@@ -213,6 +215,11 @@ class Parts:
         """
         loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
         return cls(recipe, loaded, data, folder, **options)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user on how the data were read."""
+        return self.data.notes
 
     @property
     def objective(self) -> ModelObjective:
