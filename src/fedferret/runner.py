@@ -225,6 +225,7 @@ class Run:
             parameters=experiment.base_size,
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
+            notes=list(experiment.notes),
             base=experiment.base_fingerprint,
             recipe=recipe_fingerprint(self.out),
             run="" if experiment.trains_here else secrets.token_hex(8),  # sites keep runs of one recipe apart

@@ -182,7 +182,7 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
         _curve(axes, points, colour, name, main=name == names[0])
     _baselines(run, axes)
     axes.set_xlabel("round")
-    axes.set_ylabel(f"loss (nats per {_target(run)})")
+    axes.set_ylabel(_loss_label(run))
     axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     _legend(axes)
@@ -198,9 +198,11 @@ def _primary(run: Run) -> str:
     return run.evaluations[max(run.evaluations)].primary if run.evaluations else "loss"
 
 
-def _target(run: Run) -> str:
-    """What a loss is the mean over."""
-    return "token" if _primary(run) == "loss" else "example"
+def _loss_label(run: Run) -> str:
+    """The loss with its unit, where the unit is known."""
+    scores = next(iter(run.evaluations[max(run.evaluations)].results.values())) if run.evaluations else {}
+    targets = "example" if "accuracy" in scores else "token" if "perplexity" in scores or not scores else None
+    return f"loss (nats per {targets})" if targets else "loss"
 
 
 def _score_by_round(run: Run, axes: Axes) -> str:
@@ -242,7 +244,7 @@ def _loss_by_bytes(run: Run, axes: Axes) -> str:
     _baselines(run, axes)
     bytes_axis(axes, min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg))
     axes.set_xlabel("bytes up and down, all clients")
-    axes.set_ylabel(f"loss (nats per {_target(run)})")
+    axes.set_ylabel(_loss_label(run))
     _legend(axes)
     count, loss = points[-1]
     reference = f"; one round of FedAvg takes {as_bytes(fedavg)}" if fedavg else ""

@@ -80,6 +80,7 @@ def write_report(folder: Path) -> Path:
         owners=_owners(run),
         primary=_last(run).primary if run.evaluations else "loss",
         owner_figures=_client_figures(_last(run)) if run.evaluations else [],
+        notes=[str(note) for note in run.start.get("notes", [])],
         data_picture=Markup(_data_picture(folder)),  # safe: base 64
         recipe=_recipe(folder),
         environment=environment_of(folder),
