@@ -140,6 +140,9 @@ def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder here.", show_default="as in the run's recipe")
+    ] = None,
 ) -> None:
     """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
 
@@ -151,11 +154,13 @@ def export(
 
         if to is None and delta is None:
             raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
+        if to is not None:
+            exporting.check_free(to)
         if delta is not None:
-            exporting.export_delta(folder, delta, _log)
+            exporting.export_delta(folder, delta, _log, base)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _log)
+            fingerprint = exporting.export_folder(folder, to, _log, base)
             _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 

@@ -75,7 +75,7 @@ class TunedDelta:
         how = {"name": recipe.objective.name, "train": recipe.model.train, "max_tokens": recipe.text.max_tokens}
         objective = {**how, **table_of(recipe.objective)}
         return cls(
-            recipe.model.name,
+            recipe.model_name,
             base_fingerprint,
             json.dumps(objective),
             recipe.algorithm.name,
@@ -99,25 +99,31 @@ class TunedDelta:
             raise UserError(f"the log of {self.method} cannot be applied, its settings are none ({reason})") from None
 
 
-def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print) -> str:
+def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print, base_name: str | None = None) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
-    Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
+    ``base_name`` is another place of the same base. Raises UserError for what is no run with a finished round, RunError
+    where the base is not the one it began from.
     """
-    check_place(folder)
-    refuse_filled(folder)
-    recipe, entries = _read_run(run)
+    check_free(folder)
+    recipe, entries = _read_run(run, base_name)
     base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
     check_start(run, fingerprint, entries.version)
     return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log)
 
 
-def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
+def check_free(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or is not empty, before long work. Raises UserError."""
+    check_place(folder)
+    refuse_filled(folder)
+
+
+def export_delta(run: Path, path: Path, log: Callable[[str], None] = print, base_name: str | None = None) -> TunedDelta:
     """Write the log of ``run`` as a delta file at ``path``. Raises as ``export_folder`` does."""
     check_place(path)
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
-    recipe, entries = _read_run(run)
+    recipe, entries = _read_run(run, base_name)
     base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
     check_start(run, fingerprint, entries.version)
     delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
@@ -133,8 +139,7 @@ def apply_delta(base_name: str, path: Path, folder: Path, log: Callable[[str], N
     Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
     arrives at other weights than the file says.
     """
-    check_place(folder)
-    refuse_filled(folder)
+    check_free(folder)
     delta = read_delta(path)
     objective, train, _ = delta.parts()
     objective.check_model(base_name)
@@ -172,10 +177,14 @@ def read_delta(path: Path) -> TunedDelta:
     return delta
 
 
-def _read_run(run: Path) -> tuple[Recipe, Log]:
+def _read_run(run: Path, base_name: str | None) -> tuple[Recipe, Log]:
+    """The recipe, with its base in another place if that is given, and the log."""
     recipe = begun_recipe(run)
     if not checkpoint.saved_round(run):
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
+    if base_name is not None:
+        recipe.objective.check_model(base_name)
+        recipe = replace(recipe, model=replace(recipe.model, name=base_name))
     return recipe, checkpoint.read_log(run)
 
 
