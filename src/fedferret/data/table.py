@@ -8,18 +8,27 @@ a message of a held-out conversation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError, nearest
-from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction, instruction_example
+from fedferret.data.examples import (
+    ROLES,
+    Example,
+    FederatedData,
+    Turn,
+    check_at_least,
+    check_fraction,
+    instruction_example,
+)
+from fedferret.data.faulty_rows import FaultyRow, FaultyRows, optional_text_of, records, text_in, text_of
 from fedferret.data.partition import Partition, named_clients
+from fedferret.data.rows import Row
+from fedferret.data.stored import StoredRecords
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,10 @@ class Columns:
     messages_column: str = "messages"  # a list of {"role", "content"}; used where it exists
     category_column: str = "category"
     choices_column: str = "choices"  # a list of texts that includes the response, for the metric "choice"
+    faulty_rows: FaultyRows = "refuse"  # "skip": rows without text and the like are left out and counted
 
-    def examples(self, rows: Sequence[Row], source: str) -> tuple[Example, ...]:
-        """The examples of all rows, in order.
+    def examples(self, rows: Sequence[Row], source: str) -> tuple[Sequence[Example], tuple[str, ...]]:
+        """The examples of all rows, in order, and the lines to say on how they were read.
 
         Args:
             rows: with the columns of the settings.
@@ -52,9 +62,12 @@ class Columns:
         Raises:
             UserError: for a missing column or a faulty row, with the row's number.
         """
-        return _examples(self._records(rows, source, None))
+        found, notes = self._records(rows, source, None)
+        return found.examples(range(len(found))), notes
 
-    def _records(self, rows: Sequence[Row], source: str, client_column: str | None) -> list[_Record]:
+    def _records(
+        self, rows: Sequence[Row], source: str, client_column: str | None
+    ) -> tuple[StoredRecords, tuple[str, ...]]:
         if not rows:
             raise UserError(f"{source} holds no rows: give data with at least one example")
         columns = set(rows[0])
@@ -68,38 +81,45 @@ class Columns:
                 hint = nearest(given, columns)
                 there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
                 raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
-        return [
-            self._record(row, chat, client_column, f"{source}, row {number}")
-            for number, row in enumerate(rows, start=1)
-        ]
+        return records(rows, lambda row, where: self._record(row, chat, client_column, where), source, self.faulty_rows)
 
     def _record(self, row: Row, chat: bool, client_column: str | None, where: str) -> _Record:
-        category = row.get(self.category_column)
-        metadata = {} if category is None else {"category": str(category)}
-        client = None if client_column is None else _text(row, client_column, where)
+        category = self._category(row, where)
+        metadata = {} if category is None else {"category": category}
+        client = None if client_column is None else text_of(row, client_column, where, numbers=True)
         metadata |= {} if client is None else {"client": client}
         examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
         return _Record(examples, client, metadata.get("category"))
 
+    def _category(self, row: Row, where: str) -> str | None:
+        """The row's category; None where the column was not asked for and holds something else."""
+        value = row.get(self.category_column)
+        try:
+            return None if value is None else text_in(value, f'{where}: column "{self.category_column}"', numbers=True)
+        except FaultyRow:
+            if self.category_column == Columns.category_column:
+                return None
+            raise
+
     def _pair(self, row: Row, metadata: Mapping[str, Any], where: str) -> Example:
-        instruction = _text(row, self.prompt_column, where)
-        response = _text(row, self.response_column, where)
-        extra = row.get(self.input_column)
+        instruction = text_of(row, self.prompt_column, where)
+        response = text_of(row, self.response_column, where, numbers=True)
+        extra = optional_text_of(row, self.input_column, where)
         choices = row.get(self.choices_column)
         if choices is not None:
             metadata = {**metadata, "choices": _choices(choices, response, where)}
-        return instruction_example(instruction, "" if extra is None else str(extra), response, metadata)
+        return instruction_example(instruction, extra, response, metadata)
 
     def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
         messages = row.get(self.messages_column)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise UserError(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
+            raise FaultyRow(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
         turns = tuple(_turn(message, where) for message in messages)
         examples = tuple(
             Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
         )
         if not examples:
-            raise UserError(f"{where}: no assistant message follows another message, so nothing can be trained on")
+            raise FaultyRow(f"{where}: no assistant message follows another message, so nothing can be trained on")
         return examples
 
 
@@ -112,11 +132,18 @@ class Table(Columns):
 
     client_column: str | None = None
     held_out_fraction: float = 0.1  # share of the rows, never a client's last; unused where held-out rows are given
+    max_held_out: int | None = 2_000  # rows of that share, drawn by the key; the others are trained on
     held_out_categories: tuple[str, ...] = ()  # all rows of these become the held-out set "categories"
     partition: Partition = field(default_factory=Partition)
 
     def __post_init__(self) -> None:
         check_fraction("held_out_fraction", self.held_out_fraction)
+        check_at_least("max_held_out", self.max_held_out, 1)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the settings hold anything out."""
+        return self.held_out_fraction > 0 or bool(self.held_out_categories)
 
     def federate(
         self, rows: Sequence[Row], held_out_rows: Sequence[Row] | None, key: Key, source: str, notice: str | None = None
@@ -132,75 +159,87 @@ class Table(Columns):
         Raises:
             UserError: for a missing column, a faulty row, an unknown category or an impossible partition.
         """
-        records = self._records(rows, source, self.client_column)
-        held_out: dict[str, tuple[Example, ...]] = {}
-        in_categories = self._in_categories(records, source)
-        training = [record for record in records if record.category not in self.held_out_categories]
+        found, notes = self._records(rows, source, self.client_column)
+        in_categories = self._in_categories(found.categories, source)
+        training = [row for row, category in enumerate(found.categories) if category not in self.held_out_categories]
+        held_out: dict[str, Sequence[Example]] = {}
+        unseen = [found.hashes[row] for row in in_categories]
         if held_out_rows is not None:
-            held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)", self.client_column))
+            name = getattr(held_out_rows, "name", f"{source} (held out)")
+            other, more = self._records(held_out_rows, name, self.client_column)
+            held_out["rows"] = other.examples(range(len(other)))
+            notes, unseen = (*notes, *more), [*unseen, *other.hashes]
         elif self.held_out_fraction > 0:
-            chosen = _choose_held_out(training, self.held_out_fraction, key.fold("held out"))
-            held_out["rows"] = _examples([training[index] for index in sorted(chosen)])
-            training = [record for index, record in enumerate(training) if index not in chosen]
+            chosen, more = self._choose_held_out([found.clients[row] for row in training], key.fold("held out"))
+            rows_held_out = [training[index] for index in sorted(chosen)]
+            held_out["rows"] = found.examples(rows_held_out)
+            training = [row for index, row in enumerate(training) if index not in chosen]
+            notes, unseen = (*notes, *more), [*unseen, *(found.hashes[row] for row in rows_held_out)]
         if in_categories:
-            held_out["categories"] = _examples(in_categories)
-        clients = self._by_client(training, key.fold("partition"))
-        return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice)
+            held_out["categories"] = found.examples(in_categories)
+        notes = (*notes, *_trained_too((found.hashes[row] for row in training), unseen))
+        clients = self._by_client(found, training, key.fold("partition"))
+        return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice, notes=notes)
 
-    def _in_categories(self, records: Sequence[_Record], source: str) -> list[_Record]:
-        """The records to hold out as the set "categories"."""
-        known = {record.category for record in records if record.category is not None}
+    def _in_categories(self, categories: Sequence[str | None], source: str) -> list[int]:
+        """The rows to hold out as the set "categories"."""
+        known = {category for category in categories if category is not None}
         for category in self.held_out_categories:
             if category not in known:
                 raise UserError(f'{source} has no category "{category}" to hold out: {nearest(category, known)}')
         if known and known <= set(self.held_out_categories):
             raise UserError(f"{source}: every category is in held_out_categories, so no row is left to train on")
-        return [record for record in records if record.category in self.held_out_categories]
+        return [row for row, category in enumerate(categories) if category in self.held_out_categories]
 
-    def _by_client(self, records: Sequence[_Record], key: Key) -> dict[str, tuple[Example, ...]]:
+    def _choose_held_out(self, clients: Sequence[str | None], key: Key) -> tuple[set[int], tuple[str, ...]]:
+        """The rows to hold out, drawn over all clients, so that each client keeps a row; and the lines to say."""
+        wanted = round(len(clients) * self.held_out_fraction)
+        notes: tuple[str, ...] = ()
+        if self.max_held_out is not None and wanted > self.max_held_out:
+            notes = (
+                f"{self.max_held_out:,} rows are held out and not {wanted:,}, because data.max_held_out is "
+                f"{self.max_held_out:,}; the others are trained on.",
+            )
+            wanted = self.max_held_out
+        left, chosen = Counter(clients), set[int]()
+        for index in key.permutation(len(clients)):
+            if len(chosen) == wanted:
+                break
+            if left[clients[index]] > 1:
+                left[clients[index]] -= 1
+                chosen.add(index)
+        return chosen, notes
+
+    def _by_client(self, found: StoredRecords, rows: Sequence[int], key: Key) -> dict[str, Sequence[Example]]:
         if self.client_column is not None:
-            grouped: dict[str, list[_Record]] = {}
-            for record in records:
-                grouped.setdefault(str(record.client), []).append(record)
-            return {client: _examples(grouped[client]) for client in sorted(grouped)}
-        categories = [record.category for record in records]
-        known = [category for category in categories if category is not None]
-        parts = self.partition.split(len(records), known if len(known) == len(records) else None, key)
-        return {client: _examples(held) for client, held in named_clients(records, parts).items()}
+            grouped: dict[str, list[int]] = {}
+            for row in rows:
+                grouped.setdefault(str(found.clients[row]), []).append(row)
+            return {client: found.examples(grouped[client]) for client in sorted(grouped)}
+        known = [category for row in rows if (category := found.categories[row]) is not None]
+        parts = self.partition.split(len(rows), known if len(known) == len(rows) else None, key)
+        return {client: found.examples(held) for client, held in named_clients(rows, parts).items()}
 
 
-def _examples(records: Sequence[_Record]) -> tuple[Example, ...]:
-    return tuple(example for record in records for example in record.examples)
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None or not str(value).strip():
-        raise UserError(f'{where}: column "{column}" is empty; fill it or remove the row')
-    return str(value)
+def _trained_too(training: Iterable[int], held_out: Sequence[int]) -> tuple[str, ...]:
+    """The line to say where held-out rows are trained on too, by the rows' hashes."""
+    known = set(held_out)
+    both = {each for each in training if each in known}
+    count = sum(each in both for each in held_out)
+    if not count:
+        return ()
+    return (f"{count:,} of {len(held_out):,} held-out rows are trained on too, and say little about rows unseen.",)
 
 
 def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or response not in map(str, value):
-        raise UserError(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
+        raise FaultyRow(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
     return tuple(map(str, value))
 
 
 def _turn(message: object, where: str) -> Turn:
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-        raise UserError(f'{where}: a message has no "role" and "content": {message!r:.60}')
+        raise FaultyRow(f'{where}: a message has no "role" and "content": {message!r:.60}')
     if message.get("role") not in ROLES:
-        raise UserError(f"{where}: role {message.get('role')!r} of a message is not one of {', '.join(ROLES)}")
-    return Turn(message["role"], message["content"])
-
-
-def _choose_held_out(records: Sequence[_Record], fraction: float, key: Key) -> set[int]:
-    """Indices of the rows to hold out: a share drawn over all clients, which leaves each client at least one row."""
-    wanted = round(len(records) * fraction)
-    left = Counter(record.client for record in records)
-    chosen: set[int] = set()
-    for index in key.permutation(len(records)):
-        if len(chosen) < wanted and left[records[index].client] > 1:
-            left[records[index].client] -= 1
-            chosen.add(index)
-    return chosen
+        raise FaultyRow(f"{where}: role {message.get('role')!r} of a message is not one of {', '.join(ROLES)}")
+    return Turn(message["role"], text_in(message["content"], f"{where}: a message"))

@@ -16,7 +16,7 @@ the recipe's source is loaded and any client works here, as in a worker of a sim
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +25,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.held_out import hold_out
+from fedferret.data.paths import located, named
 from fedferret.data.sites import SiteFile
 from fedferret.resident.policy import Policy
 from fedferret.settings import build, table_of
@@ -83,8 +84,8 @@ def read_site(folder: Path) -> Site:
     if data is None:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
-    held_out = file.held_out_path and str(folder / Path(file.held_out_path).expanduser())
-    local = replace(file, path=str(folder / Path(file.path).expanduser()), held_out_path=held_out)
+    held_out = file.held_out_path and located(file.held_out_path, folder)
+    local = replace(file, path=located(file.path, folder), held_out_path=held_out)
     return replace(site, data=local)
 
 
@@ -108,12 +109,12 @@ def allow(site: Site, text: str, base: str) -> None:
     site.policy.check_fetch(adapted(site, recipe).model.name)
 
 
-def check_data(site: Site) -> tuple[Example, ...]:
+def check_data(site: Site, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:
     """The site's examples, read before any server is met. Raises UserError for a file or a row that is of no use."""
     if site.data is None:
         return ()
     site.data.held_out()
-    return site.data.load()
+    return site.data.load(log)
 
 
 def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None] = lambda line: None) -> Work:
@@ -138,8 +139,8 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
         check(settings)
         data = load_data(settings)
     else:
-        rows, kept = check_data(site), site.data.held_out()
-        data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
+        rows, kept = check_data(site, log), site.data.held_out(log)
+        data = FederatedData({site.name: rows}, {}, named(site.data.path), kept={site.name: kept} if kept else {})
         if not kept and settings.held_out_share:
             data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"), log)
         settings.objective.check_examples(settings.model.name, data, complete=False)
