@@ -104,7 +104,7 @@ def records(
     """
     where: Callable[[int], str] = getattr(rows, "where", lambda index: f"{source}, row {index + 1}")
     notes: tuple[str, ...] = tuple(getattr(rows, "notes", ()))
-    kept = StoredRecords(lambda index: read(rows[index], where(index)), len(rows) <= KEPT)
+    kept = StoredRecords(lambda index: read(rows[index], source), len(rows) <= KEPT)
     faults: list[int] = []
     first = ""
     for index, row in enumerate(rows):

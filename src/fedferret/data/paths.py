@@ -75,6 +75,8 @@ def named(paths: Paths) -> str:
 
 def _found(given: str, setting: str, notes: list[str]) -> list[Path]:
     path = Path(given)
+    if "\0" in given:
+        raise UserError(f"{setting}: {given!r:.200} is no valid path")
     try:
         if path.is_dir():
             return _of_folder(path, setting, notes)
@@ -90,10 +92,6 @@ def _found(given: str, setting: str, notes: list[str]) -> list[Path]:
             return _of_glob(given, setting)
     except OSError as error:
         raise UserError(f'{setting}: "{given:.200}" cannot be looked at: {error.strerror or error}') from None
-    except UserError:
-        raise
-    except ValueError:  # a path with a NUL
-        raise UserError(f"{setting}: {given!r:.200} is no valid path") from None
     raise UserError(f'there is no file "{path}": check {setting}')
 
 

@@ -211,7 +211,7 @@ def _parquet(content: bytes, path: Path) -> Part:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f'"{path}" is not a Parquet file: {_first_line(error)}') from None
     return ArrowRows(str(path), _distinct(table, path))

@@ -166,6 +166,18 @@ def categories_of(examples: Sequence[Example]) -> Iterator[str]:
     return (str(each.metadata["category"]) for each in examples if "category" in each.metadata)
 
 
+def taken(examples: Sequence[Example], numbers: Iterable[int]) -> Sequence[Example]:
+    """Some of the examples; of many rows, none is read.
+
+    Args:
+        examples: of any source.
+        numbers: of the examples to take, in order.
+    """
+    if isinstance(examples, StoredExamples):
+        return Chosen(examples, numbers)
+    return tuple(examples[number] for number in numbers)
+
+
 class Chosen(Sequence[Example]):
     """Some of many examples, by number."""
 
