@@ -158,10 +158,10 @@ def _cuts(sample: Sequence[Tokens], total: int, max_tokens: int) -> list[str]:
     if responses:
         lost = sum(tokens.response_lost for tokens in responses)
         whole = lost + sum(len(tokens.ids) - tokens.response_start for tokens in responses)
-        said.append(f"{len(responses):,} responses lose their end, {lost / whole:.0%} of their tokens")
+        said.append(f"{len(responses):,} at the end of the response ({lost / whole:.0%} of its tokens are lost)")
     if prompts:
-        said.append(f"{prompts:,} prompts lose their beginning")
+        said.append(f"{prompts:,} at the beginning of the prompt")
     if not said:
         return []
     of = f"all {total:,} examples" if len(sample) == total else f"{len(sample):,} examples looked at, of {total:,}"
-    return [f"text.max_tokens={max_tokens} cuts examples: of {of}, {' and '.join(said)} (text.cut says which)"]
+    return [f"text.max_tokens={max_tokens} cuts, of {of}, {' and '.join(said)}; text.cut says where"]
