@@ -24,7 +24,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import shapes_by_round
+from fedferret.core.stages import Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
@@ -112,7 +112,13 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     """
     resolve_device(recipe.execution.device)
     recipe.objective.check(recipe.model.name, recipe.text)
-    algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
+    algorithm = recipe.algorithm
+    if recipe.model.train == "head" and isinstance(algorithm, Staged) and len(algorithm.planned(recipe.rounds)) > 1:
+        raise UserError(
+            f'model.train="head": {algorithm.name} has several stages, and each after the first would train all '
+            f"weights; leave train out"
+        )
+    model = tuned_skeleton(recipe)
     if recipe.model.train == "head" and adapter_of(model) is not None:
         raise UserError(
             f'model.train="head": {algorithm.name} tunes an adapter in the frozen model, and the head beside it; '
@@ -123,6 +129,8 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
+    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
 
@@ -199,6 +207,12 @@ class Parts:
         self.notes = (*self.data.notes, *checked)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
+        self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
+        if not self.objective.reads_every_token(self.loaded):  # then all data are read now, not in round 1
+            for client in self.examples:
+                _ = self.examples[client]
+            for name in self.data.held_out:
+                self.examples.held_out(name)
 
     @classmethod
     def over(

@@ -144,12 +144,14 @@ class Task:
         objective: the loss that training minimises, and the scores of evaluation.
         rounds: rounds planned in all; schedules are functions of round / rounds.
         store: puts public weights where they are kept: in memory, on a device or in a file.
+        rounding: of an entry, from which the roundings of bf16 weights in ``apply`` are drawn, tensor by tensor.
     """
 
     replica: Replica
     objective: Objective
     rounds: int
     store: Callable[[Mapping[str, Tensor]], Tree] = field(default=tree.clone)
+    rounding: Key = field(default=Key(0))
 
     @classmethod
     def of(
