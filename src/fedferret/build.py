@@ -30,7 +30,8 @@ from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
 from fedferret.data.held_out import hold_out
 from fedferret.data.sites import Sites
-from fedferret.data.templates import template
+from fedferret.data.template_probes import fitted
+from fedferret.data.templates import template_of
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
 from fedferret.evaluation.scorers import check_metrics
@@ -185,6 +186,7 @@ class Parts:
         examples: the data as tensors, client by client, made when first asked for.
         base_size: weights of the base alone.
         base_fingerprint: SHA-256 of those.
+        notes: lines for the user on how the data were read and what becomes of the examples.
     """
 
     recipe: Recipe
@@ -196,10 +198,13 @@ class Parts:
     examples: EncodedData = field(init=False)
     base_size: int = field(init=False)
     base_fingerprint: str = field(init=False)
+    notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
         self.base_fingerprint = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
+        checked = self.objective.check_encoding(self.loaded, self.recipe.text, self.data)
+        self.notes = (*self.data.notes, *checked)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
         self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
@@ -228,12 +233,10 @@ class Parts:
             options: further fields of a subclass.
         """
         loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
-        return cls(recipe, loaded, data, folder, **options)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for the user on how the data were read."""
-        return self.data.notes
+        parts = cls(recipe, loaded, data, folder, **options)
+        for note in parts.notes[len(data.notes) :]:  # those of the data were logged as they were read
+            log(note)
+        return parts
 
     @property
     def objective(self) -> ModelObjective:
@@ -250,7 +253,7 @@ class Parts:
             assert isinstance(self.objective, NextToken) and tokenizer is not None  # others are refused
             answers = Answers(
                 held_out=self.data.held_out,
-                template=template(text.template),
+                template=fitted(template_of(text), tokenizer),
                 tokenizer=tokenizer,
                 max_tokens=text.max_tokens,
                 objective=self.objective,

@@ -14,6 +14,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any, TypeVar
 
 from fedferret.core.errors import UserError, nearest
@@ -35,7 +36,8 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
 
     _refuse_unknown(kind, table, where)
     try:
-        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)))
+        # a date of TOML is its text
+        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)), default=_spelt)
         # JSON's rules are TOML's: a list is a tuple, 1 is a float, "1" is neither
         return pydantic.TypeAdapter(kind).validate_json(plain, strict=True)
     except pydantic.ValidationError as error:
@@ -68,6 +70,12 @@ def table_of(settings: Any) -> dict[str, Any]:
         elif field.default is not None:
             table[field.name] = "none"
     return table
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is no type of a setting")
 
 
 def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:

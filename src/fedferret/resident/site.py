@@ -101,9 +101,9 @@ def allow(site: Site, text: str, base: str) -> None:
     """
     if site.policy == Policy():
         return
-    from fedferret.config import from_tables  # late, like the imports of ``work``
+    from fedferret.config import written  # late, like the imports of ``work``
 
-    recipe = from_tables(tomllib.loads(text))
+    recipe = written(tomllib.loads(text))
     site.policy.check(recipe, base, len(check_data(site)))
     site.policy.check_fetch(adapted(site, recipe).model.name)
 
@@ -155,10 +155,10 @@ def work(
     """
     # imported late: a mistake in the site's own files is told before seconds of importing PyTorch
     from fedferret.build import Parts, check, load_data
-    from fedferret.config import from_tables
+    from fedferret.config import written
     from fedferret.engines.trainer import Work
 
-    settings = adapted(site, from_tables(tomllib.loads(recipe)))
+    settings = adapted(site, written(tomllib.loads(recipe)))
     if site.data is None:
         check(settings)
         data = load_data(settings)
