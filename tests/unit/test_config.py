@@ -53,6 +53,7 @@ def test_execution_settings_are_not_part_of_a_runs_identity(tmp_path: Path) -> N
         ({"sede": 3}, r'sede: there is no such setting; did you mean "seed"\?'),
         ({"seed": -1}, r"seed=-1: must be a whole number, at least 0"),
         ({"rounds": 0}, r"rounds=0: must be a whole number, at least 1"),
+        ({"seed": 10**6000}, r"seed: must be a whole number, at least 0 and below"),
         ({"rounds": 2.5}, r"rounds=2\.5: must be a whole number"),
         ({"rounds": True}, r"rounds=True: must be a whole number"),
         ({"model": 3}, r"model=3: must be a table, \[model\]"),
