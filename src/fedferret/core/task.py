@@ -144,12 +144,14 @@ class Task:
         objective: the loss that training minimises, and the scores of evaluation.
         rounds: rounds planned in all; schedules are functions of round / rounds.
         store: puts public weights where they are kept: in memory, on a device or in a file.
+        round: that follows the public state's version, from 1; in a stage the stage's own.
     """
 
     replica: Replica
     objective: Objective
     rounds: int
     store: Callable[[Mapping[str, Tensor]], Tree] = field(default=tree.clone)
+    round: int = 1
 
     @classmethod
     def of(
