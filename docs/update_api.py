@@ -52,6 +52,7 @@ CHAPTERS = {
         "models.classifier_folder",
         "models.adapters.interface",
         "models.adapters.lora",
+        "models.adapters.modules",
         "models.adapters.dense",
         "models.adapters.peft_folder",
         "models.adapters.start",

@@ -111,7 +111,13 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     """
     resolve_device(recipe.execution.device)
     recipe.objective.check(recipe.model.name, recipe.text)
-    algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
+    algorithm = recipe.algorithm
+    if recipe.model.train == "head" and isinstance(algorithm, Staged) and len(algorithm.planned(recipe.rounds)) > 1:
+        raise UserError(
+            f'model.train="head": {algorithm.name} has several stages, and each after the first would train all '
+            f"weights; leave train out"
+        )
+    model = tuned_skeleton(recipe)
     if recipe.model.train == "head" and adapter_of(model) is not None:
         raise UserError(
             f'model.train="head": {algorithm.name} tunes an adapter in the frozen model, and the head beside it; '
@@ -122,6 +128,8 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
+    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
     for training in _trainings(algorithm):
         training.check(model, recipe.model.name)
     algorithm.check(model, recipe.rounds)
@@ -141,12 +149,14 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     Args:
         recipe: with the data's source.
         at_sites: sites hold the examples; here is only what is held out.
-        log: called with a line on clients that hold nothing out.
+        log: called with the data's notes, and with a line on clients that hold nothing out.
 
     Raises:
         UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
     """
     data = recipe.data.load(Key.of(recipe.seed, "data"))
+    for note in data.notes:
+        log(note)
     if recipe.held_out_share and not at_sites:
         data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"), log)
     if recipe.clients.per_round > len(data.clients):
@@ -202,6 +212,12 @@ class Parts:
         self.base_fingerprint = self.recipe.algorithm.start_fingerprint(base)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
+        self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
+        if not self.objective.reads_every_token(self.loaded):  # then all data are read now, not in round 1
+            for client in self.examples:
+                _ = self.examples[client]
+            for name in self.data.held_out:
+                self.examples.held_out(name)
 
     @classmethod
     def over(
@@ -223,6 +239,11 @@ class Parts:
         """
         loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
         return cls(recipe, loaded, data, folder, **options)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user on how the data were read."""
+        return self.data.notes
 
     @property
     def objective(self) -> ModelObjective:

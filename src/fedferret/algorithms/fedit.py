@@ -38,7 +38,6 @@ from fedferret.models import adapters
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # by module: A of (r, inputs), B of (outputs, r)
 
-_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DEFAULTS: Mapping[str, Any] = {"rank": 8, "alpha": 16, "rslora": False, "dora": False, "modules_to_save": ()}
 _ONE_BY_ONE = {"batch_size": 1, "epochs": 1}  # how Ferret's paper trains all first-order baselines
 
@@ -68,7 +67,7 @@ class FedIT(FedAvg):
     }
     rank: int | None = None  # r; 8 is the Ferret paper's, where no adapter says another
     alpha: int | float | None = None  # α, 16: scaled by α / r, so that a change of r needs no other learning rate
-    modules: str | tuple[str, ...] | None = None  # every linear map of a Llama's blocks
+    modules: str | tuple[str, ...] | None = None  # the architecture's own; of a Llama's blocks every linear map
     freeze_a: bool = False  # True halves the bytes and makes the mean exact, for factors that can say less
     rslora: bool | None = None  # scaled by α / √r: ranks of hundreds learn as fast as small ones
     dora: bool | None = None  # magnitudes of the weights' rows are trained too, and travel
@@ -95,7 +94,7 @@ class FedIT(FedAvg):
         lora = adapters.LoRA(
             rank=self.rank,
             alpha=self.alpha,
-            modules=_LLAMA if self.modules is None else self.modules,
+            modules=self.modules,
             freeze_a=self.freeze_a,
             rslora=bool(self.rslora),
             dora=bool(self.dora),

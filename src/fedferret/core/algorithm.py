@@ -131,6 +131,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
+    holds_bf16: ClassVar[bool] = False  # whether updates are unrounded and ``apply`` rounds bf16 weights at random
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     @property
@@ -358,7 +359,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """Bring ``public`` up to date, in place; the server and every client run this same code.
 
         Args:
-            task: model and objective.
+            task: model and objective; its ``rounding`` is this entry's.
             public: the public state after the round before; changed.
             entry: of this round, decoded from the log.
         """

@@ -204,7 +204,8 @@ class Node:
             entry: the method's, decoded, of the version after this one.
         """
         self._fingerprint = None
-        self.algorithm.apply(self.task, self.public, entry)
+        rounding = Key.of(self.seed, "apply", self.version + 1)  # the same on every node
+        self.algorithm.apply(replace(self.task, rounding=rounding), self.public, entry)
         self.version += 1
 
     def leaves_state(self, round: int) -> bool:

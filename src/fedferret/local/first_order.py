@@ -6,7 +6,8 @@
                               one step of the optimiser, fresh each round unless its state is handed in
 
 An epoch is one pass over the client's examples, whatever ``accumulate`` is: the last step of a pass takes the batches
-that are left. Weights are fp32 whatever the compute precision. Plain SGD (no momentum, decay, clip, accumulation or
+that are left. Weights are fp32 whatever the compute precision, or, in a model held in bf16, fp32 sums that the model's
+weights are rounded from (``masters.py``). Plain SGD (no momentum, decay, clip, accumulation or
 adjustment) needs no gradient buffer: each tensor's gradient is applied and dropped as the backward pass produces it,
 same bits. Dropout is off: it would draw from the global generator.
 """
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.local.masters import Masters
 from fedferret.local.recomputing import check_recomputing, recomputed
 from fedferret.local.schedules import Schedule, check_warmup, factor
 from fedferret.local.steppers import Adjust, OptimizerState, StepAfterBackward, StepInBackward, Stepper
@@ -42,10 +44,13 @@ class Trained:
     """What a client's training gives.
 
     Attributes:
+        weights: that training arrived at, by name, fp32: the model's own, not copied; of a bf16 model, whose weights
+            are these rounded, the unrounded sums of all steps.
         metrics: ``loss``, the mean over all steps, and ``seconds``.
         state: of the optimiser, where one was handed in.
     """
 
+    weights: Mapping[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
     state: OptimizerState | None = None
 
@@ -208,7 +213,7 @@ class FirstOrder:
                 optimiser, and no state comes back.
 
         Returns:
-            Metrics, and the optimiser's state if one was handed in.
+            The weights arrived at, metrics, and the optimiser's state if one was handed in.
 
         Raises:
             TrainingRefused: a client without examples, or a loss that is not finite.
@@ -216,10 +221,10 @@ class FirstOrder:
         if not len(data):
             raise TrainingRefused("the client holds no example")
         started = time.perf_counter()
-        weights = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
+        masters = Masters(task.model, key.fold("rounding"))
         total = self.total_steps(len(data))
         losses = torch.zeros(total, device=task.device)  # read once at the end: no synchronisation in the loop
-        stepper = self._stepper(weights, adjust, mask, state)
+        stepper = masters.stepper(self._stepper(masters.weights, adjust, mask, state))
         with stepper, recomputed(task.model, self.checkpoint_activations):
             for step, batches in enumerate(islice(self._batches_by_step(data, key), total)):
                 stepper.use_rate(self.rate(task, step, total))
@@ -235,7 +240,8 @@ class FirstOrder:
         if not math.isfinite(mean_loss):
             step = int(torch.nonzero(~torch.isfinite(losses))[0])
             raise TrainingRefused(f"the loss is {losses[step].item()} at step {step + 1}: lower the learning rate")
-        return Trained({"loss": mean_loss, "seconds": time.perf_counter() - started}, kept)
+        metrics = {"loss": mean_loss, "seconds": time.perf_counter() - started}
+        return Trained(masters.detached(), metrics, kept)
 
     def _batches_by_step(self, data: Examples, key: Key) -> Iterator[list[Any]]:
         """The batches of every step. In epochs a pass's last step takes what is left of the pass."""

@@ -167,7 +167,7 @@ class StepInBackward:
     def __enter__(self) -> StepInBackward:
         # a tied weight is one leaf, and autograd sums all gradients of the leaf before it calls this hook
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(self._apply)  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(self.apply)  # type: ignore[no-untyped-call]
             for weight in self._weights
         ]
         return self
@@ -178,7 +178,12 @@ class StepInBackward:
         for weight in self._weights:
             weight.grad = None
 
-    def _apply(self, weight: Tensor) -> None:
+    def apply(self, weight: Tensor) -> None:
+        """Step one weight.
+
+        Args:
+            weight: with all of its gradient, which is dropped.
+        """
         assert weight.grad is not None
         with torch.no_grad():
             weight.add_(weight.grad, alpha=-self._learning_rate)

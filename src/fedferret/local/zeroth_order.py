@@ -107,10 +107,10 @@ class ZerothOrder:
             key: draws the order of the examples and the directions.
 
         Returns:
-            The metrics of ``walk``, and no optimiser state.
+            The weights arrived at, the metrics of ``walk``, and no optimiser state.
         """
         _, metrics = self.walk(task, data, key, key.fold("directions"), range(self.steps))
-        return Trained(metrics)
+        return Trained(tree.parameters(task.model), metrics)
 
     def walk(
         self, task: Task, data: Examples, key: Key, directions: Key, columns: Sequence[int]

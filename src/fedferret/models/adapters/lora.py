@@ -21,12 +21,11 @@ from fedferret.core.keys import Key
 from fedferret.models.adapters.dense import dense_modules, dense_names, make_dense, outermost
 from fedferret.models.adapters.drawing import draw, draw_magnitudes, no_trace
 from fedferret.models.adapters.interface import Adapter
+from fedferret.models.adapters.modules import chosen_modules, linear_modules, read_as_given
 from fedferret.models.adapters.peft_folder import PeftFolder, read_peft_folder, write_peft_folder
 from fedferret.models.adapters.start import check_start, load_start, saved
 from fedferret.models.classifiers import Classifier
 from fedferret.models.folders import build_folder
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,14 @@ class LoRA(Adapter):
         modules_to_save: ends of the names of modules that are trained densely beside the factors.
         start: an adapter to go on from, with the settings above; None: B = 0.
         modules: peft's ``target_modules``, for linear modules: the ends of their names, one pattern for a whole name,
-            or "all-linear" (the output head left out).
+            "all-linear" (the output head left out), or None for the architecture's default.
         freeze_a: the matrices A keep their first values.
     """
 
     merges: ClassVar[bool] = True
     rank: int
     alpha: float
-    modules: str | Sequence[str]
+    modules: str | Sequence[str] | None = None
     freeze_a: bool = False
     rslora: bool = False
     dora: bool = False
@@ -59,11 +58,11 @@ class LoRA(Adapter):
         import peft
 
         if self.start is None:
-            names = _chosen(model, self.modules)
+            names = chosen_modules(model, self.modules)
             dense = list(dense_modules(model, self.modules_to_save, names))
         else:
             names, dense = check_start(model, linear_modules(model), self.start)
-        with no_trace():
+        with no_trace(), read_as_given(model):
             peft.inject_adapter_in_model(self._config(exactly(names)), model)
         draw(model, key)
         if self.dora:
@@ -127,7 +126,7 @@ def continued(model: nn.Module, folder: Path, given: Mapping[str, Any], freeze_a
     for name, value in known.items():
         if given[name] not in (None, value):
             raise UserError(f"algorithm.{name}={given[name]}: the adapter in {folder} has {value}; leave {name} out")
-    if given["modules"] is not None and set(_chosen(model, given["modules"])) != set(start.modules):
+    if given["modules"] is not None and set(chosen_modules(model, given["modules"])) != set(start.modules):
         raise UserError(f"algorithm.modules: the adapter in {folder} is for other modules; leave modules out")
     asked = given["modules_to_save"]
     if asked is not None and {*dense_modules(model, asked, start.modules)} != {*dense_modules(model, dense, ())}:
@@ -135,29 +134,6 @@ def continued(model: nn.Module, folder: Path, given: Mapping[str, Any], freeze_a
             f"algorithm.modules_to_save={list(asked)}: the adapter in {folder} has {list(dense)}; leave it out"
         )
     return LoRA(modules=start.modules, freeze_a=freeze_a, start=start, **known)
-
-
-def linear_modules(model: nn.Module) -> list[str]:
-    """Which modules can take LoRA.
-
-    An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
-    classifier's head stays dense.
-
-    Args:
-        model: a transformers model without an adapter, on any device, the meta device included.
-
-    Returns:
-        The full names of the linear modules and GPT-2's ``Conv1D``, in the model's order.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    kept = {id(model.head.weight)} if isinstance(model, Classifier) else set()  # it stays dense
-    kept |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
-    ]
 
 
 def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -218,26 +194,3 @@ def _without_layers(model: nn.Module, merged: bool) -> nn.Module:
     if hasattr(untyped, "peft_config"):
         del untyped.peft_config
     return model
-
-
-def _chosen(model: nn.Module, modules: str | Sequence[str]) -> list[str]:
-    """The full names of the linear modules that ``modules`` means."""
-    names = linear_modules(model)
-    if modules == ALL_LINEAR:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name for name in names if model.get_submodule(name) is not head}
-        missing = [] if chosen else [ALL_LINEAR]
-    elif isinstance(modules, str):
-        try:
-            chosen = {name for name in names if re.fullmatch(modules, name)}
-        except re.error as error:
-            raise UserError(f'modules="{modules}": not a regular expression ({error})') from None
-        missing = [] if chosen else [modules]
-    else:
-        ends = {end: {name for name in names if name == end or name.endswith(f".{end}")} for end in modules}
-        chosen = set().union(*ends.values())
-        missing = [end for end, found in ends.items() if not found] if chosen else list(modules) or ["[]"]
-    if missing:
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-        raise UserError(f'modules="{missing[0]}": no linear module is called so; this model has {known}')
-    return [name for name in names if name in chosen]
