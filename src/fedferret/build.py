@@ -24,7 +24,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import Staged, shapes_by_round
+from fedferret.core.stages import Stage, Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
@@ -131,8 +131,17 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
         )
     batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
     recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
+    for training in _trainings(algorithm):
+        training.check(model, recipe.model.name)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
+
+
+def _trainings(algorithm: AnyAlgorithm) -> list[Any]:
+    """How clients train, in every stage that has rounds."""
+    stages = algorithm.stages() if isinstance(algorithm, Staged) else (Stage(algorithm),)
+    found = [getattr(stage.algorithm, "training", None) for stage in stages if stage.rounds != 0]
+    return [training for training in found if training is not None]
 
 
 def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None] = lambda line: None) -> FederatedData:
@@ -185,7 +194,7 @@ class Parts:
         model: what is tuned: the base, with the method's adapter if it has one.
         examples: the data as tensors, client by client, made when first asked for.
         base_size: weights of the base alone.
-        base_fingerprint: SHA-256 of those.
+        base_fingerprint: SHA-256 of those, and of an adapter that the method goes on from, if any.
         notes: lines for the user on how the data were read and what becomes of the examples.
     """
 
@@ -202,7 +211,8 @@ class Parts:
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
-        self.base_fingerprint = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
+        base = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
+        self.base_fingerprint = self.recipe.algorithm.start_fingerprint(base)
         checked = self.objective.check_encoding(self.loaded, self.recipe.text, self.data)
         self.notes = (*self.data.notes, *checked)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))

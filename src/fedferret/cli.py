@@ -140,8 +140,9 @@ def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
 ) -> None:
-    """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
+    """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
     DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
     """
@@ -149,8 +150,10 @@ def export(
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
 
-        if to is None and delta is None:
-            raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
+        if to is None and delta is None and adapter is None:
+            raise UserError("nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several of these")
+        if adapter is not None:
+            exporting.export_folder(folder, adapter, _log, adapter_alone=True)
         if delta is not None:
             exporting.export_delta(folder, delta, _log)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
@@ -164,6 +167,7 @@ def apply(
     base: Annotated[str, typer.Argument(help="The base model: its name in the recipe, or a folder.", metavar="BASE")],
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that the run went on from, if any.")] = None,
 ) -> None:
     """Rebuild a tuned model from its base model and a delta file.
 
@@ -173,7 +177,7 @@ def apply(
     with one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _log)
+        fingerprint = apply_delta(base, delta, to, _log, adapter)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 

@@ -2,6 +2,7 @@
 
     name = "ward-7"
     model = "/models/smollm2"     # where this site has the base model, if not under the recipe's name
+    adapter = "/models/adapter"   # where it has the adapter that a run goes on from (`algorithm.adapter`)
     device = "cpu"
 
     [data]
@@ -20,7 +21,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -45,6 +46,7 @@ class Site:
     name: str  # as the run's list of sites has it
     data: SiteFile | None = None  # None: the recipe's own data, in a simulation
     model: str | None = None  # None: the recipe's name for it, found in this site's cache or on its disk
+    adapter: str | None = None  # None: this site takes no part in runs that go on from an adapter
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
@@ -179,7 +181,17 @@ def work(
 
 
 def adapted(site: Site, recipe: Recipe) -> Recipe:
-    """The recipe with the site's model, device and memory; none of them changes what is computed."""
+    """The recipe with the site's model, adapter, device and memory; none of them changes what is computed.
+
+    Raises UserError where the run goes on from an adapter and the site has none: the server names no file of a site.
+    """
     execution = replace(recipe.execution, device=site.device, memory=site.memory, engine="in-process")
     model = recipe.model if site.model is None else replace(recipe.model, name=site.model)
-    return replace(recipe, execution=execution, model=model)
+    algorithm: Any = recipe.algorithm
+    if site.data is not None and getattr(algorithm, "adapter", None) is not None:
+        if site.adapter is None:
+            raise UserError(
+                f"algorithm.adapter: the run goes on from {algorithm.adapter}; set adapter in {FILE} to its folder here"
+            )
+        algorithm = replace(algorithm, adapter=site.adapter)
+    return replace(recipe, execution=execution, model=model, algorithm=algorithm)
