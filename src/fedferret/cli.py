@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,10 @@ RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR"
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
+]
+StoredDtype = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option("--dtype", help="Of the folder's weights.", show_default="as the base is stored"),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
@@ -112,6 +116,7 @@ def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
 
@@ -127,7 +132,7 @@ def export(
             exporting.export_delta(folder, delta, _log)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _log)
+            fingerprint = exporting.export_folder(folder, to, _log, dtype)
             _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 
@@ -136,6 +141,7 @@ def apply(
     base: Annotated[str, typer.Argument(help="The base model: its name in the recipe, or a folder.", metavar="BASE")],
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    dtype: StoredDtype = None,
 ) -> None:
     """Rebuild a tuned model from its base model and a delta file.
 
@@ -145,7 +151,7 @@ def apply(
     with one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _log)
+        fingerprint = apply_delta(base, delta, to, _log, dtype)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 

@@ -28,9 +28,11 @@ def no_trace() -> Iterator[None]:
 
 @torch.no_grad()
 def draw(model: nn.Module, key: Key) -> None:
-    """Overwrite all that requires a gradient with values drawn by ``key``; on the meta device nothing is drawn."""
+    """Overwrite all that requires a gradient with fp32 values drawn by ``key``; on the meta device none is drawn."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()  # whatever the frozen base is held in
             if parameter.requires_grad and not parameter.is_meta:
                 values = _initial(path, module, parameter.numel(), key.fold(f"{path}.{name}"))
                 parameter.copy_(values.view_as(parameter))
