@@ -174,7 +174,7 @@ class NextToken(ModelObjective):
         given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
         causal = transformer_of(model)
-        in_bf16 = causal.get_input_embeddings().weight.dtype == torch.bfloat16
+        in_bf16 = next(causal.parameters()).dtype == torch.bfloat16
         rounded = in_bf16 or torch.is_autocast_enabled(device.type)
         if rounded:
             inputs = _lengthened(inputs)
