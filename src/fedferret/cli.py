@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
 ]
 ChangedData = Annotated[bool, typer.Option("--accept-changed-data", help="Go on with data that has changed.")]
+StoredDtype = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option("--dtype", help="Of the folder's weights.", show_default="as the base is stored"),
+]
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
 
@@ -141,6 +145,7 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
@@ -158,7 +163,7 @@ def export(
             exporting.export_delta(folder, delta, _log)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _log)
+            fingerprint = exporting.export_folder(folder, to, _log, dtype)
             _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 
@@ -168,6 +173,7 @@ def apply(
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="The adapter that the run went on from, if any.")] = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Rebuild a tuned model from its base model and a delta file.
 
@@ -177,7 +183,7 @@ def apply(
     with one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _log, adapter)
+        fingerprint = apply_delta(base, delta, to, _log, adapter, dtype)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 

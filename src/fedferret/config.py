@@ -45,6 +45,8 @@ class ModelSettings:
 
     name: str
     train: Literal["head"] | None = None  # "head": a classifier's head alone, on frozen features; None: all weights
+    dtype: Literal["fp32", "bf16"] = "fp32"  # in which weights are held; bf16 is half, and rounded at random by a key
+    quantised: Literal["4-bit", "8-bit"] | None = None  # a frozen base under an adapter (QLoRA); None: in dtype
 
 
 @dataclass(frozen=True, kw_only=True)
