@@ -187,7 +187,6 @@ READ: dict[str, tuple[Make, list[dict[str, Any]]]] = {
         ),
         [{**row, "id": n if n < 30 else str(n)} for n, row in enumerate(ROWS)],
     ),
-    "a response that is a number": (changed(response=42), [*ROWS[:-1], {**ROWS[-1], "response": 42}]),
     "separators of Unicode within a text": (
         changed(response="a\u2028b\x85c"),
         [*ROWS[:-1], {**ROWS[-1], "response": "a\u2028b\x85c"}],
@@ -280,6 +279,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a response beyond all numbers": (inserted('{"instruction": "a", "response": 1e999}'), "row 3.*infinite"),
     "a response of null": (changed(response=None), 'row 40: column "response" is empty'),
     "a response of spaces": (changed(response=" \u00a0\n"), 'row 40: column "response" is empty'),
+    "a response that is a number": (changed(response=42), 'row 40: column "response" holds a number'),
     "a response that is a list": (changed(response=["a"]), 'row 40: column "response" holds a list'),
     "a response that is an object": (changed(response={"a": 1}), 'row 40: column "response" holds an object'),
     "a prompt that is true": (changed(instruction=True), 'row 40: column "instruction" holds the value true'),
@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "csv with a quote that stays open": (raw("rows.csv", CSV + '"open,closed\n'), "line 42 is not CSV"),
     "csv with a field too many": (raw("rows.csv", CSV + "a,b,c\n"), "line 42: not as many fields"),
     "csv with a field too few": (raw("rows.csv", CSV + "a\n"), "line 42: not as many fields"),
-    "csv of one column": (raw("rows.csv", "text\nhello\n"), "no column|no held-out"),
+    "csv of one column": (raw("rows.csv", "text\nhello\n"), "partition.clients is 2 but there are 1 rows"),
     "no parquet": (raw("rows.parquet", GOOD), "is not a Parquet file"),
     "half a parquet": (half_a_parquet, "is not a Parquet file"),
     "empty parquet": (
@@ -312,7 +312,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
         table("rows.parquet", columns(response=[[row["response"]] for row in ROWS])),
         'row 1: column "response" holds a list',
     ),
-    "parquet with structs": (table("rows.parquet", columns(response=[[{"a": 1}] for row in ROWS])), "holds a list"),
+    "parquet with structs": (
+        table("rows.parquet", columns(response=[[{"a": 1}] for row in ROWS])),
+        "row 1.*message 1 has no",
+    ),
     "parquet with bytes": (table("rows.parquet", columns(response=[b"\xff" for row in ROWS])), "holds bytes"),
     "parquet with NaN": (table("rows.parquet", columns(response=[float("nan") for row in ROWS])), "holds NaN"),
     "parquet with nulls": (

@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.full_model import check_tensors, deltas, loaded
+from fedferret.algorithms.full_model import check_tensors, deltas, loaded, step_
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.fields import Form
@@ -60,6 +60,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
     """The weighted mean of the clients' updates of all weights. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg"
+    holds_bf16: ClassVar[bool] = True
     server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
     weighting: Weighting = "examples"  # the paper's n_j; "equal" counts every client once
     training: FirstOrder = field(default_factory=FirstOrder)
@@ -93,9 +94,9 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, Delta]:
         """Train on the client's data; send the update."""
-        with loaded(task, public.weights) as model:
+        with loaded(task, public.weights):
             trained = self.train(task, public, data, key.fold("train"))
-            delta = Delta(dict(deltas(public.weights, model)))
+            delta = Delta(dict(deltas(public.weights, trained)))
         return ClientReply(delta, None, trained.metrics)
 
     def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> Trained:
@@ -108,7 +109,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
             key: draws the order of the examples.
 
         Returns:
-            The training's metrics.
+            The weights that training arrived at, and its metrics.
 
         Raises:
             TrainingRefused: the client has no examples, or its loss is not finite.
@@ -123,8 +124,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
 
     def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
         """w <- w - η Δ, element by element."""
-        for name, weight in public.weights.items():
-            weight.sub_(entry.delta[name].to(weight.device) * entry.learning_rate)
+        step_(public.weights, entry.delta, entry.learning_rate, task.rounding)
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:

@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar, Literal
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import FedAvgPublic
-from fedferret.algorithms.full_model import deltas, loaded
+from fedferret.algorithms.full_model import deltas, loaded, step_
 from fedferret.bases.chunks import Chunked, num_bytes, num_scales, pack_tensors
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
@@ -70,6 +70,7 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
     """The weighted mean of updates in 8 bits a weight. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg-8bit"
+    holds_bf16: ClassVar[bool] = True
     bits: Literal[8, 4, 2, 1] = 8  # of a weight's update, up
     entry_bits: Literal[8, 4, 2, 1] = 8  # of a weight's update, down
     server_learning_rate: float = 1.0  # FedAvg's
@@ -90,9 +91,9 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, QuantizedDelta]:
         """Train on the client's data; send the update, rounded."""
-        with loaded(task, public.weights) as model:
+        with loaded(task, public.weights):
             trained = self.training.train(task, data, key.fold("train"))
-            tensors = (delta for _, delta in deltas(public.weights, model))
+            tensors = (delta for _, delta in deltas(public.weights, trained))
             rounded = QuantizedDelta(pack_tensors(tensors, self.bits, key.fold("rounding")))
         return ClientReply(rounded, None, trained.metrics)
 
@@ -125,8 +126,8 @@ class FedAvg8Bit(Algorithm[FedAvgPublic, None, None, QuantizedEntry, QuantizedDe
 
     def apply(self, task: Task, public: FedAvgPublic, entry: QuantizedEntry) -> None:
         """w <- w - η Δ, element by element."""
-        for weight, delta in zip(public.weights.values(), entry.delta.unpack(), strict=True):
-            weight.sub_(delta.to(weight.device).view_as(weight) * entry.learning_rate)
+        deltas = dict(zip(public.weights, entry.delta.unpack(), strict=True))
+        step_(public.weights, deltas, entry.learning_rate, task.rounding)
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:

@@ -28,6 +28,7 @@ from fedferret.algorithms.fedavg import Delta, FedAvgPublic
 from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.bases.positions import Positions, num_bytes, pack_positions
 from fedferret.bases.quantise import Packed, pack_vector
+from fedferret.bases.stochastic_rounding import rounded_once
 from fedferret.bases.top_k import top_k
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Pooling, Shapes, Weighting, WireCost
@@ -69,6 +70,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
     """The weighted mean of the clients' largest updates. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg-top-k"
+    holds_bf16: ClassVar[bool] = True
     fraction: float = 0.01  # k/d; Aji and Heafield (2017) and most since send one in a hundred
     bits: Literal[32, 16] = 16  # of a value, both ways; what fp16 rounds off is 2^-11 of it and stays in the residual
     error_feedback: bool = True  # without, weights that never change much never change; costs a model a client
@@ -115,10 +117,10 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         """Train on the client's data; send the largest values, keep the rest."""
 
         def wanted() -> Iterator[tuple[str, Tensor]]:
-            for name, delta in deltas(public.weights, model):
+            for name, delta in deltas(public.weights, trained):
                 yield name, delta if client is None else delta.add_(client.residual[name].to(delta.device))
 
-        with loaded(task, public.weights) as model:
+        with loaded(task, public.weights):
             trained = self.training.train(task, data, key.fold("train"))
             total = tree.size(public.weights)
             positions, values = top_k(lambda: (delta for _, delta in wanted()), self.num_kept(total))
@@ -176,9 +178,10 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, TopKClient, TopKEntry, Sparse]):
         """w <- w - η Δ where Δ is given, element by element."""
         values = entry.delta.values.unpack()
         for name, places, part in _by_tensor(public.weights, entry.delta.positions.unpack()):
-            flat = public.weights[name].view(-1)
-            places = places.to(flat.device)
-            flat[places] = flat[places] - values[part].to(flat.device) * entry.learning_rate
+            with rounded_once(public.weights[name], task.rounding.fold(name)) as moved:
+                flat = moved.view(-1)
+                places = places.to(flat.device)
+                flat[places] = flat[places] - values[part].to(flat.device) * entry.learning_rate
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: TopKClient | None = None) -> Iterator[nn.Module]:

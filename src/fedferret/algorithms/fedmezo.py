@@ -22,6 +22,7 @@ class FedMeZO(FedAvg):
     """FedAvg of zeroth-order training, central difference."""
 
     name: ClassVar[str] = "fedmezo"
+    holds_bf16: ClassVar[bool] = False  # its steps are far below a rounding step of bf16
     training: ZerothOrder = field(  # type: ignore[assignment]  # trains as FirstOrder does, by forward passes
         default_factory=lambda: ZerothOrder(perturbation=1e-3, steps=30)  # the published settings
     )

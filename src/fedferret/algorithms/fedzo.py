@@ -24,6 +24,7 @@ class FedZO(FedAvg):
     """FedAvg of zeroth-order training, forward difference."""
 
     name: ClassVar[str] = "fedzo"
+    holds_bf16: ClassVar[bool] = False  # its steps are far below a rounding step of bf16
     training: ZerothOrder = field(  # type: ignore[assignment]  # trains as FirstOrder does, by forward passes
         default_factory=lambda: ZerothOrder(difference="forward")
     )

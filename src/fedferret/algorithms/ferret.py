@@ -43,11 +43,10 @@ from fedferret.algorithms.ferret_messages import (
     update_of,
 )
 from fedferret.algorithms.ferret_presets import PRESETS
-from fedferret.algorithms.full_model import check_finite, loaded
-from fedferret.algorithms.schedule import Schedule, scheduled
+from fedferret.algorithms.full_model import check_finite, loaded, step_
 from fedferret.bases.blocks import decode_norms, encode_norms, pack
 from fedferret.bases.coding import Coding
-from fedferret.bases.projector import Allocation, Projector, Scale
+from fedferret.bases.projector import Allocation, Projector, Scale, Step
 from fedferret.bases.registry import basis
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
@@ -56,6 +55,7 @@ from fedferret.core.keys import Key
 from fedferret.core.pooling import NotFinite
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder
+from fedferret.local.schedules import Schedule, scheduled
 
 Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 
@@ -65,6 +65,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     """Projected updates on shared random directions. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "ferret"
+    holds_bf16: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms 997 bytes (docs/results.md)
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
@@ -132,10 +133,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
 
     def update_norm(self, task: Task, public: FerretPublic, payload: FerretReply) -> float:
         """η ‖V_j c_j‖: exact for sign buckets, in expectation over keys for dense columns."""
-        projector = self.projector(public)
-        counts = projector.counts(decode_norms(self._norms(public, payload)))
         rate = scheduled(self.schedule, self.server_learning_rate, public.round + 1, task.rounds)
-        return rate * projector.reconstructed_norm(payload.unpacked, counts)
+        return rate * self.projector(public).reconstructed_norm(payload.unpacked, self._counts(public, payload))
 
     def init(self, task: Task, key: Key) -> tuple[FerretPublic, FerretServer]:
         """Base weights, no momentum, every weight expected to move alike."""
@@ -154,21 +153,21 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     ) -> ClientReply[FerretClient, FerretReply]:
         """Train on the client's data; send the update's coordinates."""
         projector = self.projector(public)
-        with loaded(task, public.weights) as model:
+        with loaded(task, public.weights):
             trained = self.training.train(task, data, key.fold("train"))
             basis_key, norms = self._shared_key(public), public.norms
             if self.keys != "shared":  # directions of this client, allocated by its norms
                 basis_key = key.fold("basis")
-                own_norms = projector.norms(update_of(public, client, model))
-                check_finite(own_norms, public.weights, model)
+                own_norms = projector.norms(update_of(public, client, trained))
+                check_finite(own_norms, public.weights, trained)
                 norms = encode_norms(own_norms)
             counts = projector.counts(decode_norms(norms))
-            coordinates, own_norms = projector.project(update_of(public, client, model), counts, basis_key)
-            check_finite(own_norms, public.weights, model)
+            coordinates, own_norms = projector.project(update_of(public, client, trained), counts, basis_key)
+            check_finite(own_norms, public.weights, trained)
             code = self.coding.encode(self._limited(projector, coordinates, counts), key.fold("rounding"))
             private = None
             if client is not None:
-                residual = {name: delta.clone() for name, delta in update_of(public, client, model)}
+                residual = {name: delta.clone() for name, delta in update_of(public, client, trained)}
                 projector.reconstruct_(residual, code.unpack(), counts, basis_key, -1.0)
                 private = FerretClient(residual)
         shared = SharedReply(code, encode_norms(own_norms)) if self.keys == "shared" else None
@@ -176,9 +175,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
 
     def accept(self, task: Task, public: FerretPublic, payload: FerretReply) -> None:
         """Refuse a reply of another kind, code or length, and coordinates that are not finite."""
-        projector = self.projector(public)
-        check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, len(projector.blocks))
-        self.coding.check(payload.coordinates, sum(projector.counts(decode_norms(self._norms(public, payload)))))
+        check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, len(self.projector(public).blocks))
+        self.coding.check(payload.coordinates, sum(self._counts(public, payload)))
         if isinstance(payload, KeyedReply) and not self.coding.is_finite(payload.coordinates):
             raise NotFinite("coordinates holds NaN or infinity")  # it travels on as it came, and is not pooled
 
@@ -210,13 +208,15 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
             targets, rate = public.momentum, 1.0
             for momentum in targets.values():
                 momentum.mul_(self.server_momentum)
-        for reply, share in zip(entry.replies, entry.shares, strict=True):
-            counts = projector.counts(decode_norms(self._norms(public, reply)))
+
+        def step(reply: FerretReply, share: float) -> Step:
             basis_key = Key(reply.key) if isinstance(reply, KeyedReply) else self._shared_key(public)
-            projector.reconstruct_(targets, reply.coordinates.unpack(), counts, basis_key, rate * share)
+            return Step(reply.coordinates.unpack(), self._counts(public, reply), basis_key, rate * share)
+
+        steps = (step(*each) for each in zip(entry.replies, entry.shares, strict=True))
+        projector.add_steps_(targets, steps, task.rounding)
         if self.server_momentum:
-            for name, weight in public.weights.items():
-                weight.sub_(public.momentum[name] * entry.learning_rate)
+            step_(public.weights, public.momentum, entry.learning_rate, task.rounding)
         if self.keys == "shared":
             public.norms.copy_(entry.replies[0].norms)
         public.round += 1
@@ -239,9 +239,10 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     def _shared_key(self, public: FerretPublic) -> Key:
         return Key(public.seed).fold(public.round)
 
-    def _norms(self, public: FerretPublic, reply: FerretReply) -> Tensor:
-        """The norms that a reply's allocation follows from."""
-        return reply.norms if isinstance(reply, KeyedReply) else public.norms
+    def _counts(self, public: FerretPublic, reply: FerretReply) -> tuple[int, ...]:
+        """K_l per block of a reply: its allocation follows from its own norms, or from the public ones."""
+        norms = reply.norms if isinstance(reply, KeyedReply) else public.norms
+        return self.projector(public).counts(decode_norms(norms))
 
     def _projected(self, weights: int) -> int:
         """K: of a model of so many weights no more are projected than it has."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Annotated, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedferret.bases.blocks import decode_norms, encode_norms
 from fedferret.bases.coding import Code, Coding
@@ -17,6 +17,7 @@ from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
+from fedferret.local.first_order import Trained
 
 
 @state
@@ -102,18 +103,18 @@ class FerretEntry:
 FerretReply: TypeAlias = SharedReply | KeyedReply
 
 
-def update_of(public: FerretPublic, client: FerretClient | None, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def update_of(public: FerretPublic, client: FerretClient | None, trained: Trained) -> Iterator[tuple[str, Tensor]]:
     """What a client is to send: the update of its training, and the residual of earlier rounds.
 
     Args:
         public: with the weights that training began from.
         client: with the residual; None without error feedback.
-        model: trained.
+        trained: the client's training, from those weights on.
 
     Returns:
         Pairs (name, update), fp32, one tensor at a time.
     """
-    for name, delta in tree.difference(public.weights, tree.parameters(model)):
+    for name, delta in tree.difference(public.weights, trained.weights):
         yield name, delta if client is None else delta.add_(client.residual[name])
 
 

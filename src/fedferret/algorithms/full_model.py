@@ -9,8 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedferret.bases.stochastic_rounding import rounded_once
 from fedferret.core import tree
+from fedferret.core.keys import Key
 from fedferret.core.task import Task
+from fedferret.local.first_order import Trained
 
 
 class UpdateRefused(RuntimeError):
@@ -32,12 +35,12 @@ def loaded(task: Task, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     yield task.model
 
 
-def deltas(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def deltas(before: Mapping[str, Tensor], trained: Trained) -> Iterator[tuple[str, Tensor]]:
     """The update of a client's training: pairs (name, before - after), fp32, one tensor at a time.
 
     Args:
         before: the weights that training began from.
-        after: the trained model.
+        trained: the training from them; its weights are unrounded, also of a bf16 model.
 
     Yields:
         Each name with its update, on the device of the trained weight.
@@ -45,27 +48,41 @@ def deltas(before: Mapping[str, Tensor], after: nn.Module) -> Iterator[tuple[str
     Raises:
         UpdateRefused: a tensor holds NaN or infinity.
     """
-    for name, delta in tree.difference(before, tree.parameters(after)):
+    for name, delta in tree.difference(before, trained.weights):
         # NaN and infinity survive into the sum, which needs no mask of the tensor's size; there, large numbers overflow
         if not math.isfinite(float(delta.sum())) and not delta.isfinite().all():
             raise UpdateRefused(f"the update of {name} holds NaN or infinity: lower the learning rate")
         yield name, delta
 
 
-def check_finite(norms: Iterable[float], before: Mapping[str, Tensor], after: nn.Module) -> None:
+def check_finite(norms: Iterable[float], before: Mapping[str, Tensor], trained: Trained) -> None:
     """Look at an update again where its norms are not finite: NaN and infinity survive into them.
 
     Args:
         norms: of parts of the update, which together are all of it.
         before: the weights that training began from.
-        after: the trained model.
+        trained: the training from them.
 
     Raises:
         UpdateRefused: names the tensor.
     """
     if not all(map(math.isfinite, norms)):
-        for _ in deltas(before, after):
+        for _ in deltas(before, trained):
             pass
+
+
+def step_(weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor], rate: float, rounding: Key) -> None:
+    """w <- w - rate Δ, in place, element by element; bf16 weights are rounded at random, once.
+
+    Args:
+        weights: fp32 or bf16, by name.
+        deltas: Δ, fp32, of the same names and shapes, on any device.
+        rate: η.
+        rounding: of this step; every tensor's key is derived from it by the tensor's name.
+    """
+    for name, weight in weights.items():
+        with rounded_once(weight, rounding.fold(name)) as moved:
+            moved.sub_(deltas[name].to(weight.device).view_as(weight) * rate)
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

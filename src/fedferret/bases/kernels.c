@@ -266,3 +266,18 @@ void gaussian_add(float *target, int64_t count, uint32_t start, const uint32_t *
         }
     }
 }
+
+/* ---- rounding at random ---- */
+
+/* rounded[i] = source[i] in bf16, up with the probability that keeps the mean: stochastic_rounding.py */
+void round_to_bf16(const float *restrict source, uint16_t *restrict rounded, int64_t count, uint32_t start,
+                   uint32_t low, uint32_t high) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, source + i, sizeof bits);
+        const uint32_t random = mix(mix((start + (uint32_t)i) ^ low) ^ high) >> 16;
+        const uint32_t quiet = (bits & 0x007FFFFFu) ? 0x00400000u : 0u; /* NaN stays NaN */
+        const uint32_t moved = (bits & 0x7F800000u) == 0x7F800000u ? bits | quiet : bits + random;
+        rounded[i] = (uint16_t)(moved >> 16);
+    }
+}

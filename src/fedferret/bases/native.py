@@ -143,6 +143,7 @@ class Kernels:
             "rotate": (pointer, size, size, ctypes.c_float, *keys),
             "rotate_back": (pointer, size, size, ctypes.c_float, *keys),
             "gaussian_add": (pointer, size, word, pointer, pointer, size, pointer, *keys),
+            "round_to_bf16": (pointer, pointer, size, word, *keys),
         }
         for name, signature in signatures.items():
             function = getattr(library, name)
@@ -302,6 +303,23 @@ class Kernels:
                 self._library.gaussian_add(*where, *directions, *key.words)
 
         _for_each(work, _split(count, _clamp(min(count // _CHUNK, count * number // _SIGN_PIECE), _MOST_PIECES)))
+
+    def round_to_bf16(self, source_N: Tensor, rounded_N: Tensor, key: Key) -> None:
+        """Round values to bf16, up or down at random.
+
+        Args:
+            source_N: fp32, contiguous, shape (N,).
+            rounded_N: bf16, contiguous, shape (N,), overwritten.
+            key: of the tensor; positions count from 0, modulo 2^32.
+        """
+        count = source_N.numel()
+
+        def work(positions: tuple[int, int]) -> None:
+            start, stop = positions
+            where = (source_N[start:].data_ptr(), rounded_N[start:].data_ptr(), stop - start)
+            self._library.round_to_bf16(*where, start % 2**32, *key.words)
+
+        _for_each(work, _split(count, _clamp(count // _SIGN_PIECE, _MOST_PIECES)))
 
 
 def _as_argument(coefficients: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_float], int]:

@@ -15,13 +15,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedferret.bases.basis import Basis
 from fedferret.bases.blocks import Block, allocate, pack
+from fedferret.bases.stochastic_rounding import rounded_once
 from fedferret.core.keys import Key
 
 Allocation: TypeAlias = Literal["norm", "norm-sqrt-dim", "norm-squared", "uniform"]
@@ -29,6 +30,15 @@ Scale: TypeAlias = Literal["unbiased", "shrunk"]
 
 # exact fractions take milliseconds, and every client, the server and every apply need the same allocation
 _allocated = lru_cache(maxsize=256)(allocate)
+
+
+class Step(NamedTuple):
+    """One reconstruction that is added to the weights."""
+
+    coordinates: Tensor  # c, any float dtype, shape (K,)
+    counts: Sequence[int]  # K_l per block, length L, summing to K
+    key: Key  # of the directions
+    factor: float  # on the update
 
 
 @lru_cache(maxsize=16)
@@ -141,6 +151,35 @@ class Projector:
                 target = targets[name]
                 self.basis.expand_(target, part_K, block_key, scale, size=block.size, offset=offset)
                 offset += target.numel()
+
+    def add_steps_(self, targets: Mapping[str, Tensor], steps: Iterable[Step], rounding: Key) -> None:
+        """Add reconstructed updates to a model's tensors in place; bf16 tensors are rounded once, after all of them.
+
+        For fp32 tensors the bits are those of calls of ``reconstruct_`` in this order, and one step's coordinates are
+        in memory at a time; for bf16 all steps' coordinates are, and one tensor in fp32.
+
+        Args:
+            targets: the model's tensors by name, fp32 or bf16.
+            steps: in order; read once.
+            rounding: of this change of the weights; every tensor's key is derived from it by the tensor's name.
+        """
+        if all(target.dtype == torch.float32 for target in targets.values()):
+            for step in steps:
+                self.reconstruct_(targets, *step)
+            return
+        device = next(iter(targets.values())).device
+        kept = list(steps)
+        parts = [torch.split(step.coordinates.to(device), list(step.counts)) for step in kept]
+        keys = [_block_keys(step.key, len(self.blocks)) for step in kept]
+        for number, block in enumerate(self.blocks):
+            offset = 0
+            for name in block.names:
+                with rounded_once(targets[name], rounding.fold(name)) as target:
+                    for step, parts_L, keys_L in zip(kept, parts, keys, strict=True):
+                        scale = step.factor * self._scale(block.size, parts_L[number].numel())
+                        where = {"size": block.size, "offset": offset}
+                        self.basis.expand_(target, parts_L[number], keys_L[number], scale, **where)
+                offset += targets[name].numel()
 
     def _scale(self, size: int, count: int) -> float:
         """f_l of a block of ``size`` weights with ``count`` coordinates."""

@@ -131,6 +131,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
+    holds_bf16: ClassVar[bool] = False  # whether updates are unrounded and ``apply`` rounds bf16 weights at random
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     @property
@@ -193,6 +194,20 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
             UserError: the model has not what the method needs.
         """
         return model
+
+    def start_fingerprint(self, base: str) -> str:
+        """Name what a run begins from: every node of a run must have the same.
+
+        Args:
+            base: SHA-256 of the base weights.
+
+        Returns:
+            ``base``, or where ``prepare`` reads further values from files, a hash of ``base`` and of these.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        return base
 
     def release(self, model: nn.Module) -> nn.Module:
         """Merge the adapter, or detach the adapter where it cannot be merged.
@@ -344,7 +359,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """Bring ``public`` up to date, in place; the server and every client run this same code.
 
         Args:
-            task: model and objective.
+            task: model and objective; its ``rounding`` is this entry's.
             public: the public state after the round before; changed.
             entry: of this round, decoded from the log.
         """

@@ -10,6 +10,7 @@ exporting own one each. The in-process engine uses the server's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +77,6 @@ class Node:
     """The public state of one run at one version, and the work on it.
 
     Attributes:
-        task: the working model, objective and rounds.
         algorithm: the method.
         codec: reads and writes messages.
         public: the public state.
@@ -111,7 +111,7 @@ class Node:
             UserError: a guard on payloads that are kept apart.
         """
         check_guards(guards, algorithm)
-        self.task, self.algorithm, self.seed, self.public = task, algorithm, seed, public
+        self._task, self.algorithm, self.seed, self.public = task, algorithm, seed, public
         self.version, self.epoch, self.void = 0, 0, False
         self.guards = tuple(guards)
         self.codec, self._randomness = codec, randomness
@@ -144,6 +144,11 @@ class Node:
         """
         public, server = algorithm.init(task, Key.of(seed, "begin"))
         return cls(task, algorithm, seed, codec, public, guards=guards, randomness=randomness), server
+
+    @property
+    def task(self) -> Task:
+        """The working model, the objective, the rounds planned, and the round that follows this node's version."""
+        return replace(self._task, round=self.version + 1)
 
     def fingerprint(self) -> str:
         """Hash the public state, once per version.
@@ -199,7 +204,8 @@ class Node:
             entry: the method's, decoded, of the version after this one.
         """
         self._fingerprint = None
-        self.algorithm.apply(self.task, self.public, entry)
+        rounding = Key.of(self.seed, "apply", self.version + 1)  # the same on every node
+        self.algorithm.apply(replace(self.task, rounding=rounding), self.public, entry)
         self.version += 1
 
     def leaves_state(self, round: int) -> bool:

@@ -158,7 +158,11 @@ class FederatedData:
 
 
 class Source(Protocol):
-    """A data source: a frozen dataclass with the source's settings as fields."""
+    """A data source: a frozen dataclass with the source's settings as fields.
+
+    A source that reads files of the user's may have a second method, ``files_read() -> tuple[Path, ...]``: every file
+    that ``load`` reads, held-out files too, folders and patterns resolved. A run pins these files (``data/pinned.py``).
+    """
 
     def load(self, key: Key) -> FederatedData:
         """Load and partition the data.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
 from fedferret.data.examples import FederatedData
-from fedferret.data.paths import Paths, files_of
+from fedferret.data.paths import Paths, files_below, files_of
 from fedferret.data.readers import read
 from fedferret.data.rows import Rows
 from fedferret.data.table import Table
@@ -40,6 +41,10 @@ class Files(Table):
         held_out = None if self.held_out_path is None else read_rows(self.held_out_path, "data.held_out_path")
         rows = read_rows(self.path)
         return self.federate(rows, held_out, key, source=rows.name)
+
+    def files_read(self) -> tuple[Path, ...]:
+        """The files that are read, to be pinned."""
+        return files_below(self.path, self.held_out_path)
 
 
 def read_rows(paths: Paths, setting: str = "data.path") -> Rows:

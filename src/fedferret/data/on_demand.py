@@ -1,8 +1,8 @@
 """Tokens of many examples, made when a batch needs them: a first step does not wait for the tokens of all.
 
-The batches are those of ``TokenisedData``, bit for bit. A batch depends on the lengths of its window (``data/order.py``)
-and on nothing else, so the examples of that window alone are tokenised. A pass that begins after half as many were
-tokenised as there are tokenises all, once and for all.
+The batches are those of ``TokenisedData``, bit for bit. A batch depends on the lengths of its window
+(``data/order.py``) and on nothing else, so the examples of that window alone are tokenised. A pass that begins after
+half as many were tokenised as there are tokenises all, once and for all.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -50,6 +51,23 @@ def files_of(paths: Paths, setting: str = "data.path") -> tuple[list[Path], list
             raise UserError(f'{setting} names "{path}" twice: name each file once')
         known.add(path.resolve())
     return found, notes
+
+
+def files_below(*settings: Paths | None) -> tuple[Path, ...]:
+    """The files that settings name, those within a folder that ``datasets`` has saved too.
+
+    Args:
+        settings: each one or several files, folders or globs; None: none.
+
+    Returns:
+        Each file once; nothing of a setting that names no file, which whoever reads it refuses.
+    """
+    found: list[Path] = []
+    for paths in settings:
+        with suppress(UserError):
+            for path in files_of(paths)[0] if paths is not None else ():
+                found += (each for each in sorted(path.rglob("*")) if each.is_file()) if path.is_dir() else [path]
+    return tuple(dict.fromkeys(found))
 
 
 def located(paths: Paths, folder: Path) -> Paths:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.files import read_rows
-from fedferret.data.paths import Paths
+from fedferret.data.paths import Paths, files_below
 from fedferret.data.table import Columns
 
 if TYPE_CHECKING:
@@ -38,10 +39,7 @@ class FileColumns(Columns):
             UserError: for every fault of a file, with the line or row.
         """
         rows = read_rows(paths, setting)
-        examples, notes = self.examples(rows, rows.name)
-        for note in notes:
-            log(note)
-        return examples
+        return self.examples(rows, rows.name, log)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,11 @@ class Sites(FileColumns):
             for name in sorted(self.sites)
         }
         held_out = {} if path is None else {"rows": self.read(path, notes.append, "data.held_out_path")}
-        return FederatedData(clients, held_out, source=f"{len(clients)} sites", notes=tuple(notes))
+        return FederatedData(clients, held_out, source=f"{len(clients)} sites", notes=tuple(dict.fromkeys(notes)))
+
+    def files_read(self) -> tuple[Path, ...]:
+        """The files that are here, to be pinned."""
+        return files_below(*(self.files or {}).values(), self.held_out_path)
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,7 @@ class SiteFile(FileColumns):
             UserError: for every fault of the file, with the line or row.
         """
         return self.read(self.path, log, "data.path")
+
+    def files_read(self) -> tuple[Path, ...]:
+        """The files that are read, to be pinned."""
+        return files_below(self.path, self.held_out_path)

@@ -1,34 +1,30 @@
 """Rows with named columns to federated data: shared by local files and the hub.
 
-A row is a prompt (with an optional input) and a response, or a list of chat messages. Every assistant message that
-follows another message becomes one example. Rows are held out and partitioned whole, so no training prompt contains
-a message of a held-out conversation.
+``data/shapes.py`` recognises what a row is: messages, a prompt and a response, or a text. Rows are held out and
+partitioned whole, so no training prompt contains a message of a held-out conversation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError, nearest
-from fedferret.data.examples import (
-    ROLES,
-    Example,
-    FederatedData,
-    Turn,
-    check_at_least,
-    check_fraction,
-    instruction_example,
-)
-from fedferret.data.faulty_rows import FaultyRow, FaultyRows, optional_text_of, records, text_in, text_of
+from fedferret.data.examples import Example, FederatedData, check_at_least, check_fraction
+from fedferret.data.faulty_rows import FaultyRow, FaultyRows, records, text_in, text_of
 from fedferret.data.partition import Partition, named_clients
 from fedferret.data.rows import Row
+from fedferret.data.shapes import Shape, require, shape_of, unused
 from fedferret.data.stored import StoredRecords
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
+
+_LOOKED_AT = 100  # rows: their columns say the shape
 
 
 @dataclass(frozen=True)
@@ -42,53 +38,68 @@ class _Record:
 class Columns:
     """The names of the columns.
 
-    The columns of inputs, messages, categories and choices may be missing under their default names.
+    Under their default names columns may be missing: the shape of the rows says which are read.
     """
 
     prompt_column: str = "instruction"
     input_column: str = "input"
     response_column: str = "response"
-    messages_column: str = "messages"  # a list of {"role", "content"}; used where it exists
+    messages_column: str = "messages"  # a list of {"role", "content"}
+    text_column: str | None = None  # texts to train on whole; None: "text", where the rows have no other shape
     category_column: str = "category"
     choices_column: str = "choices"  # a list of texts that includes the response, for the metric "choice"
     faulty_rows: FaultyRows = "refuse"  # "skip": rows without text and the like are left out and counted
 
-    def examples(self, rows: Sequence[Row], source: str) -> tuple[Sequence[Example], tuple[str, ...]]:
-        """The examples of all rows, in order, and the lines to say on how they were read.
+    def examples(
+        self, rows: Sequence[Row], source: str, log: Callable[[str], None] = lambda line: None
+    ) -> Sequence[Example]:
+        """The examples of all rows, in order.
 
         Args:
-            rows: with the columns of the settings.
+            rows: with the columns of the settings, or of a known shape.
             source: names the rows in errors.
+            log: called with lines on how the rows were read.
         Raises:
             UserError: for a missing column or a faulty row, with the row's number.
         """
-        found, notes = self._records(rows, source, None)
-        return found.examples(range(len(found))), notes
+        read, notes = self._records(rows, source, None)
+        for note in notes:
+            log(note)
+        return read.examples(range(len(read)))
 
     def _records(
         self, rows: Sequence[Row], source: str, client_column: str | None
     ) -> tuple[StoredRecords, tuple[str, ...]]:
+        """A record of each row, and lines for the user on how the rows were read."""
         if not rows:
             raise UserError(f"{source} holds no rows: give data with at least one example")
-        columns = set(rows[0])
-        chat = self.messages_column in columns
-        optional = ("input_column", "messages_column", "category_column", "choices_column")
-        required = [name for name in optional if getattr(self, name) != getattr(Columns, name)]
-        required += [] if chat else ["prompt_column", "response_column"]
-        for name in [*required, *([] if client_column is None else ["client_column"])]:
-            given = getattr(self, name)
-            if given not in columns:
-                hint = nearest(given, columns)
-                there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
-                raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
-        return records(rows, lambda row, where: self._record(row, chat, client_column, where), source, self.faulty_rows)
+        columns = set().union(*islice(rows, _LOOKED_AT))
+        asked = {
+            name: getattr(self, f"{name}_column")
+            for name in ("messages", "text", "prompt", "input", "response")
+            if getattr(self, f"{name}_column") != getattr(Columns, f"{name}_column")
+        }
+        shape = shape_of(columns, asked, source)
+        others = {name: getattr(self, name) for name in ("category_column", "choices_column")}
+        for name, column in others.items():
+            if column != getattr(Columns, name):
+                require(column, columns, name, source)
+        if client_column is not None:
+            require(client_column, columns, "client_column", source)
+        read, counted = records(rows, partial(self._record, shape, client_column), source, self.faulty_rows)
+        left = unused(columns, {*shape.used, *others.values(), client_column or ""})
+        return read, tuple(line for line in (f"read as: {shape.described}", left, *counted) if line)
 
-    def _record(self, row: Row, chat: bool, client_column: str | None, where: str) -> _Record:
+    def _record(self, shape: Shape, client_column: str | None, row: Row, where: str) -> _Record:
         category = self._category(row, where)
-        metadata = {} if category is None else {"category": category}
+        metadata: dict[str, Any] = {} if category is None else {"category": category}
         client = None if client_column is None else text_of(row, client_column, where, numbers=True)
         metadata |= {} if client is None else {"client": client}
-        examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
+        examples = shape.examples(row, metadata, where)
+        choices = row.get(self.choices_column)
+        if choices is not None and len(examples) == 1:
+            read = _choices(choices, examples[0].response, where)
+            examples = (replace(examples[0], metadata={**examples[0].metadata, "choices": read}),)
         return _Record(examples, client, metadata.get("category"))
 
     def _category(self, row: Row, where: str) -> str | None:
@@ -100,27 +111,6 @@ class Columns:
             if self.category_column == Columns.category_column:
                 return None
             raise
-
-    def _pair(self, row: Row, metadata: Mapping[str, Any], where: str) -> Example:
-        instruction = text_of(row, self.prompt_column, where)
-        response = text_of(row, self.response_column, where, numbers=True)
-        extra = optional_text_of(row, self.input_column, where)
-        choices = row.get(self.choices_column)
-        if choices is not None:
-            metadata = {**metadata, "choices": _choices(choices, response, where)}
-        return instruction_example(instruction, extra, response, metadata)
-
-    def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
-        messages = row.get(self.messages_column)
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise FaultyRow(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
-        turns = tuple(_turn(message, where) for message in messages)
-        examples = tuple(
-            Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
-        )
-        if not examples:
-            raise FaultyRow(f"{where}: no assistant message follows another message, so nothing can be trained on")
-        return examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +158,8 @@ class Table(Columns):
             name = getattr(held_out_rows, "name", f"{source} (held out)")
             other, more = self._records(held_out_rows, name, self.client_column)
             held_out["rows"] = other.examples(range(len(other)))
-            notes, unseen = (*notes, *more), [*unseen, *other.hashes]
+            notes += tuple(f"held out: {line}" for line in more if line not in notes)
+            unseen += other.hashes
         elif self.held_out_fraction > 0:
             chosen, more = self._choose_held_out([found.clients[row] for row in training], key.fold("held out"))
             rows_held_out = [training[index] for index in sorted(chosen)]
@@ -235,11 +226,3 @@ def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or response not in map(str, value):
         raise FaultyRow(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
     return tuple(map(str, value))
-
-
-def _turn(message: object, where: str) -> Turn:
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-        raise FaultyRow(f'{where}: a message has no "role" and "content": {message!r:.60}')
-    if message.get("role") not in ROLES:
-        raise FaultyRow(f"{where}: role {message.get('role')!r} of a message is not one of {', '.join(ROLES)}")
-    return Turn(message["role"], text_in(message["content"], f"{where}: a message"))

@@ -1,8 +1,8 @@
 """Any causal language model or encoder that transformers can load, from a folder or by its name on the hub.
 
 Each function is given what the architecture must be: causal to model language, or a reader of text to classify.
-Weights are always fp32: Ferret's updates are far below the rounding step of half precision. Missing weights are an
-error, where transformers would initialise them at random.
+Weights are fp32 unless bf16 is asked for: Ferret's updates are far below the rounding step of half precision. Missing
+weights are an error, where transformers would initialise them at random.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fedferret.core.errors import UserError
 from fedferret.models.quiet import quiet_transformers
@@ -21,10 +21,13 @@ from fedferret.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Dtype: TypeAlias = Literal["fp32", "bf16"]
 Requirement = Callable[[str, Mapping[str, Any]], None]
 """Is called with a model's name and configuration, and raises UserError unless the architecture serves."""
 
 _SURELY_CAUSAL = "ForCausalLM"
+_OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
+_ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -39,12 +42,18 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
         UserError: if it does not.
     """
     architectures = config.get("architectures") or []
+    if any(config.get(part) for part in _OTHER_INPUTS):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a causal '
+            f"language model of text alone (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
     if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    if not attends_backwards(config) or (architectures and known not in architectures):
+    whole = bool(config.get("is_encoder_decoder"))  # without a name that says it is the decoder alone
+    if whole or not attends_backwards(config) or (architectures and known not in architectures):
         raise UserError(
             f'model "{name}": architecture {_described(config)} is not a causal language model; '
             "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
@@ -122,6 +131,12 @@ def folder_config(name: str) -> dict[str, Any] | None:
             raise UserError(f'model "{name}": there is no such folder, and this is not a valid hub name (OWNER/NAME)')
         return None
     path = folder / "config.json"
+    if (folder / _ADAPTER).is_file():
+        what = "an adapter beside a base" if path.is_file() else "an adapter alone"
+        raise UserError(
+            f'model "{name}": {what} is in this folder; give a folder with the base alone, or with the adapter merged '
+            f"into it (peft's merge_and_unload)"
+        )
     if not path.is_file():
         raise UserError(f'model "{name}": no config.json there; give a folder in Hugging Face\'s format')
     try:
@@ -132,7 +147,21 @@ def folder_config(name: str) -> dict[str, Any] | None:
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f'model "{name}": its config.json is no configuration; fetch or save the folder again')
     found: dict[str, Any] = config
+    _refuse_code(name, found)
     return found
+
+
+def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture that is code in the folder alone: nothing of it is run. Raises UserError."""
+    if not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if str(config.get("model_type")) not in CONFIG_MAPPING:
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} is code that comes with the model (auto_map), and no '
+            f"such code is run; give a model of an architecture that transformers has"
+        )
 
 
 def folder_has_chat_template(folder: Path) -> bool:
@@ -169,19 +198,20 @@ def read_config(name: str, require: Requirement = require_causal) -> PretrainedC
     return config
 
 
-def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(name: str, dtype: Dtype = "fp32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, as stored.
 
     Args:
         name: a folder, or a name on the hub.
+        dtype: of the weights; values that it has not are rounded to the nearest.
     Returns:
-        The model, fp32 on the CPU, and its tokenizer.
+        The model, on the CPU, and its tokenizer.
     Raises:
         UserError: if either cannot be read, the model is not causal, or weights are missing or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
-    return _read(name, AutoModelForCausalLM, read_config(name), unread="")
+    return _read(name, AutoModelForCausalLM, read_config(name), unread="", dtype=dtype)
 
 
 def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -202,7 +232,7 @@ def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[Pre
 
 
 def _read(
-    name: str, auto: Any, config: PretrainedConfig, unread: str
+    name: str, auto: Any, config: PretrainedConfig, unread: str, dtype: Dtype = "fp32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; weights that begin with ``unread`` may be missing."""
     import torch
@@ -214,12 +244,14 @@ def _read(
         loaded: Any = auto.from_pretrained(
             _source(name),
             config=config,
-            dtype="float32",
+            dtype="float32" if dtype == "fp32" else "bfloat16",
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below as an error
             output_loading_info=True,
         )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a name on the hub; a folder's adapter is found earlier
+        raise UserError(f'model "{name}": it holds an adapter beside a base; give the base alone')
     missing = sorted(key for key in report["missing_keys"] if not (unread and key.startswith(unread)))
     unusable = missing + sorted(key for key, *_shapes in report["mismatched_keys"])
     if missing and all(key.startswith("pooler.") for key in unusable):

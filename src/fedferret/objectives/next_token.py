@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,12 +25,17 @@ from torch import Tensor, nn
 from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
+from fedferret.core.text import printable
 from fedferret.data.batches import IGNORED, TokenisedData
 from fedferret.data.examples import Example, FederatedData
-from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.data.on_demand import MANY, TokenisedOnDemand
+from fedferret.data.template_probes import check, fitted
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, Template, template, template_of
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
+from fedferret.models.positions import packed_limit, position_limit
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
+from fedferret.objectives.probes import check_language_model
 
 if TYPE_CHECKING:
     from fedferret.models import LanguageModel
@@ -125,6 +131,32 @@ class NextToken(ModelObjective):
         if template(text.template) == Chat() and not models.has_chat_template(model):
             raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
 
+    def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
+        """Refuse texts longer than the model's positions, and packed rows longer than its masks. Raises UserError."""
+        causal, prefix = transformer_of(model), prefix_of(model, 1)
+        limit, taken = position_limit(causal), 0 if prefix is None else prefix.shape[1]
+        if limit is not None and text.max_tokens + taken > limit:
+            behind = f", {taken:,} of which a learned prompt takes" if taken else ""
+            raise UserError(
+                f'text.max_tokens={text.max_tokens}: model "{name}" has {limit:,} positions{behind}; set max_tokens to '
+                f"at most {max(0, limit - taken):,}"
+            )
+        widest = packed_limit(causal)
+        if text.packed and widest is not None and longest > widest:
+            raise UserError(
+                f"text.packed=true: a packed row has up to {longest:,} tokens, and {type(causal).__name__} reads at "
+                f"most {widest:,}; set packed=false, or a smaller max_tokens or batch_size"
+            )
+
+    def check_loaded(self, loaded: Loaded, model: nn.Module, text: TextSettings) -> None:
+        """Refuse a model that is not causal, or mixes the examples of a batch or of a packed row. Raises UserError."""
+        check_language_model(loaded.name, model, self.scored, text.packed)
+
+    def reads_every_token(self, loaded: Loaded) -> bool:
+        """Compare the tokenizer with the embedding."""
+        assert loaded.tokenizer is not None
+        return len(loaded.tokenizer) <= int(loaded.model.get_input_embeddings().weight.shape[0])
+
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images. Raises UserError."""
         for examples in (*data.clients.values(), *data.held_out.values()):
@@ -143,14 +175,38 @@ class NextToken(ModelObjective):
 
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """Prompts and responses by the template; training batches packed, and labels on prompts, where asked for."""
-        tokenizer, chosen = loaded.tokenizer, template(text.template)
+        tokenizer = loaded.tokenizer
         assert tokenizer is not None
 
-        def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
-            tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
-            return TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
+        words = loaded.model.get_input_embeddings().weight.shape[0]
+
+        @cache  # an export encodes nothing, and needs no template
+        def chosen() -> Template:
+            return fitted(template_of(text), tokenizer)
+
+        def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData | TokenisedOnDemand:
+            if for_training and len(examples) > MANY:
+                return TokenisedOnDemand(examples, lambda some: tokenised(some, True))
+            return tokenised(examples, for_training)
+
+        def tokenised(examples: Sequence[Example], for_training: bool) -> TokenisedData:
+            tokens = [chosen().encode(each, tokenizer, text.max_tokens) for each in examples]
+            data = TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
+            if data.largest_token >= words:
+                token = tokenizer.convert_ids_to_tokens(data.largest_token)
+                raise UserError(
+                    f'model "{loaded.name}": the data have the token {printable(str(token), 40)!r} with number '
+                    f"{data.largest_token:,}, and the embedding has {words:,} rows; give the tokenizer that belongs to "
+                    f"the model"
+                )
+            return data
 
         return encode
+
+    def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
+        """Refuse a template that fails on the data; say what it changes, and what ``max_tokens`` cuts off."""
+        assert loaded.tokenizer is not None
+        return check(fitted(template_of(text), loaded.tokenizer), loaded.tokenizer, data, text.max_tokens)
 
     def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A Hugging Face folder."""
@@ -160,7 +216,7 @@ class NextToken(ModelObjective):
     def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The forward pass, with logits at response positions only.
 
-        Under autocast T and N are rounded up to a multiple of 16, with targets that are ``IGNORED``.
+        Under autocast, and with bf16 weights, T and N are rounded up to a multiple of 16: such targets are ``IGNORED``.
 
         Args:
             model: as in ``loss``.
@@ -173,7 +229,9 @@ class NextToken(ModelObjective):
         device = next(model.parameters()).device
         given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
-        rounded = torch.is_autocast_enabled(device.type)
+        causal = transformer_of(model)
+        in_bf16 = next(causal.parameters()).dtype == torch.bfloat16
+        rounded = in_bf16 or torch.is_autocast_enabled(device.type)
         if rounded:
             inputs = _lengthened(inputs)
         length = inputs["input_ids"].shape[1]
@@ -184,7 +242,6 @@ class NextToken(ModelObjective):
             extra = -len(where) % _MULTIPLE
             where = functional.pad(where, (0, extra))
             targets = functional.pad(targets, (0, extra), value=IGNORED)
-        causal = transformer_of(model)
         inputs = _behind_prefix(model, inputs)
         if self._head_is_linear(causal):
             hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, -length:-1]
