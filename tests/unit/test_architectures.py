@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow(seconds=60)
 # positions counted over the row, masks of an architecture's own.
 NOT_PACKED = {
     *("opt", "opt-projected", "bloom", "falcon", "falcon-alibi", "mpt", "gpt_oss", "mamba", "mamba2", "falcon_mamba"),
-    *("rwkv", "xglm", "recurrent_gemma", "lfm2", "bert-generation", "jamba", "qwen3_next"),
+    *("rwkv", "xglm", "recurrent_gemma", "lfm2", "bert-generation", "electra", "jamba", "qwen3_next"),
 }
 OBJECTIVE = NextToken()
 KEY = Key.of(5, "prepare")
