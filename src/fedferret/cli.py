@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
 ]
 ChangedData = Annotated[bool, typer.Option("--accept-changed-data", help="Go on with data that has changed.")]
+StoredDtype = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option("--dtype", help="Of the folder's weights.", show_default="as the base is stored"),
+]
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
 
@@ -143,8 +147,10 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The base model's folder here.", show_default="as in the run's recipe")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
+    dtype: StoredDtype = None,
 ) -> None:
-    """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
+    """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
     DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
     """
@@ -152,15 +158,18 @@ def export(
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
 
-        if to is None and delta is None:
-            raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
-        if to is not None:
-            exporting.check_free(to)
+        if to is None and delta is None and adapter is None:
+            raise UserError("nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several of these")
+        for there in (to, adapter):
+            if there is not None:
+                exporting.check_free(there)
+        if adapter is not None:
+            exporting.export_folder(folder, adapter, _log, adapter_alone=True, base_name=base)
         if delta is not None:
             exporting.export_delta(folder, delta, _log, base)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _log, base)
+            fingerprint = exporting.export_folder(folder, to, _log, dtype, base_name=base)
             _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 
@@ -169,6 +178,8 @@ def apply(
     base: Annotated[str, typer.Argument(help="The base model: its name in the recipe, or a folder.", metavar="BASE")],
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that the run went on from, if any.")] = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Rebuild a tuned model from its base model and a delta file.
 
@@ -178,7 +189,7 @@ def apply(
     with one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _log)
+        fingerprint = apply_delta(base, delta, to, _log, adapter, dtype)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedferret.core.keys import Key
+from fedferret.data.encoding import Tokens
 from fedferret.data.order import grouped, longest_first
-from fedferret.data.templates import Tokens
 
 IGNORED = -100  # the label of a position that no loss counts
 
@@ -46,13 +46,13 @@ class TokenisedData:
         Args:
             examples: tokenised examples.
             packed: whether each training batch is one packed row.
-            train_on_prompts: whether all tokens but an example's first have labels; else only the response has labels.
+            train_on_prompts: whether all tokens from ``labels_start`` on have labels; else the response alone.
         """
         self._packed = packed
         self._ids = torch.tensor([token for each in examples for token in each.ids], dtype=torch.int32)
         self._lengths = torch.tensor([len(each.ids) for each in examples], dtype=torch.int32)
         # the first token has no predecessor, so no label
-        starts = [1 if train_on_prompts else each.response_start for each in examples]
+        starts = [each.labels_start if train_on_prompts else each.response_start for each in examples]
         self._response_starts = torch.tensor(starts, dtype=torch.int32)
         self._ends = self._lengths.cumsum(0)
         self.num_cut = sum(each.response_cut for each in examples)  # responses that max_tokens cut
@@ -116,7 +116,19 @@ class TokenisedData:
             Every example once, in batches of ``size``; one batch may be smaller. Evaluation order is never packed.
         """
         for rows in grouped(self.lengths, size, key):
-            yield self._pack(rows) if self._packed and key is not None else self._batch(rows)
+            yield self.batch(rows, key is not None)
+
+    def batch(self, rows: Sequence[int], for_training: bool) -> Batch:
+        """One batch.
+
+        Args:
+            rows: indices of its examples.
+            for_training: whether it may be packed.
+
+        Returns:
+            The batch, packed where training batches are.
+        """
+        return self._pack(rows) if self._packed and for_training else self._batch(rows)
 
     def _pack(self, rows: Sequence[int]) -> Batch:
         input_ids, labels, position_ids = [], [], []

@@ -1,8 +1,8 @@
 """Any causal language model or encoder that transformers can load, from a folder or by its name on the hub.
 
 Each function is given what the architecture must be: causal to model language, or a reader of text to classify.
-Weights are always fp32: Ferret's updates are far below the rounding step of half precision. Missing weights are an
-error, where transformers would initialise them at random.
+Weights are fp32 unless bf16 is asked for: Ferret's updates are far below the rounding step of half precision. Missing
+weights are an error, where transformers would initialise them at random.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fedferret.core.errors import UserError
 from fedferret.models.quiet import quiet_transformers
@@ -21,12 +21,14 @@ from fedferret.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Dtype: TypeAlias = Literal["fp32", "bf16"]
 Requirement = Callable[[str, Mapping[str, Any]], None]
 """Is called with a model's name and configuration, and raises UserError unless the architecture serves."""
 
 _SURELY_CAUSAL = "ForCausalLM"
 _OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
 _ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
+_IN_PYTHONS_WORDS = (TypeError, AttributeError, LookupError, AssertionError)  # they tell a user nothing
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -51,7 +53,8 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    if not attends_backwards(config) or (architectures and known not in architectures):
+    whole = bool(config.get("is_encoder_decoder"))  # without a name that says it is the decoder alone
+    if whole or not attends_backwards(config) or (architectures and known not in architectures):
         raise UserError(
             f'model "{name}": architecture {_described(config)} is not a causal language model; '
             "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
@@ -196,19 +199,20 @@ def read_config(name: str, require: Requirement = require_causal) -> PretrainedC
     return config
 
 
-def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(name: str, dtype: Dtype = "fp32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, as stored.
 
     Args:
         name: a folder, or a name on the hub.
+        dtype: of the weights; values that it has not are rounded to the nearest.
     Returns:
-        The model, fp32 on the CPU, and its tokenizer.
+        The model, on the CPU, and its tokenizer.
     Raises:
         UserError: if either cannot be read, the model is not causal, or weights are missing or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
-    return _read(name, AutoModelForCausalLM, read_config(name), unread="")
+    return _read(name, AutoModelForCausalLM, read_config(name), unread="", dtype=dtype)
 
 
 def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -229,7 +233,7 @@ def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[Pre
 
 
 def _read(
-    name: str, auto: Any, config: PretrainedConfig, unread: str
+    name: str, auto: Any, config: PretrainedConfig, unread: str, dtype: Dtype = "fp32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; weights that begin with ``unread`` may be missing."""
     import torch
@@ -241,7 +245,7 @@ def _read(
         loaded: Any = auto.from_pretrained(
             _source(name),
             config=config,
-            dtype="float32",
+            dtype="float32" if dtype == "fp32" else "bfloat16",
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below as an error
             output_loading_info=True,
@@ -256,12 +260,23 @@ def _read(
             f'model "{name}": its pooler has no weights ({unusable[0]}), so pooling "cls" cannot be used; '
             f'give pooling = "mean"'
         )
+    numberless = {_without_numbers(key) for key in model.state_dict()}
+    left = sorted(key for key in report["unexpected_keys"] if _without_numbers(key) in numberless)
+    if left:
+        raise UserError(
+            f'model "{name}": {len(left)} of its weights are of layers that its config.json does not count, the first '
+            f"is {left[0]}; fetch or save the folder again"
+        )
     if unusable:
         raise UserError(
             f'model "{name}": {len(unusable)} of its weights are missing or differ in shape from its config.json, '
             f"the first is {unusable[0]}; fetch or save the folder again"
         )
     return model, tokenizer
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".0.", key)
 
 
 def _source(name: str) -> str:
@@ -293,4 +308,8 @@ def one_line(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # none of them promises which
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            reason = "its tokenizer or architecture is code that comes with the model, and no such code is run"
+        elif isinstance(error, _IN_PYTHONS_WORDS):
+            reason = "a file in it is damaged, or has another form than transformers writes; fetch or save it again"
         raise UserError(f'model "{name}": could not be read from {where}: {reason[:300]}') from error

@@ -2,6 +2,7 @@
 
     name = "ward-7"
     model = "/models/smollm2"     # where this site has the base model, if not under the recipe's name
+    adapter = "/models/adapter"   # where it has the adapter that a run goes on from (`algorithm.adapter`)
     device = "cpu"
 
     [data]
@@ -17,15 +18,16 @@ the recipe's source is loaded and any client works here, as in a worker of a sim
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.held_out import hold_out
+from fedferret.data.paths import located, named
 from fedferret.data.pinned import Pins, pins
 from fedferret.data.sites import SiteFile
 from fedferret.recipe_file import read_toml
@@ -45,6 +47,7 @@ class Site:
     name: str  # as the run's list of sites has it
     data: SiteFile | None = None  # None: the recipe's own data, in a simulation
     model: str | None = None  # None: the recipe's name for it, found in this site's cache or on its disk
+    adapter: str | None = None  # None: this site takes no part in runs that go on from an adapter
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
@@ -83,8 +86,8 @@ def read_site(folder: Path) -> Site:
     if data is None:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
-    held_out = file.held_out_path and str(folder / Path(file.held_out_path).expanduser())
-    local = replace(file, path=str(folder / Path(file.path).expanduser()), held_out_path=held_out)
+    held_out = file.held_out_path and located(file.held_out_path, folder)
+    local = replace(file, path=located(file.path, folder), held_out_path=held_out)
     return replace(site, data=local)
 
 
@@ -101,9 +104,9 @@ def allow(site: Site, text: str, base: str) -> None:
     """
     if site.policy == Policy():
         return
-    from fedferret.config import from_tables  # late, like the imports of ``work``
+    from fedferret.config import written  # late, like the imports of ``work``
 
-    recipe = from_tables(tomllib.loads(text))
+    recipe = written(tomllib.loads(text))
     site.policy.check(recipe, base, len(check_data(site)))
     site.policy.check_fetch(adapted(site, recipe).model.name)
 
@@ -126,12 +129,12 @@ def pins_of(site: Site, folder: Path, recipe: Recipe | None = None) -> Pins:
     return pins(site.data, model, template, near=[folder])
 
 
-def check_data(site: Site) -> tuple[Example, ...]:
+def check_data(site: Site, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:
     """The site's examples, read before any server is met. Raises UserError for a file or a row that is of no use."""
     if site.data is None:
         return ()
     site.data.held_out()
-    return site.data.load()
+    return site.data.load(log)
 
 
 def work(
@@ -155,18 +158,18 @@ def work(
     """
     # imported late: a mistake in the site's own files is told before seconds of importing PyTorch
     from fedferret.build import Parts, check, load_data
-    from fedferret.config import from_tables
+    from fedferret.config import written
     from fedferret.engines.trainer import Work
 
-    settings = adapted(site, from_tables(tomllib.loads(recipe)))
+    settings = adapted(site, written(tomllib.loads(recipe)))
     if site.data is None:
         check(settings)
         data = load_data(settings)
     else:
         if home:
             pin(home, pins_of(site, home, settings))
-        rows, kept = check_data(site), site.data.held_out()
-        data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
+        rows, kept = check_data(site, log), site.data.held_out(log)
+        data = FederatedData({site.name: rows}, {}, named(site.data.path), kept={site.name: kept} if kept else {})
         if not kept and settings.held_out_share:
             data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"), log)
         settings.objective.check_examples(settings.model.name, data, complete=False)
@@ -179,7 +182,17 @@ def work(
 
 
 def adapted(site: Site, recipe: Recipe) -> Recipe:
-    """The recipe with the site's model, device and memory; none of them changes what is computed."""
+    """The recipe with the site's model, adapter, device and memory; none of them changes what is computed.
+
+    Raises UserError where the run goes on from an adapter and the site has none: the server names no file of a site.
+    """
     execution = replace(recipe.execution, device=site.device, memory=site.memory, engine="in-process")
     model = recipe.model if site.model is None else replace(recipe.model, name=site.model)
-    return replace(recipe, execution=execution, model=model)
+    algorithm: Any = recipe.algorithm
+    if site.data is not None and getattr(algorithm, "adapter", None) is not None:
+        if site.adapter is None:
+            raise UserError(
+                f"algorithm.adapter: the run goes on from {algorithm.adapter}; set adapter in {FILE} to its folder here"
+            )
+        algorithm = replace(algorithm, adapter=site.adapter)
+    return replace(recipe, execution=execution, model=model, algorithm=algorithm)
