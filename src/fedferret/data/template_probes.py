@@ -6,9 +6,9 @@ does so before work, and says what it changes and what ``max_tokens`` cuts off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from fedferret.core.errors import UserError
@@ -27,7 +27,8 @@ _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
-_SAMPLE = 500  # examples that are tokenised before work
+_SAMPLE = 256  # examples that are tokenised before work
+_LOOKED_AT = 20_000  # examples whose roles and tools are looked at before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -78,22 +79,24 @@ def check(
     Raises:
         UserError: tools, or an order of roles, that the template does not take.
     """
-    parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
-    examples = [example for example in chain.from_iterable(parts) if example.image is None]
-    if not examples:
-        return ()
-    _check_tools(template, examples)
+    parts = [part for part in (*data.clients.values(), *data.held_out.values(), *data.kept.values()) if part]
+    total = sum(map(len, parts))
+    _check_tools(template, _spread(parts, _LOOKED_AT))
     orders: dict[object, Example] = {}
-    for example in examples:
-        order = tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns)
-        if order not in orders and len(orders) < _ORDERS:
-            orders[order] = example
+    for example in _spread(parts, _LOOKED_AT):
+        orders.setdefault(tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns), example)
+        if len(orders) == _ORDERS:
+            break
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
-    step = -(-len(examples) // _SAMPLE)
-    sample = [template.encode(example, tokenizer, max_tokens) for example in examples[::step]]
-    return (*notes, *_cuts(sample, len(examples), max_tokens))
+    sample = [template.encode(example, tokenizer, max_tokens) for example in _spread(parts, _SAMPLE)]
+    return (*notes, *_cuts(sample, total, max_tokens))
+
+
+def has_prompts(examples: Iterable[Example]) -> bool:
+    """Whether an example has a prompt, so that a template is needed: texts alone have none."""
+    return any(len(example.turns) > 1 for example in examples)
 
 
 def _with(chat: Chat, **habits: object) -> Chat:
@@ -120,18 +123,29 @@ def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects",
     return "none"
 
 
-def _check_tools(template: Template, examples: Sequence[Example]) -> None:
+def _spread(parts: Sequence[Sequence[Example]], most: int) -> Iterator[Example]:
+    """At most so many of the examples of all parts, evenly spread: rows of large files are read when asked for."""
+    step, passed = max(1, -(-sum(map(len, parts)) // most)), 0
+    for part in parts:
+        yield from (part[index] for index in range(-passed % step, len(part), step))
+        passed += len(part)
+
+
+def _check_tools(template: Template, examples: Iterable[Example]) -> None:
     habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
-    offering = 0 if habits.tools else sum(bool(example.metadata.get("tools")) for example in examples)
-    calling = 0
-    if habits.calls == "none":
-        calling = sum(any(turn.tool_calls or turn.role == "tool" for turn in each.turns) for each in examples)
-    if offering or calling:
-        what = "the tools that are offered" if offering else "calls of tools and their results"
-        raise UserError(
-            f"text.template: this template does not write {what}, which {max(offering, calling):,} examples have: "
-            f"give a .jinja file that does, or leave such rows out"
-        )
+    if habits.tools and habits.calls != "none":
+        return
+    for example in examples:
+        what = ""
+        if not habits.tools and example.metadata.get("tools"):
+            what = "the tools that are offered"
+        elif habits.calls == "none" and any(turn.tool_calls or turn.role == "tool" for turn in example.turns):
+            what = "calls of tools and their results"
+        if what:
+            raise UserError(
+                f"text.template: this template does not write {what}, which examples have: give a .jinja file that "
+                f"does, or leave such rows out"
+            )
 
 
 def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
