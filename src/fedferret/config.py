@@ -28,7 +28,7 @@ from fedferret.objectives.interface import ModelObjective
 from fedferret.objectives.registry import objective
 from fedferret.recipe_file import read_tables
 from fedferret.renamed_keys import with_new_names
-from fedferret.settings import build, table_of
+from fedferret.settings import WHOLE, build, table_of
 
 _ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}  # of training: two ways to count its work
 
@@ -45,6 +45,8 @@ class ModelSettings:
 
     name: str
     train: Literal["head"] | None = None  # "head": a classifier's head alone, on frozen features; None: all weights
+    dtype: Literal["fp32", "bf16"] = "fp32"  # in which weights are held; bf16 is half, and rounded at random by a key
+    quantised: Literal["4-bit", "8-bit"] | None = None  # a frozen base under an adapter (QLoRA); None: in dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +331,7 @@ def _take(table: dict[str, Any], key: str, section: str) -> str:
 
 def _whole(tables: Mapping[str, Any], name: str, default: int, least: int) -> int:
     value = tables.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}={value!r}: must be a whole number, at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < WHOLE:
+        given = name if isinstance(value, int) and value >= WHOLE else f"{name}={value!r}"  # not thousands of digits
+        raise UserError(f"{given}: must be a whole number, at least {least} and below {WHOLE}")
     return value

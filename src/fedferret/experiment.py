@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +374,8 @@ class Experiment(Parts):
             tree.copy_(tree.parameters(model), base)
             for number in range(1, recipe.rounds + 1):
                 assert training is not None
-                training.train(self.task, self.examples[client], Key.of(recipe.seed, "local-only", number, client))
+                task, key = replace(self.task, round=number), Key.of(recipe.seed, "local-only", number, client)
+                training.train(task, self.examples[client], key)
                 on_progress()
             losses[client] = self.evaluator.figures(model, main)["loss"]
             if recipe.scores_clients and client in self.examples.held_out_by_client:

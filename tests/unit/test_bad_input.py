@@ -157,7 +157,9 @@ def test_malformed_overrides(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     assert "not a run folder" in refused("export", tmp_path, "--to", tmp_path / "model")
-    assert "nothing to write: give --to FOLDER, --delta FILE or both" in refused("export", tmp_path)
+    assert "nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several" in refused(
+        "export", tmp_path
+    )
     refused("report", tmp_path)
 
 

@@ -66,6 +66,7 @@ def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:
         ({"sede": 3}, r'sede: there is no such setting; did you mean "seed"\?'),
         ({"seed": -1}, r"seed=-1: must be a whole number, at least 0"),
         ({"rounds": 0}, r"rounds=0: must be a whole number, at least 1"),
+        ({"seed": 10**6000}, r"seed: must be a whole number, at least 0 and below"),
         ({"rounds": 2.5}, r"rounds=2\.5: must be a whole number"),
         ({"rounds": True}, r"rounds=True: must be a whole number"),
         ({"model": 3}, r"model=3: must be a table, \[model\]"),

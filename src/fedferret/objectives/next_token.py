@@ -221,7 +221,7 @@ class NextToken(ModelObjective):
     def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The forward pass, with logits at response positions only.
 
-        Under autocast T and N are rounded up to a multiple of 16, with targets that are ``IGNORED``.
+        Under autocast, and with bf16 weights, T and N are rounded up to a multiple of 16: such targets are ``IGNORED``.
 
         Args:
             model: as in ``loss``.
@@ -234,7 +234,9 @@ class NextToken(ModelObjective):
         device = next(model.parameters()).device
         given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
-        rounded = torch.is_autocast_enabled(device.type)
+        causal = transformer_of(model)
+        in_bf16 = next(causal.parameters()).dtype == torch.bfloat16
+        rounded = in_bf16 or torch.is_autocast_enabled(device.type)
         if rounded:
             inputs = _lengthened(inputs)
         length = inputs["input_ids"].shape[1]
@@ -245,7 +247,6 @@ class NextToken(ModelObjective):
             extra = -len(where) % _MULTIPLE
             where = functional.pad(where, (0, extra))
             targets = functional.pad(targets, (0, extra), value=IGNORED)
-        causal = transformer_of(model)
         inputs = _behind_prefix(model, inputs)
         if self._head_is_linear(causal):
             hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, -length:-1]
