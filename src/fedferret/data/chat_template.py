@@ -58,7 +58,7 @@ class Chat(Template):
 
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         newest, tools = contexts_of(example.turns[:-1])[0], example.metadata.get("tools", ())
-        if self.habits.alternates:  # the response begins a turn of its own
+        if self.habits.alternates:  # the response begins a turn
             while len(newest) > 1 and newest[-1].role == "assistant" and not newest[-1].tool_calls:
                 newest = newest[:-1]
         prompt = self.render(newest, tokenizer, generate=True, tools=tools)

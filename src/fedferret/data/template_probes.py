@@ -1,4 +1,4 @@
-"""What a chat template takes, found out by rendering turns whose words are looked for in the text.
+"""What a chat template takes, found out by rendering turns and looking for their words in the text.
 
 ``fitted`` asks once per model; ``check`` renders every order of roles that the data have, so a template that fails
 does so before work, and says what it changes and what ``max_tokens`` cuts off.
@@ -28,7 +28,7 @@ _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string",
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
 _SAMPLE = 256  # examples that are tokenised before work
-_LOOKED_AT = 20_000  # examples whose roles and tools are looked at before work
+_LOOKED_AT = 20_000  # examples that are looked at for roles and tools before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
