@@ -93,7 +93,7 @@ def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for m in messages %}<{{ m['role'] }}></s>{% endfor %}", "writes none of the content"),
+        ("{% for m in messages %}<{{ m['role'] }}></s>{% endfor %}", "does not write what turns say"),
         ("{{ messages + 1 }}", "fails on turns user, assistant: TypeError"),
         ("{{ messages[0].absent.field }}", "fails on turns user, assistant: UndefinedError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}{{ messages }}", "user, assistant: RecursionError"),

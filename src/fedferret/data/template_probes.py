@@ -50,7 +50,7 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     )
     if chat is None:
         plain.render([_USER, _ASSISTANT], tokenizer, generate=False)  # raises where it fails
-        raise UserError('the chat template writes none of the content of turns: mend it, or set template = "alpaca"')
+        raise UserError('the chat template does not write what turns say: mend it, or set template = "alpaca"')
     if not _shows(chat, tokenizer, _SYSTEM, _USER, _ASSISTANT):
         chat = _with(chat, system="nowhere")
     elif not _shows(chat, tokenizer, _USER, _ASSISTANT, _SYSTEM, *_LATER):
