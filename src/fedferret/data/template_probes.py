@@ -27,7 +27,7 @@ _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
-_SAMPLE = 256  # examples that are tokenised before work
+_SAMPLE = 400  # examples that are tokenised before work
 _LOOKED_AT = 20_000  # examples that are looked at for roles and tools before work
 
 
@@ -81,12 +81,12 @@ def check(
     """
     parts = [part for part in (*data.clients.values(), *data.held_out.values(), *data.kept.values()) if part]
     total = sum(map(len, parts))
-    _check_tools(template, _spread(parts, _LOOKED_AT))
     orders: dict[object, Example] = {}
+    habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
     for example in _spread(parts, _LOOKED_AT):
-        orders.setdefault(tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns), example)
-        if len(orders) == _ORDERS:
-            break
+        _check_tools(habits, example)
+        if len(orders) < _ORDERS:
+            orders.setdefault(tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns), example)
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
@@ -131,21 +131,17 @@ def _spread(parts: Sequence[Sequence[Example]], most: int) -> Iterator[Example]:
         passed += len(part)
 
 
-def _check_tools(template: Template, examples: Iterable[Example]) -> None:
-    habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
-    if habits.tools and habits.calls != "none":
-        return
-    for example in examples:
-        what = ""
-        if not habits.tools and example.metadata.get("tools"):
-            what = "the tools that are offered"
-        elif habits.calls == "none" and any(turn.tool_calls or turn.role == "tool" for turn in example.turns):
-            what = "calls of tools and their results"
-        if what:
-            raise UserError(
-                f"text.template: this template does not write {what}, which examples have: give a .jinja file that "
-                f"does, or leave such rows out"
-            )
+def _check_tools(habits: Habits, example: Example) -> None:
+    what = ""
+    if not habits.tools and example.metadata.get("tools"):
+        what = "the tools that are offered"
+    elif habits.calls == "none" and any(turn.role == "tool" or turn.tool_calls for turn in example.turns):
+        what = "calls of tools and their results"
+    if what:
+        raise UserError(
+            f"text.template: this template does not write {what}, which examples have: give a .jinja file that does, "
+            f"or leave such rows out"
+        )
 
 
 def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
