@@ -79,6 +79,12 @@ def test_content_is_given_as_parts_where_the_template_reads_nothing_else(tmp_pat
     assert text(made(tmp_path, PARTS_ONLY), SYSTEM, ASK, REPLY) == "<system>be kind</s><user>why?</s><assistant>so.</s>"
 
 
+def test_a_response_is_trained_on_whole_where_the_template_takes_a_part_out(tmp_path: Path) -> None:
+    template = made(tmp_path, EACH.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}"))
+    tokens = template.encode(Example((ASK, Turn("assistant", "<think>hm</think>so."))), TOKENIZER, 1000)
+    assert str(TOKENIZER.decode(tokens.ids)).endswith("<think>hm</think>so.<eos>")
+
+
 def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
     dated = "{{ strftime_now('%d %B %Y %H:%M') }} " + EACH
     given = text(made(tmp_path, dated, date="2026-02-03"), ASK, REPLY)
