@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fedferret.config import Recipe
+from fedferret import precision
+from fedferret.config import ModelSettings, Recipe
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
 from fedferret.core.allocator import return_large_blocks
@@ -30,7 +31,8 @@ from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
 from fedferret.data.held_out import hold_out
 from fedferret.data.sites import Sites
-from fedferret.data.templates import template
+from fedferret.data.template_probes import fitted
+from fedferret.data.templates import template_of
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
 from fedferret.evaluation.scorers import check_metrics
@@ -58,25 +60,25 @@ def tuned_skeleton(recipe: Recipe) -> nn.Module:
 
 def load_base(
     objective: ModelObjective,
-    model: str,
-    train: str | None,
+    settings: ModelSettings,
     device: str = "cpu",
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Loaded, str]:
-    """The base model, and the SHA-256 of all its values, the frozen ones too.
+    """The base model, and the SHA-256 of all its values before they are quantised, the frozen ones too.
 
     Args:
         objective: says what kind of model it is.
-        model: its name.
-        train: "head" freezes all but a classifier's head; None: nothing.
+        settings: which model, in which precision, and what of it is trained.
         device: to compute on.
         log: called with lines on slow steps.
 
     Raises:
         UserError: there is no such model.
     """
-    loaded = objective.load(model, device, log)
-    return loaded, freeze_base(objective, loaded.model, train)
+    loaded = precision.load(objective, settings, device, log)
+    fingerprint = freeze_base(objective, loaded.model, settings.train)
+    precision.put_on_device(settings, loaded.model, device)
+    return loaded, fingerprint
 
 
 def freeze_base(objective: ModelObjective, model: nn.Module, train: str | None) -> str:
@@ -85,7 +87,7 @@ def freeze_base(objective: ModelObjective, model: nn.Module, train: str | None) 
     Args:
         objective: says which part is the head.
         model: changed in place.
-        train: as in ``load_base``.
+        train: "head" freezes all but a classifier's head; None: nothing.
 
     Returns:
         SHA-256 of the base's weights, frozen or not, and of the statistics that its layers have gathered, if any.
@@ -132,6 +134,7 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
     for training in _trainings(algorithm):
         training.check(model, recipe.model.name)
+    precision.check(recipe, model)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
 
@@ -194,6 +197,7 @@ class Parts:
         examples: the data as tensors, client by client, made when first asked for.
         base_size: weights of the base alone.
         base_fingerprint: SHA-256 of those, and of an adapter that the method goes on from, if any.
+        notes: lines for the user on how the data were read and what becomes of the examples.
     """
 
     recipe: Recipe
@@ -205,11 +209,15 @@ class Parts:
     examples: EncodedData = field(init=False)
     base_size: int = field(init=False)
     base_fingerprint: str = field(init=False)
+    notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
         base = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
         self.base_fingerprint = self.recipe.algorithm.start_fingerprint(base)
+        precision.put_on_device(self.recipe.model, self.loaded.model, self.recipe.execution.device)
+        checked = self.objective.check_encoding(self.loaded, self.recipe.text, self.data)
+        self.notes = (*self.data.notes, *checked)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
         self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
@@ -237,13 +245,11 @@ class Parts:
             log: called with lines on slow steps.
             options: further fields of a subclass.
         """
-        loaded = recipe.objective.load(recipe.model.name, recipe.execution.device, log)
-        return cls(recipe, loaded, data, folder, **options)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for the user on how the data were read."""
-        return self.data.notes
+        loaded = precision.load(recipe.objective, recipe.model, recipe.execution.device, log)
+        parts = cls(recipe, loaded, data, folder, **options)
+        for note in parts.notes[len(data.notes) :]:  # those of the data were logged as they were read
+            log(note)
+        return parts
 
     @property
     def objective(self) -> ModelObjective:
@@ -260,7 +266,7 @@ class Parts:
             assert isinstance(self.objective, NextToken) and tokenizer is not None  # others are refused
             answers = Answers(
                 held_out=self.data.held_out,
-                template=template(text.template),
+                template=fitted(template_of(text), tokenizer),
                 tokenizer=tokenizer,
                 max_tokens=text.max_tokens,
                 objective=self.objective,

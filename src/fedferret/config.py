@@ -45,6 +45,8 @@ class ModelSettings:
 
     name: str
     train: Literal["head"] | None = None  # "head": a classifier's head alone, on frozen features; None: all weights
+    dtype: Literal["fp32", "bf16"] = "fp32"  # in which weights are held; bf16 is half, and rounded at random by a key
+    quantised: Literal["4-bit", "8-bit"] | None = None  # a frozen base under an adapter (QLoRA); None: in dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ class Recipe:
         tables = {name: table for name, table in self.tables().items() if name != "execution"}
         if self.objective.name == DEFAULT_OBJECTIVE:  # runs from before there were others keep the name they have
             del tables["objective"]
+        else:
+            del tables["text"]["cut"]  # texts to classify have no response to cut
         return tables
 
     @property
@@ -178,7 +182,10 @@ class Recipe:
         """The identity as text: what sites are told of the recipe, and what its SHA-256 names a run by."""
         import tomli_w
 
-        return tomli_w.dumps(self.identity())
+        tables = self.identity()
+        if tables["text"].get("cut") == BEFORE_CUT:  # runs from before there was a choice keep the name they have
+            del tables["text"]["cut"]
+        return tomli_w.dumps(tables)
 
     def to_toml(self) -> str:
         """The recipe as a file's text."""
@@ -188,12 +195,22 @@ class Recipe:
 
 
 DEFAULT_OBJECTIVE = "next-token"
+BEFORE_CUT = "prompt"  # what ``text.cut`` is in what a fedferret wrote that had no such setting
 _SECTIONS = ("model", "data", "objective", "text", "clients", "algorithm", "pool", "evaluation", "execution")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, with ``section.key=value`` overrides. Raises UserError for anything that is not one."""
     return from_tables(read_tables(path, overrides))
+
+
+def written(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe in tables that a fedferret wrote, this one or an earlier one. Raises UserError.
+
+    They spell every setting out; one that is missing did not exist yet, and gets the value that means the same.
+    """
+    text = tables.get("text", {})
+    return from_tables({**tables, "text": {"cut": BEFORE_CUT, **text}} if isinstance(text, Mapping) else tables)
 
 
 def from_tables(tables: Mapping[str, Any]) -> Recipe:

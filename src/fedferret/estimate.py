@@ -2,8 +2,9 @@
 
 bytes     the method's ``wire_cost``, the mean over rounds of the most; FedAvg's is 4 d up and 4 d down
 disk      the log and what the method keeps of each client, with the rounds that can be rewound (``disk.py``)
-memory    fp32 weights (two copies of the tuned ones, one with memory = "lean"), gradients and optimizer state of the
-          tuned ones, activations; zeroth-order training has the weights alone
+memory    weights in model.dtype (two copies of the tuned ones, one with memory = "lean") or quantised; fp32 masters of
+          bf16 weights, gradients and optimizer state of the tuned ones; activations; zeroth-order training has the
+          weights alone
 time      the data is read and its lengths are taken (characters / 4 where the tokenizer is not at hand), then
           operations   6 d' per trained token (4 d' where weights are frozen, 4 d' for two forward passes), 2 d' per
                        evaluated token, with d' the weights without the vocabulary; the vocabulary's on response tokens;
@@ -129,7 +130,11 @@ def estimate(recipe: Recipe) -> Estimate:
     momentum = 1 if first_order and first_order.momentum else 0
     batch_tokens = recipe.text.max_tokens * (training.batch_size if training else recipe.evaluation.batch_size)
     activations = 40 * batch_tokens * math.sqrt(parameters)  # bytes; SmolLM2 at 4 x 128 tokens: 0.24 GB
-    held = parameters + tuned * (copies - 1 + gradients + optimizer + momentum)
+    width = 4 if recipe.model.dtype == "fp32" else 2
+    own = width if tuned == parameters else 4  # an adapter is fp32
+    masters = gradients if own == 2 else 0
+    held = _base_bytes(recipe, skeleton, width) + tuned * own * (copies - 1)
+    held += 4 * tuned * (masters + gradients + optimizer + momentum)
     return Estimate(
         tuned,
         parameters,
@@ -141,9 +146,27 @@ def estimate(recipe: Recipe) -> Estimate:
         kept_states(len(data.clients), recipe.rounds, cohort, history),
         log_bytes([cost.down_most for cost in costs], [4 * weights(number) for number in numbers], history),
         history,
-        4 * held + gradients * activations + 0.5e9,  # half a GB of libraries
+        held + gradients * activations * width / 4 + 0.5e9,  # half a GB of libraries
         _seconds(recipe, data, training, skeleton, tuned),
     )
+
+
+def _base_bytes(recipe: Recipe, model: nn.Module, width: int) -> float:
+    """Of a base's weights; quantised are all matrices but those of the largest shape, which is the vocabulary's.
+
+    Args:
+        recipe: with the model's precision.
+        model: the base's skeleton.
+        width: bytes of a weight that is not quantised.
+    """
+    shapes = [tuple(weight.shape) for weight in model.parameters()]
+    total = float(width * sum(map(math.prod, shapes)))
+    if recipe.model.quantised is not None:
+        matrices = [shape for shape in shapes if len(shape) == 2]
+        largest = max(matrices, key=math.prod)
+        codes = sum(math.prod(shape) for shape in matrices if shape != largest)
+        total -= codes * (width - (0.52 if recipe.model.quantised == "4-bit" else 1.0))
+    return total
 
 
 def _forward(recipe: Recipe, model: nn.Module, data: FederatedData, body: int, vocabulary: int) -> _Forward:

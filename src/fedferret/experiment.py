@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedferret.build import Parts, check, load_data
-from fedferret.config import Recipe, load
+from fedferret.config import Recipe, written
 from fedferret.core import rounds, tree
 from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, UserError
@@ -32,6 +32,7 @@ from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.evaluator import Results, Scores
 from fedferret.evaluation.per_client import spread
+from fedferret.recipe_file import read_tables
 from fedferret.resident.simulation import simulation
 from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
@@ -56,7 +57,7 @@ def read_recipe(run: Path) -> Recipe:
     path = inside(run, run / "recipe.toml")
     read_intact(path, RESTORE)
     try:
-        return load(path)
+        return written(read_tables(path))
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {RESTORE}") from None
 

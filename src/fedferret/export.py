@@ -19,22 +19,27 @@ from typing import Any
 from torch import nn
 
 from fedferret.build import load_base, prepare
-from fedferret.config import DEFAULT_OBJECTIVE, Recipe, build_algorithm, build_objective
+from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import check_place, write_atomically
+from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
 from fedferret.experiment import begun_recipe, check_start
+from fedferret.export_dtype import chosen_dtype, round_to, widen
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
+from fedferret.models.huggingface import Dtype
 from fedferret.objectives.interface import Loaded, ModelObjective
-from fedferret.settings import table_of
+from fedferret.settings import build, table_of
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
+
+_FULL = {"dtype": "fp32", "quantised": None}  # how a base is held unless a recipe says otherwise
 
 
 @message
@@ -73,6 +78,9 @@ class TunedDelta:
     def of(cls, recipe: Recipe, update: LogUpdate, base_fingerprint: str) -> TunedDelta:
         """What a delta file of a run holds; the fingerprint of the tuned weights is not taken yet."""
         how = {"name": recipe.objective.name, "train": recipe.model.train, "max_tokens": recipe.text.max_tokens}
+        bits = {"dtype": recipe.model.dtype, "quantised": recipe.model.quantised}
+        if bits != _FULL:  # versions before there was another precision read the rest
+            how.update(bits)
         objective = {**how, **table_of(recipe.objective)}
         return cls(
             recipe.model.name,
@@ -99,27 +107,42 @@ class TunedDelta:
         """The objective, what of the model was trained, and the method. Raises UserError."""
         try:
             objective, settings = json.loads(self.objective), json.loads(self.settings)
-            name, train, _ = (objective.pop(word) for word in ("name", "train", "max_tokens"))
+            name, train, *_ = [objective.pop(word) for word in ("name", "train", "max_tokens")]
+            for word in _FULL:
+                objective.pop(word, None)
             return build_objective(name, objective), train, build_algorithm(self.method, dict(settings))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"the log of {self.method} cannot be applied, its settings are none ({reason})") from None
 
+    def base(self, name: str) -> ModelSettings:
+        """The base of that name, dense, in the dtype that the run held it in. Raises UserError."""
+        _, train, _ = self.parts()
+        dtype = json.loads(self.objective).get("dtype", "fp32")
+        return build(ModelSettings, {"name": name, "dtype": dtype, **({"train": train} if train else {})}, "model")
 
-def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print, adapter_alone: bool = False) -> str:
+
+def export_folder(
+    run: Path,
+    folder: Path,
+    log: Callable[[str], None] = print,
+    dtype: Dtype | None = None,
+    adapter_alone: bool = False,
+) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
-    With ``adapter_alone`` the folder has what peft reads beside the base, and nothing is merged.
+    With ``adapter_alone`` the folder has what peft reads beside the base, and nothing is merged. ``dtype`` is that of
+    the weights; None: see ``chosen_dtype``.
 
     Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
     """
     check_place(folder)
     refuse_filled(folder)
     recipe, entries = _read_run(run)
-    base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
+    base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
-    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, adapter_alone)
+    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, dtype, adapter_alone)
 
 
 def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
@@ -128,7 +151,7 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> T
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
     recipe, entries = _read_run(run)
-    base, fingerprint = load_base(recipe.objective, recipe.model.name, recipe.model.train, log=log)
+    base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
     delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
@@ -139,11 +162,17 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> T
 
 
 def apply_delta(
-    base_name: str, path: Path, folder: Path, log: Callable[[str], None] = print, adapter: Path | None = None
+    base_name: str,
+    path: Path,
+    folder: Path,
+    log: Callable[[str], None] = print,
+    adapter: Path | None = None,
+    dtype: Dtype | None = None,
 ) -> str:
     """Rebuild a tuned model from its base and a delta file, as a folder. Returns the SHA-256 of the tuned weights.
 
-    ``adapter`` is where the adapter is that the run went on from, if it is not where the run had it.
+    ``adapter`` is where the adapter is that the run went on from, if it is not where the run had it. ``dtype`` is that
+    of the weights; None: see ``chosen_dtype``.
 
     Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
     arrives at other weights than the file says.
@@ -153,16 +182,16 @@ def apply_delta(
     delta = read_delta(path)
     if adapter is not None:
         delta = delta.going_on_from(adapter)
-    objective, train, algorithm = delta.parts()
+    objective, _, algorithm = delta.parts()
     objective.check_model(base_name)
-    base, found = load_base(objective, base_name, train, log=log)
+    base, found = load_base(objective, delta.base(base_name), log=log)
     found = algorithm.start_fingerprint(found)
     if found != delta.base_fingerprint:
         raise UserError(
             f"{path} belongs to the base {delta.base_name} (SHA-256 {delta.base_fingerprint[:12]}…); "
             f"{base_name} is another (SHA-256 {found[:12]}…)"
         )
-    return _write_folder(base, delta, folder, log)
+    return _write_folder(base, delta, folder, log, dtype)
 
 
 def read_delta(path: Path) -> TunedDelta:
@@ -219,7 +248,12 @@ def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.M
 
 
 def _write_folder(
-    base: Loaded, delta: TunedDelta, folder: Path, log: Callable[[str], None], adapter_alone: bool = False
+    base: Loaded,
+    delta: TunedDelta,
+    folder: Path,
+    log: Callable[[str], None],
+    dtype: Dtype | None,
+    adapter_alone: bool = False,
 ) -> str:
     with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
@@ -232,8 +266,17 @@ def _write_folder(
         if adapter_alone and adapter is None:
             raise UserError(f"{delta.method} tunes the model's own weights: there is no adapter to write; use --to")
         if adapter is not None and (adapter_alone or not adapter.merges):
+            if dtype is not None:
+                raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")
             log(adapter.export(model, base.name, folder))
         else:
-            released: Any = replace(base, model=algorithm.release(model))  # type: ignore[type-var]  # a dataclass
-            log(delta.parts()[0].save(released, folder, json.loads(delta.objective)["max_tokens"]))
+            objective, how = delta.parts()[0], json.loads(delta.objective)
+            dtype = chosen_dtype(dtype, objective, delta.base(base.name), log)
+            if quantised := how.get("quantised"):
+                log(f"The adapter was tuned over a {quantised} base; it is merged into the checkpoint's own weights.")
+            widen(model)
+            plain = algorithm.release(model)
+            round_to(plain, dtype, Key.of(delta.seed, "export"))
+            released: Any = replace(base, model=plain)  # type: ignore[type-var]  # a dataclass
+            log(objective.save(released, folder, how["max_tokens"]))
     return fingerprint

@@ -317,7 +317,7 @@ class Run:
         # in a file: this third copy of the weights would be the run's peak of memory
         untuned = prepare(
             self.recipe.algorithm,
-            load_base(self.experiment.objective, recipe.model.name, recipe.model.train)[0].model,
+            load_base(self.experiment.objective, recipe.model)[0].model,
             self.recipe.seed,
         )
         base = MappedTree(self.out / "state", tree.parameters(untuned))

@@ -15,6 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any, TypeVar
 
 from fedferret.core.errors import UserError, nearest
@@ -38,7 +39,8 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     _refuse_unknown(kind, table, where)
     _refuse_unbounded(table, where)
     try:
-        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)))
+        # a date of TOML is its text
+        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)), default=_spelt)
         # JSON's rules are TOML's: a list is a tuple, 1 is a float, "1" is neither
         return pydantic.TypeAdapter(kind).validate_json(plain, strict=True)
     except pydantic.ValidationError as error:
@@ -71,6 +73,12 @@ def table_of(settings: Any) -> dict[str, Any]:
         elif field.default is not None:
             table[field.name] = "none"
     return table
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is no type of a setting")
 
 
 def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:
@@ -106,7 +114,9 @@ def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(table)
     for field in dataclasses.fields(kind):
         if isinstance(table.get(field.name), Mapping) and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+            default: Any = field.default_factory()
+            if not dataclasses.is_dataclass(type(default)):
+                continue
             usual = table_of(type(default)())
             merged[field.name] = {
                 **{name: value for name, value in table_of(default).items() if value != usual.get(name)},

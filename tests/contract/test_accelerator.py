@@ -15,6 +15,7 @@ from contract.methods import METHODS, rounds_of
 from fedferret.bases.gaussian import add_gaussians_
 from fedferret.bases.quantise import BITS, pack_vector
 from fedferret.bases.registry import basis
+from fedferret.bases.stochastic_rounding import round_into_
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.keys import Key
 from fedferret.core.node import Node
@@ -57,6 +58,12 @@ def test_gaussian_directions_are_the_same_bits(dtype: torch.dtype) -> None:
     target, factors = numbers(SIZE, 4).to(dtype), numbers(5, 5)
     there = add_gaussians_(target.to(DEVICE, copy=True), KEY, range(5), factors, OFFSET)
     assert torch.equal(there.cpu(), add_gaussians_(target, KEY, range(5), factors, OFFSET))
+
+
+def test_rounding_at_random_gives_the_same_bits() -> None:
+    source = numbers(SIZE, 7)
+    there = round_into_(torch.empty(SIZE, dtype=torch.bfloat16, device=DEVICE), source.to(DEVICE), KEY)
+    assert torch.equal(there.cpu(), round_into_(torch.empty(SIZE, dtype=torch.bfloat16), source, KEY))
 
 
 @pytest.mark.parametrize("number", BITS)

@@ -44,8 +44,8 @@ class Trained:
     """What a client's training gives.
 
     Attributes:
-        weights: that training arrived at, by name, fp32: the model's own, not copied; of a bf16 model, whose weights
-            are these rounded, the unrounded sums of all steps.
+        weights: that training arrived at, by name, fp32: the model's own, not copied; of a bf16 model the masters that
+            hold the unrounded sums of all steps.
         metrics: ``loss``, the mean over all steps, and ``seconds``.
         state: of the optimiser, where one was handed in.
     """

@@ -1,8 +1,8 @@
 """Any causal language model or encoder that transformers can load, from a folder or by its name on the hub.
 
 Each function is given what the architecture must be: causal to model language, or a reader of text to classify.
-Weights are always fp32: Ferret's updates are far below the rounding step of half precision. Missing weights are an
-error, where transformers would initialise them at random.
+Weights are fp32 unless bf16 is asked for: Ferret's updates are far below the rounding step of half precision. Missing
+weights are an error, where transformers would initialise them at random.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fedferret.core.errors import UserError
 from fedferret.models.quiet import quiet_transformers
@@ -21,6 +21,7 @@ from fedferret.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Dtype: TypeAlias = Literal["fp32", "bf16"]
 Requirement = Callable[[str, Mapping[str, Any]], None]
 """Is called with a model's name and configuration, and raises UserError unless the architecture serves."""
 
@@ -51,7 +52,8 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    if not attends_backwards(config) or (architectures and known not in architectures):
+    whole = bool(config.get("is_encoder_decoder"))  # without a name that says it is the decoder alone
+    if whole or not attends_backwards(config) or (architectures and known not in architectures):
         raise UserError(
             f'model "{name}": architecture {_described(config)} is not a causal language model; '
             "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"
@@ -196,19 +198,20 @@ def read_config(name: str, require: Requirement = require_causal) -> PretrainedC
     return config
 
 
-def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(name: str, dtype: Dtype = "fp32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, as stored.
 
     Args:
         name: a folder, or a name on the hub.
+        dtype: of the weights; values that it has not are rounded to the nearest.
     Returns:
-        The model, fp32 on the CPU, and its tokenizer.
+        The model, on the CPU, and its tokenizer.
     Raises:
         UserError: if either cannot be read, the model is not causal, or weights are missing or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
-    return _read(name, AutoModelForCausalLM, read_config(name), unread="")
+    return _read(name, AutoModelForCausalLM, read_config(name), unread="", dtype=dtype)
 
 
 def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -229,7 +232,7 @@ def read_encoder(name: str, config: PretrainedConfig, pooled: bool) -> tuple[Pre
 
 
 def _read(
-    name: str, auto: Any, config: PretrainedConfig, unread: str
+    name: str, auto: Any, config: PretrainedConfig, unread: str, dtype: Dtype = "fp32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; weights that begin with ``unread`` may be missing."""
     import torch
@@ -241,7 +244,7 @@ def _read(
         loaded: Any = auto.from_pretrained(
             _source(name),
             config=config,
-            dtype="float32",
+            dtype="float32" if dtype == "fp32" else "bfloat16",
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below as an error
             output_loading_info=True,

@@ -1,8 +1,8 @@
 """Loads any model and its tokenizer by name, ready for tuning.
 
-Every source gives the same: fp32 weights on the device; evaluation mode, so that dropout is off (it would draw from the
-global generator) while gradients still flow; a tokenizer that has a padding token and pads on the right. Tied weights
-are one parameter.
+Every source gives the same: fp32 weights, or bf16 where asked for, on the device; evaluation mode, so that dropout is
+off (it would draw from the global generator) while gradients still flow; a tokenizer that has a padding token and pads
+on the right. Tied weights are one parameter.
 
 The padding token may be the end token (SmolLM2, GPT-2): labels must be masked by length, never by token id.
 For the same reason the embedding's ``padding_idx`` is cleared: torch gives that token's row no gradient.
@@ -24,6 +24,7 @@ from fedferret.models.catalogue import IMAGE_MODELS, PACKAGED, TINY_ENCODER
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
 from fedferret.models.huggingface import (
+    Dtype,
     Requirement,
     check_source,
     folder_has_chat_template,
@@ -109,16 +110,19 @@ def has_chat_template(name: str) -> bool:
     return folder_has_chat_template(folder) if folder.is_dir() else True
 
 
-def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> LanguageModel:
+def load(
+    name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda line: None, dtype: Dtype = "fp32"
+) -> LanguageModel:
     """Load a causal language model and its tokenizer. No global generator advances.
 
     Args:
         name: as in a recipe; see :func:`catalogue`.
         device: "cpu", "cuda", "cuda:<number>", "mps" or "auto".
         log: is called with a line before each step that takes seconds (download, conversion).
+        dtype: of the weights; bf16 takes the nearest values where the checkpoint has others.
 
     Returns:
-        The model, fp32 on the device and in evaluation mode, with its tokenizer, which pads on the right.
+        The model, in ``dtype`` on the device and in evaluation mode, with its tokenizer, which pads on the right.
 
     Raises:
         UserError: for an unknown name, a model that is not causal, an unreachable hub, an absent device.
@@ -134,12 +138,14 @@ def load(name: str, *, device: str = "cpu", log: Callable[[str], None] = lambda 
         model, tokenizer = small_model(Key.of(0, "small")), small_tokenizer(log)
     elif name.startswith(PACKAGED):
         folder = ensure(name, log)
-        model, tokenizer = read_model(str(folder))
+        model, tokenizer = read_model(str(folder), dtype)
     else:
-        model, tokenizer = read_model(name)
+        model, tokenizer = read_model(name, dtype)
         local = Path(name).expanduser()
         folder = local if local.exists() else None
     prepare(name, model, tokenizer)
+    if dtype == "bf16":  # those that were made here; buffers stay: rotations of positions need fp32
+        hold_in_bf16(model)
     on_device: PreTrainedModel = nn.Module.to(model, target)
     on_device.eval()  # type: ignore[no-untyped-call]
     return LanguageModel(name, on_device, tokenizer, folder)
@@ -184,6 +190,18 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
             raise UserError(
                 f'model "{name}": its weights {parameter} hold NaN or infinity; fetch or save the model again'
             )
+
+
+def hold_in_bf16(model: nn.Module) -> None:
+    """Round all parameters to the nearest bf16 values.
+
+    Args:
+        model: changed in place; its buffers stay.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def parameter_shapes(name: str) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -27,7 +28,8 @@ from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.core.text import printable
 from fedferret.data.batches import IGNORED, TokenisedData
 from fedferret.data.examples import Example, FederatedData
-from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.data.template_probes import check, fitted
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, Template, template, template_of
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
 from fedferret.models.positions import packed_limit, position_limit
@@ -172,13 +174,17 @@ class NextToken(ModelObjective):
 
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """Prompts and responses by the template; training batches packed, and labels on prompts, where asked for."""
-        tokenizer, chosen = loaded.tokenizer, template(text.template)
+        tokenizer = loaded.tokenizer
         assert tokenizer is not None
 
         words = loaded.model.get_input_embeddings().weight.shape[0]
 
+        @cache  # an export encodes nothing, and needs no template
+        def chosen() -> Template:
+            return fitted(template_of(text), tokenizer)
+
         def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
-            tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
+            tokens = [chosen().encode(each, tokenizer, text.max_tokens) for each in examples]
             data = TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
             if data.largest_token >= words:
                 token = tokenizer.convert_ids_to_tokens(data.largest_token)
@@ -191,6 +197,11 @@ class NextToken(ModelObjective):
 
         return encode
 
+    def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
+        """Refuse a template that fails on the data; say what it changes, and what ``max_tokens`` cuts off."""
+        assert loaded.tokenizer is not None
+        return check(fitted(template_of(text), loaded.tokenizer), loaded.tokenizer, data, text.max_tokens)
+
     def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A Hugging Face folder."""
         models.save_folder(loaded, folder)
@@ -199,7 +210,7 @@ class NextToken(ModelObjective):
     def scored(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The forward pass, with logits at response positions only.
 
-        Under autocast T and N are rounded up to a multiple of 16, with targets that are ``IGNORED``.
+        Under autocast, and with bf16 weights, T and N are rounded up to a multiple of 16: such targets are ``IGNORED``.
 
         Args:
             model: as in ``loss``.
@@ -212,7 +223,9 @@ class NextToken(ModelObjective):
         device = next(model.parameters()).device
         given = {name: getattr(batch, name, None) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
         inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
-        rounded = torch.is_autocast_enabled(device.type)
+        causal = transformer_of(model)
+        in_bf16 = next(causal.parameters()).dtype == torch.bfloat16
+        rounded = in_bf16 or torch.is_autocast_enabled(device.type)
         if rounded:
             inputs = _lengthened(inputs)
         length = inputs["input_ids"].shape[1]
@@ -223,7 +236,6 @@ class NextToken(ModelObjective):
             extra = -len(where) % _MULTIPLE
             where = functional.pad(where, (0, extra))
             targets = functional.pad(targets, (0, extra), value=IGNORED)
-        causal = transformer_of(model)
         inputs = _behind_prefix(model, inputs)
         if self._head_is_linear(causal):
             hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, -length:-1]

@@ -29,12 +29,15 @@ def no_trace() -> Iterator[None]:
 
 @torch.no_grad()
 def draw(model: nn.Module, key: Key) -> None:
-    """Overwrite all that requires a gradient, but DoRA's magnitudes, by values of ``key``; none on the meta device."""
+    """Overwrite all that requires a gradient, but DoRA's magnitudes, with fp32 values drawn by ``key``.
+
+    On the meta device none is drawn.
+    """
     for path, module in model.named_modules():
-        if ".lora_magnitude_vector." in path:
-            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and not parameter.is_meta:
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()  # whatever the frozen base is held in
+            if parameter.requires_grad and not parameter.is_meta and ".lora_magnitude_vector." not in f"{path}.":
                 values = _initial(path, module, parameter.numel(), key.fold(f"{path}.{name}"))
                 parameter.copy_(values.view_as(parameter))
 
