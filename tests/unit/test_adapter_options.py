@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
     with pytest.raises(UserError, match=r"set adapter in site\.toml"):
         adapted(site, recipe)
     moved = Site(name="Ann", data=SiteFile(path=str(tmp_path / "rows.jsonl")), adapter=str(tmp_path / "moved"))
-    assert work(moved, recipe.identity_toml(), None).base == start["base"]
+    assert work(moved, None, recipe.identity_toml(), None).base == start["base"]
 
 
 def change_config(**settings: Any) -> Callable[[Path], None]:
@@ -242,6 +242,34 @@ def test_an_adapter_that_peft_would_attach_elsewhere_is_not_written(tmp_path: Pa
     with pytest.raises(UserError, match="peft reads module names of deepseek_v3 as those of an older layout"):
         adapters.LoRA(rank=2, alpha=4).export(model, "tiny", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dora": True}, "DoRA's magnitudes begin as the norms of the weights"),
+        (
+            {"modules": ["q_proj"], "modules_to_save": ["k_proj"]},
+            r"names .*k_proj, which is quantised; give embeddings",
+        ),
+    ],
+)
+def test_what_begins_from_quantised_weights_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = {"name": "tiny", "quantised": "4-bit"}
+    with pytest.raises(UserError, match=message):
+        check(tiny_recipe(tmp_path, model=model, algorithm={"name": "fedit", **settings}))
+
+
+def test_over_a_bf16_base_an_adapter_and_dense_modules_are_trained_and_handed_over(tmp_path: Path) -> None:
+    algorithm = {"name": "fedit", "dora": True, "modules_to_save": ["norm"], "training": {"learning_rate": 0.01}}
+    recipe = tiny_recipe(tmp_path, rounds=2, algorithm=algorithm, model={"name": "tiny", "dtype": "bf16"})
+    summary = run(recipe, tmp_path / "run", silent)
+    assert summary["eval_loss"][-1] < summary["eval_loss"][0] - 0.05
+    export_folder(tmp_path / "run", tmp_path / "adapter", silent, adapter_alone=True)
+    again = {**algorithm, "adapter": str(tmp_path / "adapter")}
+    recipe = tiny_recipe(tmp_path, rounds=1, algorithm=again, model={"name": "tiny", "dtype": "bf16"})
+    went_on = run(recipe, tmp_path / "again", silent)
+    assert went_on["eval_loss"][0] == pytest.approx(summary["eval_loss"][-1], rel=1e-6)
 
 
 def test_a_method_without_an_adapter_writes_none(tmp_path: Path) -> None:
