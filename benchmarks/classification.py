@@ -34,15 +34,19 @@ ALPHAS, SEEDS, CLIENTS = (0.1, 1.0), (1, 2, 3), 20
 IMAGES = {
     "model": {"name": "lenet5"},
     "rounds": 50,
+    "cohort": 10,
+    "local_only": 20,
     "training": {"batch_size": 32, "epochs": 1, "steps": "none"},
     "rates": (0.03, 0.1, 0.3, 1.0, 3.0),
 }
 TEXTS = {
     "model": {"name": "packaged:minilm"},
-    "rounds": 20,
-    "text": {"max_tokens": 64},
+    "rounds": 15,
+    "cohort": 5,
+    "local_only": 10,
+    "text": {"max_tokens": 32},
     "training": {"batch_size": 16, "steps": 10},
-    "rates": (0.03, 0.1, 0.3),
+    "rates": (0.1, 0.3, 1.0),
 }
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "mnist": {**IMAGES, "data": {"source": "mnist"}},
@@ -71,6 +75,9 @@ def settings(task: str, method: str, alpha: float, seed: int, rate: float, local
         local_only: whether FedAvg's run has the baseline.
     """
     made, central = TASKS[task], method == "central"
+    training = {**made["training"], "learning_rate": rate, "clip": 1.0}
+    if central and isinstance(training["steps"], int):
+        training["steps"] *= made["cohort"]  # as many as the clients of a round take together
     skewed = {"kind": "dirichlet", "alpha": alpha, "clients": CLIENTS, "min_examples": 2}
     return recipe(
         seed=seed,
@@ -78,15 +85,12 @@ def settings(task: str, method: str, alpha: float, seed: int, rate: float, local
         model=made["model"],
         data={**made["data"], "partition": {"kind": "iid", "clients": 1} if central else skewed},
         text=made.get("text", {}),
-        clients={"per_round": 1 if central else CLIENTS // 2},
-        algorithm={
-            "name": "fedavg" if central else method,
-            "training": {**made["training"], "learning_rate": rate, "clip": 1.0},
-        },
+        clients={"per_round": 1 if central else made["cohort"]},
+        algorithm={"name": "fedavg" if central else method, "training": training},
         evaluation={
             "every": made["rounds"],
             "batch_size": 64,
-            "local_only_clients": CLIENTS if method == "fedavg" and local_only else 0,
+            "local_only_clients": made["local_only"] if method == "fedavg" and local_only else 0,
         },
     )
 

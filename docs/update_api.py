@@ -50,6 +50,7 @@ CHAPTERS = {
         "models.classifier_folder",
         "models.adapters.interface",
         "models.adapters.lora",
+        "models.adapters.modules",
         "models.adapters.prompt",
     ),
     "Data": ("data.examples", "data.held_out", "data.batches", "data.labelled_batches", "data.registry"),

@@ -25,7 +25,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import shapes_by_round
+from fedferret.core.stages import Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
@@ -112,7 +112,13 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
     """
     resolve_device(recipe.execution.device)
     recipe.objective.check(recipe.model.name, recipe.text)
-    algorithm, model = recipe.algorithm, tuned_skeleton(recipe)
+    algorithm = recipe.algorithm
+    if recipe.model.train == "head" and isinstance(algorithm, Staged) and len(algorithm.planned(recipe.rounds)) > 1:
+        raise UserError(
+            f'model.train="head": {algorithm.name} has several stages, and each after the first would train all '
+            f"weights; leave train out"
+        )
+    model = tuned_skeleton(recipe)
     if recipe.model.train == "head" and adapter_of(model) is not None:
         raise UserError(
             f'model.train="head": {algorithm.name} tunes an adapter in the frozen model, and the head beside it; '
@@ -124,6 +130,8 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"examples; set packed=false"
         )
     precision.check(recipe, model)
+    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
 
@@ -134,12 +142,14 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     Args:
         recipe: with the data's source.
         at_sites: sites hold the examples; here is only what is held out.
-        log: called with a line on clients that hold nothing out.
+        log: called with the data's notes, and with a line on clients that hold nothing out.
 
     Raises:
         UserError: too few clients, an empty client, nothing to evaluate on, or metrics that do not apply.
     """
     data = recipe.data.load(Key.of(recipe.seed, "data"))
+    for note in data.notes:
+        log(note)
     if recipe.held_out_share and not at_sites:
         data = hold_out(data, recipe.held_out_share, Key.of(recipe.seed, "held out"), log)
     if recipe.clients.per_round > len(data.clients):
@@ -195,6 +205,12 @@ class Parts:
         precision.put_on_device(self.recipe.model, self.loaded.model, self.recipe.execution.device)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
+        self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
+        if not self.objective.reads_every_token(self.loaded):  # then all data are read now, not in round 1
+            for client in self.examples:
+                _ = self.examples[client]
+            for name in self.data.held_out:
+                self.examples.held_out(name)
 
     @classmethod
     def over(
@@ -216,6 +232,11 @@ class Parts:
         """
         loaded = precision.load(recipe.objective, recipe.model, recipe.execution.device, log)
         return cls(recipe, loaded, data, folder, **options)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user on how the data were read."""
+        return self.data.notes
 
     @property
     def objective(self) -> ModelObjective:

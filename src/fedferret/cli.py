@@ -11,10 +11,10 @@ import typer
 
 from fedferret.command_errors import one_line_errors
 from fedferret.core.imports import quick_imports
+from fedferret.core.text import printable_lines
 from fedferret.pki_cli import pki
 from fedferret.sites_cli import sites
 
-_log = typer.echo
 app = typer.Typer(
     name="fedferret",
     no_args_is_help=True,
@@ -29,7 +29,7 @@ It writes a folder with a report (`report.html`), the figures (`summary.json`)
 and the tuned model as a log of kilobytes.
 `fedferret list` shows all methods, models and data sources.
 """,
-    epilog="Exit codes: 0 done, 1 the run failed, 2 invalid input, 130 stopped with Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 invalid input, 130 stopped with Ctrl-C (SIGTERM 143, SIGHUP 129).",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, TOML.", metavar="RECIPE.toml", show_default=False)]
@@ -45,8 +45,37 @@ StoredDtype = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/NAME-OF-RECIPE")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from fedferret import __version__
+
+        _log(f"fedferret {__version__}")
+        raise typer.Exit
+
+
+def _log(line: str) -> None:
+    """Print what a command has to say; names in it may have any character."""
+    typer.echo(printable_lines(line, longest=1_000_000))
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
 @app.command()
-def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="Resume with other data than the run began with.")
+    ] = False,
+) -> None:
     """Run a recipe: tune the model, evaluate it, write a report.
 
     RECIPE.toml sets the model, the data and the method; `recipes/` has examples.
@@ -61,7 +90,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> Non
             from fedferret.runner import run as run_recipe
 
         folder = out or Path("runs") / recipe.stem
-        run_recipe(from_tables(tables), folder, _log)
+        run_recipe(from_tables(tables), folder, _log, accept_changed_data=accept_changed_data)
         _log(_closing_lines(folder))
 
 

@@ -1,4 +1,12 @@
-"""What a command prints and exits with when it cannot do what was asked."""
+"""What a command prints and exits with when it cannot do what was asked: the one place that all commands share.
+
+    UserError                          2    a mistake of the user's
+    OSError                            2    a file or folder that cannot be read or written
+    RunError                           1    a run that cannot go on
+    Ctrl-C, SIGTERM, SIGHUP            130, 143, 129
+
+Any other exception is a defect of ours, and shows its traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +17,37 @@ from contextlib import contextmanager
 import typer
 
 from fedferret.core.errors import RunError, UserError
+from fedferret.core.files import in_words
+from fedferret.core.signals import code_of, stoppable
+from fedferret.core.text import plain_line
+
+LONGEST = 1000  # characters of a line: it names a file, and a file's name has 255
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print errors as one line and exit: UserError with code 2, RunError or a file's error with 1, Ctrl-C with 130."""
+    """Print errors that are no defects as one line and exit; SIGTERM and SIGHUP end the command as Ctrl-C does."""
     try:
-        yield
+        with stoppable():
+            yield
     except UserError as error:
         _print_error(error)
         raise typer.Exit(2) from None
     except RunError as error:
         _print_error(error)
         raise typer.Exit(1) from None
-    except OSError as error:
-        if error.filename is None:  # of no file of the user's: a defect
-            raise
-        _print_error(f"{error.filename}: {error.strerror}: mend that, and give the command again")
+    except BrokenPipeError:  # whoever read the output has read enough
         raise typer.Exit(1) from None
+    except OSError as error:
+        if error.filename is None and error.errno is None:  # raised by a library for reasons unknown here: a defect
+            raise
+        _print_error(f"{in_words(error)}: mend that, or give another file or folder")
+        raise typer.Exit(2) from None
     except KeyboardInterrupt as error:
         _print_error(error if error.args else "stopped")
-        raise typer.Exit(130) from None
+        raise typer.Exit(code_of(error)) from None
 
 
 def _print_error(error: object) -> None:
-    print("fedferret:", " ".join(str(error).split()), file=sys.stderr)  # messages of torch can have many lines
+    # messages of torch can have many lines, and names in a message any character
+    print("fedferret:", plain_line(str(error), LONGEST), file=sys.stderr)

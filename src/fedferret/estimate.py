@@ -211,7 +211,7 @@ def _seconds(recipe: Recipe, data: FederatedData, training: Any, model: nn.Modul
     examples = batches * batch
     forward = _forward(recipe, model, data, body, vocabulary)
     operations = trainings * examples * per_weight / 2 * forward(client)
-    evaluations = recipe.rounds // recipe.evaluation.every + 1
+    evaluations = math.ceil(recipe.rounds / recipe.evaluation.every) + 1
     operations += evaluations * scored.count * forward(scored)
     if recipe.scores_clients:  # all clients at either end, the cohort in between
         asked = 2 * len(data.clients) + (evaluations - 2) * recipe.clients.per_round

@@ -23,7 +23,7 @@ from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_alg
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import write_atomically
+from fedferret.core.files import check_place, write_atomically
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
@@ -121,6 +121,7 @@ def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print, d
     ``dtype`` is that of the weights; None: see ``chosen_dtype``. Raises UserError for what is no run with a finished
     round, RunError where the base is not the one it began from.
     """
+    check_place(folder)
     refuse_filled(folder)
     recipe, entries = _read_run(run)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
@@ -130,6 +131,7 @@ def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print, d
 
 def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
     """Write the log of ``run`` as a delta file at ``path``. Raises as ``export_folder`` does."""
+    check_place(path)
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
     recipe, entries = _read_run(run)
@@ -150,6 +152,7 @@ def apply_delta(
     ``dtype`` is that of the weights; None: see ``chosen_dtype``. Raises UserError for a file that is no delta, is
     damaged, or belongs to another base; RunError where this machine arrives at other weights than the file says.
     """
+    check_place(folder)
     refuse_filled(folder)
     delta = read_delta(path)
     objective, _, _ = delta.parts()

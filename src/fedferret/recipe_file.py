@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core.errors import UserError
+from fedferret.core.files import in_words
 
 
 def read_tables(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -19,18 +20,35 @@ def read_tables(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: if the file is missing, unreadable or not TOML, or an override is malformed.
     """
-    path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe; see `recipes/` or `fedferret list`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+    tables = read_toml(Path(path), "there is no such recipe; see `recipes/` or `fedferret list`")
     for text in overrides:
         _override(tables, text)
     return tables
+
+
+def read_toml(path: Path, missing: str) -> dict[str, Any]:
+    """Read a TOML file; a byte-order mark, which editors of Windows write, is passed over.
+
+    Args:
+        path: of the file.
+        missing: what to say where there is none.
+    Returns:
+        Its tables.
+    Raises:
+        UserError: if the file is missing, unreadable or not TOML.
+    """
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
+            raise UserError(f"{path}: cannot be read, it is no file")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: {missing}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read, it is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{in_words(error)}: it cannot be read") from None
+    except (ValueError, RecursionError) as error:  # TOML's own error; a number of thousands of digits; deep nesting
+        raise UserError(f"{path}: not TOML: {error}") from None
 
 
 def _override(tables: dict[str, Any], text: str) -> None:
@@ -46,5 +64,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {text}: {name} is a setting, not a table")
     try:
         table[names[-1]] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError as error:
+        raise UserError(f"--set {path}: {error}") from None
+    except ValueError:
         table[names[-1]] = value.strip()

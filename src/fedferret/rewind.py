@@ -16,11 +16,12 @@ from fedferret.core.errors import UserError
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import FolderClientStore, held
 from fedferret.experiment import begun_recipe
-from fedferret.runner import SERVED, alone, check_begun, lost_files_in_a_line
+from fedferret.run_folder import alone, check_begun, lost_files_in_a_line
 from fedferret.sites.members import Members, check_left
 from fedferret.sites.supervisor import alone_in
 from fedferret.tracking import checkpoint, events, rewinding
 from fedferret.tracking.report import write_report
+from fedferret.tracking.starts import SERVED
 from fedferret.tracking.summary import read_summary, write_summary
 from fedferret.tracking.units import as_bytes
 from fedferret.wire import codec

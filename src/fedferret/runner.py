@@ -6,7 +6,6 @@ run; what is safely on disk stays, and the same command goes on from there.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import secrets
@@ -17,40 +16,38 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedferret.build import load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.clients import ClientChanges
-from fedferret.core.errors import RunError, UserError
 from fedferret.core.exchanges import ClientUpdate, Failure, Reply
-from fedferret.core.files import write_atomically
-from fedferret.core.log import RESTORE
+from fedferret.core.files import check_place, write_atomically
 from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
+from fedferret.core.signals import Stopped, code_of
+from fedferret.data.pinned import pins
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.disk import log_room
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.per_client import spread
-from fedferret.experiment import Experiment, read_recipe, recipe_fingerprint
+from fedferret.experiment import Experiment, recipe_fingerprint
 from fedferret.local.first_order import observing_steps
-from fedferret.tracking import checkpoint, client_lists, events, folder, rewinding
+from fedferret.run_folder import alone, belongs, check_begun, finished_summary, lost_files_in_a_line
+from fedferret.tracking import client_lists, events, folder, rewinding
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.environment import write_environment
 from fedferret.tracking.figures import headline
+from fedferret.tracking.pins import Pinned, changed_files, check_data, check_files
 from fedferret.tracking.progress import Progress
 from fedferret.tracking.report import write_report
-from fedferret.tracking.summary import is_finished, read_summary, write_summary
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
-SERVED = "server"  # what `fedferret serve` keeps in a run's folder, from before the run begins
+from fedferret.tracking.starts import discard, leaving_nothing, replaceable
+from fedferret.tracking.summary import read_summary, write_summary
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the run's folder was left resumable."""
+class Interrupted(Stopped):
+    """Ctrl-C or another signal, after the run's folder was left resumable."""
 
 
 def run(
@@ -63,6 +60,7 @@ def run(
     changes: Callable[[], ClientChanges] = ClientChanges,
     on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
     on_client: Callable[[str], None] = lambda client: None,
+    accept_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe in a folder; an unfinished run of it is continued.
 
@@ -75,6 +73,7 @@ def run(
         changes: returns the changes to the list of clients that are asked for; called as a round begins.
         on_message: called with every message to and from them.
         on_client: called with a client's name before its reply is read, and with "" after that.
+        accept_changed_data: go on with other data than the run began with.
 
     Returns:
         The summary, as ``summary.json`` holds it.
@@ -84,104 +83,36 @@ def run(
         RunError: the run cannot go on; what is finished stays.
         Interrupted: Ctrl-C.
     """
+    check_place(out)
     resumes = belongs(recipe, out)
     if resumes:
         read_summary(out)  # damage is found now, before the model is loaded
         if (done := finished_summary(recipe, out, log)) is not None:
             return done
+    pinned = Pinned(pins(recipe.data, recipe.model.name, recipe.text.template), accept=accept_changed_data)
+    if resumes and replaceable(out) and changed_files(out, pinned.files):
+        resumes = False  # it is begun anew, with the files as they are
     with ExitStack() as stack:
         stack.enter_context(lost_files_in_a_line(out))
         if resumes:
             stack.enter_context(alone(out))  # before the model is loaded, which takes long
             check_begun(out)
+            check_files(out, pinned)
+        else:
+            stack.enter_context(leaving_nothing(out))
+            if replaced := replaceable(out):
+                stack.enter_context(alone(out))
+                log(f"{out} holds a start that came to nothing: it is replaced.")
+                discard(out, locked=True)
         experiment = Experiment.load(recipe, out, log, transport, protection, changes)
         if not resumes:  # only now: a recipe that was refused claims no folder
-            write_atomically(out / "recipe.toml", recipe.to_toml())
             write_environment(out)
             folder.explain(out)
-            stack.enter_context(alone(out))
+            write_atomically(out / "recipe.toml", recipe.to_toml())
+            if not replaced:
+                stack.enter_context(alone(out))
         log_room(experiment, out, log)
-        return Run(experiment, out, log, on_message, on_client).finish()
-
-
-def check_begun(out: Path) -> None:
-    """Refuse a folder with a checkpoint and no event log. Raises RunError."""
-    if checkpoint.saved_round(out) is not None and not (out / events.FILE).exists():
-        raise RunError(f"{out / events.FILE} is missing, and the run in {out} has begun: {RESTORE}")
-
-
-def finished(recipe: Recipe, out: Path) -> bool:
-    """Whether the recipe's run in its folder is finished; a rewound one is not, whatever its event log still says."""
-    return is_finished(out) and checkpoint.saved_round(out) in (None, recipe.rounds)
-
-
-def finished_summary(recipe: Recipe, out: Path, log: Callable[[str], None]) -> dict[str, Any] | None:
-    """The summary of a run that is finished, which is said; None of one that is not.
-
-    A kill after the run's last event may have come before summary and report were written: they are written now.
-    """
-    if not finished(recipe, out):
-        return None
-    log(f"{out} holds this run, finished: nothing to do. Another folder (--out) runs it again.")
-    summary = read_summary(out)
-    if summary.get("status") != "finished":
-        summary = write_summary(out)
-        write_report(out)
-    return summary
-
-
-@contextmanager
-def lost_files_in_a_line(out: Path) -> Iterator[None]:
-    """A disk without room, or one that failed, met in whatever is written, is no traceback. Raises RunError."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "make room" if error.errno in FULL else "mend that"
-        raise RunError(
-            f"{error.strerror or error} ({error.filename or out}): every finished round is safe; {remedy}, "
-            f"and the same command goes on after them"
-        ) from error
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Lock the folder. Raises UserError where another process has it."""
-    try:
-        with FileLock(out / "state" / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{out} is in use by another process: wait for it, or give another folder") from None
-
-
-def belongs(recipe: Recipe, out: Path) -> bool:
-    """Whether ``out`` is this recipe's folder already.
-
-    Raises:
-        UserError: it is another's, not a free one, or its recipe cannot be read.
-        RunError: its recipe is missing, or its event log cannot be read.
-    """
-    events.check_format(out)
-    if (out / "recipe.toml").exists() or (out / events.FILE).exists():
-        change = difference(read_recipe(out).identity(), recipe.identity())
-        if change:
-            raise UserError(f"{out} holds a run with another {change}: choose another folder with --out")
-        return True
-    if out.exists() and (not out.is_dir() or any(path.name != SERVED for path in out.iterdir())):
-        raise UserError(f"{out} exists and is no run folder: choose another one with --out")
-    return False
-
-
-def difference(known: dict[str, Any], given: dict[str, Any], where: str = "") -> str:
-    """The first setting in which two recipes differ, with both values; "" where they are equal."""
-    for name in [*known, *(name for name in given if name not in known)]:
-        left, right = known.get(name), given.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found = difference(left, right, f"{where}{name}.")
-            if found:
-                return found
-        elif left != right:
-            return f"{where}{name} ({left!r} there, {right!r} here)"
-    return ""
+        return Run(experiment, out, log, on_message, on_client, pinned).finish()
 
 
 class Run:
@@ -194,7 +125,9 @@ class Run:
         log: Callable[[str], None],
         on_message: Callable[[Mapping[str, Any]], None] = lambda event: None,
         on_client: Callable[[str], None] = lambda client: None,
+        pinned: Pinned | None = None,
     ) -> None:
+        self.pinned = pinned or Pinned({})
         self.experiment, self.out, self.log, self.on_message = experiment, out, log, on_message
         self.on_client = on_client
         self.recipe = experiment.recipe
@@ -208,6 +141,7 @@ class Run:
         """Run what is left, and leave a summary and a report whatever happens."""
         experiment, recipe = self.experiment, self.recipe
         state = experiment.initial_state()
+        check_data(self.out, self.pinned, experiment.data.fingerprint, state.round)
         rewinding.log_rewind(self.out)
         self._announce(state)
         known = events.read(self.out)
@@ -257,9 +191,10 @@ class Run:
     def _reporting(self, state: RunState) -> Iterator[None]:
         try:
             yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             self._log_event("interrupted", round=state.round)
-            raise Interrupted(f"stopped after round {state.round}; the same command goes on from there") from None
+            said = f"stopped after round {state.round}; the same command goes on from there"
+            raise Interrupted(said, code_of(error)) from None
         finally:
             write_summary(self.out)
             write_report(self.out)
@@ -268,25 +203,29 @@ class Run:
 
     def _announce(self, state: RunState) -> None:
         experiment, recipe = self.experiment, self.recipe
+        read: dict[str, Any] = {"files": self.pinned.files, "data_fingerprint": experiment.data.fingerprint}
         unlimited = limits_off(state.node, recipe.pool)
         if unlimited:
             self.log(f"The norms of clients' updates are not limited: {unlimited}.")
         if state.round or (self.out / events.FILE).exists():
             self.log(f"Resuming after round {state.round} of {recipe.rounds}.")
-            self._log_event("resume", round=state.round)
+            self._log_event("resume", round=state.round, **(read if self.pinned.changed else {}))
+            if self.pinned.changed:
+                self.log("The data is not what the run began with: losses before and after are of different data.")
             return
         self._log_event(
             "start",
             method=recipe.algorithm.name,
             model=recipe.model.name,
             data=experiment.data.source,
-            data_fingerprint=experiment.data.fingerprint,
+            **read,
             rounds=recipe.rounds,
             clients=len(experiment.data.clients),
             held_out=sum(map(len, experiment.data.held_out.values())),
             parameters=experiment.base_size,
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
+            notes=list(experiment.notes),
             base=experiment.base_fingerprint,
             recipe=recipe_fingerprint(self.out),
             run="" if experiment.trains_here else secrets.token_hex(8),  # sites keep runs of one recipe apart

@@ -1,20 +1,23 @@
-"""A site that speaks Flower's fleet API itself, and replies with whatever objects it likes."""
+"""A certified site that speaks Flower's fleet API itself, and replies with whatever objects it likes."""
 
 from __future__ import annotations
 
 import hashlib
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
-    RegisterNodeFleetRequest,
 )
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
@@ -22,11 +25,13 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import ConfigRecord
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedferret.engines.transport import Request
+from fedferret.engines.transport import SERVER, Request
+from fedferret.sites.credentials import SiteCredentials
+from fedferret.sites.signing import SiteSeal
 from fedferret.wire import codec
 
 SUPERLINK = 1  # node id
@@ -71,12 +76,17 @@ def honest(content: bytes) -> Object:
     return Object("Message", b"", (middle,))
 
 
-class HostileSite:
-    """A node without a key, for a server in insecure mode; it replies in a thread until it is closed."""
+Attack = Callable[[Request, SiteSeal], Object]
 
-    def __init__(self, port: int, name: str, attack: Callable[[Request], Object]) -> None:
-        """``attack`` makes the reply to each request."""
-        self.name, self._attack, self._port = name, attack, port
+
+class HostileSite:
+    """A node with the site's certificate and keys; it replies in a thread until it is closed."""
+
+    def __init__(self, port: int, credentials: SiteCredentials, folder: Path, attack: Attack) -> None:
+        """``attack`` makes the reply to each request, with the site's seal; ``folder`` is for what the seal keeps."""
+        self.name, self._attack, self._port, self._credentials = credentials.name, attack, port, credentials
+        folder.mkdir()
+        self._seal = SiteSeal(credentials, folder)
         self.asked: list[Request] = []
         self.trouble = ""
         self._over = threading.Event()
@@ -88,15 +98,19 @@ class HostileSite:
         self._thread.join(60)
 
     def _serve(self) -> None:
-        private, public = generate_key_pairs()
+        private = load_ssh_private_key(self._credentials.node_key.read_bytes(), None)
+        assert isinstance(private, EllipticCurvePrivateKey)
+        public = private.public_key()
         proofs = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(private, public)]
-        with FleetHttpClient.from_server_address(f"127.0.0.1:{self._port}", True, None, proofs) as client:
+        tls = ssl.create_default_context(cafile=self._credentials.authority)
+        tls.load_cert_chain(self._credentials.certificate, self._credentials.key)
+        with FleetHttpClient(f"https://127.0.0.1:{self._port}", interceptors=proofs, verify=tls) as client:
             key, node = public_key_to_bytes(public), None
             while not self._over.wait(0.7):
                 try:
                     if node is None:
-                        node = Node(node_id=client.RegisterNode(RegisterNodeFleetRequest(public_key=key)).node_id)
-                        client.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=1800))
+                        activate = ActivateNodeRequest(public_key=key, heartbeat_interval=1800)
+                        node = Node(node_id=client.ActivateNode(activate).node_id)
                     pulled = client.PullMessages(PullMessagesRequest(node=node))
                     for message, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                         self._reply(client, node, message, tree)
@@ -108,7 +122,7 @@ class HostileSite:
         if asked.message_type.startswith("query"):
             root = honest(self.name.encode())
         else:
-            root = self._attack(self._request(client, node, asked.run_id, tree))
+            root = self._attack(self._request(client, node, asked.run_id, tree), self._seal)
         proto = MessageProto()
         proto.metadata.CopyFrom(asked)
         proto.metadata.message_id, proto.metadata.reply_to_message_id = root.name, asked.message_id
@@ -140,7 +154,7 @@ class HostileSite:
                 break
             time.sleep(0.1)
         record = ConfigRecord.FromString(pulled.object_content.split(b"\0", 1)[1])
-        request = codec.decode(record.items[0].value.bytes)
+        request = codec.decode(self._seal.open(SERVER, record.items[0].value.bytes))
         assert isinstance(request, Request)
         self.asked.append(request)
         return request

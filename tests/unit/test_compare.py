@@ -69,7 +69,7 @@ def test_the_example_is_a_grid() -> None:
         ({"seeds": []}, r"seeds=\[\]: must be a list of different whole numbers"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: must be a list of different"),
         ({"seeds": [True]}, r"seeds=\[True\]: must be"),
-        ({"target_loss": "low"}, r"target_loss='low': must be a loss above 0"),
+        ({"target_loss": "low"}, r"target_loss='low': must be a value of loss above 0"),
         ({"budget_bytes": -1}, r"budget_bytes=-1: must be bytes above 0"),
         ({"target_los": 3.0}, r'target_los: there is no such setting in a grid; did you mean "target_loss"\?'),
         ({"methods": []}, r"\[\[methods\]\]: this list of tables is missing"),

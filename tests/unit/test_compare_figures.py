@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from fedferret.comparison.commands import gather
+from fedferret.comparison.plots import draw
 from fedferret.comparison.run_status import record_outcome
 from fedferret.comparison.table import as_csv, as_json, as_markdown
 from fedferret.comparison.worker import Outcome
+from fedferret.core.errors import UserError
+from fedferret.tracking.events import EventLog
 from unit.written_grid import (
     EACH,
     cell_of,
@@ -36,7 +39,7 @@ def test_figures_are_means_and_sample_deviations_over_seeds(tmp_path: Path) -> N
         assert mean["bytes_up_all_clients"] == mean["bytes_down_all_clients"] == 2 * 2 * each
         assert mean["seconds_local"] == 2 * 2 and mean["seconds_overhead"] == 2 * 3
         assert mean["peak_memory_bytes"] > 1e7
-    assert rows["A"].curve()[1] == pytest.approx((1, 4.2, 2000, 5.0))
+    assert rows["A"].curve()[1] == pytest.approx((1, 4.2, 2000, 5.0, 4.2))
     assert rows["A"].band() == [(5.0, 5.2), (4.0, 4.4), (3.0, 3.2)]
 
 
@@ -85,6 +88,32 @@ def test_rows_that_no_other_row_dominates_are_pareto_optimal(tmp_path: Path) -> 
     assert {row.row.label for row in gather(grid, tmp_path).rows if row.pareto_optimal} == {"small", "good", "best"}
 
 
+def test_classifiers_are_ranked_and_stopped_by_accuracy(tmp_path: Path) -> None:
+    """A confident classifier can have the higher accuracy and the higher loss."""
+    given = {"model": {"name": "lenet5"}, "data": {"source": "digits"}, "text": {}, "seeds": [1]}
+    grid = written_grid(tmp_path, ["A", "B"], **given)
+    for label, each, losses, accuracies in (
+        ("A", 10, {0: 2.3, 1: 0.5, 2: 0.4}, {0: 0.1, 1: 0.6, 2: 0.7}),
+        ("B", 100, {0: 2.3, 1: 0.9, 2: 0.8}, {0: 0.1, 1: 0.85, 2: 0.9}),
+    ):
+        cell = cell_of(grid, tmp_path, label, 1)
+        write_cell(cell, losses, each, accuracies=accuracies)
+        spread = {"client-mean": 0.5, "worst-tenth": 0.25}
+        EventLog(cell.folder).write("baseline", name="local-only", loss=1.5, per_client={}, spread=spread)
+    comparison = gather(grid, tmp_path)
+    rows = rows_by_label(comparison)
+    assert list(rows) == ["B", "A"]  # the highest accuracy first
+    assert comparison.target == pytest.approx(0.1 + 0.9 * (0.9 - 0.1))
+    assert rows["B"].mean["rounds_to_target"] == 1 and math.isnan(rows["A"].mean["rounds_to_target"])
+    assert all(row.pareto_optimal for row in comparison.rows)  # A has fewer bytes, B the higher accuracy
+    assert rows["A"].mean["local-only loss"] == 1.5 and rows["A"].mean["local-only worst-tenth"] == 0.25
+    text = as_markdown(comparison)
+    assert "Rows are sorted by accuracy" in text and "Target: accuracy 0.820" in text and "nats per example" in text
+    assert {plot.name for plot in draw(comparison)} >= {"accuracy-by-round", "front"}
+    with pytest.raises(UserError, match=r"target_loss=1.0: these runs are judged by accuracy; give target alone"):
+        written_grid(tmp_path / "refused", ["A"], target_loss=1.0, **given)
+
+
 def test_a_failed_seed_is_reported_and_left_out_of_the_means(tmp_path: Path) -> None:
     grid = written_grid(tmp_path, ["A", "B"])
     write_cell(cell_of(grid, tmp_path, "A", 1), {0: 5.0, 2: 4.0})
@@ -92,7 +121,7 @@ def test_a_failed_seed_is_reported_and_left_out_of_the_means(tmp_path: Path) -> 
     write_cell(cell_of(grid, tmp_path, "B", 1), {0: 5.0, 2: math.nan})
     comparison = gather(grid, tmp_path)
     rows = rows_by_label(comparison)
-    assert rows["A"].loss == 4.0 and list(rows) == ["A", "B"] and comparison.over == 3
+    assert rows["A"].score == 4.0 and list(rows) == ["A", "B"] and comparison.over == 3
     text = as_markdown(comparison)
     assert "| A ◆ | 1 of 2 | 4.000 ± - |" in text and "| B | 0 of 2 | diverged, waiting |" in text
     assert "* A, seed 2: diverged: round 1: 0 clients replied\n" in text

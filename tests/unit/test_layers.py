@@ -33,9 +33,20 @@ MAY = {
     "engines": {"core", "wire"},
     "evaluation": {"core", "data", "models", "objectives"},
     "tracking": {"core", "wire", "data"},
-    "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "settings"},
-    "sites": {"core", "data", "engines", "resident", "tracking", "config", "disk", "runner"},
-    "comparison": {"core", "tracking", "build", "config", "estimate", "recipe_file", "runner"},
+    "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "recipe_file", "settings"},
+    "sites": {
+        "core",
+        "data",
+        "engines",
+        "resident",
+        "tracking",
+        "config",
+        "disk",
+        "recipe_file",
+        "run_folder",
+        "runner",
+    },
+    "comparison": {"core", "tracking", "build", "config", "estimate", "recipe_file", "run_folder", "runner"},
 }
 
 

@@ -14,6 +14,9 @@ import pytest
 
 pytest.importorskip("cryptography", reason='certificates need pip install "fedferret[flower]"')
 
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+
 from fedferret.core.errors import UserError
 from fedferret.sites import nginx
 from fedferret.sites.certificates import node_key_header
@@ -284,11 +287,14 @@ def test_a_call_is_small_an_upload_as_long_as_answers_are_and_none_is_written_to
     superlink.calls.clear()
     number, folder = outside.free_port(), tmp_path / "nginx"
     limits = nginx.Limits(upload=nginx.upload_limit(1_000_000))
+    larger = {"push-object": limits.upload, "push-messages": limits.announcement}
+    hostile = PushMessagesRequest(message_object_trees=[ObjectTree(children=[ObjectTree(object_id=64 * "f")] * 46)])
+    assert len(hostile.SerializeToString()) > limits.announcement  # so many objects of one reply cannot be announced
     with Proxy(folder, federation.server, f"127.0.0.1:{number}", f"127.0.0.1:{superlink.port}", limits):
         good = federation.pairs["ward-7"]
         before = {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")}
         for name in nginx.FLEET:
-            path, size = f"/v1/fleet/{name}", limits.upload if name == "push-object" else limits.call
+            path, size = f"/v1/fleet/{name}", larger.get(name, limits.call)
             assert call(number, federation.ca, good, path, body=bytes(size))[0] == 200
             line = outside.connection(number, federation.ca, good)
             line.putrequest("POST", path)
@@ -297,7 +303,7 @@ def test_a_call_is_small_an_upload_as_long_as_answers_are_and_none_is_written_to
             assert line.getresponse().status == 413
             line.close()
         assert {path: path.stat().st_mtime_ns for path in (folder / "temporary").rglob("*")} == before
-    assert [size for _, _, size in superlink.calls] == [limits.call] * 7 + [5048576] + [limits.call] * 2
+    assert [size for _, _, size in superlink.calls] == [larger.get(name, limits.call) for name in nginx.FLEET]
 
 
 def test_a_certificate_has_few_requests_at_a_time_and_the_others_have_theirs(

@@ -15,6 +15,7 @@ from fedferret.algorithms import registry
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedit import FedIT
 from fedferret.algorithms.ferret import Ferret
+from fedferret.build import check
 from fedferret.config import from_tables
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
@@ -225,6 +226,14 @@ def staged_tables(tmp_path: Path, full_rounds: int, **changes: Any) -> dict[str,
     tables = tiny_tables(tmp_path, algorithm=algorithm, rounds=4, **changes)
     del tables["algorithm"]["training"]
     return tables
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_head_alone_cannot_be_trained_in_stages(tmp_path: Path) -> None:
+    """A stage after the first trains all weights of what the stage before left."""
+    recipe = from_tables(staged_tables(tmp_path, 2, model={"name": "tiny", "train": "head"}))
+    with pytest.raises(UserError, match=r'model.train="head": .* has several stages'):
+        check(recipe)
 
 
 @pytest.mark.usefixtures("registered")

@@ -34,8 +34,6 @@ from fedferret.models import adapters
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # by module: A of (r, inputs), B of (outputs, r)
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _ONE_BY_ONE = {"batch_size": 1, "epochs": 1}  # how Ferret's paper trains all first-order baselines
 
 
@@ -64,7 +62,7 @@ class FedIT(FedAvg):
     }
     rank: int = 8  # r; the Ferret paper's
     alpha: int = 16  # α: the product is scaled by α / r, so that a change of r needs no other learning rate
-    modules: str | tuple[str, ...] = _ATTENTION + _FEED_FORWARD  # every linear map of a Llama's blocks
+    modules: str | tuple[str, ...] | None = None  # the architecture's own; of a Llama's blocks every linear map
     freeze_a: bool = False  # True halves the bytes and makes the mean exact, for factors that can say less
     training: FirstOrder = field(default_factory=_adam)
 

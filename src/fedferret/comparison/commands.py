@@ -24,7 +24,7 @@ from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import inside, write_atomically
 from fedferret.estimate import Estimate, estimate
 from fedferret.recipe_file import read_tables
-from fedferret.runner import belongs
+from fedferret.run_folder import belongs
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.events import check_format
 from fedferret.tracking.units import as_bytes, as_duration

@@ -1,6 +1,6 @@
 """The grid of a comparison: one task, several methods, several seeds.
 
-    grid file = the tables of a recipe (the base)  +  seeds, target_loss, budget_bytes, [[methods]]
+    grid file = the tables of a recipe (the base)  +  seeds, target, budget_bytes, [[methods]]
     a row     = the base, overridden by a [[methods]] entry and one combination of the values in its [methods.grid]
     a cell    = a row with one seed: an ordinary recipe, run in OUT/runs/<row>/seed-<seed>
 
@@ -22,7 +22,7 @@ from fedferret.core.errors import UserError, nearest
 
 TASK = ("model", "data", "objective", "text", "clients")
 PER_METHOD = ("rounds", "algorithm", "pool", "evaluation", "execution")  # what a method may override
-_GRID = ("seeds", "target_loss", "budget_bytes", "methods")
+_GRID = ("seeds", "target", "target_loss", "budget_bytes", "methods")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +64,30 @@ class Grid:
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
-    target_loss: float | None  # nats per token
+    target: float | None  # of the figure that rows are judged by
     budget_bytes: float | None  # up and down, per sampled client, summed over the rounds
     tables: Mapping[str, Any]  # the file's TOML tables
+
+    @property
+    def figure(self) -> str:
+        """What rows are ranked by: the objective's primary figure, "loss" or "accuracy" for example."""
+        return self.rows[0].recipe.objective.primary
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of that figure."""
+        return self.rows[0].recipe.objective.higher_is_better
+
+    def cost(self, score: float) -> float:
+        """The figure as something to minimise.
+
+        Args:
+            score: a value of the figure.
+
+        Returns:
+            The value, with its sign changed where higher is better; infinite for NaN, so that such rows sort last.
+        """
+        return math.inf if math.isnan(score) else -score if self.higher_is_better else score
 
     def to_toml(self) -> str:
         """The grid as TOML.
@@ -136,9 +157,18 @@ def resolve(tables: Mapping[str, Any]) -> Grid:
     for number, entry in enumerate(_entries(tables), start=1):
         rows += _rows({**base, "seed": seeds[0]}, entry, f"methods[{number}]")
     _refuse_same_folder(rows)
-    target = _above_zero(tables, "target_loss", "a loss above 0")
+    target = _target(tables, rows[0].recipe.objective.primary)
     budget = _above_zero(tables, "budget_bytes", "bytes above 0, such as 500_000")
     return Grid(tuple(rows), seeds, target, budget, tables)
+
+
+def _target(tables: Mapping[str, Any], figure: str) -> float | None:
+    """The value of the figure that a row's cost is counted to, if the grid has one."""
+    if "target_loss" in tables and (figure != "loss" or "target" in tables):
+        other = "target says the same" if figure == "loss" else f"these runs are judged by {figure}"
+        raise UserError(f"target_loss={tables['target_loss']}: {other}; give target alone")
+    name = "target_loss" if "target_loss" in tables else "target"
+    return _above_zero(tables, name, f"a value of {figure} above 0")
 
 
 def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterator[Row]:

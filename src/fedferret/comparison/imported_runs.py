@@ -71,10 +71,12 @@ def _read(folder: Path) -> tuple[Grid, dict[str, Any]]:
 def _result(cell: Cell, folder: Path, run: dict[str, Any]) -> RunResult:
     try:
         figures = {name: math.nan if value is None else float(value) for name, value in run["figures"].items()}
+        if cell.recipe.objective.primary == "loss":
+            figures.setdefault("score", figures["loss"])
         scores = set(run.get("scores", ()))
         return RunResult(
             cell,
-            tuple(Point(*(float(point[name]) for name in Point._fields)) for point in run["curve"]),
+            tuple(Point(*(float(point[name]) for name in Point._fields)) for point in map(_with_score, run["curve"])),
             {name: value for name, value in figures.items() if name not in scores},
             {name: value for name, value in figures.items() if name in scores},
             Task(**run["task"]),
@@ -82,3 +84,8 @@ def _result(cell: Cell, folder: Path, run: dict[str, Any]) -> RunResult:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--also {folder}: {cell.name} has no {error}; an older fedferret wrote it") from None
+
+
+def _with_score(point: dict[str, float]) -> dict[str, float]:
+    """The point; comparisons from before there were other scores have the loss alone."""
+    return {"score": point["loss"], **point}

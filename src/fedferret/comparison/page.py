@@ -11,6 +11,7 @@ from fedferret.comparison.plots import COLOURS, Style, draw, styles
 from fedferret.comparison.results import Comparison, RowResult
 from fedferret.comparison.table import PARETO_MARK, cells, headings, missing_runs, notes
 from fedferret.core.files import write_atomically
+from fedferret.core.text import shortened
 from fedferret.tracking.plots import DARK, LIGHT
 from fedferret.tracking.report import Figure, environment_of, templates
 from fedferret.tracking.units import as_bytes, as_duration, as_loss, as_ratio
@@ -85,7 +86,7 @@ def swatch(style: Style) -> Markup:
 
 def _title(comparison: Comparison) -> str:
     recipe = comparison.grid.rows[0].recipe
-    return f"{len(comparison.grid.rows)} methods on {recipe.model.name}"
+    return f"{len(comparison.grid.rows)} methods on {shortened(recipe.model.name, 100)}"
 
 
 def _sentence(comparison: Comparison) -> str:
@@ -99,11 +100,13 @@ def _sentence(comparison: Comparison) -> str:
 
 
 def _figures(comparison: Comparison) -> list[Figure]:
-    """The figures at the head of the page: the lowest loss, the fewest bytes and the least time to the target."""
+    """The figures at the head of the page: the best score, the fewest bytes and the least time to the target."""
     rows = [row for row in comparison.rows if row.runs]
     if not rows:
         return []
-    figures = [Figure("lowest loss", as_loss(rows[0].loss), rows[0].row.label)]
+    grid = comparison.grid
+    best = f"{'highest' if grid.higher_is_better else 'lowest'} {grid.figure}"
+    figures = [Figure(best, as_loss(rows[0].score), rows[0].row.label)]
     for name, label, written in (
         ("bytes_to_target", "fewest bytes to the target", as_bytes),
         ("seconds_to_target", "least time to the target", as_duration),
@@ -115,7 +118,7 @@ def _figures(comparison: Comparison) -> list[Figure]:
             ratio = as_ratio(reached[-1].mean[name] / reached[0].mean[name])
             figures.append(Figure("most bytes to the target", f"{ratio}× as many", reached[-1].row.label))
     if comparison.target is not None:
-        figures.append(Figure("target loss", as_loss(comparison.target)))
+        figures.append(Figure(f"target {grid.figure}", as_loss(comparison.target)))
     return figures
 
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedferret.comparison.results import Comparison, Point, RowResult
 from fedferret.core.files import build_atomically, write_atomically
+from fedferret.core.text import shortened
 from fedferret.tracking.plots import LIGHT, SIZE, Plot, bytes_axis, drawn
 from fedferret.tracking.units import as_bytes, as_loss
 
@@ -80,12 +81,12 @@ def draw(comparison: Comparison) -> list[Plot]:
     Returns:
         The plots, in the order of the page.
     """
-    plots = []
+    plots, figure = [], comparison.grid.figure
     for name, title, paint in (
-        ("loss-by-round", "Loss against rounds", _loss_by_round),
-        ("loss-by-bytes", "Loss against bytes", _loss_by_bytes),
-        ("loss-by-seconds", "Loss against time", _loss_by_seconds),
-        ("front", "Final loss against bytes", _front),
+        (f"{figure}-by-round", f"{figure.capitalize()} against rounds", _by_round),
+        (f"{figure}-by-bytes", f"{figure.capitalize()} against bytes", _by_bytes),
+        (f"{figure}-by-seconds", f"{figure.capitalize()} against time", _by_seconds),
+        ("front", f"Final {figure} against bytes", _front),
     ):
         if any(len(row.curve()) > 1 for row in comparison.rows):
             plots.append(_themed(drawn(name, title, partial(paint, comparison))))
@@ -109,7 +110,7 @@ def _write(comparison: Comparison, name: str, title: str, paint: Callable[[Axes]
         axes.set_title(title, loc="left", color=LIGHT["ink"], fontsize=12)
         known = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         labels = [row.row.label for row in shown if row.row.label in known]
-        short = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
+        short = [shortened(label, _LONGEST_LABEL) for label in labels]
         figure = axes.get_figure()
         assert figure is not None
         figure.legend([known[label] for label in labels], short, loc="outside lower left", ncols=1, handlelength=3)
@@ -125,43 +126,44 @@ def _write(comparison: Comparison, name: str, title: str, paint: Callable[[Axes]
     write_atomically(comparison.out / "plots" / f"{name}.svg", plot.svg)
 
 
-def _loss_by_round(comparison: Comparison, axes: Axes) -> str:
+def _by_round(comparison: Comparison, axes: Axes) -> str:
     _curves(comparison, axes, lambda point: point.round)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
-    return f"Held-out loss against rounds, with the mean and the range over the seeds: {_ends(comparison)}."
+    figure, ends = comparison.grid.figure, _ends(comparison)
+    return f"Held-out {figure} against rounds, with the mean and the range over the seeds: {ends}."
 
 
-def _loss_by_bytes(comparison: Comparison, axes: Axes) -> str:
+def _by_bytes(comparison: Comparison, axes: Axes) -> str:
     counts = _curves(comparison, axes, lambda point: point.bytes, logarithmic=True)
     if counts:
         bytes_axis(axes, min(counts), max(counts))
     axes.set_xlabel("bytes up and down, per sampled client")
     return (
-        "Held-out loss against cumulative bytes per sampled client, logarithmic: "
+        f"Held-out {comparison.grid.figure} against cumulative bytes per sampled client, logarithmic: "
         f"{_ends(comparison, lambda row: as_bytes(row.mean['bytes']))}."
     )
 
 
-def _loss_by_seconds(comparison: Comparison, axes: Axes) -> str:
+def _by_seconds(comparison: Comparison, axes: Axes) -> str:
     longest = max(point.seconds for row in comparison.rows for point in row.curve())
     scale, unit = (3600, "hours") if longest > 10_000 else (60, "minutes") if longest > 180 else (1, "seconds")
     _curves(comparison, axes, lambda point: point.seconds / scale)
     axes.set_xlabel(f"{unit} of rounds, without evaluation")
-    return f"Held-out loss against {unit} of rounds: {_ends(comparison)}."
+    return f"Held-out {comparison.grid.figure} against {unit} of rounds: {_ends(comparison)}."
 
 
 def _front(comparison: Comparison, axes: Axes) -> str:
-    """The final loss and bytes of every row. The line joins the Pareto-optimal rows."""
+    """The final score and bytes of every row. The line joins the Pareto-optimal rows."""
     styled = styles(comparison)
     rows = [row for row in comparison.rows if row.runs and row.mean["bytes"] > 0]
-    front = sorted((row.mean["bytes"], row.loss) for row in rows if row.pareto_optimal)
+    front = sorted((row.mean["bytes"], row.score) for row in rows if row.pareto_optimal)
     axes.plot(*zip(*front, strict=True), color=LIGHT["soft"], linewidth=1.6, drawstyle="steps-post", zorder=1)
     for row in rows:
-        style, deviation = styled[row.row.label], row.deviation["loss"]
+        style, deviation = styled[row.row.label], row.deviation["score"]
         axes.errorbar(
             [row.mean["bytes"]],
-            [row.loss],
+            [row.score],
             yerr=None if math.isnan(deviation) else [deviation],
             fmt=style.mark,
             color=style.light,
@@ -174,20 +176,22 @@ def _front(comparison: Comparison, axes: Axes) -> str:
     if rows:
         bytes_axis(axes, min(row.mean["bytes"] for row in rows), max(row.mean["bytes"] for row in rows))
     axes.set_xlabel("bytes up and down, per sampled client")
-    axes.set_ylabel("final held-out loss (nats)")
+    axes.set_ylabel(f"final {_axis(comparison)}")
     names = ", ".join(row.row.label for row in sorted(rows, key=lambda row: row.mean["bytes"]) if row.pareto_optimal)
-    return f"Final loss against bytes. Pareto-optimal rows have filled marks and are joined: {names}."
+    return (
+        f"Final {comparison.grid.figure} against bytes. Pareto-optimal rows have filled marks and are joined: {names}."
+    )
 
 
 def _curves(comparison: Comparison, axes: Axes, x: Callable[[Point], float], logarithmic: bool = False) -> list[float]:
     """Draw every row's curve and return the points' horizontal coordinates."""
-    styled, coordinates, losses = styles(comparison), [], []
+    styled, coordinates, scores = styles(comparison), [], []
     for row in comparison.rows:
         style = styled[row.row.label]
         points = [pair for pair in zip(row.curve(), row.band(), strict=True) if x(pair[0]) > 0 or not logarithmic]
         if not points:
             continue
-        xs, mean = [x(point) for point, _ in points], [point.loss for point, _ in points]
+        xs, mean = [x(point) for point, _ in points], [point.score for point, _ in points]
         low, high = zip(*(band for _, band in points), strict=True)
         mark = style.mark if len(points) <= 40 else ""
         if len(row.runs) > 1:
@@ -203,25 +207,32 @@ def _curves(comparison: Comparison, axes: Axes, x: Callable[[Point], float], log
             label=row.row.label,
         )
         coordinates += xs
-        losses += mean
-    if losses:
-        _fit(axes, comparison, losses)
-    axes.set_ylabel("held-out loss (nats)")
+        scores += mean
+    if scores:
+        _fit(axes, comparison, scores)
+    axes.set_ylabel(_axis(comparison))
     return coordinates
 
 
-def _fit(axes: Axes, comparison: Comparison, losses: list[float]) -> None:
-    """Cut off rows far above the untuned loss, so that the differences between the others stay visible."""
-    untuned = [row.curve()[0].loss for row in comparison.rows if row.runs and row.curve()]
-    best, first = min(losses), min(untuned)
-    reduction = first - best
-    if reduction > 0 and max(losses) > first + 0.5 * reduction:
-        axes.set_ylim(best - 0.08 * reduction, first + 0.5 * reduction)
+def _axis(comparison: Comparison) -> str:
+    """What the vertical axis shows."""
+    return "held-out loss (nats)" if comparison.grid.figure == "loss" else f"held-out {comparison.grid.figure}"
+
+
+def _fit(axes: Axes, comparison: Comparison, scores: list[float]) -> None:
+    """Cut off rows far worse than the untuned model, so that the differences between the others stay visible."""
+    cost = comparison.grid.cost
+    first = min((row.curve()[0].score for row in comparison.rows if row.runs and row.curve()), key=cost)
+    best, worst = min(scores, key=cost), max(scores, key=cost)
+    gain = cost(first) - cost(best)
+    if gain > 0 and cost(worst) > cost(first) + 0.5 * gain:
+        ends = (best + 0.08 * (best - first), first - 0.5 * (best - first))
+        axes.set_ylim(min(ends), max(ends))
 
 
 def _ends(comparison: Comparison, cost: Callable[[RowResult], str] = lambda row: "") -> str:
     return "; ".join(
-        f"{row.row.label} ends at {as_loss(row.loss)}{f' after {cost(row)}' if cost(row) else ''}"
+        f"{row.row.label} ends at {as_loss(row.score)}{f' after {cost(row)}' if cost(row) else ''}"
         for row in comparison.rows
         if row.runs
     )

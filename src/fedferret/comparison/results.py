@@ -1,8 +1,9 @@
 """The results of a grid's runs, row by row: the values in the table and the page.
 
-    curve      after every evaluated round r: loss, Σ_{i≤r} (up_i + down_i) / sampled_i, Σ_{i≤r} seconds_i
-    target     given, or untuned − 0.9 (untuned − best): nine tenths of the best row's loss reduction, means over seeds
-    budget     bytes per sampled client: the loss after the last evaluated round within the budget
+    score      the objective's primary figure on the main held-out set: the loss, or a classifier's accuracy
+    curve      after every evaluated round r: score, Σ_{i≤r} (up_i + down_i) / sampled_i, Σ_{i≤r} seconds_i
+    target     given, or untuned + 0.9 (best − untuned): nine tenths of the best row's gain, means over seeds
+    budget     bytes per sampled client: the score after the last evaluated round within the budget
     figures    of every run; a row has their means and sample standard deviations over the seeds
 
 Bytes are those of the encoded messages as the ledger counts them, catching up included. Totals are per sampled client,
@@ -25,7 +26,7 @@ from fedferret.tracking.events import Run, read
 from fedferret.tracking.figures import compared
 from fedferret.tracking.summary import read_summary, summarise
 
-TARGET_REDUCTION = 0.9  # the default target is this share of the best row's loss reduction
+TARGET_GAIN = 0.9  # the default target is this share of the best row's gain
 
 
 class Point(NamedTuple):
@@ -35,6 +36,7 @@ class Point(NamedTuple):
     loss: float  # nats per token
     bytes: float  # up and down, per sampled client, summed over the rounds so far
     seconds: float  # of all rounds so far
+    score: float  # the objective's primary figure; the loss of a language model
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ class RowResult:
     missing: dict[int, RunStatus]  # by seed: the runs that the means leave out
     mean: dict[str, float] = field(default_factory=dict)
     deviation: dict[str, float] = field(default_factory=dict)  # sample standard deviation; NaN for one run
-    pareto_optimal: bool = False  # no row has both fewer bytes and a lower loss
+    pareto_optimal: bool = False  # no row has both fewer bytes and a better score
 
     @property
-    def loss(self) -> float:
-        """The mean final loss; infinite without a run, so that such rows sort last."""
-        return self.mean.get("loss", math.inf)
+    def score(self) -> float:
+        """The mean final score; NaN without a run."""
+        return self.mean.get("score", math.nan)
 
     def curve(self) -> list[Point]:
         """The mean over the runs, after every round that all runs evaluated.
@@ -74,12 +76,12 @@ class RowResult:
         return [Point(*map(statistics.fmean, zip(*points, strict=True))) for points in self._points()]
 
     def band(self) -> list[tuple[float, float]]:
-        """The lowest and the highest loss at the curve's points.
+        """The lowest and the highest score at the curve's points.
 
         Returns:
-            Pairs in nats per token, one per point of ``curve``.
+            Pairs, one per point of ``curve``.
         """
-        return [(min(p.loss for p in points), max(p.loss for p in points)) for points in self._points()]
+        return [(min(p.score for p in points), max(p.score for p in points)) for points in self._points()]
 
     def _points(self) -> list[tuple[Point, ...]]:
         by_round = [{point.round: point for point in run.curve} for run in self.runs]
@@ -93,7 +95,7 @@ class Comparison:
 
     grid: Grid
     out: Path
-    rows: tuple[RowResult, ...]  # the lowest loss first
+    rows: tuple[RowResult, ...]  # the best score first
     target: float | None
     remarks: tuple[str, ...]  # what is equal in all runs
     left_out: tuple[str, ...]  # finished runs of another task
@@ -119,9 +121,11 @@ def result_of(cell: Cell) -> RunResult:
     run = read(cell.folder)
     last = run.evaluations[max(run.evaluations)] if run.evaluations else None
     scores = compared(next(iter(last.results.values()))) if last else {}
-    summary, curve = {**read_summary(cell.folder), **summarise(run)}, _curve(run)
+    scores |= _local_only(run)
+    summary, curve = {**read_summary(cell.folder), **summarise(run)}, _curve(run, cell.recipe.objective.primary)
     figures = {
         "loss": curve[-1].loss if curve else math.nan,
+        "score": curve[-1].score if curve else math.nan,
         "bytes_up": summary["bytes_up_per_client_round"],
         "bytes_down": summary["bytes_down_per_client_round"],
         "bytes": _bytes_by_round(run)[-1] if run.rounds else 0.0,
@@ -135,27 +139,27 @@ def result_of(cell: Cell) -> RunResult:
 
 
 def target_of(grid: Grid, runs: Sequence[RunResult]) -> float | None:
-    """The target loss: the grid's, or untuned loss minus nine tenths of the best row's loss reduction.
+    """The target score: the grid's, or the untuned score and nine tenths of the best row's gain.
 
     Args:
         grid: resolved.
         runs: finished.
     Returns:
-        Nats per token; None if no row lowered the loss.
+        A value of the grid's figure; None if no row gained anything.
     """
-    if grid.target_loss is not None:
-        return grid.target_loss
+    if grid.target is not None:
+        return grid.target
     first: dict[str, list[float]] = {}
     last: dict[str, list[float]] = {}
     for run in runs:
         if run.curve and run.curve[0].round == 0:
-            first.setdefault(run.cell.row.label, []).append(run.curve[0].loss)
-            last.setdefault(run.cell.row.label, []).append(run.figures["loss"])
+            first.setdefault(run.cell.row.label, []).append(run.curve[0].score)
+            last.setdefault(run.cell.row.label, []).append(run.figures["score"])
     if not first:
         return None
-    # the lowest untuned loss: an untuned prompt before the text raises the loss
-    untuned, best = (min(map(statistics.fmean, losses.values())) for losses in (first, last))
-    return untuned - TARGET_REDUCTION * (untuned - best) if best < untuned else None
+    # the best untuned score: an untuned prompt before the text makes the score worse
+    untuned, best = (min(map(statistics.fmean, scores.values()), key=grid.cost) for scores in (first, last))
+    return untuned + TARGET_GAIN * (best - untuned) if grid.cost(best) < grid.cost(untuned) else None
 
 
 def rows_of(
@@ -167,58 +171,68 @@ def rows_of(
         grid: resolved.
         runs: finished runs of the same task.
         others: the other cells, which the means leave out.
-        target: target loss, nats per token.
+        target: a value of the grid's figure.
     Returns:
-        The rows, the lowest loss first.
+        The rows, the best score first.
     """
     missing: dict[str, dict[int, RunStatus]] = {}
     for cell, status in others:
         missing.setdefault(cell.row.label, {})[cell.seed] = status
     rows = []
     for row in grid.rows:
-        of_row = tuple(_with_costs(run, target, grid.budget_bytes) for run in runs if run.cell.row.label == row.label)
+        of_row = tuple(_with_costs(run, grid, target) for run in runs if run.cell.row.label == row.label)
         figures = [{**run.figures, **run.scores} for run in of_row]
         columns = {name: [each.get(name, math.nan) for each in figures] for name in (figures[0] if of_row else {})}
         # NaN if one value is NaN: a mean over only the seeds that reached the target would be biased
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         deviation = {name: _deviation(values) for name, values in columns.items()}
         rows.append(RowResult(row, of_row, missing.get(row.label, {}), mean, deviation))
-    rows = [_marked(row, rows) for row in rows]
-    return sorted(rows, key=lambda row: row.loss)
+    rows = [_marked(row, rows, grid) for row in rows]
+    return sorted(rows, key=lambda row: grid.cost(row.score))
 
 
-def _marked(row: RowResult, rows: Sequence[RowResult]) -> RowResult:
-    """The row, marked if it is Pareto-optimal in bytes and loss."""
+def _local_only(run: Run) -> dict[str, float]:
+    """The local-only baseline's figures, where the run has one."""
+    baseline = run.baselines.get("local-only")
+    if baseline is None:
+        return {}
+    return {"local-only loss": baseline.loss, **{f"local-only {name}": each for name, each in baseline.spread.items()}}
+
+
+def _marked(row: RowResult, rows: Sequence[RowResult], grid: Grid) -> RowResult:
+    """The row, marked if it is Pareto-optimal in bytes and score."""
     if not row.runs:
         return row
-    point = (row.mean["bytes"], row.mean["loss"])
-    points = [(other.mean["bytes"], other.mean["loss"]) for other in rows if other.runs]
+    point = (row.mean["bytes"], grid.cost(row.score))
+    points = [(other.mean["bytes"], grid.cost(other.score)) for other in rows if other.runs]
     dominated = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
     return replace(row, pareto_optimal=not dominated)
 
 
-def _with_costs(run: RunResult, target: float | None, budget: float | None) -> RunResult:
-    """The run with its costs to the target and its loss within the budget."""
-    reached = next((point for point in run.curve if target is not None and point.loss <= target), None)
+def _with_costs(run: RunResult, grid: Grid, target: float | None) -> RunResult:
+    """The run with its costs to the target and its score within the budget."""
+    least = math.nan if target is None else grid.cost(target)
+    reached = next((point for point in run.curve if grid.cost(point.score) <= least), None)
     figures = {
         **run.figures,
         "rounds_to_target": reached.round if reached else math.nan,
         "bytes_to_target": reached.bytes if reached else math.nan,
         "seconds_to_target": reached.seconds if reached else math.nan,
     }
+    budget = grid.budget_bytes
     if budget is not None:  # before round 1 nothing has been sent, so there is always such a point
-        figures["loss_in_budget"] = [point.loss for point in run.curve if point.bytes <= budget][-1]
+        figures[f"{grid.figure}_in_budget"] = [point.score for point in run.curve if point.bytes <= budget][-1]
     return replace(run, figures=figures)
 
 
-def _curve(run: Run) -> list[Point]:
+def _curve(run: Run, primary: str) -> list[Point]:
     counts = dict(zip([0, *sorted(run.rounds)], [0.0, *_bytes_by_round(run)], strict=True))
     seconds, spent = {0: 0.0}, 0.0
     for number, entry in sorted(run.rounds.items()):
         spent += entry.seconds
         seconds[number] = spent
     return [
-        Point(number, entry.loss, counts[number], seconds[number])
+        Point(number, entry.loss, counts[number], seconds[number], next(iter(entry.results.values()))[primary])
         for number, entry in sorted(run.evaluations.items())
         if number in counts
     ]

@@ -1,7 +1,7 @@
 """The table of a comparison: on the terminal, as comparison.md for pages, comparison.csv and comparison.json for tools.
 
-A cell is mean ± sample standard deviation over the seeds. CSV and JSON have unformatted values: losses in nats per
-token, bytes, seconds, rounds.
+A cell is mean ± sample standard deviation over the seeds. CSV and JSON have unformatted values: losses in nats, bytes,
+seconds, rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fedferret.comparison.results import TARGET_REDUCTION, Comparison, RowResult
+from fedferret.comparison.grid import Grid
+from fedferret.comparison.results import TARGET_GAIN, Comparison, RowResult
 from fedferret.core.files import write_atomically
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
@@ -56,7 +57,7 @@ def write_tables(comparison: Comparison) -> None:
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """The columns of every comparison. After the loss come the extra metrics of the main held-out set.
+    """The columns of every comparison. After the loss come the other figures of the main held-out set.
 
     Args:
         comparison: of a grid.
@@ -67,7 +68,8 @@ def columns(comparison: Comparison) -> list[Column]:
     scores = dict.fromkeys(name for row in comparison.rows for run in row.runs for name in run.scores)
     loss, *others = COLUMNS
     budget = comparison.grid.budget_bytes
-    within = [] if budget is None else [Column("loss_in_budget", f"loss within {as_bytes(budget)}", as_loss)]
+    heading = f"{comparison.grid.figure} within {as_bytes(budget or 0)}"
+    within = [] if budget is None else [Column(f"{comparison.grid.figure}_in_budget", heading, as_loss)]
     return [loss, *within, *(Column(name, name, lambda score: f"{score:.3f}") for name in scores), *others]
 
 
@@ -124,29 +126,40 @@ def notes(comparison: Comparison) -> list[str]:
     """
     grid, target = comparison.grid, comparison.target
     lines = [
-        "Mean ± sample standard deviation over the seeds. Loss: held-out, nats per token, after the last round. Rows "
-        "are sorted by loss.",
+        f"Mean ± sample standard deviation over the seeds. Loss: held-out{_unit(grid)}, after the last round. Rows "
+        f"are sorted by {grid.figure}.",
         "Up, down: encoded messages per client and round, catching up included, the base model excluded. Total up and "
         "down, bytes to target: per sampled client, summed over the rounds.",
         "Local time: the clients' training, all rounds. Overhead: the rest of the rounds, without evaluation. Peak "
         "memory: of the run's process.",
     ]
     if target is None:
-        lines.append("Target: none; no row lowered the loss.")
-    elif grid.target_loss is not None:
-        lines.append(f"Target: loss {as_loss(target)}, from the grid, at the first evaluated round that reached it.")
+        moved = "raised" if grid.higher_is_better else "lowered"
+        lines.append(f"Target: none; no row {moved} the {grid.figure}.")
+    elif grid.target is not None:
+        lines.append(
+            f"Target: {grid.figure} {as_loss(target)}, from the grid, at the first evaluated round that reached it."
+        )
     else:
         lines.append(
-            f"Target: loss {as_loss(target)}, the untuned loss minus {TARGET_REDUCTION:.0%} of the best row's loss "
-            "reduction, at the first evaluated round that reached it."
+            f"Target: {grid.figure} {as_loss(target)}, the untuned {grid.figure} and {TARGET_GAIN:.0%} of the best "
+            "row's gain, at the first evaluated round that reached it."
         )
     if grid.budget_bytes is not None:
         lines.append(
-            f"Loss within {as_bytes(grid.budget_bytes)}: after the last evaluated round with at most that total up and "
-            "down per sampled client; the untuned model's if one round takes more."
+            f"{grid.figure.capitalize()} within {as_bytes(grid.budget_bytes)}: after the last evaluated round with at "
+            "most that total up and down per sampled client; the untuned model's if one round takes more."
         )
-    lines.append(f"{PARETO_MARK}: Pareto-optimal, no other row has both fewer total bytes and a lower loss.")
+    lines.append(f"{PARETO_MARK}: Pareto-optimal, no other row has both fewer total bytes and a better {grid.figure}.")
+    if any(name.startswith("local-only") for row in comparison.rows for name in row.mean):
+        lines.append("Local-only: clients that train alone as long as the federation, with the row's local steps.")
     return lines
+
+
+def _unit(grid: Grid) -> str:
+    objective = grid.rows[0].recipe.objective
+    targets = "token" if objective.generates else "example" if objective.primary == "accuracy" else None
+    return f", nats per {targets}" if targets else ""
 
 
 def missing_runs(comparison: Comparison) -> list[str]:
@@ -234,8 +247,10 @@ def as_json(comparison: Comparison) -> str:
     """
     plain = {
         "seeds": list(comparison.grid.seeds),
-        "target_loss": comparison.target,
-        "target_given": comparison.grid.target_loss is not None,
+        "figure": comparison.grid.figure,
+        "higher_is_better": comparison.grid.higher_is_better,
+        "target": comparison.target,
+        "target_given": comparison.grid.target is not None,
         "same_in_all_runs": list(comparison.remarks),
         "left_out": list(comparison.left_out),
         "rows": [_plain_row(comparison, row) for row in comparison.rows],

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fedferret.core.errors import RunError, UserError
 
+LONGEST_NAME = 200  # characters of a path in a message
+
 
 def cache_folder() -> Path:
     """Where what can be made again is kept between runs.
@@ -20,6 +22,47 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("FEDFERRET_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedferret"
+
+
+def in_words(error: OSError) -> str:
+    """Say what failed, and on which file.
+
+    Args:
+        error: of the operating system.
+
+    Returns:
+        The file, if the error names one, and the reason; a name that is too long is cut in its middle.
+    """
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    name = "" if error.filename is None else os.fsdecode(error.filename)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+    return f"{name}: {reason}" if name else reason
+
+
+def check_place(path: Path) -> None:
+    """Find out before long work whether a file or folder can be written.
+
+    Args:
+        path: of it; it need not exist, nor the folders above it.
+
+    Raises:
+        UserError: the name is too long, what is to be a folder is a file, or nothing may be written there.
+    """
+    try:
+        for place in (path, *path.absolute().parents):
+            try:
+                os.lstat(place)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if place != path and not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+            if not os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
+                raise PermissionError(errno.EACCES, "nothing may be written there", str(place))
+            return
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        what = in_words(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{what}: choose another file or folder to write to") from None
 
 
 def write_atomically(path: Path, data: bytes | str, *, private: bool = False) -> None:

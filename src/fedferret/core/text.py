@@ -39,3 +39,31 @@ def plain_line(text: str, longest: int = LONGEST) -> str:
         At most ``longest`` printable characters; line breaks and runs of spaces are one space.
     """
     return printable(" ".join(text[:_READ].split()), longest)
+
+
+def shortened(name: str, longest: int = 60) -> str:
+    """Show a name of any length and content.
+
+    Args:
+        name: from data or a recipe.
+        longest: characters to keep, the ellipsis among them.
+
+    Returns:
+        At most ``longest`` printable characters, with an ellipsis where the name has more.
+    """
+    return printable(name, longest) if len(name) <= longest else printable(name, longest - 1) + "…"
+
+
+def printable_lines(text: str, longest: int = LONGEST) -> str:
+    """Show a text of several lines, such as a recipe.
+
+    Args:
+        text: of any content.
+        longest: characters to keep of each line.
+
+    Returns:
+        The text with every character printable but line breaks and tabs, and with long lines cut.
+    """
+    return "\n".join(
+        "\t".join(map(lambda part: shortened(part, longest), line.split("\t"))) for line in text.split("\n")
+    )

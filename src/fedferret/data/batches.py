@@ -81,6 +81,11 @@ class TokenisedData:
         """Number of tokens that have a label."""
         return int((self._lengths - self._response_starts).sum())
 
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token; -1 without tokens."""
+        return int(self._ids.max()) if len(self._ids) else -1
+
     def take(self, rows: Sequence[int]) -> TokenisedData:
         """Choose examples.
 

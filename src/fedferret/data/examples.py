@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")  # "developer" is read as "system"
 OWNERS = ("client", "person", "task", "category")  # metadata that names an example's owner, the first that is there
+
+
+@dataclass(frozen=True, slots=True)
+class TurnExtra:
+    """What few turns have; most have none, and hold no room for it."""
+
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"id", "type", "function": {"name", "arguments"}}, plain values
+    name: str | None = None  # of who speaks, or of the tool that answers
+    tool_call_id: str | None = None  # the call that a turn of a tool answers
+    trained: bool = True  # False: of weight 0, context for later turns and never a target
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,22 @@ class Turn:
 
     role: str
     content: str
+    extra: TurnExtra | None = None
+
+    @property
+    def tool_calls(self) -> tuple[Mapping[str, Any], ...]:
+        """The calls of tools that this turn makes."""
+        return self.extra.tool_calls if self.extra else ()
+
+    @property
+    def name(self) -> str | None:
+        """Of who speaks, or of the tool that answers."""
+        return self.extra.name if self.extra else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether its tokens may be targets; False for a turn of weight 0."""
+        return self.extra.trained if self.extra else True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +77,14 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """At least two turns: the last is the response to train on, the others are the prompt.
+    """Turns: the last is the response to train on, the others are the prompt.
 
     A labelled example has its class's name as the response. A labelled image has that one turn, and ``image`` in place
-    of a prompt.
+    of a prompt. A text for language modelling is one turn without either.
 
     ``metadata`` is for scorers and summaries: ``category``; ``instruction`` and ``input`` where a prompt has
     two parts; ``task`` where there are tasks; ``entry`` from reasoning-gym; ``person`` and ``conversation`` from
-    chitchat; ``answer`` from gsm8k; ``client`` and ``choices`` where rows have such columns.
+    chitchat; ``answer`` from gsm8k; ``client``, ``choices`` and ``tools`` where rows have such columns.
     """
 
     turns: tuple[Turn, ...]
@@ -71,7 +98,7 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """All turns but the last, joined by blank lines; empty for an image."""
+        """All turns but the last, joined by blank lines; empty for an image and for a text alone."""
         return "\n\n".join(turn.content for turn in self.turns[:-1])
 
     @property
@@ -89,6 +116,7 @@ class FederatedData:
     source: str
     notice: str | None = None  # the licence or benchmark notice that must accompany every copy of the data
     kept: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)  # held out by each client: data/held_out.py
+    notes: tuple[str, ...] = ()  # lines for the user on how the data were read; no part of the fingerprint
 
     def __post_init__(self) -> None:
         for client in self.clients:
@@ -111,7 +139,7 @@ class FederatedData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of texts and images; equal if and only if all clients and held-out sets hold the same."""
+        """SHA-256 of texts, images and tools; equal if and only if all clients and held-out sets hold the same."""
         digest = hashlib.sha256()
         known: dict[int, bytes] = {}  # examples of one conversation share turns; each turn is hashed once
         for part in (self.clients, self.held_out, *([self.kept] if self.kept else [])):
@@ -121,16 +149,22 @@ class FederatedData:
                 for example in examples:
                     for turn in example.turns:
                         if id(turn) not in known:
-                            known[id(turn)] = _hashed(turn.role, turn.content)
+                            known[id(turn)] = _hashed(turn.role, turn.content, *_words_of(turn.extra))
                     fields = (example.metadata.get(name, "") for name in ("instruction", "input"))
                     digest.update(b"".join(known[id(turn)] for turn in example.turns) + _hashed(*fields))
+                    if tools := example.metadata.get("tools"):
+                        digest.update(_hashed("tools", json.dumps(tools, sort_keys=True)))
                     if example.image is not None:
                         digest.update(_hashed("image", *example.image.shape) + example.image.pixels)
         return digest.hexdigest()
 
 
 class Source(Protocol):
-    """A data source: a frozen dataclass with the source's settings as fields."""
+    """A data source: a frozen dataclass with the source's settings as fields.
+
+    A source that reads files of the user's may have a second method, ``files_read() -> tuple[Path, ...]``: every file
+    that ``load`` reads, held-out files too, folders and patterns resolved. A run pins these files (``data/pinned.py``).
+    """
 
     def load(self, key: Key) -> FederatedData:
         """Load and partition the data.
@@ -145,6 +179,14 @@ class Source(Protocol):
             UserError: the settings do not fit the data, or the data cannot be read.
         """
         ...
+
+
+def _words_of(extra: TurnExtra | None) -> tuple[object, ...]:
+    """What of a turn is hashed beside role and content; nothing for most turns."""
+    if extra is None:
+        return ()
+    calls = json.dumps(list(extra.tool_calls), sort_keys=True)
+    return calls, extra.name or "", extra.tool_call_id or "", extra.trained
 
 
 def _hashed(*words: object) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
 from fedferret.core.files import build_atomically
+from fedferret.core.text import shortened
 from fedferret.data.examples import Example, FederatedData
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ class Group:
     def cells(self) -> list[str]:
         """The fields as texts, in order; empty for None."""
         numbers = [self.clients, self.examples, *(self.spread or (None,) * 3), self.response_tokens]
-        categories = ", ".join(f"{name} {count:,}" for name, count in self.categories)
-        return [self.name, *("" if number is None else f"{number:,}" for number in numbers), categories]
+        categories = ", ".join(f"{shortened(name)} {count:,}" for name, count in self.categories)
+        return [shortened(self.name), *("" if number is None else f"{number:,}" for number in numbers), categories]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Summary:
         columns = ["", "clients", "examples", "least", "median", "most", "response tokens", "top categories"]
         rows = [group.cells() for group in self.groups]
         filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-        table = Table(title=f"Data: {self.source}", caption=self.notice)
+        table = Table(title=f"Data: {shortened(self.source)}", caption=self.notice)
         for index in filled:
             table.add_column(columns[index], justify="right" if 0 < index < len(columns) - 1 else "left")
         for row in rows:
@@ -120,13 +122,14 @@ def plot_partition(data: FederatedData, path: Path) -> None:
 
     held = {client: _categories(examples) for client, examples in data.clients.items()}
     categories = sorted(set().union(*held.values()))
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    if len(categories) > SHOWN_CATEGORIES and len(categories) * len(held) <= MOST_CELLS:
-        _draw_heat_map(figure, data, held, categories)
-    else:
-        _draw_bands(figure, data)
-    # a fixed salt and no date: equal data gives an equal file
-    with matplotlib.rc_context({"svg.hashsalt": "fedferret"}):
+    # a fixed salt and no date: equal data gives an equal file; no name from the data is read as mathematics
+    with matplotlib.rc_context({"svg.hashsalt": "fedferret", "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has the font
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        if len(categories) > SHOWN_CATEGORIES and len(categories) * len(held) <= MOST_CELLS:
+            _draw_heat_map(figure, data, held, categories)
+        else:
+            _draw_bands(figure, data)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         build_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], metadata=metadata))
 
@@ -141,7 +144,7 @@ def _draw_heat_map(
     above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(2.0, 0.19 * len(categories))])
     edges = range(len(held) + 1)
     above.stairs([len(examples) for examples in data.clients.values()], edges, fill=True)
-    above.set(ylabel="examples", title=f"Who holds what: {data.source}")
+    above.set(ylabel="examples", title=f"Who holds what: {shortened(data.source)}")
     counts = np.ma.masked_equal([[client[name] for client in held.values()] for name in categories], 0)
     # the square root of a count: a client's few examples of a class are seen beside hundreds of another's
     cells = axes.pcolormesh(
@@ -154,9 +157,11 @@ def _draw_heat_map(
         linewidth=0.3,
     )
     axes.invert_yaxis()
-    axes.set_yticks([row + 0.5 for row in range(len(categories))], [name[:40] for name in categories], fontsize="small")
+    axes.set_yticks(
+        [row + 0.5 for row in range(len(categories))], [shortened(name, 40) for name in categories], fontsize="small"
+    )
     if len(held) <= NAMED_CLIENTS:
-        axes.set_xticks([column + 0.5 for column in range(len(held))], [name[:20] for name in held])
+        axes.set_xticks([column + 0.5 for column in range(len(held))], [shortened(name, 20) for name in held])
         axes.tick_params("x", rotation=90, labelsize="small")
     axes.set(xlabel=f"{len(held):,} clients")
     figure.colorbar(cells, ax=axes, label="examples")
@@ -179,11 +184,13 @@ def _draw_bands(figure: Figure, data: FederatedData) -> None:
     floor = [0] * len(held)
     for number, (name, counts) in enumerate(bands):
         top = [low + count for low, count in zip(floor, counts, strict=True)]
-        axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=name)
+        axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=shortened(name, 40))
         floor = top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
-        xlabel=f"{len(held):,} clients, largest first", ylabel="examples", title=f"Examples per client: {data.source}"
+        xlabel=f"{len(held):,} clients, largest first",
+        ylabel="examples",
+        title=f"Examples per client: {shortened(data.source)}",
     )
     axes.margins(x=0)
     if len(bands) > 1:

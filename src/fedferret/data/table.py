@@ -1,25 +1,30 @@
 """Rows with named columns to federated data: shared by local files and the hub.
 
-A row is a prompt (with an optional input) and a response, or a list of chat messages. Every assistant message that
-follows another message becomes one example. Rows are held out and partitioned whole, so no training prompt contains
-a message of a held-out conversation.
+``data/shapes.py`` recognises what a row is: messages, a prompt and a response, or a text. Rows are held out and
+partitioned whole, so no training prompt contains a message of a held-out conversation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fedferret.core.errors import UserError, nearest
-from fedferret.data.examples import ROLES, Example, FederatedData, Turn, check_fraction, instruction_example
+from fedferret.core.text import plain_line
+from fedferret.data.examples import Example, FederatedData, check_fraction
+from fedferret.data.faulty_rows import FaultyRow, records, text_in, text_of
 from fedferret.data.partition import Partition, named_clients
+from fedferret.data.shapes import Row as Row
+from fedferret.data.shapes import Shape, require, shape_of, unused
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
 
-Row = Mapping[str, Any]
+_LOOKED_AT = 100  # rows: their columns say the shape
 
 
 @dataclass(frozen=True)
@@ -33,74 +38,69 @@ class _Record:
 class Columns:
     """The names of the columns.
 
-    The columns of inputs, messages, categories and choices may be missing under their default names.
+    Under their default names columns may be missing: the shape of the rows says which are read.
     """
 
     prompt_column: str = "instruction"
     input_column: str = "input"
     response_column: str = "response"
-    messages_column: str = "messages"  # a list of {"role", "content"}; used where it exists
+    messages_column: str = "messages"  # a list of {"role", "content"}
+    text_column: str | None = None  # texts to train on whole; None: "text", where the rows have no other shape
     category_column: str = "category"
     choices_column: str = "choices"  # a list of texts that includes the response, for the metric "choice"
 
-    def examples(self, rows: Sequence[Row], source: str) -> tuple[Example, ...]:
+    def examples(
+        self, rows: Sequence[Row], source: str, log: Callable[[str], None] = lambda line: None
+    ) -> tuple[Example, ...]:
         """The examples of all rows, in order.
 
         Args:
-            rows: with the columns of the settings.
+            rows: with the columns of the settings, or of a known shape.
             source: names the rows in errors.
+            log: called with lines on how the rows were read.
         Raises:
             UserError: for a missing column or a faulty row, with the row's number.
         """
-        return _examples(self._records(rows, source, None))
+        read, notes = self._records(rows, source, None)
+        for note in notes:
+            log(note)
+        return _examples(read)
 
-    def _records(self, rows: Sequence[Row], source: str, client_column: str | None) -> list[_Record]:
+    def _records(
+        self, rows: Sequence[Row], source: str, client_column: str | None
+    ) -> tuple[list[_Record], tuple[str, ...]]:
+        """A record of each row, and lines for the user on how the rows were read."""
         if not rows:
             raise UserError(f"{source} holds no rows: give data with at least one example")
-        columns = set(rows[0])
-        chat = self.messages_column in columns
-        optional = ("input_column", "messages_column", "category_column", "choices_column")
-        required = [name for name in optional if getattr(self, name) != getattr(Columns, name)]
-        required += [] if chat else ["prompt_column", "response_column"]
-        for name in [*required, *([] if client_column is None else ["client_column"])]:
-            given = getattr(self, name)
-            if given not in columns:
-                hint = nearest(given, columns)
-                there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
-                raise UserError(f'{source} has no column "{given}" (data.{name}): {hint}{there}')
-        return [
-            self._record(row, chat, client_column, f"{source}, row {number}")
-            for number, row in enumerate(rows, start=1)
-        ]
+        columns = set().union(*islice(rows, _LOOKED_AT))
+        asked = {
+            name: getattr(self, f"{name}_column")
+            for name in ("messages", "text", "prompt", "input", "response")
+            if getattr(self, f"{name}_column") != getattr(Columns, f"{name}_column")
+        }
+        shape = shape_of(columns, asked, source)
+        others = {name: getattr(self, name) for name in ("category_column", "choices_column")}
+        for name, column in others.items():
+            if column != getattr(Columns, name):
+                require(column, columns, name, source)
+        if client_column is not None:
+            require(client_column, columns, "client_column", source)
+        read, counted = records(rows, partial(self._record, shape, client_column), source)
+        left = unused(columns, {*shape.used, *others.values(), client_column or ""})
+        return read, tuple(line for line in (f"read as: {shape.described}", left, *counted) if line)
 
-    def _record(self, row: Row, chat: bool, client_column: str | None, where: str) -> _Record:
+    def _record(self, shape: Shape, client_column: str | None, row: Row, where: str) -> _Record:
         category = row.get(self.category_column)
-        metadata = {} if category is None else {"category": str(category)}
-        client = None if client_column is None else _text(row, client_column, where)
+        place = f'{where}: column "{self.category_column}"'
+        metadata: dict[str, Any] = {} if category is None else {"category": text_in(category, place, numbers=True)}
+        client = None if client_column is None else text_of(row, client_column, where, numbers=True)
         metadata |= {} if client is None else {"client": client}
-        examples = self._chat(row, metadata, where) if chat else (self._pair(row, metadata, where),)
-        return _Record(examples, client, metadata.get("category"))
-
-    def _pair(self, row: Row, metadata: Mapping[str, Any], where: str) -> Example:
-        instruction = _text(row, self.prompt_column, where)
-        response = _text(row, self.response_column, where)
-        extra = row.get(self.input_column)
+        examples = shape.examples(row, metadata, where)
         choices = row.get(self.choices_column)
-        if choices is not None:
-            metadata = {**metadata, "choices": _choices(choices, response, where)}
-        return instruction_example(instruction, "" if extra is None else str(extra), response, metadata)
-
-    def _chat(self, row: Row, metadata: dict[str, str], where: str) -> tuple[Example, ...]:
-        messages = row.get(self.messages_column)
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise UserError(f'{where}: "{self.messages_column}" is not a list of {{"role", "content"}} messages')
-        turns = tuple(_turn(message, where) for message in messages)
-        examples = tuple(
-            Example(turns[: index + 1], metadata) for index, turn in enumerate(turns) if index and turn.role == ROLES[2]
-        )
-        if not examples:
-            raise UserError(f"{where}: no assistant message follows another message, so nothing can be trained on")
-        return examples
+        if choices is not None and len(examples) == 1:
+            read = _choices(choices, examples[0].response, where)
+            examples = (replace(examples[0], metadata={**examples[0].metadata, "choices": read}),)
+        return _Record(examples, client, metadata.get("category"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +132,14 @@ class Table(Columns):
         Raises:
             UserError: for a missing column, a faulty row, an unknown category or an impossible partition.
         """
-        records = self._records(rows, source, self.client_column)
+        found, notes = self._records(rows, source, self.client_column)
         held_out: dict[str, tuple[Example, ...]] = {}
-        in_categories = self._in_categories(records, source)
-        training = [record for record in records if record.category not in self.held_out_categories]
+        in_categories = self._in_categories(found, source)
+        training = [record for record in found if record.category not in self.held_out_categories]
         if held_out_rows is not None:
-            held_out["rows"] = _examples(self._records(held_out_rows, f"{source} (held out)", self.client_column))
+            other, lines = self._records(held_out_rows, f"{source} (held out)", self.client_column)
+            held_out["rows"] = _examples(other)
+            notes += tuple(f"held out: {line}" for line in lines if line not in notes)
         elif self.held_out_fraction > 0:
             chosen = _choose_held_out(training, self.held_out_fraction, key.fold("held out"))
             held_out["rows"] = _examples([training[index] for index in sorted(chosen)])
@@ -145,7 +147,7 @@ class Table(Columns):
         if in_categories:
             held_out["categories"] = _examples(in_categories)
         clients = self._by_client(training, key.fold("partition"))
-        return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice)
+        return FederatedData(clients=clients, held_out=held_out, source=source, notice=notice, notes=notes)
 
     def _in_categories(self, records: Sequence[_Record], source: str) -> list[_Record]:
         """The records to hold out as the set "categories"."""
@@ -173,25 +175,13 @@ def _examples(records: Sequence[_Record]) -> tuple[Example, ...]:
     return tuple(example for record in records for example in record.examples)
 
 
-def _text(row: Row, column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None or not str(value).strip():
-        raise UserError(f'{where}: column "{column}" is empty; fill it or remove the row')
-    return str(value)
-
-
 def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or response not in map(str, value):
-        raise UserError(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
-    return tuple(map(str, value))
-
-
-def _turn(message: object, where: str) -> Turn:
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-        raise UserError(f'{where}: a message has no "role" and "content": {message!r:.60}')
-    if message.get("role") not in ROLES:
-        raise UserError(f"{where}: role {message.get('role')!r} of a message is not one of {', '.join(ROLES)}")
-    return Turn(message["role"], message["content"])
+    listing = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    choices = tuple(text_in(choice, f"{where}: a choice", numbers=True) for choice in listing)
+    if response not in choices:
+        shown = plain_line(repr(value), 60)
+        raise FaultyRow(f"{where}: the choices {shown} are not a list of texts that includes the response")
+    return choices
 
 
 def _choose_held_out(records: Sequence[_Record], fraction: float, key: Key) -> set[int]:

@@ -7,6 +7,9 @@ token, the checkpoint's end tokens, or the token that ends a response in trainin
 In transformers 5 a checkpoint's ``generation_config`` (temperature, repetition penalty, forced tokens, ...) fills every
 setting that the caller leaves open, even with an explicit configuration. Here none of those settings applies.
 
+An architecture may read padding in spite of its mask (RWKV). It is asked once, and prompts of one length alone share a
+batch there.
+
 Sums over a padded row may be rounded in another order. In theory this can swap two tokens with logits that agree to
 about 1e-6; see docs/evaluation.md.
 """
@@ -15,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +29,13 @@ from fedferret.core.errors import UserError
 from fedferret.data.examples import Example
 from fedferret.data.templates import Template
 from fedferret.models.adapters import prefix_of, transformer_of
+from fedferret.models.positions import position_limit
+from fedferret.objectives.probes import agree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_IGNORES_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what ``_ignores_padding`` found
 
 
 @torch.no_grad()
@@ -46,24 +55,52 @@ def generate(
         stops: the tokens that end an answer.
         max_new_tokens: the longest answer.
         batch_size: prompts at a time.
-        on_progress: is called after each batch.
+        on_progress: is called after each ``batch_size`` prompts.
     Returns:
         The new tokens of each prompt, in the order of the prompts, the stop token left out.
     """
     model.eval()
     answers: list[tuple[int, ...]] = [()] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    lengths = [len(prompt) for prompt in prompts]
+    done = 0
+    padded = len(set(lengths)) > 1 and batch_size > 1 and _ignores_padding(model)
     with _greedy(model, stops, max_new_tokens) as causal:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in _groups(lengths, batch_size, padded):
             inputs = _padded(model, [prompts[row] for row in rows])
             read = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # generate does not return embeddings
             written = causal.generate(**inputs, generation_config=causal.generation_config)[:, read:].tolist()
             for row, new in zip(rows, written, strict=True):
                 end = next((position for position, token in enumerate(new) if token in stops), len(new))
                 answers[row] = tuple(new[:end])
-            on_progress()
+            for _ in range(-(-(done + len(rows)) // batch_size) - -(-done // batch_size)):
+                on_progress()
+            done += len(rows)
     return answers
+
+
+def _groups(lengths: Sequence[int], size: int, padded: bool) -> Iterator[list[int]]:
+    """The prompts of each batch, longest first; unless ``padded``, of one length."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    parts = [order] if padded else [list(rows) for _, rows in groupby(order, key=lambda row: lengths[row])]
+    for part in parts:
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
+
+
+def _ignores_padding(model: nn.Module) -> bool:
+    """Whether a short prompt beside a longer one has the logits that it has alone, for the first two tokens."""
+    causal = transformer_of(model)
+    if causal not in _IGNORES_PADDING:
+        with _greedy(model, (), 2) as ready:
+            settings = ready.generation_config
+            settings.output_logits, settings.return_dict_in_generate = True, True
+
+            def logits(prompts: Sequence[Sequence[int]]) -> Tensor:
+                written = ready.generate(**_padded(model, prompts), generation_config=settings)
+                return torch.stack([step[-1] for step in written.logits])
+
+            _IGNORES_PADDING[causal] = agree(logits([(1, 2, 3)]), logits([(4, 5, 6, 7, 8, 3, 2), (1, 2, 3)]))
+    return _IGNORES_PADDING[causal]
 
 
 def stop_tokens(
@@ -103,7 +140,9 @@ def prompt_room(model: Any, max_tokens: int, max_new_tokens: int) -> int:
     Raises:
         UserError: if the answer alone fills the model's positions.
     """
-    positions = getattr(transformer_of(model).config, "max_position_embeddings", None) or max_tokens + max_new_tokens
+    positions = position_limit(transformer_of(model)) or max_tokens + max_new_tokens
+    prefix = prefix_of(model, 1)
+    positions -= 0 if prefix is None else prefix.shape[1]
     if positions <= max_new_tokens:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be less than the model's {positions} positions")
     return min(max_tokens, positions - max_new_tokens)

@@ -27,6 +27,7 @@ from fedferret.models.huggingface import attends_backwards, folder_config, one_l
 from fedferret.models.images import MODELS
 from fedferret.models.loading import configuration, prepare
 from fedferret.models.packaged import describe, ensure
+from fedferret.models.positions import position_limit
 from fedferret.models.small import small_model, small_tokenizer
 from fedferret.models.tiny import tiny_encoder, tiny_encoder_tokenizer, tiny_model, tiny_tokenizer
 
@@ -60,12 +61,7 @@ class LoadedClassifier:
         if not isinstance(self.model, TextClassifier):
             return None
         encoder: Any = self.model.encoder
-        limits = [getattr(self.tokenizer, "model_max_length", None)]
-        limits.append(getattr(encoder.config.get_text_config(), "max_position_embeddings", None))
-        for name, module in encoder.named_modules():
-            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-                # where RoBERTa numbers positions from behind its padding token
-                limits.append(module.num_embeddings - (-1 if module.padding_idx is None else module.padding_idx) - 1)
+        limits = [getattr(self.tokenizer, "model_max_length", None), position_limit(encoder)]
         return min((limit for limit in limits if limit is not None and limit < _UNLIMITED), default=None)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedferret.core.errors import UserError
@@ -34,6 +36,7 @@ def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
         build: is called with the temporary folder and fills it.
     Raises:
         UserError: if ``folder`` is a file, or a folder that is not empty.
+        OSError: if something cannot be written; nothing is left then.
     """
     refuse_filled(folder)
     folder = folder.absolute()
@@ -41,7 +44,8 @@ def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        build(temporary)
+        with _named(folder):
+            build(temporary)
         mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
             if path.is_file():
@@ -54,3 +58,14 @@ def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
         flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn safetensors' error for a disk without room into one that names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the weights cannot be written ({error})", str(folder)) from error

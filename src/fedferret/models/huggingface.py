@@ -26,6 +26,8 @@ Requirement = Callable[[str, Mapping[str, Any]], None]
 """Is called with a model's name and configuration, and raises UserError unless the architecture serves."""
 
 _SURELY_CAUSAL = "ForCausalLM"
+_OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
+_ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -40,6 +42,11 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
         UserError: if it does not.
     """
     architectures = config.get("architectures") or []
+    if any(config.get(part) for part in _OTHER_INPUTS):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a causal '
+            f"language model of text alone (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
     if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -123,6 +130,12 @@ def folder_config(name: str) -> dict[str, Any] | None:
             raise UserError(f'model "{name}": there is no such folder, and this is not a valid hub name (OWNER/NAME)')
         return None
     path = folder / "config.json"
+    if (folder / _ADAPTER).is_file():
+        what = "an adapter beside a base" if path.is_file() else "an adapter alone"
+        raise UserError(
+            f'model "{name}": {what} is in this folder; give a folder with the base alone, or with the adapter merged '
+            f"into it (peft's merge_and_unload)"
+        )
     if not path.is_file():
         raise UserError(f'model "{name}": no config.json there; give a folder in Hugging Face\'s format')
     try:
@@ -133,7 +146,21 @@ def folder_config(name: str) -> dict[str, Any] | None:
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f'model "{name}": its config.json is no configuration; fetch or save the folder again')
     found: dict[str, Any] = config
+    _refuse_code(name, found)
     return found
+
+
+def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture that is code in the folder alone: nothing of it is run. Raises UserError."""
+    if not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if str(config.get("model_type")) not in CONFIG_MAPPING:
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} is code that comes with the model (auto_map), and no '
+            f"such code is run; give a model of an architecture that transformers has"
+        )
 
 
 def folder_has_chat_template(folder: Path) -> bool:
@@ -222,6 +249,8 @@ def _read(
             output_loading_info=True,
         )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a name on the hub; a folder's adapter is found earlier
+        raise UserError(f'model "{name}": it holds an adapter beside a base; give the base alone')
     missing = sorted(key for key in report["missing_keys"] if not (unread and key.startswith(unread)))
     unusable = missing + sorted(key for key, *_shapes in report["mismatched_keys"])
     if missing and all(key.startswith("pooler.") for key in unusable):

@@ -154,8 +154,8 @@ def load(
 def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model ready for tuning, and let its tokenizer pad on the right.
 
-    The padding token may be the end token, so its row of the embedding learns. Dropout is off in training mode too,
-    which recomputing activations needs: attention draws from the global generator there.
+    The padding token may be the end token, so its row of the embedding learns. Dropout, of layers too, is off in
+    training mode as well, which recomputing activations needs: it draws from the global generator there.
 
     Args:
         name: of the model, for the message.
@@ -163,8 +163,9 @@ def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         tokenizer: changed in place.
 
     Raises:
-        UserError: if the tokenizer has no token to pad with.
+        UserError: if the tokenizer has no token to pad with, or a weight is NaN or infinite.
     """
+    _check_finite(name, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -176,8 +177,19 @@ def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in attribute:
+                setattr(module, attribute, 0.0)
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights that no training can mend. Raises UserError."""
+    for parameter, weight in model.named_parameters():
+        # NaN and infinity survive into the sum, which needs no mask of the tensor's size; there, large numbers overflow
+        if weight.is_floating_point() and not weight.detach().sum().isfinite() and not weight.isfinite().all():
+            raise UserError(
+                f'model "{name}": its weights {parameter} hold NaN or infinity; fetch or save the model again'
+            )
 
 
 def hold_in_bf16(model: nn.Module) -> None:

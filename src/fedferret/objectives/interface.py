@@ -105,6 +105,44 @@ class ModelObjective(ABC):
         """
         self.check_model(model)
 
+    def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
+        """Refuse what cannot be read by the model that is tuned, without weights.
+
+        Args:
+            name: the model's.
+            model: on the meta device, with the method's adapter if it has one.
+            text: how examples become tokens.
+            longest: tokens of a training batch, at most.
+
+        Raises:
+            UserError: with one line.
+        """
+        return
+
+    def check_loaded(self, loaded: Loaded, model: nn.Module, text: TextSettings) -> None:
+        """Refuse a model that would be trained wrongly, by trying it on a few tokens.
+
+        Args:
+            loaded: the base.
+            model: that is tuned: the base, with the method's adapter if it has one.
+            text: how examples become tokens.
+
+        Raises:
+            UserError: with one line.
+        """
+        return
+
+    def reads_every_token(self, loaded: Loaded) -> bool:
+        """Look whether the model has an embedding for every token that its tokenizer may give.
+
+        Args:
+            loaded: the model and its tokenizer.
+
+        Returns:
+            False where only the data can tell.
+        """
+        return True
+
     def resolved(self, model: str) -> ModelObjective:
         """The objective with what it takes from the model spelt out, so that a copy under another name is the same.
 

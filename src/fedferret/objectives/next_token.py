@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
+from fedferret.core.text import printable
 from fedferret.data.batches import IGNORED, TokenisedData
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
+from fedferret.models.positions import packed_limit, position_limit
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
+from fedferret.objectives.probes import check_language_model
 
 if TYPE_CHECKING:
     from fedferret.models import LanguageModel
@@ -125,6 +128,32 @@ class NextToken(ModelObjective):
         if template(text.template) == Chat() and not models.has_chat_template(model):
             raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
 
+    def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
+        """Refuse texts longer than the model's positions, and packed rows longer than its masks. Raises UserError."""
+        causal, prefix = transformer_of(model), prefix_of(model, 1)
+        limit, taken = position_limit(causal), 0 if prefix is None else prefix.shape[1]
+        if limit is not None and text.max_tokens + taken > limit:
+            behind = f", {taken:,} of which a learned prompt takes" if taken else ""
+            raise UserError(
+                f'text.max_tokens={text.max_tokens}: model "{name}" has {limit:,} positions{behind}; set max_tokens to '
+                f"at most {max(0, limit - taken):,}"
+            )
+        widest = packed_limit(causal)
+        if text.packed and widest is not None and longest > widest:
+            raise UserError(
+                f"text.packed=true: a packed row has up to {longest:,} tokens, and {type(causal).__name__} reads at "
+                f"most {widest:,}; set packed=false, or a smaller max_tokens or batch_size"
+            )
+
+    def check_loaded(self, loaded: Loaded, model: nn.Module, text: TextSettings) -> None:
+        """Refuse a model that is not causal, or mixes the examples of a batch or of a packed row. Raises UserError."""
+        check_language_model(loaded.name, model, self.scored, text.packed)
+
+    def reads_every_token(self, loaded: Loaded) -> bool:
+        """Compare the tokenizer with the embedding."""
+        assert loaded.tokenizer is not None
+        return len(loaded.tokenizer) <= int(loaded.model.get_input_embeddings().weight.shape[0])
+
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images. Raises UserError."""
         for examples in (*data.clients.values(), *data.held_out.values()):
@@ -146,9 +175,19 @@ class NextToken(ModelObjective):
         tokenizer, chosen = loaded.tokenizer, template(text.template)
         assert tokenizer is not None
 
+        words = loaded.model.get_input_embeddings().weight.shape[0]
+
         def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
             tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
-            return TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
+            data = TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
+            if data.largest_token >= words:
+                token = tokenizer.convert_ids_to_tokens(data.largest_token)
+                raise UserError(
+                    f'model "{loaded.name}": the data have the token {printable(str(token), 40)!r} with number '
+                    f"{data.largest_token:,}, and the embedding has {words:,} rows; give the tokenizer that belongs to "
+                    f"the model"
+                )
+            return data
 
         return encode
 

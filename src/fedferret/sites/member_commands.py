@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from fedferret.config import Recipe, load
 from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import UserError
-from fedferret.runner import finished
+from fedferret.run_folder import finished
 from fedferret.sites import state
 from fedferret.sites.credentials import check_name
 from fedferret.sites.members import Members, check_left, write

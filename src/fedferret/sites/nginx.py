@@ -8,7 +8,9 @@ the server registers nodes, by their public keys. A call must carry the node key
 certificate: a node key that was stolen from a site is of no use with another site's certificate.
 
 SuperLink reads every request into memory before it looks at who sent it. So requests are small: a call may have
-``call`` bytes, and an upload what the recipe's answers need (``upload_limit``). A certificate, and an address, may have
+``call`` bytes, and an upload what the recipe's answers need (``upload_limit``). A reply names its objects in a call of
+``announcement`` bytes and SuperLink stores only named objects of one reply to each request: so many objects of
+``upload`` bytes are a site's quota of the database. A certificate, and an address, may have
 so many requests at a time, and a certificate so many a second; what is over that is told to come again (503), as
 Flower's clients do. A call is passed on once it is whole; an upload passes through, since nginx's workers, which root
 starts as ``nobody``, cannot write to the run's folder. No update of a site is written to disk by nginx.
@@ -46,6 +48,7 @@ class Limits:
 
     upload: int = _SMALLEST_UPLOAD  # bytes of one upload of an object
     call: int = 8 << 10  # bytes of any other call: a node's have less than two thousand
+    announcement: int = 3 << 10  # bytes of the call that names a reply's objects: 40 at most, where Flower has 3
     header_seconds: int = 20  # for the handshake and a request's head: a site with a bad connection needs three
     idle_seconds: int = 60  # between two reads or writes; flwr gives up after 30
     connections: int = 512  # in all, two for each site's request; nginx's default, below common limits of open files
@@ -87,9 +90,10 @@ def configuration(folder: Path, listen: str, superlink: str, server: ServerCrede
     for path in paths.values():
         if not _SAFE_PATH.fullmatch(str(path)):
             raise UserError(f"{str(path)!r}: give a path without quotes, backslashes, braces, $ and ;, for nginx")
-    sizes = {name: limits.upload if name == "push-object" else limits.call for name in FLEET}
+    sizes = {name: limits.call for name in FLEET}
+    sizes |= {"push-object": limits.upload, "push-messages": limits.announcement}
     calls = "".join(
-        _CALL.format(path=f"/v1/fleet/{name}", size=size, buffered="on" if size == limits.call else "off")
+        _CALL.format(path=f"/v1/fleet/{name}", size=size, buffered="off" if name == "push-object" else "on")
         for name, size in sizes.items()
     )
     keys = "".join(

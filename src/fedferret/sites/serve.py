@@ -25,7 +25,7 @@ import httpx
 from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
-from fedferret.runner import belongs, finished_summary
+from fedferret.run_folder import belongs, finished_summary
 from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.control import Control

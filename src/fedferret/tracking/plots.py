@@ -27,6 +27,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedferret.core.text import printable_lines, shortened
 from fedferret.tracking.events import Run
 from fedferret.tracking.summary import times
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
@@ -158,7 +159,7 @@ def drawn(
             save(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable_lines(text, 1000))}"', 1)
     svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'\sd="[^"]*"', lambda path: _rounded(path[0]), svg)
     return Plot(name, title, text, svg)
@@ -181,7 +182,7 @@ def _loss_by_round(run: Run, axes: Axes) -> str:
         _curve(axes, points, colour, name, main=name == names[0])
     _baselines(run, axes)
     axes.set_xlabel("round")
-    axes.set_ylabel(f"loss (nats per {_target(run)})")
+    axes.set_ylabel(_loss_label(run))
     axes.set_xlim(-0.02 * max(1, run.planned), max(1, run.planned) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     _legend(axes)
@@ -197,9 +198,11 @@ def _primary(run: Run) -> str:
     return run.evaluations[max(run.evaluations)].primary if run.evaluations else "loss"
 
 
-def _target(run: Run) -> str:
-    """What a loss is the mean over."""
-    return "token" if _primary(run) == "loss" else "example"
+def _loss_label(run: Run) -> str:
+    """The loss with its unit, where the unit is known."""
+    scores = next(iter(run.evaluations[max(run.evaluations)].results.values())) if run.evaluations else {}
+    targets = "example" if "accuracy" in scores else "token" if "perplexity" in scores or not scores else None
+    return f"loss (nats per {targets})" if targets else "loss"
 
 
 def _score_by_round(run: Run, axes: Axes) -> str:
@@ -241,7 +244,7 @@ def _loss_by_bytes(run: Run, axes: Axes) -> str:
     _baselines(run, axes)
     bytes_axis(axes, min(points[0][0], fedavg or math.inf), max(points[-1][0], fedavg))
     axes.set_xlabel("bytes up and down, all clients")
-    axes.set_ylabel(f"loss (nats per {_target(run)})")
+    axes.set_ylabel(_loss_label(run))
     _legend(axes)
     count, loss = points[-1]
     reference = f"; one round of FedAvg takes {as_bytes(fedavg)}" if fedavg else ""
@@ -374,7 +377,7 @@ def _baselines(run: Run, axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     """A legend above the plot, where it covers no data. Long names are cut, because they would shrink the plot."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…" for label in labels]
+    labels = [shortened(label, _LONGEST_LABEL) for label in labels]
     axes.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2
     )

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedferret.core.rounds import RoundRecord
+from fedferret.core.text import printable_lines
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
@@ -124,7 +125,8 @@ class Progress:
         Args:
             text: one line; nothing in it is read as markup.
         """
-        self._console.print(Text(text), soft_wrap=True)  # Text: a name from the data is never read as markup
+        # Text: a name from the data is never read as markup
+        self._console.print(Text(printable_lines(text, 1000)), soft_wrap=True)
 
     def finished_round(self, record: RoundRecord, bytes_so_far: int) -> None:
         """A round is over.

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from fedferret.core.errors import UserError
 from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.core.log import RESTORE
+from fedferret.core.text import printable_lines, shortened
 from fedferret.tracking import environment
 from fedferret.tracking.events import Evaluation, Run, read
 from fedferret.tracking.figures import extra_metrics, headline
@@ -79,7 +80,8 @@ def write_report(folder: Path) -> Path:
         owners=_owners(run),
         primary=_last(run).primary if run.evaluations else "loss",
         owner_figures=_client_figures(_last(run)) if run.evaluations else [],
-        data_picture=_data_picture(folder),
+        notes=[str(note) for note in run.start.get("notes", [])],
+        data_picture=Markup(_data_picture(folder)),  # safe: base 64
         recipe=_recipe(folder),
         environment=environment_of(folder),
         folder=shlex.quote(str(folder)),
@@ -105,11 +107,17 @@ def templates(*folders: Path) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
 
 
+def _shown(value: Any) -> Any:
+    """What a template shows of a value: names of any length and content are cut, and print."""
+    return printable_lines(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _title(run: Run) -> str:
-    return _capital(f"{run.start.get('method', 'a run')} on {run.start.get('model', 'a model')}")
+    return _capital(f"{run.start.get('method', 'a run')} on {_named(run, 'model', 'a model')}")
 
 
 def _sentence(run: Run) -> str:
@@ -119,9 +127,14 @@ def _sentence(run: Run) -> str:
     seed = f"; seed {start['seed']}" if "seed" in start else ""
     unevaluated = " The run had no held-out examples, so nothing was evaluated." if start.get("held_out") == 0 else ""
     return _capital(
-        f"{start.get('method', 'a method')} tuned {start.get('model', 'a model')}{weights} on "
-        f"{start.get('data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}.{unevaluated}"
+        f"{start.get('method', 'a method')} tuned {_named(run, 'model', 'a model')}{weights} on "
+        f"{_named(run, 'data', 'data')}{clients}: {run.done} of {run.planned} rounds{seed}.{unevaluated}"
     )
+
+
+def _named(run: Run, field: str, otherwise: str) -> str:
+    """A name from the recipe, which may be a long path."""
+    return shortened(str(run.start.get(field, otherwise)), 100)
 
 
 def _capital(sentence: str) -> str:

@@ -11,7 +11,8 @@ from a key: peft draws from the global generator, which is put back, and the val
 from __future__ import annotations
 
 from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
-from fedferret.models.adapters.lora import ALL_LINEAR, LoRA, factors, linear_modules
+from fedferret.models.adapters.lora import LoRA, factors
+from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LearnedPrompt",
     "LoRA",
     "adapter_of",
+    "default_modules",
     "factors",
     "linear_modules",
     "prefix_of",

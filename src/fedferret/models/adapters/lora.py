@@ -10,13 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.models.adapters.drawing import draw, no_trace
 from fedferret.models.adapters.interface import Adapter
-from fedferret.models.classifiers import Classifier
-
-ALL_LINEAR = "all-linear"
+from fedferret.models.adapters.modules import chosen_modules, read_as_given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +24,24 @@ class LoRA(Adapter):
         rank: r.
         alpha: α; the update is scaled by α / r.
         modules: peft's ``target_modules``, for linear modules: the ends of their names, one pattern for a whole name,
-            or "all-linear" (the output head left out).
+            "all-linear" (the output head left out), or None for the architecture's default.
         freeze_a: the matrices A keep their first values.
     """
 
     merges: ClassVar[bool] = True
     rank: int
     alpha: int
-    modules: str | Sequence[str]
+    modules: str | Sequence[str] | None = None
     freeze_a: bool = False
 
     def _attach(self, model: nn.Module, key: Key) -> nn.Module:
         import peft
 
-        names = _chosen(model, self.modules)
+        names = chosen_modules(model, self.modules)
         # each name in full: peft reads a list as ends of names, and would find others
         pattern = "|".join(re.escape(name) for name in names)
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern)
-        with no_trace():
+        with no_trace(), read_as_given(model):
             peft.inject_adapter_in_model(config, model)
         draw(model, key)
         if self.freeze_a:
@@ -57,29 +54,6 @@ class LoRA(Adapter):
 
     def _detach(self, model: nn.Module) -> nn.Module:
         return _without_layers(model, merged=False)
-
-
-def linear_modules(model: nn.Module) -> list[str]:
-    """Which modules can take LoRA.
-
-    An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
-    classifier's head stays dense.
-
-    Args:
-        model: a transformers model without an adapter, on any device, the meta device included.
-
-    Returns:
-        The full names of the linear modules and GPT-2's ``Conv1D``, in the model's order.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    kept = {id(model.head.weight)} if isinstance(model, Classifier) else set()  # it stays dense
-    kept |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
-    ]
 
 
 def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -113,26 +87,3 @@ def _without_layers(model: nn.Module, merged: bool) -> nn.Module:
     if hasattr(untyped, "peft_config"):
         del untyped.peft_config
     return model
-
-
-def _chosen(model: nn.Module, modules: str | Sequence[str]) -> list[str]:
-    """The full names of the linear modules that ``modules`` means."""
-    names = linear_modules(model)
-    if modules == ALL_LINEAR:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name for name in names if model.get_submodule(name) is not head}
-        missing = [] if chosen else [ALL_LINEAR]
-    elif isinstance(modules, str):
-        try:
-            chosen = {name for name in names if re.fullmatch(modules, name)}
-        except re.error as error:
-            raise UserError(f'modules="{modules}": not a regular expression ({error})') from None
-        missing = [] if chosen else [modules]
-    else:
-        ends = {end: {name for name in names if name == end or name.endswith(f".{end}")} for end in modules}
-        chosen = set().union(*ends.values())
-        missing = [end for end, found in ends.items() if not found] if chosen else list(modules) or ["[]"]
-    if missing:
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-        raise UserError(f'modules="{missing[0]}": no linear module is called so; this model has {known}')
-    return [name for name in names if name in chosen]

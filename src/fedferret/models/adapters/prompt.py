@@ -72,7 +72,7 @@ class LearnedPrompt(_Prompt):
     def _config(self, model: Any) -> Any:
         import peft
 
-        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.tokens)
+        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, **_shape(model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,5 +87,14 @@ class EncodedPrompt(_Prompt):
 
         width = self.width or model.get_input_embeddings().weight.shape[1]
         return peft.PromptEncoderConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, encoder_hidden_size=width
+            task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, encoder_hidden_size=width, **_shape(model)
         )
+
+
+def _shape(model: Any) -> dict[str, Any]:
+    """What peft would look for in the configuration, where architectures have other names and OPT another width.
+
+    A vector stands before the embeddings, so it has their width. Layers and heads shape keys and values, which these
+    prompts have none of.
+    """
+    return {"token_dim": model.get_input_embeddings().weight.shape[1], "num_layers": 1, "num_attention_heads": 1}

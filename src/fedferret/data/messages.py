@@ -1,0 +1,160 @@
+"""One message of a row as a turn: OpenAI's form and ShareGPT's, in one column or mixed.
+
+{"role": "user", "content": "hi"}                   content: a text, null beside tool calls, or a list of text parts
+{"role": "assistant", "content": …, "weight": 0}    weight 0: context that is never trained on
+{"from": "human", "value": "hi"}                    ShareGPT's names of roles
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedferret.core.text import plain_line
+from fedferret.data.examples import ROLES, Turn, TurnExtra
+from fedferret.data.faulty_rows import FaultyRow, text_in
+
+SYSTEM, USER, ASSISTANT, TOOL = ROLES
+_CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose value is a call, as JSON
+_ROLES: Mapping[str, str] = {
+    **{role: role for role in ROLES},
+    "developer": SYSTEM,
+    **dict.fromkeys(("human",), USER),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "bing", "bard", *_CALLS), ASSISTANT),
+    **dict.fromkeys(("function", "observation", "function_response", "tool_response"), TOOL),
+}
+
+
+def turns_of(messages: object, where: str) -> tuple[Turn, ...]:
+    """The turns of a list of messages; a system message without text is left out.
+
+    Args:
+        messages: as ``json.loads`` gives them.
+        where: names file, row and column in errors.
+
+    Raises:
+        FaultyRow: a message that cannot be read, with its number.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise FaultyRow(f'{where} is not a list of {{"role", "content"}} messages')
+    turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
+    return tuple(turn for turn in turns if turn.role != SYSTEM or turn.content.strip())
+
+
+def tools_of(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The tools that a row offers: a list of JSON schemas, or that list as JSON text; null and "" offer none.
+
+    Args:
+        value: of the column.
+        where: names file, row and column in errors.
+
+    Raises:
+        FaultyRow: anything else.
+    """
+    if isinstance(value, str):
+        value = _parsed(value) if value.strip() else None
+    if value is None:
+        return ()
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(tool, Mapping) for tool in value)
+    ):
+        raise FaultyRow(f"{where} is not a list of tools, each an object with a name and parameters")
+    return tuple(_plain(tool, where) for tool in value)
+
+
+def _turn(message: object, where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise FaultyRow(f'{where} is not an object with "role" and "content": {message!r:.60}')
+    given = message.get("role") or message.get("from")
+    content = message["content"] if message.get("content") is not None else message.get("value")
+    calls = _calls(message, where)
+    if given is None or (content is None and not calls):
+        raise FaultyRow(f'{where} has no "role" and "content": {plain_line(repr(message), 60)}')
+    role = _ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise FaultyRow(f"{where}: role {plain_line(repr(given), 40)} of a message is not one of {', '.join(_ROLES)}")
+    text = "" if content is None else _text(content, where)
+    if given in _CALLS:
+        text, calls = "", _called(text, where)
+    extra = TurnExtra(
+        tool_calls=calls,
+        name=_word(message, "name", where),
+        tool_call_id=_word(message, "tool_call_id", where),
+        trained=_weight(message, where),
+    )
+    return Turn(role, text, None if extra == TurnExtra() else extra)
+
+
+def _text(content: object, where: str) -> str:
+    """A text, or the texts of a list of parts, joined as chat templates join them: with nothing between."""
+    if not isinstance(content, Sequence) or isinstance(content, str | bytes):
+        return text_in(content, f"{where}: the content")
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        if kind != "text":
+            shown = "no object" if kind is None else f"of type {plain_line(repr(kind), 40)}"
+            raise FaultyRow(f'{where}: a part of the content is {shown}; only {{"type": "text", "text": …}} is read')
+        texts.append(text_in(part.get("text"), f"{where}: a part of the content"))
+    return "".join(texts)
+
+
+def _weight(message: Mapping[str, Any], where: str) -> bool:
+    weight = message.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise FaultyRow(f"{where}: weight {plain_line(repr(weight), 40)}: give 0 or 1")
+    return bool(weight)
+
+
+def _calls(message: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    given, legacy = message.get("tool_calls"), message.get("function_call")
+    if given is None:
+        given = [] if legacy is None else [legacy]
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise FaultyRow(f'{where}: "tool_calls" is not a list of calls')
+    return tuple(_call(call, where) for call in given)
+
+
+def _called(text: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The calls in ShareGPT's JSON text."""
+    value = _parsed(text)
+    return tuple(_call(call, where) for call in (value if isinstance(value, list) else [value]))
+
+
+def _call(call: object, where: str) -> Mapping[str, Any]:
+    """A call in OpenAI's form. Arguments that are JSON text become an object, as chat templates expect them."""
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise FaultyRow(f'{where}: a tool call has no "function" with a "name": {plain_line(repr(call), 60)}')
+    arguments = function.get("arguments")
+    parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
+    arguments = parsed if isinstance(parsed, Mapping) else {} if arguments in (None, "") else arguments
+    head = {name: call[name] for name in ("id",) if call.get(name) is not None}
+    return _plain({**head, "type": "function", "function": {"name": function["name"], "arguments": arguments}}, where)
+
+
+def _word(message: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = message.get(name)
+    return None if value is None else text_in(value, f'{where}: "{name}"')
+
+
+def _parsed(text: str) -> object:
+    """The JSON value of a text; the text where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _plain(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The same value, made of JSON's types alone: it is hashed, and handed to templates."""
+    try:
+        plain: Mapping[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise FaultyRow(f"{where}: a tool or a call holds values that JSON has not") from None
+    return plain

@@ -1,0 +1,140 @@
+"""Which modules of a model take LoRA: all that can, those that a setting names, and those that it means by default.
+
+    default    a Llama's seven linear maps where an architecture has all of them
+               else what the peft library has for the architecture, where the model has all of it
+               else every linear module but the output head
+
+Experts that one tensor of three dimensions holds are no linear modules, and take none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fedferret.core.errors import UserError
+from fedferret.models.classifiers import Classifier
+
+ALL_LINEAR = "all-linear"
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the linear maps of a block
+_BYPASSED = ("x_proj", "dt_proj", "out_proj")  # a state-space layer reads these weights past their modules
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Which modules can take LoRA.
+
+    An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
+    classifier's head stays dense. What an architecture reads past its module cannot: LoRA would have no effect.
+
+    Args:
+        model: a transformers model without an adapter, on any device, the meta device included.
+
+    Returns:
+        The full names of the linear modules and GPT-2's ``Conv1D``, in the model's order.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    kept = {id(model.head.weight)} if isinstance(model, Classifier) else set()  # it stays dense
+    kept |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            kept |= {id(getattr(module, name).weight) for name in _BYPASSED if hasattr(module, name)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+    ]
+
+
+def default_modules(model: nn.Module) -> str | tuple[str, ...]:
+    """The modules that LoRA tunes where no setting names any.
+
+    Args:
+        model: as in ``linear_modules``.
+
+    Returns:
+        The ends of the modules' names, or a pattern, each of which the model has; or ``ALL_LINEAR``.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    names = linear_modules(model)
+    config: Any = getattr(_transformer(model), "config", None)
+    for found in (LLAMA, KNOWN.get(getattr(config, "model_type", ""), ())):
+        if found and not _selected(names, found if isinstance(found, str) else tuple(found))[1]:
+            return found if isinstance(found, str) else tuple(found)
+    return ALL_LINEAR
+
+
+def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> list[str]:
+    """The modules that a setting means.
+
+    Args:
+        model: as in ``linear_modules``.
+        modules: ends of names, one pattern for a whole name, ``ALL_LINEAR``, or None for the default.
+
+    Returns:
+        Full names, in the model's order.
+
+    Raises:
+        UserError: the model has no linear module of such a name, or the pattern is none.
+    """
+    names, given = linear_modules(model), default_modules(model) if modules is None else modules
+    if given == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = [name for name in names if model.get_submodule(name) is not head]
+        missing = [] if chosen else [ALL_LINEAR]
+    else:
+        chosen, missing = _selected(names, given)
+    if missing:
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+        raise UserError(
+            f'algorithm.modules="{missing[0]}": no linear module is called so; this model has {known}; '
+            f"give some of these, or leave the setting out"
+        )
+    return chosen
+
+
+@contextmanager
+def read_as_given(model: nn.Module) -> Iterator[None]:
+    """Let peft take the names of modules as they are.
+
+    Where peft knows a model's configuration, it reads the names of some mixtures of experts as those of an older
+    layout, and adapts other modules than those named.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        A context in which the model has no ``config``.
+    """
+    config = model.__dict__.pop("config", None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            model.config = config
+
+
+def _selected(names: Sequence[str], modules: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of ``names`` that ``modules`` means, and what of ``modules`` means none of them."""
+    if isinstance(modules, str):
+        try:
+            chosen = {name for name in names if re.fullmatch(modules, name)}
+        except re.error as error:
+            raise UserError(f'algorithm.modules="{modules}": not a regular expression ({error})') from None
+        missing = [] if chosen else [modules]
+    else:
+        ends = {end: {name for name in names if name == end or name.endswith(f".{end}")} for end in modules}
+        chosen = set().union(*ends.values())
+        missing = [end for end, found in ends.items() if not found] if chosen else list(modules) or ["[]"]
+    return [name for name in names if name in chosen], missing
+
+
+def _transformer(model: nn.Module) -> nn.Module:
+    """What has the configuration: the model, or a text classifier's encoder."""
+    encoder = getattr(model, "encoder", None)
+    return encoder if isinstance(model, Classifier) and isinstance(encoder, nn.Module) else model

@@ -1,0 +1,180 @@
+"""What a run reads is pinned, and a start that failed leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomli_w
+from typer.testing import CliRunner
+
+from fedferret import __version__, models, runner
+from fedferret.cli import app
+from fedferret.config import load
+from fedferret.runner import Interrupted, run
+from tiny_runs import silent, tiny_recipe, tiny_tables, write_rows
+
+REFUSING = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users') }}{% endif %}{% endfor %}"
+ACCEPT = "--accept-changed-data"
+
+
+def command(*words: str | Path) -> tuple[int, str, str]:
+    """A command's exit code, output and errors."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert "Traceback" not in result.output, result.output
+    return result.exit_code, result.stdout, result.stderr
+
+
+def write(folder: Path, **changes: object) -> Path:
+    """A recipe file."""
+    (folder / "recipe.toml").write_text(tomli_w.dumps(tiny_tables(folder, **changes)))  # type: ignore[arg-type]
+    return folder / "recipe.toml"
+
+
+def stop_after(rounds: int) -> Callable[[str], None]:
+    """Ctrl-C when a client of the next round begins."""
+    seen: list[str] = []
+
+    def begin(client: str) -> None:
+        seen.append(client)
+        if client and len([each for each in seen if each]) > 2 * rounds:
+            raise KeyboardInterrupt
+
+    return begin
+
+
+def tiny_folder(folder: Path) -> Path:
+    """The tiny model as a folder, with a tokenizer that can be edited."""
+    models.save_folder(models.load("tiny"), folder / "model")
+    return folder / "model"
+
+
+def edit(path: Path) -> Callable[[], object]:
+    """Put the file's content back."""
+    before = path.read_bytes()
+    path.write_bytes(before + b"\n")
+    return lambda: path.write_bytes(before)
+
+
+def test_a_file_that_was_read_is_a_file_that_is_pinned(tmp_path: Path) -> None:
+    model, rows = tiny_folder(tmp_path), write_rows(tmp_path)
+    (tmp_path / "seen.jsonl").write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:4]))
+    (tmp_path / "own.txt").write_text("Q: {instruction}\nA: {response}")
+    recipe = write(
+        tmp_path,
+        model={"name": str(model)},
+        data={"held_out_path": str(tmp_path / "seen.jsonl")},
+        text={"template": str(tmp_path / "own.txt")},
+        rounds=2,
+    )
+    out, resume = tmp_path / "run", ["run", recipe, "--out", tmp_path / "run"]
+    with pytest.raises(Interrupted):
+        run(load(recipe), out, silent, on_client=stop_after(1))
+    start = json.loads((out / "events.jsonl").read_text().splitlines()[0])
+    assert {kind: {Path(name).name for name in files} for kind, files in start["files"].items()} == {
+        "data": {"rows.jsonl", "seen.jsonl"},
+        "model": {path.name for path in model.iterdir() if path.suffix in (".json", ".jinja")},
+        "template": {"own.txt"},
+    }
+    for path in (tmp_path / "own.txt", model / "tokenizer.json", model / "tokenizer_config.json"):
+        restore = edit(path)
+        for words in (resume, [*resume, ACCEPT]):
+            code, _, line = command(*words)
+            assert code == 2 and f"{path} was edited" in line and "restore it" in line
+        restore()
+    for path in (rows, tmp_path / "seen.jsonl"):
+        restore = edit(path)
+        code, _, line = command(*resume)
+        assert code == 2 and f"{path} was edited" in line and ACCEPT in line
+        restore()
+    with rows.open("a") as file:
+        file.write(json.dumps({"who": "Ann", "instruction": "The end?", "response": "Ann says: the end."}) + "\n")
+    assert command(*resume)[0] == 2
+    code, output, _ = command(*resume, ACCEPT)
+    assert code == 0 and "The data is not what the run began with" in output
+    assert command("export", out, "--delta", tmp_path / "tuned.delta")[0] == 0
+
+
+def test_a_start_that_failed_leaves_nothing_that_a_second_start_trips_over(tmp_path: Path) -> None:
+    (tmp_path / "refusing.jinja").write_text(REFUSING)
+    words = ["run", write(tmp_path, rounds=1), "--out", tmp_path / "deep" / "run"]
+    code, _, line = command(*words, "--set", f"text.template={tmp_path / 'refusing.jinja'}")
+    assert code == 2 and line.count("\n") == 1 and "no users" in line
+    assert not (tmp_path / "deep").exists()
+    # a start that was killed, or ended with exit code 1, leaves files: another recipe replaces them
+    with pytest.raises(Interrupted):
+        run(tiny_recipe(tmp_path, seed=9), tmp_path / "deep" / "run", silent, on_client=stop_after(0))
+    assert (tmp_path / "deep" / "run" / "events.jsonl").exists()
+    (tmp_path / "deep" / "run" / ".summary.json.0123abcd").write_text("")  # of a kill
+    code, output, line = command(*words)
+    assert code == 0 and "holds a start that came to nothing: it is replaced" in output, line
+    # one with a finished round is another run's, and a folder with a file of somebody's is nobody's to empty
+    code, _, line = command(*words, "--set", "seed=2")
+    assert code == 2 and "holds a run with another seed (1 there, 2 here)" in line
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "environment.json").write_text("{}")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, _, line = command("run", tmp_path / "recipe.toml", "--out", tmp_path / "mine")
+    assert code == 2 and "exists and is no run folder" in line and (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_data_that_is_mended_before_the_first_round_is_accepted(tmp_path: Path) -> None:
+    out, rows = tmp_path / "run", write_rows(tmp_path)
+    with pytest.raises(Interrupted):
+        run(tiny_recipe(tmp_path, rounds=1), out, silent, on_client=stop_after(0))
+    edit(rows)
+    assert run(tiny_recipe(tmp_path, rounds=1), out, silent)["status"] == "finished"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_term_and_hup_end_a_run_as_ctrl_c_does(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    seen: list[str] = []
+
+    def stop(client: str) -> None:
+        seen.append(client)
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+            time.sleep(60)  # the handler raises here
+
+    def running(recipe: object, folder: Path, log: object, **options: object) -> object:
+        return run(recipe, folder, silent, on_client=stop)  # type: ignore[arg-type]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runner, "run", running)
+    try:
+        ended, _, line = command("run", write(tmp_path), "--out", out)
+    finally:
+        patch.undo()
+    assert ended == code and line.startswith("fedferret: stopped after round"), line
+    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted" and (out / "report.html").exists()
+    assert "Resuming after round" in command("run", tmp_path / "recipe.toml", "--out", out)[1]
+
+
+NASTY = "$\\frac{1}{$ \x1b[31m" + "x" * 5000
+
+
+def test_names_of_any_content_and_length_are_shown_cut_and_printable(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in write_rows(tmp_path).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["category"] = ("$x_{$", NASTY, "\x00 $")[number % 3]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output, line = command("run", write(tmp_path, rounds=1), "--out", tmp_path / "run")
+    assert code == 0, line
+    for text in (
+        output,
+        *(path.read_text() for path in (tmp_path / "run").rglob("*") if path.suffix in (".svg", ".html")),
+    ):
+        assert "x" * 300 not in text and not {"\x1b", "\x00"} & set(text)
+
+
+def test_the_version_is_printed_and_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert command("--version") == (0, f"fedferret {__version__}\n", "")
+    path = write(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert command("show", path)[0] == 0
