@@ -25,13 +25,14 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import Staged, shapes_by_round
+from fedferret.core.stages import Stage, Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
 from fedferret.data.held_out import hold_out
 from fedferret.data.sites import Sites
-from fedferret.data.templates import template
+from fedferret.data.template_probes import fitted
+from fedferret.data.templates import template_of
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
 from fedferret.evaluation.scorers import check_metrics
@@ -129,11 +130,20 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
-    precision.check(recipe, model)
     batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
     recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
+    for training in _trainings(algorithm):
+        training.check(model, recipe.model.name)
+    precision.check(recipe, model)
     algorithm.check(model, recipe.rounds)
     return shapes_by_round(algorithm, model, recipe.rounds)
+
+
+def _trainings(algorithm: AnyAlgorithm) -> list[Any]:
+    """How clients train, in every stage that has rounds."""
+    stages = algorithm.stages() if isinstance(algorithm, Staged) else (Stage(algorithm),)
+    found = [getattr(stage.algorithm, "training", None) for stage in stages if stage.rounds != 0]
+    return [training for training in found if training is not None]
 
 
 def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None] = lambda line: None) -> FederatedData:
@@ -186,7 +196,8 @@ class Parts:
         model: what is tuned: the base, with the method's adapter if it has one.
         examples: the data as tensors, client by client, made when first asked for.
         base_size: weights of the base alone.
-        base_fingerprint: SHA-256 of those.
+        base_fingerprint: SHA-256 of those, and of an adapter that the method goes on from, if any.
+        notes: lines for the user on how the data were read and what becomes of the examples.
     """
 
     recipe: Recipe
@@ -198,11 +209,15 @@ class Parts:
     examples: EncodedData = field(init=False)
     base_size: int = field(init=False)
     base_fingerprint: str = field(init=False)
+    notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.base_size = sum(weight.numel() for weight in self.loaded.model.parameters())
-        self.base_fingerprint = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
+        base = freeze_base(self.objective, self.loaded.model, self.recipe.model.train)
+        self.base_fingerprint = self.recipe.algorithm.start_fingerprint(base)
         precision.put_on_device(self.recipe.model, self.loaded.model, self.recipe.execution.device)
+        checked = self.objective.check_encoding(self.loaded, self.recipe.text, self.data)
+        self.notes = (*self.data.notes, *checked)
         self.examples = EncodedData(self.data, self.objective.encoder(self.loaded, self.recipe.text))
         self.model = prepare(self.recipe.algorithm, self.loaded.model, self.recipe.seed)
         self.objective.check_loaded(self.loaded, self.model, self.recipe.text)
@@ -231,12 +246,10 @@ class Parts:
             options: further fields of a subclass.
         """
         loaded = precision.load(recipe.objective, recipe.model, recipe.execution.device, log)
-        return cls(recipe, loaded, data, folder, **options)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for the user on how the data were read."""
-        return self.data.notes
+        parts = cls(recipe, loaded, data, folder, **options)
+        for note in parts.notes[len(data.notes) :]:  # those of the data were logged as they were read
+            log(note)
+        return parts
 
     @property
     def objective(self) -> ModelObjective:
@@ -253,7 +266,7 @@ class Parts:
             assert isinstance(self.objective, NextToken) and tokenizer is not None  # others are refused
             answers = Answers(
                 held_out=self.data.held_out,
-                template=template(text.template),
+                template=fitted(template_of(text), tokenizer),
                 tokenizer=tokenizer,
                 max_tokens=text.max_tokens,
                 objective=self.objective,

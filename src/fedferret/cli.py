@@ -38,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one setting: `--set algorithm.coordinates=8192`. May be repeated."),
 ]
+ChangedData = Annotated[bool, typer.Option("--accept-changed-data", help="Go on with data that has changed.")]
 StoredDtype = Annotated[
     Literal["fp32", "bf16"] | None,
     typer.Option("--dtype", help="Of the folder's weights.", show_default="as the base is stored"),
@@ -72,9 +73,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,
-    accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="Resume with other data than the run began with.")
-    ] = False,
+    accept_changed_data: ChangedData = False,
 ) -> None:
     """Run a recipe: tune the model, evaluate it, write a report.
 
@@ -145,9 +144,10 @@ def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
     dtype: StoredDtype = None,
 ) -> None:
-    """Export a run's tuned model: complete (`--to FOLDER`), as a delta file (`--delta FILE`), or both.
+    """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
     DIR is the run's folder. `fedferret apply` rebuilds the model from a delta file.
     """
@@ -155,8 +155,10 @@ def export(
         from fedferret import export as exporting
         from fedferret.core.errors import UserError
 
-        if to is None and delta is None:
-            raise UserError("nothing to write: give --to FOLDER, --delta FILE or both")
+        if to is None and delta is None and adapter is None:
+            raise UserError("nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several of these")
+        if adapter is not None:
+            exporting.export_folder(folder, adapter, _log, adapter_alone=True)
         if delta is not None:
             exporting.export_delta(folder, delta, _log)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
@@ -170,6 +172,7 @@ def apply(
     base: Annotated[str, typer.Argument(help="The base model: its name in the recipe, or a folder.", metavar="BASE")],
     delta: Annotated[Path, typer.Argument(help="A file that `fedferret export --delta` wrote.", metavar="DELTA")],
     to: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that the run went on from, if any.")] = None,
     dtype: StoredDtype = None,
 ) -> None:
     """Rebuild a tuned model from its base model and a delta file.
@@ -180,7 +183,7 @@ def apply(
     with one_line_errors():
         from fedferret.export import apply_delta
 
-        fingerprint = apply_delta(base, delta, to, _log, dtype)
+        fingerprint = apply_delta(base, delta, to, _log, adapter, dtype)
         _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…, as in the delta file)")
 
 
@@ -302,13 +305,15 @@ def join(
     package: Annotated[str, typer.Option(help="SHA-256 of the run package.", show_default="this version's")] = "",
     insecure: Insecure = False,
     insecure_off_loopback: OffLoopback = False,
+    accept_changed_data: ChangedData = False,
 ) -> None:
     """Take part in a server's run with the data of this machine, until Ctrl-C.
 
     ADDRESS is the server, HOST:PORT. The data file stays on this machine.
     """
     with one_line_errors():
-        _site_commands().join(address, name, data, folder, credentials, package, insecure, insecure_off_loopback, _log)
+        unsafe = insecure, insecure_off_loopback
+        _site_commands().join(address, name, data, folder, credentials, package, *unsafe, accept_changed_data, _log)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from fedferret.objectives.interface import ModelObjective
 from fedferret.objectives.registry import objective
 from fedferret.recipe_file import read_tables
 from fedferret.renamed_keys import with_new_names
-from fedferret.settings import build, table_of
+from fedferret.settings import WHOLE, build, table_of
 
 _ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}  # of training: two ways to count its work
 
@@ -163,6 +163,8 @@ class Recipe:
         tables = {name: table for name, table in self.tables().items() if name != "execution"}
         if self.objective.name == DEFAULT_OBJECTIVE:  # runs from before there were others keep the name they have
             del tables["objective"]
+        else:
+            del tables["text"]["cut"]  # texts to classify have no response to cut
         return tables
 
     @property
@@ -180,7 +182,10 @@ class Recipe:
         """The identity as text: what sites are told of the recipe, and what its SHA-256 names a run by."""
         import tomli_w
 
-        return tomli_w.dumps(self.identity())
+        tables = self.identity()
+        if tables["text"].get("cut") == BEFORE_CUT:  # runs from before there was a choice keep the name they have
+            del tables["text"]["cut"]
+        return tomli_w.dumps(tables)
 
     def to_toml(self) -> str:
         """The recipe as a file's text."""
@@ -190,12 +195,22 @@ class Recipe:
 
 
 DEFAULT_OBJECTIVE = "next-token"
+BEFORE_CUT = "prompt"  # what ``text.cut`` is in what a fedferret wrote that had no such setting
 _SECTIONS = ("model", "data", "objective", "text", "clients", "algorithm", "pool", "evaluation", "execution")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, with ``section.key=value`` overrides. Raises UserError for anything that is not one."""
     return from_tables(read_tables(path, overrides))
+
+
+def written(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe in tables that a fedferret wrote, this one or an earlier one. Raises UserError.
+
+    They spell every setting out; one that is missing did not exist yet, and gets the value that means the same.
+    """
+    text = tables.get("text", {})
+    return from_tables({**tables, "text": {"cut": BEFORE_CUT, **text}} if isinstance(text, Mapping) else tables)
 
 
 def from_tables(tables: Mapping[str, Any]) -> Recipe:
@@ -316,6 +331,7 @@ def _take(table: dict[str, Any], key: str, section: str) -> str:
 
 def _whole(tables: Mapping[str, Any], name: str, default: int, least: int) -> int:
     value = tables.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}={value!r}: must be a whole number, at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < WHOLE:
+        given = name if isinstance(value, int) and value >= WHOLE else f"{name}={value!r}"  # not thousands of digits
+        raise UserError(f"{given}: must be a whole number, at least {least} and below {WHOLE}")
     return value

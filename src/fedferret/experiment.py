@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedferret.build import Parts, check, load_data
-from fedferret.config import Recipe, load
+from fedferret.config import Recipe, written
 from fedferret.core import rounds, tree
 from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, UserError
@@ -32,6 +32,7 @@ from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.evaluator import Results, Scores
 from fedferret.evaluation.per_client import spread
+from fedferret.recipe_file import read_tables
 from fedferret.resident.simulation import simulation
 from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
@@ -56,7 +57,7 @@ def read_recipe(run: Path) -> Recipe:
     path = inside(run, run / "recipe.toml")
     read_intact(path, RESTORE)
     try:
-        return load(path)
+        return written(read_tables(path))
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {RESTORE}") from None
 
@@ -373,7 +374,8 @@ class Experiment(Parts):
             tree.copy_(tree.parameters(model), base)
             for number in range(1, recipe.rounds + 1):
                 assert training is not None
-                training.train(self.task, self.examples[client], Key.of(recipe.seed, "local-only", number, client))
+                task, key = replace(self.task, round=number), Key.of(recipe.seed, "local-only", number, client)
+                training.train(task, self.examples[client], key)
                 on_progress()
             losses[client] = self.evaluator.figures(model, main)["loss"]
             if recipe.scores_clients and client in self.examples.held_out_by_client:

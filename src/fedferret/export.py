@@ -1,7 +1,7 @@
 """Hand over a tuned model: as a Hugging Face folder, or as its log alone, kilobytes that rebuild it from the base.
 
 A folder has the plain model's architecture: LoRA is merged into the base weights. A learned prompt has no place there;
-its folder is an adapter of peft's, for the base.
+its folder is an adapter of peft's, for the base, as LoRA's is where the adapter alone is asked for.
 
 A delta file is one encoded message (checksummed, see ``wire/codec.py``): which base, by name and SHA-256 of its
 weights; which method, with its settings; the log; and the SHA-256 of the weights that applying it must give.
@@ -96,6 +96,13 @@ class TunedDelta:
             "",
         )
 
+    def going_on_from(self, adapter: Path) -> TunedDelta:
+        """This delta with the adapter that its run went on from in another folder. Raises UserError."""
+        settings = json.loads(self.settings)
+        if not isinstance(settings, dict) or not settings.get("adapter"):
+            raise UserError(f"--adapter {adapter}: the run of this delta went on from no adapter")
+        return replace(self, settings=json.dumps({**settings, "adapter": str(adapter)}))
+
     def parts(self) -> tuple[ModelObjective, str | None, AnyAlgorithm]:
         """The objective, what of the model was trained, and the method. Raises UserError."""
         try:
@@ -115,18 +122,27 @@ class TunedDelta:
         return build(ModelSettings, {"name": name, "dtype": dtype, **({"train": train} if train else {})}, "model")
 
 
-def export_folder(run: Path, folder: Path, log: Callable[[str], None] = print, dtype: Dtype | None = None) -> str:
+def export_folder(
+    run: Path,
+    folder: Path,
+    log: Callable[[str], None] = print,
+    dtype: Dtype | None = None,
+    adapter_alone: bool = False,
+) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
-    ``dtype`` is that of the weights; None: see ``chosen_dtype``. Raises UserError for what is no run with a finished
-    round, RunError where the base is not the one it began from.
+    With ``adapter_alone`` the folder has what peft reads beside the base, and nothing is merged. ``dtype`` is that of
+    the weights; None: see ``chosen_dtype``.
+
+    Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
     """
     check_place(folder)
     refuse_filled(folder)
     recipe, entries = _read_run(run)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
+    fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
-    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, dtype)
+    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, dtype, adapter_alone)
 
 
 def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
@@ -136,6 +152,7 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> T
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
     recipe, entries = _read_run(run)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
+    fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
     delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
     with _tuned(base, delta) as (_, model):
@@ -145,19 +162,30 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> T
 
 
 def apply_delta(
-    base_name: str, path: Path, folder: Path, log: Callable[[str], None] = print, dtype: Dtype | None = None
+    base_name: str,
+    path: Path,
+    folder: Path,
+    log: Callable[[str], None] = print,
+    adapter: Path | None = None,
+    dtype: Dtype | None = None,
 ) -> str:
     """Rebuild a tuned model from its base and a delta file, as a folder. Returns the SHA-256 of the tuned weights.
 
-    ``dtype`` is that of the weights; None: see ``chosen_dtype``. Raises UserError for a file that is no delta, is
-    damaged, or belongs to another base; RunError where this machine arrives at other weights than the file says.
+    ``adapter`` is where the adapter is that the run went on from, if it is not where the run had it. ``dtype`` is that
+    of the weights; None: see ``chosen_dtype``.
+
+    Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
+    arrives at other weights than the file says.
     """
     check_place(folder)
     refuse_filled(folder)
     delta = read_delta(path)
-    objective, _, _ = delta.parts()
+    if adapter is not None:
+        delta = delta.going_on_from(adapter)
+    objective, _, algorithm = delta.parts()
     objective.check_model(base_name)
     base, found = load_base(objective, delta.base(base_name), log=log)
+    found = algorithm.start_fingerprint(found)
     if found != delta.base_fingerprint:
         raise UserError(
             f"{path} belongs to the base {delta.base_name} (SHA-256 {delta.base_fingerprint[:12]}…); "
@@ -220,7 +248,12 @@ def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.M
 
 
 def _write_folder(
-    base: Loaded, delta: TunedDelta, folder: Path, log: Callable[[str], None], dtype: Dtype | None
+    base: Loaded,
+    delta: TunedDelta,
+    folder: Path,
+    log: Callable[[str], None],
+    dtype: Dtype | None,
+    adapter_alone: bool = False,
 ) -> str:
     with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
@@ -230,9 +263,11 @@ def _write_folder(
                 f"nothing was written"
             )
         adapter = adapter_of(model)
-        if adapter is not None and not adapter.merges:
+        if adapter_alone and adapter is None:
+            raise UserError(f"{delta.method} tunes the model's own weights: there is no adapter to write; use --to")
+        if adapter is not None and (adapter_alone or not adapter.merges):
             if dtype is not None:
-                raise UserError(f"--dtype {dtype}: {delta.method} exports an adapter alone, fp32; leave --dtype out")
+                raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")
             log(adapter.export(model, base.name, folder))
         else:
             objective, how = delta.parts()[0], json.loads(delta.objective)

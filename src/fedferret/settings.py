@@ -1,24 +1,27 @@
 """Converts TOML tables to frozen dataclasses of settings, and back.
 
 Every setting of the project is a field of a frozen dataclass. ``build`` makes a dataclass from a TOML table. For an
-unknown name the error names the nearest known one. Types are checked strictly (pydantic). An error that the dataclass
-raises becomes one line that names the setting. TOML has no null: where a setting may be absent, the string "none"
-means absent. A nested table needs only the settings that differ from the field's default; this default may differ
-from the defaults of the nested dataclass.
+unknown name the error names the nearest known one. Types are checked strictly (pydantic). Numbers are finite. An error
+that the dataclass raises becomes one line that names the setting. TOML has no null: where a setting may be absent, the
+string "none" means absent. A nested table needs only the settings that differ from the field's default; this default
+may differ from the defaults of the nested dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any, TypeVar
 
 from fedferret.core.errors import UserError, nearest
 
 T = TypeVar("T")
+WHOLE = 2**63  # TOML's whole numbers lie below it
 
 
 def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -34,8 +37,10 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     import pydantic
 
     _refuse_unknown(kind, table, where)
+    _refuse_unbounded(table, where)
     try:
-        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)))
+        # a date of TOML is its text
+        plain = json.dumps(_without_none_strings(kind, _over_defaults(kind, table)), default=_spelt)
         # JSON's rules are TOML's: a list is a tuple, 1 is a float, "1" is neither
         return pydantic.TypeAdapter(kind).validate_json(plain, strict=True)
     except pydantic.ValidationError as error:
@@ -70,6 +75,12 @@ def table_of(settings: Any) -> dict[str, Any]:
     return table
 
 
+def _spelt(value: object) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is no type of a setting")
+
+
 def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:
     """Raise UserError if the table, or a table nested in it, has a name that is not a field."""
     known = [field.name for field in dataclasses.fields(kind)]
@@ -81,6 +92,20 @@ def _refuse_unknown(kind: type, table: Mapping[str, Any], where: str) -> None:
             _refuse_unknown(typing.cast(type, hints[name]), value, f"{where}.{name}")
 
 
+def _refuse_unbounded(value: Any, where: str) -> None:
+    """Raise UserError for a number, however nested, that is NaN, infinite or no whole number of 64 bits."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            _refuse_unbounded(each, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            _refuse_unbounded(each, f"{where}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value}: must be a finite number")
+    elif isinstance(value, int) and not -WHOLE <= value < WHOLE:
+        raise UserError(f"{where}: a whole number must lie between {-WHOLE} and {WHOLE - 1}")
+
+
 def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
     """``table``, where each nested table also has the values in which its field's default differs from its dataclass.
 
@@ -89,7 +114,9 @@ def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(table)
     for field in dataclasses.fields(kind):
         if isinstance(table.get(field.name), Mapping) and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+            default: Any = field.default_factory()
+            if not dataclasses.is_dataclass(type(default)):
+                continue
             usual = table_of(type(default)())
             merged[field.name] = {
                 **{name: value for name, value in table_of(default).items() if value != usual.get(name)},

@@ -44,7 +44,7 @@ METHODS: dict[str, AnyAlgorithm] = {
         training=FirstOrder(optimizer="adamw", learning_rate=0.01, epochs=1, accumulate=2, clip=None),
     ),
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
-    "fedprox": FedProx(mu=0.1, training=TRAINING),
+    "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
@@ -70,7 +70,9 @@ METHODS: dict[str, AnyAlgorithm] = {
         coordinates=12, server_learning_rate=0.5, training=replace(TRAINING, learning_rate=0.02, steps=3)
     ),
     "fedkseed": FedKSeed(pool_size=256, training=_forward_only),
-    "fedkseed-few-directions": FedKSeed(pool_size=24, weighting="equal", training=_forward_only),
+    "fedkseed-few-directions": FedKSeed(
+        pool_size=24, weighting="equal", training=replace(_forward_only, schedule="linear")
+    ),
     "fedkseed-many-directions": FedKSeed(pool_size=33_000, training=_forward_only),
     "fedkseed-pro": FedKSeedPro(pool_size=256, training=_forward_only),
     "fedkseed-pro-few-directions": FedKSeedPro(pool_size=24, training=_forward_only),
@@ -78,13 +80,16 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedmezo": FedMeZO(training=replace(_forward_only, weight_decay=0.1)),
     "fedit": FedIT(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedit-frozen-a": FedIT(rank=2, alpha=8, modules="all-linear", freeze_a=True, training=_adam),
+    "fedit-dora-dense": FedIT(
+        rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
+    ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,
-        first=FedAvg(training=TRAINING),
+        first=FedAvg(training=replace(TRAINING, schedule="linear")),
         second=replace(_ferret, error_feedback=True, schedule="linear", scale="shrunk"),
     ),
 }

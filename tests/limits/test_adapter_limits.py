@@ -63,6 +63,49 @@ def test_fedit_sgd_is_fedit_with_sgd_to_the_bit() -> None:
     assert simulate(FedITSGD(**same), 4).memory == simulate(FedIT(**same), 4).memory
 
 
+def test_rslora_of_rank_1_is_lora_to_the_bit() -> None:
+    plain = replace(FEDIT, rank=1)
+    assert simulate(replace(plain, rslora=True), 3).memory == simulate(plain, 3).memory
+    assert simulate(replace(FEDIT, rslora=True), 3).memory != simulate(FEDIT, 3).memory
+
+
+def test_rslora_is_lora_of_another_alpha() -> None:
+    """α / √4 is 2 α / 4."""
+    rslora, plain = replace(FEDIT, rank=4, rslora=True), replace(FEDIT, rank=4, alpha=8)
+    assert simulate(rslora, 3).memory == simulate(plain, 3).memory
+
+
+def test_dora_begins_as_the_base_and_lora_with_its_magnitudes_at_the_norms() -> None:
+    dora = toy_task(1, replace(FEDIT, dora=True)).model
+    inputs = torch.linspace(-1, 1, 20).view(5, 4)
+    torch.testing.assert_close(dora(inputs), toy_model()(inputs), rtol=1e-6, atol=1e-6)
+    for name in ("0", "2"):
+        weight, found = toy_model().get_parameter(f"{name}.weight"), dict(dora.named_parameters())
+        magnitude = found[f"{name}.lora_magnitude_vector.default.weight"]
+        assert magnitude.requires_grad
+        torch.testing.assert_close(magnitude, weight.norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_fedit_with_every_module_dense_is_fedavg_of_these_modules() -> None:
+    """With rank 1 on one module and nothing learned there, what is dense has FedAvg's bits."""
+    whole = toy_model()
+    for name, weight in whole.named_parameters():
+        weight.requires_grad_(name.startswith("2."))
+    theirs = simulate(FedAvg(training=ADAM), 3, task=Task.of(whole, SquaredError(), 3))
+    ours = simulate(replace(FEDIT, modules=("0",), modules_to_save=("2",)), 3, task=frozen_factors())
+    for name, weight in theirs.state.public.weights.items():
+        assert torch.equal(ours.state.public.weights[name], weight)
+
+
+def frozen_factors() -> Task:
+    """The toy task with LoRA factors that are not trained, and the second layer dense."""
+    task = toy_task(3, replace(FEDIT, modules=("0",), modules_to_save=("2",)))
+    for pair in factors(task.model).values():
+        for factor in pair:
+            factor.requires_grad_(False)
+    return task
+
+
 def test_full_rank_on_a_frozen_identity_is_fedavg_of_the_weights() -> None:
     """With A the identity and α = r, B has the gradient of W: gradient steps on the one are steps on the other."""
     training = FirstOrder(learning_rate=0.1, steps=3, clip=None)

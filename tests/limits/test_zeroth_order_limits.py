@@ -82,7 +82,9 @@ def test_fedkseed_is_fedavg_of_the_same_walks() -> None:
     assert_close(weights(simulate(FEDKSEED, 1)), mean)
 
 
-@pytest.mark.parametrize("method", [FEDKSEED, FedKSeedPro(pool_size=300, training=TRAINING)])
+@pytest.mark.parametrize(
+    "method", [FEDKSEED, FedKSeedPro(pool_size=300, training=replace(TRAINING, schedule="cosine"))]
+)
 def test_the_base_and_the_pool_are_the_model(method: FedKSeed) -> None:
     run = simulate(method, 4)
     rebuilt, public = base(), run.state.public

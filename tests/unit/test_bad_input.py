@@ -136,6 +136,9 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.toml").write_text(tiny_recipe(tmp_path, seed=9).to_toml())
     line = refused("run", path, "--out", tmp_path / "run")
     assert "holds a run with another seed (9 there, 1 here): choose another folder with --out" in line
+    older = tiny_recipe(tmp_path).to_toml().replace('cut = "response"\n', "")  # by a fedferret without the setting
+    (tmp_path / "run" / "recipe.toml").write_text(older)
+    assert "another text.cut ('prompt' there, 'response' here)" in refused("run", path, "--out", tmp_path / "run")
 
 
 def test_a_folder_whose_recipe_is_broken(tmp_path: Path) -> None:
@@ -154,7 +157,9 @@ def test_malformed_overrides(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     assert "not a run folder" in refused("export", tmp_path, "--to", tmp_path / "model")
-    assert "nothing to write: give --to FOLDER, --delta FILE or both" in refused("export", tmp_path)
+    assert "nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several" in refused(
+        "export", tmp_path
+    )
     refused("report", tmp_path)
 
 

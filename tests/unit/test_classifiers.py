@@ -163,16 +163,16 @@ def test_all_linear_modules_leave_the_head_out() -> None:
 
 
 def test_activations_are_recomputed_to_the_same_gradients() -> None:
-    from fedferret.local.steppers import checkpointed
+    from fedferret.local.recomputing import recomputed
 
     gradients = []
     for enabled in (False, True):
         loaded = models.classifier("tiny-encoder", 3)
-        with checkpointed(loaded.model, enabled):
+        with recomputed(loaded.model, enabled):
             loaded.model(tokens(loaded, SHORT, LONG)).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in loaded.model.named_parameters()})
     assert all(torch.allclose(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    with checkpointed(models.classifier("lenet5", 3).model, True):
+    with recomputed(models.classifier("lenet5", 3).model, True):
         pass
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedferret.config import from_tables, load
+from fedferret.config import from_tables, load, written
 from fedferret.core.errors import UserError
 from tiny_runs import tiny_recipe, tiny_tables
 
@@ -47,12 +47,26 @@ def test_execution_settings_are_not_part_of_a_runs_identity(tmp_path: Path) -> N
     assert tiny_recipe(tmp_path, text={"max_tokens": 32}).identity() != plain.identity()
 
 
+def test_runs_from_before_there_was_a_cut_keep_their_rule_and_their_name(tmp_path: Path) -> None:
+    older, newer = tiny_recipe(tmp_path, text={"cut": "prompt"}), tiny_recipe(tmp_path)
+    assert "cut" not in older.identity_toml() and older.identity() != newer.identity()
+    for recipe in (older, newer):
+        assert written(tomllib.loads(recipe.identity_toml())).identity() == recipe.identity()
+
+
+def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tiny_recipe(tmp_path).to_toml())
+    assert load(file, ["text.date=2026-11-28"]).text.date == "2026-11-28"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sede": 3}, r'sede: there is no such setting; did you mean "seed"\?'),
         ({"seed": -1}, r"seed=-1: must be a whole number, at least 0"),
         ({"rounds": 0}, r"rounds=0: must be a whole number, at least 1"),
+        ({"seed": 10**6000}, r"seed: must be a whole number, at least 0 and below"),
         ({"rounds": 2.5}, r"rounds=2\.5: must be a whole number"),
         ({"rounds": True}, r"rounds=True: must be a whole number"),
         ({"model": 3}, r"model=3: must be a table, \[model\]"),

@@ -279,7 +279,7 @@ def places(tmp_path: Path) -> Path:
         ("serve", cut("run/server/sites.json"), "run/server/sites.json", "give the last `fedferret sites` command"),
         ("serve", occupy("run/server/sites.json"), "run/server/sites.json", "is damaged"),
         ("serve", occupy("run/server/messages.jsonl"), "run/server/messages.jsonl", "remove it"),
-        ("join", cut("site/site.toml"), "site/site.toml", "give a name and a table"),
+        ("join", cut("site/site.toml"), "site/site.toml", "not TOML"),
         ("join", occupy("site/site.toml"), "site/site.toml", "Is a directory"),
         ("join", occupy("site/logs/trainer.log"), "site/logs/trainer.log", "Is a directory"),
     ],

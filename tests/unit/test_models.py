@@ -185,7 +185,7 @@ def test_dropout_is_off_while_gradients_flow_and_where_activations_are_recompute
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from fedferret.local.steppers import checkpointed
+    from fedferret.local.recomputing import recomputed
 
     config = GPT2Config(vocab_size=259, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     assert config.resid_pdrop > 0
@@ -198,7 +198,7 @@ def test_dropout_is_off_while_gradients_flow_and_where_activations_are_recompute
     assert first.item() == second.item()
     assert all(parameter.grad is not None for parameter in model.parameters())
     before = torch.get_rng_state()
-    with checkpointed(model, True):
+    with recomputed(model, True):
         assert model(input_ids=tokens, labels=tokens).loss.item() == first.item()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +18,12 @@ from typer.testing import CliRunner
 from fedferret import __version__, models, runner
 from fedferret.cli import app
 from fedferret.config import load
+from fedferret.core.errors import UserError
+from fedferret.resident.pins import forget_data
+from fedferret.resident.process import open_trainer
+from fedferret.resident.site import read_site
 from fedferret.runner import Interrupted, run
+from fedferret.sites.join import JoinSettings, resolve_data
 from tiny_runs import silent, tiny_recipe, tiny_tables, write_rows
 
 REFUSING = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users') }}{% endif %}{% endfor %}"
@@ -178,3 +185,31 @@ def test_the_version_is_printed_and_a_byte_order_mark_is_passed_over(tmp_path: P
     path = write(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert command("show", path)[0] == 0
+
+
+def test_a_site_pins_what_it_reads_and_only_once_it_was_accepted(tmp_path: Path) -> None:
+    folder, rows, wrong = tmp_path / "ann", write_rows(tmp_path), tmp_path / "wrong.jsonl"
+    wrong.write_text('{"instruction": "a"}\n')
+    words = ["join", "127.0.0.1:1", "--name", "ann", "--insecure", "--folder", folder, "--data"]
+    code, _, line = command(*words, wrong)
+    assert code == 2 and 'no column "response"' in line and not (folder / "site.toml").exists()
+    settings = {"address": "127.0.0.1:1", "name": "ann", "folder": folder, "insecure": True}
+    shutil.copy(rows, tmp_path / "others.jsonl")
+    resolve_data(JoinSettings(**settings, data=tmp_path / "others.jsonl"), folder)  # type: ignore[arg-type]
+    assert resolve_data(JoinSettings(**settings, data=rows), folder) == str(rows)  # type: ignore[arg-type]
+    open_trainer(folder)
+    ((name, digest),) = read_site(folder).files["data"].items()
+    assert name == str(rows) and digest == hashlib.sha256(rows.read_bytes()).hexdigest()
+    before = (folder / "site.toml").read_bytes()
+    restore = edit(rows)
+    with pytest.raises(UserError, match=rf"{rows} was edited .* restore it, or give `fedferret join` {ACCEPT}"):
+        open_trainer(folder)
+    code, _, line = command(*words[:-1])
+    assert code == 2 and f"{rows} was edited" in line and (folder / "site.toml").read_bytes() == before
+    forget_data(folder)
+    open_trainer(folder)
+    assert (folder / "site.toml").read_bytes() != before
+    restore()
+    (folder / "runs" / "one").mkdir(parents=True)
+    with pytest.raises(UserError, match="change it there"):
+        resolve_data(JoinSettings(**settings, data=wrong), folder)  # type: ignore[arg-type]

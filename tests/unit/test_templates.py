@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -128,17 +129,23 @@ dialogues = st.builds(
 
 
 @settings(deadline=None, max_examples=50)
-@given(dialogues, st.sampled_from(["chat", "alpaca"]), st.integers(2, 300))
-def test_the_limit_holds_and_the_response_is_whole_where_it_fits(example, name, max_tokens):
-    chosen = template(name)
+@given(dialogues, st.sampled_from(["chat", "alpaca"]), st.sampled_from(["response", "prompt"]), st.integers(2, 300))
+def test_the_limit_holds_and_the_end_is_cut_that_the_setting_names(example, name, cut, max_tokens):
+    chosen = replace(template(name), cut=cut)
     tokens = chosen.encode(example, TOKENIZER, max_tokens)
     response = TOKENIZER(chosen.response_text(example, TOKENIZER), add_special_tokens=False)["input_ids"]
+    whole = len(chosen.prompt(example, TOKENIZER, 10**9))
+    share = 1 if cut == "prompt" else max(1, max_tokens // 4)
     assert 1 <= tokens.response_start < len(tokens.ids) <= max_tokens
-    assert list(tokens.ids[tokens.response_start :]) == response[: max_tokens - 1]
-    assert tokens.response_cut == (len(response) > max_tokens - 1)
+    # the response is cut at its end, and only where the prompt is down to its share
+    kept = len(tokens.ids) - tokens.response_start
+    assert list(tokens.ids[tokens.response_start :]) == response[:kept]
+    assert tokens.response_lost == len(response) - kept and tokens.response_cut == (kept < len(response))
+    assert not tokens.response_cut or (len(tokens.ids) == max_tokens and tokens.response_start <= share)
+    assert tokens.prompt_cut == (tokens.response_start < whole)
     assert response[-1] == EOS
     # generation starts from the same prompt as training
-    room = max_tokens - (len(tokens.ids) - tokens.response_start)
+    room = max_tokens - kept
     assert chosen.prompt(example, TOKENIZER, room) == tokens.ids[: tokens.response_start]
 
 

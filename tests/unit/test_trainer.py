@@ -343,7 +343,7 @@ def test_a_sites_settings_name_its_file_beside_them(tmp_path: Path) -> None:
         ('name = "w"\n[data]\npath = "rows.jsonl"\nheld_out = 1', "", r"data.held_out: there is no such setting"),
         ('name = ""\n[data]\npath = "rows.jsonl"', "", r"name='': give the name"),
         ('nam = "w"', "", r"nam: there is no such setting; did you mean .name."),
-        ("name = ", "", r"cannot be read"),
+        ("name = ", "", r"not TOML"),
         ('name = "w"\ndata = "rows.jsonl"', "", r"must be a table"),
     ],
 )

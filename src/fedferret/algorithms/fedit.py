@@ -7,10 +7,12 @@ ICASSP 2024, arXiv 2305.05644, Algorithm 1. LoRA: Hu et al., ICLR 2022, arXiv 21
     client j:  T local steps on all A and B, with a fresh optimiser
     server:    the mean of the A and the mean of the B, weighted by examples
 
-Wire: 4 d bytes up per client and round, 4 d down, with d = Σ r (inputs + outputs) over the tuned modules.
+Wire: 4 d bytes up per client and round, 4 d down, with d = Σ r (inputs + outputs) over the tuned modules. DoRA adds the
+outputs of each to d, and ``modules_to_save`` adds their weights.
 
 The mean of the products B A, which clients' models stand for, is not the product of the means; ``product_gap`` measures
 the difference. It is zero where all A are equal, which ``freeze_a`` sees to (Sun et al., ICLR 2024, arXiv 2403.12313).
+It says nothing of DoRA's magnitudes and norms: the model is no sum of them.
 
 Deviations: no dropout on the way into A (the paper's code has 0.05), since it draws from the global generator; updates
 travel instead of factors, which gives the same mean. Adam is AdamW without weight decay.
@@ -18,9 +20,11 @@ travel instead of factors, which gives the same mean. Adam is AdamW without weig
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +38,7 @@ from fedferret.models import adapters
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # by module: A of (r, inputs), B of (outputs, r)
 
+_DEFAULTS: Mapping[str, Any] = {"rank": 8, "alpha": 16, "rslora": False, "dora": False, "modules_to_save": ()}
 _ONE_BY_ONE = {"batch_size": 1, "epochs": 1}  # how Ferret's paper trains all first-order baselines
 
 
@@ -60,21 +65,50 @@ class FedIT(FedAvg):
             "training": {"batch_size": 8, "accumulate": 8, "epochs": 10, "clip": 1.0},
         },
     }
-    rank: int = 8  # r; the Ferret paper's
-    alpha: int = 16  # α: the product is scaled by α / r, so that a change of r needs no other learning rate
+    rank: int | None = None  # r; 8 is the Ferret paper's, where no adapter says another
+    alpha: int | float | None = None  # α, 16: scaled by α / r, so that a change of r needs no other learning rate
     modules: str | tuple[str, ...] | None = None  # the architecture's own; of a Llama's blocks every linear map
     freeze_a: bool = False  # True halves the bytes and makes the mean exact, for factors that can say less
+    rslora: bool | None = None  # scaled by α / √r: ranks of hundreds learn as fast as small ones
+    dora: bool | None = None  # magnitudes of the weights' rows are trained too, and travel
+    modules_to_save: tuple[str, ...] | None = None  # modules that are trained densely beside the factors, and travel
+    adapter: str | None = None  # peft's folder of an adapter to go on from; the settings above are the adapter's
     training: FirstOrder = field(default_factory=_adam)
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        if self.adapter is None:
+            for name, default in _DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with LoRA factors."""
-        lora = adapters.LoRA(rank=self.rank, alpha=self.alpha, modules=self.modules, freeze_a=self.freeze_a)
+        if self.adapter is not None:
+            given = {name: getattr(self, name) for name in _DEFAULTS} | {"modules": self.modules}
+            return adapters.continued(model, Path(self.adapter), given, self.freeze_a).attach(model, key)
+        assert self.rank and self.alpha and self.modules_to_save is not None  # set when made
+        lora = adapters.LoRA(
+            rank=self.rank,
+            alpha=self.alpha,
+            modules=self.modules,
+            freeze_a=self.freeze_a,
+            rslora=bool(self.rslora),
+            dora=bool(self.dora),
+            modules_to_save=self.modules_to_save,
+        )
         return lora.attach(model, key)
+
+    def start_fingerprint(self, base: str) -> str:
+        """The base's, and with it that of the adapter that the run goes on from."""
+        if self.adapter is None:
+            return base
+        return hashlib.sha256(
+            f"{base} {adapters.read_peft_folder(Path(self.adapter)).fingerprint()}".encode()
+        ).hexdigest()
 
     def release(self, model: nn.Module) -> nn.Module:
         """The factors merged into the base weights."""

@@ -111,7 +111,8 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
     def update_norm(self, task: Task, public: FedKSeedPublic, payload: Walk) -> float:
         """η √(d Σ_s a(s)²), the expectation over directions: those of different seeds are nearly orthogonal."""
         squares = float(payload.decoded().gradients.double().square().sum())
-        return self.training.learning_rate * math.sqrt(tree.size(public.weights) * squares)
+        rate = self.training.learning_rate * self.training.factor(task)
+        return rate * math.sqrt(tree.size(public.weights) * squares)
 
     def server_update(
         self, task: Task, public: FedKSeedPublic, server: FedKSeedServer, pooled: Pooled[DecodedWalk], key: Key
@@ -132,6 +133,7 @@ class FedKSeed(Algorithm[FedKSeedPublic, FedKSeedServer, None, FedKSeedEntry, Wa
         """w <- w - η Σ_s a(s) z(s), in the seeds' order."""
         seeds = entry.seeds.long() if len(entry.seeds) else torch.arange(self.pool_size)
         gradients, *magnitudes = entry.values
+        gradients = gradients * self.training.factor(task)  # the walks' rate, in units of η
         public.pool[seeds] += gradients
         if magnitudes:
             public.magnitudes[seeds] = magnitudes[0]

@@ -44,7 +44,6 @@ from fedferret.algorithms.ferret_messages import (
 )
 from fedferret.algorithms.ferret_presets import PRESETS
 from fedferret.algorithms.full_model import check_finite, loaded, step_
-from fedferret.algorithms.schedule import Schedule, scheduled
 from fedferret.bases.blocks import decode_norms, encode_norms, pack
 from fedferret.bases.coding import Coding
 from fedferret.bases.projector import Allocation, Projector, Scale, Step
@@ -56,6 +55,7 @@ from fedferret.core.keys import Key
 from fedferret.core.pooling import NotFinite
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder
+from fedferret.local.schedules import Schedule, scheduled
 
 Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 

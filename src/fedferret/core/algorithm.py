@@ -195,6 +195,20 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """
         return model
 
+    def start_fingerprint(self, base: str) -> str:
+        """Name what a run begins from: every node of a run must have the same.
+
+        Args:
+            base: SHA-256 of the base weights.
+
+        Returns:
+            ``base``, or where ``prepare`` reads further values from files, a hash of ``base`` and of these.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        return base
+
     def release(self, model: nn.Module) -> nn.Module:
         """Merge the adapter, or detach the adapter where it cannot be merged.
 

@@ -77,7 +77,6 @@ class Node:
     """The public state of one run at one version, and the work on it.
 
     Attributes:
-        task: the working model, objective and rounds.
         algorithm: the method.
         codec: reads and writes messages.
         public: the public state.
@@ -112,7 +111,7 @@ class Node:
             UserError: a guard on payloads that are kept apart.
         """
         check_guards(guards, algorithm)
-        self.task, self.algorithm, self.seed, self.public = task, algorithm, seed, public
+        self._task, self.algorithm, self.seed, self.public = task, algorithm, seed, public
         self.version, self.epoch, self.void = 0, 0, False
         self.guards = tuple(guards)
         self.codec, self._randomness = codec, randomness
@@ -145,6 +144,11 @@ class Node:
         """
         public, server = algorithm.init(task, Key.of(seed, "begin"))
         return cls(task, algorithm, seed, codec, public, guards=guards, randomness=randomness), server
+
+    @property
+    def task(self) -> Task:
+        """The working model, the objective, the rounds planned, and the round that follows this node's version."""
+        return replace(self._task, round=self.version + 1)
 
     def fingerprint(self) -> str:
         """Hash the public state, once per version.

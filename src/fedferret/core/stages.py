@@ -170,6 +170,12 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         """The first stage's adapter alone."""
         return self._first().algorithm.prepare(model, key)
 
+    def start_fingerprint(self, base: str) -> str:
+        """Of what every stage begins from, in turn."""
+        for stage in self.stages():
+            base = stage.algorithm.start_fingerprint(base) if stage.rounds != 0 else base
+        return base
+
     def release(self, model: nn.Module) -> nn.Module:
         """The plain architecture; only the present stage's adapter is attached, and peft's own record says which."""
         for stage in self.stages():
@@ -318,7 +324,8 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         """The present stage, with its adapter attached and the weights that it stands on in the working model."""
         if task.replica.stage != public.stage:
             self._switch(task, public.stage, public.weights, Key(public.key))
-        return self._stage(task, public.stage)
+        stage, own = self._stage(task, public.stage)
+        return stage, replace(own, round=public.round + 1)
 
     def _switch(self, task: Task, number: int, weights: Mapping[str, Tensor], key: Key) -> None:
         """Release the replica's adapter and attach that of stage ``number``, over the base or ``weights``."""

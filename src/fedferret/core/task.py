@@ -144,6 +144,7 @@ class Task:
         objective: the loss that training minimises, and the scores of evaluation.
         rounds: rounds planned in all; schedules are functions of round / rounds.
         store: puts public weights where they are kept: in memory, on a device or in a file.
+        round: that follows the public state's version, from 1; in a stage the stage's own.
         rounding: of an entry, from which the roundings of bf16 weights in ``apply`` are drawn, tensor by tensor.
     """
 
@@ -151,6 +152,7 @@ class Task:
     objective: Objective
     rounds: int
     store: Callable[[Mapping[str, Tensor]], Tree] = field(default=tree.clone)
+    round: int = 1
     rounding: Key = field(default=Key(0))
 
     @classmethod

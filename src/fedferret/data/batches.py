@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedferret.core.keys import Key
+from fedferret.data.encoding import Tokens
 from fedferret.data.order import grouped, longest_first
-from fedferret.data.templates import Tokens
 
 IGNORED = -100  # the label of a position that no loss counts
 
@@ -46,13 +46,13 @@ class TokenisedData:
         Args:
             examples: tokenised examples.
             packed: whether each training batch is one packed row.
-            train_on_prompts: whether all tokens but an example's first have labels; else only the response has labels.
+            train_on_prompts: whether all tokens from ``labels_start`` on have labels; else the response alone.
         """
         self._packed = packed
         self._ids = torch.tensor([token for each in examples for token in each.ids], dtype=torch.int32)
         self._lengths = torch.tensor([len(each.ids) for each in examples], dtype=torch.int32)
         # the first token has no predecessor, so no label
-        starts = [1 if train_on_prompts else each.response_start for each in examples]
+        starts = [each.labels_start if train_on_prompts else each.response_start for each in examples]
         self._response_starts = torch.tensor(starts, dtype=torch.int32)
         self._ends = self._lengths.cumsum(0)
         self.num_cut = sum(each.response_cut for each in examples)  # responses that max_tokens cut

@@ -16,7 +16,7 @@ from fedferret.data.examples import ROLES, Turn, TurnExtra
 from fedferret.data.faulty_rows import FaultyRow, text_in
 
 SYSTEM, USER, ASSISTANT, TOOL = ROLES
-_CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose value is a call, as JSON
+_CALLS = ("function_call", "tool_call")  # roles of ShareGPT: the value is a call, as JSON
 _ROLES: Mapping[str, str] = {
     **{role: role for role in ROLES},
     "developer": SYSTEM,

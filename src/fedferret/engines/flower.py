@@ -29,6 +29,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from fedferret.core.text import shortened
 from fedferret.engines.flower_inbox import Inbox, Unwatched, Watch
 from fedferret.engines.flower_link import PATIENCE, Link, LinkError
 from fedferret.engines.flower_reply import LOST, RECORD, Reply
@@ -187,12 +188,14 @@ class Roster:
         self._inbox = Inbox(link)
         self._names: dict[int, str] = {}  # of the nodes that replied with the name of an approved site
         self._replies: Counter[int] = Counter()  # by node: of one that has no such name
+        self._unlisted: dict[int, str] = {}  # what such a node is told when it is asked again
 
     def approve(self, names: Iterable[str]) -> None:
         """Replace the names of the run's sites."""
         if self._approved != (approved := frozenset(names)):
             self._approved = approved
             self._replies.clear()  # a node may have replied with a name that was none then
+            self._unlisted.clear()
 
     def __call__(self, seconds: float = PATIENCE) -> dict[str, int]:
         """Return the node ids; of two nodes with one name, which a restart leaves, the newer.
@@ -215,7 +218,9 @@ class Roster:
         for node in nodes:
             known = node in self._names or str(node) in asked or self._replies[node] == SENDINGS
             if not known and time.monotonic() < end:
-                question = Message(RecordDict(), node, MessageType.QUERY, ttl=60.0)
+                # a node that was asked before has no name of this run: the question says so
+                content = records_of(self._unlisted[node].encode()) if node in self._unlisted else RecordDict()
+                question = Message(content, node, MessageType.QUERY, ttl=60.0)
                 self._inbox.send(question, str(node), end - time.monotonic())
         for identifier, number in self._inbox.waiting().items():
             reply = self._inbox.look(identifier, end - time.monotonic())
@@ -224,6 +229,8 @@ class Roster:
                 name = (reply.content or b"")[:_LONGEST_NAME].decode(errors="replace")
                 if name in self._approved:
                     self._names[int(number)] = name
+                else:
+                    self._unlisted[int(number)] = f"{shortened(name)} is not on this run's list of sites"
 
 
 def train_message(content: bytes, node: int, seconds: float) -> Message:

@@ -7,14 +7,16 @@ message again to a trainer that ended, because the same request has the same res
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedferret.core.text import plain_line
 from fedferret.engines.flower import content_of, records_of
-from fedferret.engines.relay import call
+from fedferret.engines.relay import UNLISTED, call
 
 SENDINGS = 3  # of one message to trainers that end: then the message itself is the cause
 PAUSE = 0.5  # seconds between two tries to reach a trainer that is starting; loading a model takes longer
@@ -46,9 +48,12 @@ def name(message: Message, context: Context) -> Message:
     """Return the site's name, for a server in insecure mode.
 
     Args:
-        message: the question.
+        message: the question; with content where the server asks again, because it does not know the name.
         context: its node_config has the name.
     """
+    content, _ = content_of(message)
+    if content:
+        print(f"{UNLISTED}{plain_line(content.decode(errors='replace'))}", file=sys.stderr, flush=True)
     return Message(records_of(str(context.node_config["name"]).encode()), reply_to=message)
 
 

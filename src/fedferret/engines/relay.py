@@ -16,6 +16,7 @@ from pathlib import Path
 
 SOCKET = "trainer.sock"  # in the site's folder
 LARGEST = 1 << 35  # bytes of one frame, 32 GiB: a snapshot of 7B weights in fp32, and no more
+UNLISTED = "The server: "  # begins the line of a relay's log with what a server says of a site that it does not know
 _HEADER = struct.Struct(">Q")
 _LONGEST = 100  # bytes of a path that every system accepts as a socket's address
 _PIECE = 1 << 20

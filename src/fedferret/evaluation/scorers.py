@@ -33,8 +33,14 @@ def applies(metric: str, example: Example) -> bool:
         example: of a held-out set.
 
     Returns:
-        False for "choice" without choices, and for "task-score" without a task and an entry.
+        False for "choice" without choices, for "task-score" without a task and an entry, and for all but "loss" where
+        the example is a text alone or its response calls tools.
     """
+    response = example.turns[-1]
+    if metric == "loss":
+        return True
+    if len(example.turns) == 1 or response.tool_calls:
+        return False  # a text alone asks nothing, and a call of a tool is no text
     if metric == "task-score":
         return {"task", "entry"} <= example.metadata.keys()
     return metric != "choice" or bool(choices_of(example))
@@ -52,6 +58,7 @@ def check_metrics(metrics: Iterable[str], held_out: Mapping[str, Sequence[Exampl
     needs = {"task-score": 'source = "reasoning-gym"', "choice": "examples with choices"}
     for metric in metrics:
         if not any(applies(metric, example) for examples in held_out.values() for example in examples):
-            raise UserError(f'metric "{metric}" needs {needs[metric]}: no held-out example has what it scores')
+            needed = needs.get(metric, "examples with a prompt and a text to write")
+            raise UserError(f'metric "{metric}" needs {needed}: no held-out example has what it scores')
     if "rouge-l-google" in metrics:
         rouge_l_google("", "")

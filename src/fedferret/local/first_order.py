@@ -1,6 +1,7 @@
 """Local training with gradients: SGD or AdamW over a client's examples.
 
-    for T steps, or epochs:   gradient of the mean loss, over ``accumulate`` batches
+    for T steps, or epochs:   rate = learning_rate × the schedule's factor, of the step or of the round
+                              gradient of the mean loss, over ``accumulate`` batches
                               adjust(parameters): proximal terms, masks, control variates      clip the global norm
                               one step of the optimiser, fresh each round unless its state is handed in
 
@@ -29,7 +30,9 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.masters import Masters
-from fedferret.local.steppers import Adjust, OptimizerState, StepAfterBackward, StepInBackward, Stepper, checkpointed
+from fedferret.local.recomputing import check_recomputing, recomputed
+from fedferret.local.schedules import Schedule, check_warmup, factor
+from fedferret.local.steppers import Adjust, OptimizerState, StepAfterBackward, StepInBackward, Stepper
 
 
 class TrainingRefused(RuntimeError):
@@ -90,6 +93,11 @@ class FirstOrder:
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 1e-2
+    schedule: Schedule = "constant"  # of the learning rate
+    schedule_over: Literal["rounds", "steps"] = (
+        "rounds"  # the run's or the stage's rounds, or a client's own in a round
+    )
+    warmup: float = 0.0  # share of these rounds or steps in which the rate rises first
     momentum: float = 0.0  # SGD's
     weight_decay: float = 0.0
     clip: float | None = 1.0  # of the gradient's global norm; None ("none" in TOML) is off
@@ -112,8 +120,36 @@ class FirstOrder:
         for name in ("momentum", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must not be negative")
+        check_warmup(self.warmup)
         if self.optimizer == "adamw" and self.momentum:
             raise UserError(f"momentum={self.momentum} with adamw: momentum is SGD's; remove it or choose sgd")
+
+    def check(self, model: nn.Module, name: str) -> None:
+        """Refuse settings that a model cannot be trained with, before any work.
+
+        Args:
+            model: prepared, on any device, the meta device included.
+            name: the model's, for errors.
+
+        Raises:
+            UserError: names the setting.
+        """
+        if self.checkpoint_activations:
+            check_recomputing(model, name)
+
+    def rate(self, task: Task, step: int, steps: int) -> float:
+        """The learning rate of a step.
+
+        Args:
+            task: says which round of how many is at hand.
+            step: of this round, from 0.
+            steps: of this client in this round.
+
+        Returns:
+            ``learning_rate``, times the schedule's factor.
+        """
+        number, count = (step, steps) if self.schedule_over == "steps" else (task.round - 1, task.rounds)
+        return self.learning_rate * factor(self.schedule, self.warmup, number, count)
 
     def total_steps(self, num_examples: int) -> int:
         """How many optimiser steps a client takes in a round.
@@ -189,8 +225,9 @@ class FirstOrder:
         total = self.total_steps(len(data))
         losses = torch.zeros(total, device=task.device)  # read once at the end: no synchronisation in the loop
         stepper = masters.stepper(self._stepper(masters.weights, adjust, mask, state))
-        with stepper, checkpointed(task.model, self.checkpoint_activations):
+        with stepper, recomputed(task.model, self.checkpoint_activations):
             for step, batches in enumerate(islice(self._batches_by_step(data, key), total)):
+                stepper.use_rate(self.rate(task, step, total))
                 for batch in batches:
                     with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                         loss = task.objective.loss(task.model, batch) / len(batches)

@@ -107,6 +107,10 @@ class _StepOnMasters:
             self._inner.apply(master)
             self._round(name)
 
+    def use_rate(self, rate: float) -> None:
+        """Set the inner stepper's learning rate."""
+        self._inner.use_rate(rate)
+
     def step(self) -> None:
         """End one optimiser step."""
         self._inner.step()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from types import TracebackType
 from typing import Protocol, TypeAlias
@@ -28,6 +27,14 @@ class Stepper(Protocol):
 
     def __enter__(self) -> Stepper: ...
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def use_rate(self, rate: float) -> None:
+        """Set the learning rate of the steps that follow.
+
+        Args:
+            rate: the step per unit of gradient, above 0.
+        """
+        ...
 
     def step(self) -> None:
         """End one optimiser step: apply the gradients that are left, then drop the gradients."""
@@ -82,6 +89,15 @@ class StepAfterBackward:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+    def use_rate(self, rate: float) -> None:
+        """Set the optimiser's learning rate, which scales weight decay too.
+
+        Args:
+            rate: as in ``Stepper.use_rate``.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
 
     def step(self) -> None:
         """Use the gradients and drop them."""
@@ -173,6 +189,14 @@ class StepInBackward:
             weight.add_(weight.grad, alpha=-self._learning_rate)
         weight.grad = None
 
+    def use_rate(self, rate: float) -> None:
+        """Set the rate before the backward pass.
+
+        Args:
+            rate: as in ``Stepper.use_rate``.
+        """
+        self._learning_rate = rate
+
     def step(self) -> None:
         """Nothing is left to do."""
 
@@ -187,30 +211,3 @@ class StepInBackward:
 
 def _as_tensor(value: Tensor | float) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-
-
-@contextmanager
-def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Within this context, ``model`` recomputes activations in the backward pass; dropout is off.
-
-    Args:
-        model: a transformers model; changed in place.
-        enabled: False keeps the activations, and only puts the model in evaluation mode.
-
-    Returns:
-        A context manager; after it the model is in evaluation mode and keeps activations.
-    """
-    model.eval()  # dropout off
-    if not enabled:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # type: ignore[operator]
-    model.train()  # transformers checkpoints in training mode only
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()  # type: ignore[operator]
-        model.eval()

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedferret.bases.gaussian import add_directions_
 from fedferret.core import tree
@@ -30,6 +30,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import Trained, TrainingRefused, endless, report_step
+from fedferret.local.schedules import Schedule, check_warmup, factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class ZerothOrder:
     """How a client trains with forward passes alone. The defaults are FedKSeed's for a model of a billion weights."""
 
     learning_rate: float = 3e-7  # η; steps are √d times as long as a gradient's, so it is far below first-order rates
+    schedule: Schedule = "constant"  # of η over the rounds; a server that walks the same way knows no client's steps
+    warmup: float = 0.0  # share of the rounds in which η rises first
     perturbation: float = 5e-4  # ε, of every weight: small beside the weights, large beside their rounding
     steps: int = 200  # many, because each sees one direction
     batch_size: int = 1  # the papers': a step's noise is its direction's, hardly its batch's
@@ -50,6 +53,26 @@ class ZerothOrder:
                 raise UserError(f"{name}={getattr(self, name)}: must be greater than 0")
         if not self.weight_decay >= 0:
             raise UserError(f"weight_decay={self.weight_decay}: must not be negative")
+        check_warmup(self.warmup)
+
+    def check(self, model: nn.Module, name: str) -> None:
+        """Forward passes fit any model.
+
+        Args:
+            model: prepared, on any device.
+            name: the model's.
+        """
+
+    def factor(self, task: Task) -> float:
+        """What the schedule multiplies η by.
+
+        Args:
+            task: says which round of how many is at hand.
+
+        Returns:
+            A factor above 0 and at most 1.
+        """
+        return factor(self.schedule, self.warmup, task.round - 1, task.rounds)
 
     def total_steps(self, num_examples: int) -> int:
         """How many steps a client takes in a round.
@@ -111,20 +134,20 @@ class ZerothOrder:
             raise TrainingRefused("the client holds no example")
         started = time.perf_counter()
         weights = tree.parameters(task.model)
-        batches = endless(data, self.batch_size, key)
+        batches, rate = endless(data, self.batch_size, key), self.learning_rate * self.factor(task)
         losses, gradients = [], []
         task.model.eval()  # dropout off
         with torch.no_grad():
             for step, column in enumerate(columns):
                 scored = partial(self._loss, task, next(batches), step)
-                loss, gradient = self._step(weights, scored, directions, column)
+                loss, gradient = self._step(weights, scored, directions, column, rate)
                 losses.append(loss)
                 gradients.append(gradient)
                 report_step(step + 1, len(columns))
         return gradients, {"loss": math.fsum(losses) / len(losses), "seconds": time.perf_counter() - started}
 
     def _step(
-        self, weights: Mapping[str, Tensor], scored: Callable[[], float], directions: Key, column: int
+        self, weights: Mapping[str, Tensor], scored: Callable[[], float], directions: Key, column: int, rate: float
     ) -> tuple[float, float]:
         """One step; the loss near w and the projected gradient."""
 
@@ -143,11 +166,11 @@ class ZerothOrder:
             above = scored()
             span, back = self.perturbation, -self.perturbation
         gradient = (above - below) / span
-        move(back - self.learning_rate * gradient)
+        move(back - rate * gradient)
         if self.weight_decay:
             for weight in weights.values():
                 if weight.dim() > 1:
-                    weight.mul_(1 - self.learning_rate * self.weight_decay)
+                    weight.mul_(1 - rate * self.weight_decay)
         return loss, gradient
 
     def _loss(self, task: Task, batch: Any, step: int) -> float:

@@ -81,16 +81,6 @@ class Classifier(nn.Module, ABC):
         self.requires_grad_(False)
         self.head.requires_grad_(True)
 
-    def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """Recompute activations in the backward pass, where the architecture can.
-
-        Args:
-            options: as transformers takes them.
-        """
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep activations."""
-
 
 class TextClassifier(Classifier):
     """A transformer without output head, a pooling, and a linear head."""
@@ -136,18 +126,6 @@ class TextClassifier(Classifier):
             last_N = (mask_NT * places_T).argmax(dim=1)
             return hidden_NTH[torch.arange(len(last_N), device=self.device), last_N]
         return hidden_NTH[:, 0]
-
-    def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        """Recompute activations in the backward pass.
-
-        Args:
-            options: as transformers takes them.
-        """
-        self.encoder.activation_checkpointing_enable(options)  # type: ignore[operator]
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep activations."""
-        self.encoder.activation_checkpointing_disable()  # type: ignore[operator]
 
 
 class ImageClassifier(Classifier):

@@ -52,7 +52,8 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    if not attends_backwards(config) or (architectures and known not in architectures):
+    whole = bool(config.get("is_encoder_decoder"))  # without a name that says it is the decoder alone
+    if whole or not attends_backwards(config) or (architectures and known not in architectures):
         raise UserError(
             f'model "{name}": architecture {_described(config)} is not a causal language model; '
             "give a model with an architecture named ...ForCausalLM (Llama, Qwen, Gemma, GPT-2, ...)"

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
 _MAX_LENGTH = 2048
 _ENCODER_MAX_LENGTH = 512
-# A turn is <bos>role, a new line, the content, <eos>: like ChatML, in tokens of this vocabulary.
+# A turn is <bos>role, a new line, the content, <eos>: like ChatML, in tokens of this vocabulary. Tools come before all
+# turns, and calls of tools after the content, as JSON.
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<bos>' + message['role'] + '\n' + message['content'] + '<eos>\n' }}{% endfor %}"
+    "{% if tools %}{{ '<bos>tools\n' + (tools | tojson) + '<eos>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<bos>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}{{ '<eos>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bos>assistant\n' }}{% endif %}"
 )
 

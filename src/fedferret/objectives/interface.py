@@ -176,6 +176,22 @@ class ModelObjective(ABC):
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """A function from examples to what ``Examples.batches`` reads, in the same order."""
 
+    def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
+        """Refuse examples that cannot become tensors, before work.
+
+        Args:
+            loaded: the base model.
+            text: how examples become tokens.
+            data: of the run; at a site, the site's own.
+
+        Returns:
+            Lines for the user on what becomes of the examples.
+
+        Raises:
+            UserError: with one line.
+        """
+        return ()
+
     @abstractmethod
     def save(self, loaded: Loaded, folder: Path, max_tokens: int | None = None) -> str:
         """Write a tuned model, without an adapter, as a folder.

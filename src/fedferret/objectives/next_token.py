@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -27,7 +28,8 @@ from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.core.text import printable
 from fedferret.data.batches import IGNORED, TokenisedData
 from fedferret.data.examples import Example, FederatedData
-from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, template
+from fedferret.data.template_probes import check, fitted
+from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, Template, template, template_of
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
 from fedferret.models.positions import packed_limit, position_limit
@@ -172,13 +174,17 @@ class NextToken(ModelObjective):
 
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """Prompts and responses by the template; training batches packed, and labels on prompts, where asked for."""
-        tokenizer, chosen = loaded.tokenizer, template(text.template)
+        tokenizer = loaded.tokenizer
         assert tokenizer is not None
 
         words = loaded.model.get_input_embeddings().weight.shape[0]
 
+        @cache  # an export encodes nothing, and needs no template
+        def chosen() -> Template:
+            return fitted(template_of(text), tokenizer)
+
         def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData:
-            tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
+            tokens = [chosen().encode(each, tokenizer, text.max_tokens) for each in examples]
             data = TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
             if data.largest_token >= words:
                 token = tokenizer.convert_ids_to_tokens(data.largest_token)
@@ -190,6 +196,11 @@ class NextToken(ModelObjective):
             return data
 
         return encode
+
+    def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
+        """Refuse a template that fails on the data; say what it changes, and what ``max_tokens`` cuts off."""
+        assert loaded.tokenizer is not None
+        return check(fitted(template_of(text), loaded.tokenizer), loaded.tokenizer, data, text.max_tokens)
 
     def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A Hugging Face folder."""

@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 from fedferret.core.errors import UserError
 from fedferret.core.imports import quick_imports
 from fedferret.engines.relay import SOCKET, address, receive, send
-from fedferret.resident.site import allow, check_data, read_site, work
+from fedferret.resident.pins import pin
+from fedferret.resident.site import allow, check_data, pins_of, read_site, work
 from fedferret.tracking.audit import Audit
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Tr
     """
     site = read_site(folder)
     check_data(site)
+    if site.data is not None:
+        pin(folder, pins_of(site, folder))
     if not site.policy.fetch_models:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported, which reads it once
     sealed = seal(folder) if seal else None
@@ -56,7 +59,7 @@ def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Tr
 
         torch.set_num_threads(site.threads)
     if site.data is None:
-        return Trainer(partial(work, site))
+        return Trainer(partial(work, site, None))
     audit = Audit(folder)
 
     def record(event: Mapping[str, Any]) -> None:
@@ -65,7 +68,7 @@ def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Tr
             print(f"round {event['round']}: {event['note']}", file=sys.stderr, flush=True)
 
     return Trainer(
-        partial(work, site),
+        partial(work, site, folder),
         folder,
         site.name,
         record,

@@ -13,7 +13,8 @@ from fedferret.core.files import write_atomically
 from fedferret.engines.processes import Processes
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.workers import Workers
-from fedferret.resident.site import FILE, Site
+from fedferret.resident.pins import FILE
+from fedferret.resident.site import Site
 
 if TYPE_CHECKING:
     from fedferret.config import ExecutionSettings

@@ -2,12 +2,14 @@
 
     name = "ward-7"
     model = "/models/smollm2"     # where this site has the base model, if not under the recipe's name
+    adapter = "/models/adapter"   # where it has the adapter that a run goes on from (`algorithm.adapter`)
     device = "cpu"
 
     [data]
     path = "ward-7.jsonl"         # and columns, as for the data source "files"
 
     [policy]                      # what servers may ask for; see ``policy.py``
+    [files]                       # written by the trainer; see ``pins.py``
 
 A recipe that comes over the wire says what to do with the data, never which data: only this file does. Without [data]
 the recipe's source is loaded and any client works here, as in a worker of a simulation.
@@ -19,21 +21,22 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.held_out import hold_out
+from fedferret.data.pinned import Pins, pins
 from fedferret.data.sites import SiteFile
+from fedferret.recipe_file import read_toml
+from fedferret.resident.pins import FILE, MISSING, pin
 from fedferret.resident.policy import Policy
 from fedferret.settings import build, table_of
 
 if TYPE_CHECKING:
     from fedferret.config import Recipe
     from fedferret.engines.trainer import Work
-
-FILE = "site.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,12 @@ class Site:
     name: str  # as the run's list of sites has it
     data: SiteFile | None = None  # None: the recipe's own data, in a simulation
     model: str | None = None  # None: the recipe's name for it, found in this site's cache or on its disk
+    adapter: str | None = None  # None: this site takes no part in runs that go on from an adapter
     device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps" or "auto"
     memory: Literal["fast", "lean"] = "fast"  # lean: the replica waits in a memory-mapped file
     threads: int | None = None  # of torch; None: as many as it takes, a site has a machine for itself
     policy: Policy = field(default_factory=Policy)  # what a server may ask for
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # SHA-256 of files that were read; pins.py
     history: int = 10  # past rounds with private states that stay, for a run that the server rewinds
 
     def __post_init__(self) -> None:
@@ -62,18 +67,15 @@ class Site:
         table = table_of(self)
         if self.policy == Policy():
             del table["policy"]
+        if not self.files:
+            del table["files"]
         return tomli_w.dumps({name: value for name, value in table.items() if value != "none"})
 
 
 def read_site(folder: Path) -> Site:
     """The settings in ``folder``; a relative data file is looked for there. Raises UserError."""
     path = folder / FILE
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; it names the site and its data") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    tables = read_toml(path, MISSING)
     data, policy = tables.pop("data", None), tables.pop("policy", {})
     if data is not None and not isinstance(data, Mapping):
         raise UserError(f"{path}: data={data!r}: must be a table, [data], with a path")
@@ -101,11 +103,29 @@ def allow(site: Site, text: str, base: str) -> None:
     """
     if site.policy == Policy():
         return
-    from fedferret.config import from_tables  # late, like the imports of ``work``
+    from fedferret.config import written  # late, like the imports of ``work``
 
-    recipe = from_tables(tomllib.loads(text))
+    recipe = written(tomllib.loads(text))
     site.policy.check(recipe, base, len(check_data(site)))
     site.policy.check_fetch(adapted(site, recipe).model.name)
+
+
+def pins_of(site: Site, folder: Path, recipe: Recipe | None = None) -> Pins:
+    """Hash the files that a site reads beside weights.
+
+    Args:
+        site: the settings of this site.
+        folder: of the site; files below it are named relative to it.
+        recipe: adapted to this site; None: what the site reads before it knows one.
+
+    Returns:
+        By kind, SHA-256 by file.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    model, template = (recipe.model.name, recipe.text.template) if recipe else (site.model or "", "chat")
+    return pins(site.data, model, template, near=[folder])
 
 
 def check_data(site: Site) -> tuple[Example, ...]:
@@ -116,11 +136,18 @@ def check_data(site: Site) -> tuple[Example, ...]:
     return site.data.load()
 
 
-def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None] = lambda line: None) -> Work:
+def work(
+    site: Site,
+    home: Path | None,
+    recipe: str,
+    folder: Path | None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Work:
     """What a recipe becomes here: model and data loaded.
 
     Args:
         site: the settings of this site.
+        home: the site's folder, where files are pinned; None: a worker, which pins nothing.
         recipe: as TOML.
         folder: of the run at this site; None keeps nothing on disk.
         log: called with lines on slow steps.
@@ -130,14 +157,16 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
     """
     # imported late: a mistake in the site's own files is told before seconds of importing PyTorch
     from fedferret.build import Parts, check, load_data
-    from fedferret.config import from_tables
+    from fedferret.config import written
     from fedferret.engines.trainer import Work
 
-    settings = adapted(site, from_tables(tomllib.loads(recipe)))
+    settings = adapted(site, written(tomllib.loads(recipe)))
     if site.data is None:
         check(settings)
         data = load_data(settings)
     else:
+        if home:
+            pin(home, pins_of(site, home, settings))
         rows, kept = check_data(site), site.data.held_out()
         data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
         if not kept and settings.held_out_share:
@@ -152,7 +181,17 @@ def work(site: Site, recipe: str, folder: Path | None, log: Callable[[str], None
 
 
 def adapted(site: Site, recipe: Recipe) -> Recipe:
-    """The recipe with the site's model, device and memory; none of them changes what is computed."""
+    """The recipe with the site's model, adapter, device and memory; none of them changes what is computed.
+
+    Raises UserError where the run goes on from an adapter and the site has none: the server names no file of a site.
+    """
     execution = replace(recipe.execution, device=site.device, memory=site.memory, engine="in-process")
     model = recipe.model if site.model is None else replace(recipe.model, name=site.model)
-    return replace(recipe, execution=execution, model=model)
+    algorithm: Any = recipe.algorithm
+    if site.data is not None and getattr(algorithm, "adapter", None) is not None:
+        if site.adapter is None:
+            raise UserError(
+                f"algorithm.adapter: the run goes on from {algorithm.adapter}; set adapter in {FILE} to its folder here"
+            )
+        algorithm = replace(algorithm, adapter=site.adapter)
+    return replace(recipe, execution=execution, model=model, algorithm=algorithm)

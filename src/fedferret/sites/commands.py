@@ -64,6 +64,7 @@ def join(
     package: str,
     insecure: bool,
     insecure_off_loopback: bool,
+    accept_changed_data: bool,
     log: Callable[[str], None],
 ) -> None:
     """Take part in a run as a site.
@@ -77,6 +78,7 @@ def join(
         package: SHA-256 of the run package to accept; "": the one that this fedferret makes.
         insecure: without certificates.
         insecure_off_loopback: allow ``insecure`` to a server that is not on loopback.
+        accept_changed_data: take the data as it is, though another content is pinned.
         log: called with each line for the operator.
     Raises:
         UserError: for a mistake in the options, the credentials or the data.
@@ -94,5 +96,6 @@ def join(
         insecure=insecure,
         insecure_off_loopback=insecure_off_loopback,
         package=package,
+        accept_changed_data=accept_changed_data,
     )
     joining.join(settings, log)

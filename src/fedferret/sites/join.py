@@ -19,16 +19,18 @@ import os
 import signal
 import sys
 import time
-import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
-from fedferret.engines.relay import SOCKET
+from fedferret.core.text import plain_line
+from fedferret.engines.relay import SOCKET, UNLISTED
+from fedferret.recipe_file import read_toml
+from fedferret.resident.pins import forget_data
 from fedferret.sites import forwarder
 from fedferret.sites.address import is_loopback, split
 from fedferret.sites.archive import unpack
@@ -61,6 +63,7 @@ class JoinSettings:
     insecure: bool = False
     insecure_off_loopback: bool = False
     package: str = ""  # SHA-256 of the run package to accept; "": the one that this fedferret makes
+    accept_changed_data: bool = False  # take the data as it is, though site.toml has pinned another content
 
     def __post_init__(self) -> None:
         host, _ = split(self.address)
@@ -86,18 +89,23 @@ def join(settings: JoinSettings, log: Callable[[str], None] = print) -> None:
     folder = settings.folder.resolve()
     with terminable():
         private_folder(folder)
-        with alone_in(folder, "a site"):
+        with alone_in(folder, "a site"), ExitStack() as stack:
             known = None if settings.insecure else _credentials(settings, folder)
+            accept = stack.enter_context(unless_accepted(folder / SETTINGS))
             data = resolve_data(settings, folder)
+            if settings.accept_changed_data:
+                forget_data(folder)
             for notice in known.notices if known else (UNSIGNED,):
                 log(notice)
             log(f"{settings.name} trains on {data}; the data stays there.")
             log(f"The site's folder is {folder}; audit.jsonl there has a line for every message received or sent.")
-            Site(settings, folder, known, log).run()
+            Site(settings, folder, known, log).run(accept)
 
 
 def resolve_data(settings: JoinSettings, folder: Path) -> str:
     """Return the site's data file, from ``site.toml``; write ``site.toml`` where it is missing.
+
+    Until the site has taken part in a run, another ``--data`` replaces the file that an earlier `join` wrote down.
 
     Args:
         settings: of the site.
@@ -115,20 +123,40 @@ def resolve_data(settings: JoinSettings, folder: Path) -> str:
                 f"--data is missing: {path} does not exist yet; give the file that {settings.name} trains on"
             )
         write_atomically(path, tomli_w.dumps({"name": settings.name, "data": {"path": given}}))
+    known = read_toml(path, "write it again")
     try:
-        known = tomllib.loads(path.read_text(encoding="utf-8"))
         name, data = str(known["name"]), str(folder / Path(known["data"]["path"]).expanduser())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): write it again, or remove it and give --data"
-        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: give a name and a table [data] with a path ({error})") from None
     if name != settings.name:
         raise UserError(f'{folder} is the folder of "{name}": give another one for {settings.name} with --folder')
-    if given is not None and Path(data).resolve() != Path(given):
+    if given is None or Path(data).resolve() == Path(given):
+        return data
+    if any(folder.glob("runs/*")) or known["data"] != {"path": known["data"]["path"]}:
         raise UserError(f"--data {given}: {path} has {data}; change it there, or omit --data")
-    return data
+    others = {name: value for name, value in known.items() if name != "files"}
+    write_atomically(path, tomli_w.dumps({**others, "data": {"path": given}}))
+    return given
+
+
+@contextmanager
+def unless_accepted(path: Path) -> Iterator[Callable[[], None]]:
+    """Put a file back as it was, or remove it if it is new, unless its new content was accepted.
+
+    Args:
+        path: of the file.
+    Returns:
+        A context manager with the function to call once the content is accepted.
+    """
+    before, accepted = path.read_bytes() if path.is_file() else None, list[bool]()
+    try:
+        yield lambda: accepted.append(True)
+    finally:
+        if not accepted and path.is_file():
+            if before is None:
+                path.unlink()
+            elif before != path.read_bytes():
+                write_atomically(path, before)
 
 
 class Site:
@@ -148,19 +176,26 @@ class Site:
         self.settings, self.folder, self.credentials, self.log = settings, folder, credentials, log
         self.supervisor = Supervisor(log, self._explain)
         self.port, self.forwarding = free_port(), free_port()
+        self.told = 0  # id of the relay's process that was told last that this site is not on the list
         self.looked = 0.0  # when the connected SuperNode's output was read last
         self.connected, self.started = 0, time.time()  # id of the SuperNode's process that connected last
 
-    def run(self) -> None:
-        """Keep the processes running until Ctrl-C."""
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Keep the processes running until Ctrl-C.
+
+        Args:
+            on_ready: called once the trainer has read and accepted the data.
+        """
         try:
             self._start_trainer()
+            on_ready()
             for part in self._parts():
                 self.supervisor.start(part)
             while True:
                 self._check_trainer()
                 self.supervisor.poll()
                 self._log_connection()
+                self._log_unlisted()
                 self._end_refused()
                 time.sleep(LOOK)
         finally:
@@ -210,6 +245,19 @@ class Site:
             self.connected = process
             self.log(f"{self.settings.name} is connected to {self.settings.address}. Ctrl-C ends it.")
             self._log_event("connected")
+
+    def _log_unlisted(self) -> None:
+        """Log what a server in insecure mode says of a name that it does not know, once for each relay process."""
+        process = self.supervisor.process("relay")
+        if not process or process == self.told:
+            return
+        told = [line for line in self.supervisor.output("relay").splitlines() if line.startswith(UNLISTED)]
+        if told:
+            self.told = process
+            self.log(
+                f"{self.settings.address} does not ask this site: {plain_line(told[-1].removeprefix(UNLISTED))}; "
+                f"give --name as the recipe has it, or have the server's operator add it; waiting."
+            )
 
     def _end_refused(self) -> None:
         """End a SuperNode with a certificate that the server refuses: Flower's calls no more then, and does not end."""

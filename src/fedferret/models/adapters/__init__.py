@@ -1,6 +1,6 @@
 """Adapters: a few new weights in or around a frozen model, behind one interface.
 
-    LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W
+    LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W, or exported
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
 
@@ -11,8 +11,9 @@ from a key: peft draws from the global generator, which is put back, and the val
 from __future__ import annotations
 
 from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
-from fedferret.models.adapters.lora import LoRA, factors
+from fedferret.models.adapters.lora import LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
+from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "LearnedPrompt",
     "LoRA",
     "adapter_of",
+    "continued",
     "default_modules",
     "factors",
     "linear_modules",
     "prefix_of",
+    "read_peft_folder",
     "released",
     "transformer_of",
 ]

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,32 @@ def no_trace() -> Iterator[None]:
 
 @torch.no_grad()
 def draw(model: nn.Module, key: Key) -> None:
-    """Overwrite all that requires a gradient with fp32 values drawn by ``key``; on the meta device none is drawn."""
+    """Overwrite all that requires a gradient, but DoRA's magnitudes, with fp32 values drawn by ``key``.
+
+    On the meta device none is drawn.
+    """
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()  # whatever the frozen base is held in
-            if parameter.requires_grad and not parameter.is_meta:
+            if parameter.requires_grad and not parameter.is_meta and ".lora_magnitude_vector." not in f"{path}.":
                 values = _initial(path, module, parameter.numel(), key.fold(f"{path}.{name}"))
                 parameter.copy_(values.view_as(parameter))
+
+
+@torch.no_grad()
+def draw_magnitudes(model: nn.Module) -> None:
+    """Set DoRA's magnitudes to the norms of the base weights' rows, with B zero; summed in float64 on the CPU."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_magnitude_vector:
+            magnitude: Any = layer.lora_magnitude_vector["default"].weight
+            if not magnitude.is_meta:
+                weight = dequantize_module_weight(layer.get_base_layer()).detach().cpu().double()
+                rows = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+                magnitude.copy_(rows.square().sum(1).sqrt())
 
 
 def _initial(path: str, module: nn.Module, count: int, key: Key) -> Tensor:

@@ -82,6 +82,7 @@ class Adapter(ABC):
         """
         return tree.parameters(model)
 
+    @abstractmethod
     def export(self, model: nn.Module, base: str, folder: Path) -> str:
         """Write what was learned as a folder.
 
@@ -94,9 +95,8 @@ class Adapter(ABC):
             One line on how to load the folder.
 
         Raises:
-            UserError: this kind of adapter is merged instead, or the folder is not empty.
+            UserError: the model is a classifier, or the folder is not empty.
         """
-        raise UserError(f"a {type(self).__name__} is merged into its model, not exported alone")
 
     def transformer(self, model: Any) -> Any:
         """Look inside a wrapper.

@@ -1,0 +1,177 @@
+"""Text to tokens: a template turns an example into prompt and response tokens, and records where the response starts.
+
+1. The texts of the prompt and of the response (with an end mark) are tokenised separately and concatenated. So the
+   boundary is exact, no token spans it, and training prompts have the same tokens as generation prompts.
+2. Where both exceed ``max_tokens``, the prompt is cut down to a quarter of it, then the response at its end. With
+   ``cut = "prompt"`` the prompt is first cut down to one token. A prompt loses its oldest turns, up to a user turn (a
+   system turn stays), then tokens from the left.
+3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where there is no mark.
+4. A text alone has no template: its prompt is one token, begin of text or end of text.
+
+Cost of ``encode``: O(max_tokens log turns).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+from fedferret.core.errors import UserError
+from fedferret.data.examples import Example, Turn
+from fedferret.data.text import Cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_SHARE = 4  # a prompt keeps one of so many of the tokens, where the response is cut
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenised example: a prompt of at least one token, then a response of at least one."""
+
+    ids: tuple[int, ...]
+    response_start: int  # ids[response_start:] is the response
+    response_cut: bool  # whether max_tokens cut it
+    response_lost: int = 0  # how many tokens of the response max_tokens cut off
+    prompt_cut: bool = False  # whether max_tokens cut the prompt
+    labels_start: int = 1  # where targets begin if prompts are trained on too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template(ABC):
+    """Turns an example into tokens; a subclass gives the texts of the prompt and of the response."""
+
+    cut: Cut = "response"
+
+    @abstractmethod
+    def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the prompt.
+
+        Args:
+            example: of which this is the prompt.
+            turns: the turns of the prompt that are kept.
+            tokenizer: the model's.
+        """
+
+    @abstractmethod
+    def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the response, with an end mark.
+
+        Args:
+            example: of which this is the response.
+            tokenizer: the model's.
+        """
+
+    def includes_bos(self) -> bool:
+        """Whether the prompt's text contains the begin-of-text token where the model needs one."""
+        return False
+
+    def encode(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
+        """Tokenise prompt and response.
+
+        Args:
+            example: to tokenise.
+            tokenizer: the model's.
+            max_tokens: of prompt and response together, at least 2.
+        """
+        if len(example.turns) == 1:
+            return _whole_text(example.response, tokenizer, max_tokens)
+        response = _ids(self.response_text(example, tokenizer), tokenizer)
+        share = 1 if self.cut == "prompt" else max(1, max_tokens // PROMPT_SHARE)
+        prompt, prompt_cut = self._prompt(example, tokenizer, max(max_tokens - len(response), share))
+        kept = response[: max_tokens - len(prompt)]
+        lost = len(response) - len(kept)
+        untrained = not all(turn.trained for turn in example.turns)
+        return Tokens(prompt + kept, len(prompt), lost > 0, lost, prompt_cut, len(prompt) if untrained else 1)
+
+    def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[int, ...]:
+        """The tokens of the prompt, from which a response is generated.
+
+        Args:
+            example: of which this is the prompt; its response is not read.
+            tokenizer: the model's.
+            max_tokens: of the prompt.
+        """
+        return self._prompt(example, tokenizer, max_tokens)[0]
+
+    def _prompt(
+        self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    ) -> tuple[tuple[int, ...], bool]:
+        """The tokens of the prompt, and whether it was cut."""
+        contexts = contexts_of(example.turns[:-1])
+
+        @cache
+        def ids(kept: int) -> tuple[int, ...]:
+            return _ids(self.prompt_text(example, contexts[kept - 1], tokenizer), tokenizer)
+
+        bos = () if self.includes_bos() else _bos(tokenizer)
+        room = max_tokens - len(bos)
+        # exponential search from the newest turn, then bisection: no text much longer than the room is tokenised
+        reach = 1
+        while reach < len(contexts) and len(ids(reach)) <= room:
+            reach *= 2
+        counts = range(1, min(reach, len(contexts)) + 1)
+        kept = max(bisect_right(counts, room, key=lambda count: len(ids(count))), 1)
+        whole = ids(kept)
+        left = (bos + whole[max(len(whole) - room, 0) :])[-max_tokens:]
+        return left, kept < len(contexts) or len(left) < len(bos) + len(whole)
+
+
+def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """The possible prompts, shortest first: each has the system turn, if any, and starts at a user turn.
+
+    Many chat templates refuse a conversation that starts with the assistant, so an opening message of the assistant
+    is left out, unless there is no user turn.
+    """
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    dialogue = turns[len(system) :]
+    starts = [index for index, turn in enumerate(dialogue) if turn.role == "user"] or [0]
+    return [[*system, *dialogue[start:]] for start in reversed(starts)]
+
+
+def _whole_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
+    """A text alone: one token as the prompt, so that the text's first token is predicted too."""
+    ids = _ids(text, tokenizer) + (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
+    first = _bos(tokenizer) or tuple(
+        token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) if token is not None
+    )
+    if not first:
+        raise UserError("the tokenizer has no begin, end or padding token to put before a text alone: use prompts")
+    kept = ids[: max_tokens - 1]
+    lost = len(ids) - len(kept)
+    return Tokens((int(first[0]), *kept), 1, lost > 0, lost)
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of a text. Pieces between special tokens are cached: conversations repeat their turns."""
+    pieces = _special(tokenizer).split(text)
+    return tuple(token for piece in pieces if piece for token in _piece(piece, tokenizer))
+
+
+@lru_cache(maxsize=2**14)
+def _piece(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern for the places where a cut keeps the tokens: special tokens, if the tokenizer never looks across."""
+    tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    if not tokens:
+        return re.compile(r"(?!)")
+    cuts = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+    probe = "".join(f"user one{token}\n two{token}three {token}" for token in tokens)
+    pieces = [_piece(piece, tokenizer) for piece in cuts.split(probe) if piece]
+    return cuts if sum(pieces, ()) == _piece(probe, tokenizer) else re.compile(r"(?!)")
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The begin-of-text token, where the tokenizer puts one before plain text."""
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()

@@ -1,0 +1,167 @@
+"""What a chat template takes, found out by rendering turns whose words are looked for in the text.
+
+``fitted`` asks once per model; ``check`` renders every order of roles that the data have, so a template that fails
+does so before work, and says what it changes and what ``max_tokens`` cuts off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Literal
+
+from fedferret.core.errors import UserError
+from fedferret.data.chat_template import Chat, Habits, TemplateFailure
+from fedferret.data.encoding import Template, Tokens
+from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SYSTEM, _USER, _ASSISTANT = Turn("system", "zqsystem"), Turn("user", "zquser"), Turn("assistant", "zqassistant")
+_LATER = (Turn("user", "zqlater"), Turn("assistant", "zqanswer"))
+_CALL = {"id": "zqcall001", "type": "function", "function": {"name": "zqname", "arguments": {"zqargument": "zqvalue"}}}
+_CALLING = Turn("assistant", "", TurnExtra(tool_calls=(_CALL,)))
+_RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall001"))
+_PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
+_TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
+_ORDERS = 64  # of roles that are rendered before work
+_SAMPLE = 500  # examples that are tokenised before work
+
+
+def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template with what it takes found out; a text template as it is.
+
+    Args:
+        template: of a recipe.
+        tokenizer: the model's.
+
+    Raises:
+        UserError: a chat template that fails on a question and its answer, writes none of their words, draws at random,
+            or writes a date that no setting gives.
+    """
+    if not isinstance(template, Chat):
+        return template
+    plain = replace(template, habits=Habits())
+    chat = next(
+        (each for each in (plain, _with(plain, parts=True)) if _shows(each, tokenizer, _USER, _ASSISTANT)), None
+    )
+    if chat is None:
+        plain.render([_USER, _ASSISTANT], tokenizer, generate=False)  # raises where it fails
+        raise UserError('the chat template writes none of the content of turns: mend it, or set template = "alpaca"')
+    if not _shows(chat, tokenizer, _SYSTEM, _USER, _ASSISTANT):
+        chat = _with(chat, system="nowhere")
+    elif not _shows(chat, tokenizer, _USER, _ASSISTANT, _SYSTEM, *_LATER):
+        chat = _with(chat, system="first")
+    twice = (Turn("user", "zqfirst"), _USER, _ASSISTANT), (_USER, Turn("assistant", "zqfirst"), _ASSISTANT, *_LATER)
+    if not all(_shows(chat, tokenizer, *turns) for turns in twice):
+        chat = _with(chat, alternates=True)
+    tools = _shows(chat, tokenizer, _USER, _ASSISTANT, words=("zqname", "zqtool"), tools=True)
+    return _with(chat, tools=tools, calls=_calls(chat, tokenizer))
+
+
+def check(
+    template: Template, tokenizer: PreTrainedTokenizerBase, data: FederatedData, max_tokens: int
+) -> tuple[str, ...]:
+    """Refuse examples that the template cannot take, before work.
+
+    Args:
+        template: as ``fitted`` gives it.
+        tokenizer: the model's.
+        data: of the run; of a site, the site's own.
+        max_tokens: of prompt and response together.
+
+    Returns:
+        Lines for the user: what the template changes, and what ``max_tokens`` cuts off.
+
+    Raises:
+        UserError: tools, or an order of roles, that the template does not take.
+    """
+    parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
+    examples = [example for example in chain.from_iterable(parts) if example.image is None]
+    if not examples:
+        return ()
+    _check_tools(template, examples)
+    orders: dict[object, Example] = {}
+    for example in examples:
+        order = tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns)
+        if order not in orders and len(orders) < _ORDERS:
+            orders[order] = example
+    for example in orders.values():
+        template.encode(example, tokenizer, max_tokens)
+    notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
+    step = -(-len(examples) // _SAMPLE)
+    sample = [template.encode(example, tokenizer, max_tokens) for example in examples[::step]]
+    return (*notes, *_cuts(sample, len(examples), max_tokens))
+
+
+def _with(chat: Chat, **habits: object) -> Chat:
+    return replace(chat, habits=replace(chat.habits, **habits))  # type: ignore[arg-type]  # fields by name
+
+
+def _shows(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, *turns: Turn, words: Sequence[str] = (), tools: bool = False
+) -> bool:
+    """Whether the template writes all content of the turns, and the words."""
+    try:
+        text = chat.render(turns, tokenizer, generate=False, tools=(_TOOL,) if tools else ())
+    except TemplateFailure:
+        return False
+    return all(word in text for word in (*(turn.content for turn in turns), *words))
+
+
+def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects", "texts", "none"]:
+    kinds: tuple[Literal["objects", "texts"], ...] = ("objects", "texts")
+    for calls in kinds:
+        turns = (_USER, _CALLING, _RESULT, _ASSISTANT)
+        if _shows(_with(chat, calls=calls), tokenizer, *turns, words=("zqname", "zqargument", "zqvalue")):
+            return calls
+    return "none"
+
+
+def _check_tools(template: Template, examples: Sequence[Example]) -> None:
+    habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
+    offering = 0 if habits.tools else sum(bool(example.metadata.get("tools")) for example in examples)
+    calling = 0
+    if habits.calls == "none":
+        calling = sum(any(turn.tool_calls or turn.role == "tool" for turn in each.turns) for each in examples)
+    if offering or calling:
+        what = "the tools that are offered" if offering else "calls of tools and their results"
+        raise UserError(
+            f"text.template: this template does not write {what}, which {max(offering, calling):,} examples have: "
+            f"give a .jinja file that does, or leave such rows out"
+        )
+
+
+def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
+    """Lines on what the template makes of the data's orders of roles."""
+    examples = list(examples)
+    notes = []
+    moved = 0 if chat.habits.system == "nowhere" else 1
+    if chat.habits.system != "anywhere" and any(
+        turn.role == "system" for example in examples for turn in example.turns[moved:]
+    ):
+        notes.append("the chat template takes no such system turn: its text goes before the next turn of the user")
+    if chat.habits.alternates and any(
+        left.role == right.role != "tool" for example in examples for left, right in pairwise(example.turns[:-1])
+    ):
+        notes.append("the chat template demands that roles alternate: consecutive turns of one role are merged")
+    return notes
+
+
+def _cuts(sample: Sequence[Tokens], total: int, max_tokens: int) -> list[str]:
+    """A line on what ``max_tokens`` cuts off; none where all examples fit."""
+    responses = [tokens for tokens in sample if tokens.response_cut]
+    prompts = sum(tokens.prompt_cut for tokens in sample)
+    said = []
+    if responses:
+        lost = sum(tokens.response_lost for tokens in responses)
+        whole = lost + sum(len(tokens.ids) - tokens.response_start for tokens in responses)
+        said.append(f"{len(responses):,} at the end of the response ({lost / whole:.0%} of its tokens are lost)")
+    if prompts:
+        said.append(f"{prompts:,} at the beginning of the prompt")
+    if not said:
+        return []
+    of = f"all {total:,} examples" if len(sample) == total else f"{len(sample):,} examples looked at, of {total:,}"
+    return [f"text.max_tokens={max_tokens} cuts, of {of}, {' and '.join(said)}; text.cut says where"]

@@ -1,0 +1,138 @@
+"""A model that cannot be trained is one line and exit code 2, before round 1, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fedferret import models
+from fedferret.cli import app
+from tiny_runs import tiny_tables
+from unit.tiny_architectures import tiny_instance
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny model saved in a folder, which a test may damage."""
+    models.save_folder(models.load("tiny"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder: Path, command: str = "run", **changes: Mapping[str, Any]) -> str:
+    """The one line with which a run on the model in ``folder`` is refused."""
+    work = folder.parent
+    recipe, out = work / "recipe.toml", work / "run"
+    recipe.write_text(tomli_w.dumps(tiny_tables(work, model={"name": str(folder)}, **changes)))
+    words = [command, recipe, *(["--out", out] if command == "run" else [])]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stderr.count("\n") == 1 and len(result.stderr) < 600, result.stderr
+    assert not out.exists()
+    return result.stderr
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def configured(content: object) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(json.dumps(content)) and None
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny"}')
+
+
+def adapter_alone(folder: Path) -> None:
+    adapter(folder)
+    (folder / "config.json").unlink()
+
+
+def with_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_small_embedding(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", vocab_size=100)
+
+
+class Planted:
+    """A pickle that would run a command."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("exit 0",)
+
+
+def pickled(content: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+
+    return damage
+
+
+def saved_by_torch(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Planted()}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (configured([]), "its config.json is no configuration"),
+        (configured([{"model_type": "llama"}]), "its config.json is no configuration"),
+        (configured({**LLAMA, "hidden_size": [64]}), "could not be read from this folder"),
+        (configured({**LLAMA, "num_attention_heads": 0}), "could not be read from this folder"),
+        (configured({"model_type": ["llama"]}), "is not a causal language model"),
+        (configured({"model_type": "new", "auto_map": {"AutoConfig": "x.C"}}), "no such code is run"),
+        (configured({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}), "not a causal language"),
+        (configured({"architectures": ["BartForConditionalGeneration"], "model_type": "bart"}), "not a causal"),
+        (configured({"architectures": ["ViTForImageClassification"], "model_type": "vit"}), "not a causal language"),
+        (
+            configured({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}),
+            "reads images or sound beside text",
+        ),
+        (configured({"model_type": "gemma3"}), "reads images or sound beside text"),
+        (configured({"model_type": "whisper"}), "not a causal language model"),
+        (adapter, "an adapter beside a base is in this folder"),
+        (adapter_alone, "an adapter alone is in this folder"),
+        (with_nan, "its weights model.norm.weight hold NaN or infinity"),
+        (with_small_embedding, "and the embedding has 100 rows; give the tokenizer that belongs to the model"),
+        (pickled([1, 2, 3]), "could not be read from this folder"),
+        (pickled(Planted()), "holds more than tensors, and nothing of it is run; save the model as safetensors"),
+        (saved_by_torch, "holds more than tensors, and nothing of it is run; save the model as safetensors"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_one_line(damage: Callable[[Path], None], message: str, folder: Path) -> None:
+    damage(folder)
+    assert message in refused(folder)
+
+
+def test_texts_and_packed_rows_longer_than_the_positions_are_refused_by_show_too(folder: Path) -> None:
+    prompt = {"name": "fedprompt", "virtual_tokens": 20}
+    for command in ("run", "show"):
+        line = refused(folder, command, text={"max_tokens": 2049})
+        assert "text.max_tokens=2049: model" in line and "has 2,048 positions; set max_tokens to at most 2,048" in line
+        line = refused(folder, command, text={"max_tokens": 2040}, algorithm=prompt)
+        assert "positions, 20 of which a learned prompt takes; set max_tokens to at most 2,028" in line
+    gpt_neo = models.LanguageModel("neo", tiny_instance("gpt_neo"), models.load("tiny").tokenizer, None)
+    models.save_folder(gpt_neo, folder.parent / "neo")
+    line = refused(folder.parent / "neo", text={"max_tokens": 64, "packed": True})
+    assert "a packed row has up to 256 tokens, and GPTNeoForCausalLM reads at most 64" in line

@@ -1,0 +1,142 @@
+"""What a chat template takes is found out before work: turns are put so, or one line refuses the template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedferret.core.errors import UserError
+from fedferret.data.encoding import Template
+from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
+from fedferret.data.template_probes import check, fitted
+from fedferret.data.templates import template_of
+from fedferret.data.text import TextSettings
+from fedferret.models.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EACH = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + EACH
+DROPS_SYSTEM = EACH.replace("%}<", "%}{% if m['role'] != 'system' %}<").replace("</s>", "</s>{% endif %}")
+ALTERNATES = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+)
+PARTS_ONLY = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endfor %}"
+)
+ASK, SYSTEM, REPLY = Turn("user", "why?"), Turn("system", "be kind"), Turn("assistant", "so.")
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"place": "Ulm"}}}
+CALLING = Turn("assistant", "", TurnExtra(tool_calls=(CALL,)))
+TOOLS = {"tools": ({"type": "function", "function": {"name": "w", "description": "weather"}},)}
+
+
+def made(folder: Path, source: str, **settings: Any) -> Template:
+    """The fitted template of a file."""
+    path = folder / "template.jinja"
+    path.write_text(source)
+    return fitted(template_of(TextSettings(template=str(path), **settings)), TOKENIZER)
+
+
+def text(template: Template, *turns: Turn, **metadata: Any) -> str:
+    """Prompt and response as text, after the check that a run makes."""
+    example = Example(turns, metadata)
+    check(template, TOKENIZER, data(example), 1000)
+    return str(TOKENIZER.decode(template.encode(example, TOKENIZER, 1000).ids))
+
+
+def data(*examples: Example) -> FederatedData:
+    """One client's data."""
+    return FederatedData({"a": examples}, {}, source="a test")
+
+
+@pytest.mark.parametrize("source", [NO_SYSTEM, DROPS_SYSTEM])
+def test_a_system_turn_that_is_not_taken_goes_before_the_users_text_and_is_said_once(
+    tmp_path: Path, source: str
+) -> None:
+    template = made(tmp_path, source)
+    assert text(template, SYSTEM, ASK, REPLY).startswith("<user>be kind\n\nwhy?</s><assistant>so.</s>")
+    (note,) = check(template, TOKENIZER, data(*[Example((SYSTEM, ASK, REPLY))] * 3), 1000)
+    assert "takes no such system turn" in note
+    assert check(template, TOKENIZER, data(Example((ASK, REPLY))), 1000) == ()
+
+
+def test_turns_of_one_role_are_merged_where_roles_must_alternate(tmp_path: Path) -> None:
+    template = made(tmp_path, ALTERNATES)
+    twice = (SYSTEM, ASK, Turn("user", "well?"), Turn("assistant", "hm."), REPLY)
+    assert text(template, *twice).startswith("<user>be kind\n\nwhy?\n\nwell?</s><assistant>hm.</s><assistant>so.</s>")
+    notes = check(template, TOKENIZER, data(Example(twice)), 1000)
+    assert any("consecutive turns of one role are merged" in note for note in notes)
+    assert "</s><user>well?" in text(made(tmp_path, EACH), *twice)  # another template gets them as they are
+
+
+def test_content_is_given_as_parts_where_the_template_reads_nothing_else(tmp_path: Path) -> None:
+    assert text(made(tmp_path, PARTS_ONLY), SYSTEM, ASK, REPLY) == "<system>be kind</s><user>why?</s><assistant>so.</s>"
+
+
+def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %B %Y %H:%M') }} " + EACH
+    given = text(made(tmp_path, dated, date="2026-02-03"), ASK, REPLY)
+    assert given.startswith("03 February 2026 00:00 <user>why?</s>")
+    with pytest.raises(UserError, match=r'writes the date, .* set text.date, such as "2026-11-28"'):
+        made(tmp_path, dated)
+    for wrong in ("today", "2026-13-01", "2026-1-1"):
+        with pytest.raises(UserError, match="give a day"):
+            TextSettings(date=wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for m in messages %}<{{ m['role'] }}></s>{% endfor %}", "writes none of the content"),
+        ("{{ messages + 1 }}", "fails on turns user, assistant: TypeError"),
+        ("{{ messages[0].absent.field }}", "fails on turns user, assistant: UndefinedError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}{{ messages }}", "user, assistant: RecursionError"),
+        ("{% for m in messages %}", "fails on turns user, assistant: TemplateSyntaxError"),
+        ("{{ ['a', 'b'] | random }}" + EACH, "draws at random"),
+        ("{{ range(10 ** 9) | list }}{{ messages }}", "fails on turns user, assistant: OverflowError"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_be_used_is_one_line_before_work(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        made(tmp_path, source)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tools_are_written_or_the_template_is_refused(tmp_path: Path) -> None:
+    turns = (ASK, CALLING, Turn("tool", "rain"), REPLY)
+    own = fitted(template_of(TextSettings()), TOKENIZER)
+    for words in ('"place": "Ulm"', "weather", "tool\nrain"):
+        assert words in text(own, *turns, **TOOLS)
+    assert '{"name": "w"' in text(own, ASK, CALLING)  # a call is a response to train on
+    as_texts = EACH.replace("{{ m['content'] }}", "{{ m['content'] }}{% for c in m['tool_calls'] %}"
+                            "{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}")  # fmt: skip
+    assert 'w{"place": "Ulm"}' in text(made(tmp_path, as_texts), *turns)
+    for template in (made(tmp_path, EACH), fitted(template_of(TextSettings(template="alpaca")), TOKENIZER)):
+        with pytest.raises(UserError, match="does not write calls of tools and their results, which 1 examples have"):
+            text(template, *turns)
+        with pytest.raises(UserError, match="does not write the tools that are offered"):
+            text(template, ASK, REPLY, **TOOLS)
+
+
+def test_an_order_of_roles_that_fails_is_refused_before_work(tmp_path: Path) -> None:
+    picky = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + EACH
+    with pytest.raises(UserError, match="too long"):
+        text(made(tmp_path, picky), ASK, REPLY, ASK, REPLY)
+
+
+def test_what_is_cut_is_said_with_how_much(tmp_path: Path) -> None:
+    template = made(tmp_path, EACH)
+    long, short = Turn("assistant", "x" * 90), Turn("user", "y" * 50)
+    (note,) = check(template, TOKENIZER, data(Example((short, long)), *[Example((ASK, REPLY))] * 3), 64)
+    assert note.startswith("text.max_tokens=64 cuts, of all 4 examples, 1 at the end of the response (")
+    assert note.endswith(" and 1 at the beginning of the prompt; text.cut says where")
+    tokens = template.encode(Example((short, long)), TOKENIZER, 64)
+    assert tokens.response_start == 16 and len(tokens.ids) == 64
+    assert f"{tokens.response_lost / (tokens.response_lost + 48):.0%} of its tokens are lost" in note
+
+
+def test_a_text_alone_is_trained_on_whole_after_one_token() -> None:
+    tokens = fitted(template_of(TextSettings()), TOKENIZER).encode(Example((Turn("assistant", "abc"),)), TOKENIZER, 64)
+    assert TOKENIZER.decode(tokens.ids) == "<eos>abc<eos>" and tokens.response_start == 1
