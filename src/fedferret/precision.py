@@ -51,6 +51,12 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
                 f"{asked.quantised.replace('-', ' ')}s take no small steps; leave quantised out, or choose a method "
                 f"that tunes an adapter, such as fedit"
             )
+        if getattr(method, "dora", False):
+            raise UserError(
+                f'algorithm.dora=true with model.quantised="{asked.quantised}": magnitudes begin as the norms of the '
+                f"weights, and those of codes differ from those of the checkpoint that an export merges into; "
+                f"leave one of the two out"
+            )
         check_installed(asked.quantised)
 
 
