@@ -144,11 +144,11 @@ def export(
     folder: RunFolder,
     to: Annotated[Path | None, typer.Option(help="Write a Hugging Face folder, which transformers loads.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Write the log alone, as one file of kilobytes.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
+    dtype: StoredDtype = None,
     base: Annotated[
         str | None, typer.Option(help="The base model's folder here.", show_default="as in the run's recipe")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Write the adapter alone, as a folder that peft loads.")] = None,
-    dtype: StoredDtype = None,
 ) -> None:
     """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
@@ -160,9 +160,11 @@ def export(
 
         if to is None and delta is None and adapter is None:
             raise UserError("nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several of these")
-        for there in (to, adapter):
-            if there is not None:
-                exporting.check_free(there)
+        for place in (to, adapter):
+            if place is not None:
+                exporting.check_free(place)
+        if dtype is not None and to is None:
+            raise UserError(f"--dtype {dtype}: only a whole model (--to FOLDER) is written in another dtype")
         if adapter is not None:
             exporting.export_folder(folder, adapter, _log, adapter_alone=True, base_name=base)
         if delta is not None:
