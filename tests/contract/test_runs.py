@@ -210,10 +210,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     recipe = tiny_recipe(tmp_path, rounds=6)
     run(recipe, tmp_path / "whole", lambda line: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))  # no file may be longer: soon the diary is
+
+    def fill(client: str) -> None:
+        if rounds_begun(tmp_path / "full"):  # from then on no file may be longer: soon the event log is
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))
+
     try:
         with pytest.raises(RunError, match=r"File too large \(.*\): every finished round is safe"):
-            run(recipe, tmp_path / "full", lambda line: None)
+            run(recipe, tmp_path / "full", lambda line: None, on_client=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run(recipe, tmp_path / "full", lambda line: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -136,6 +137,22 @@ def test_data_that_is_mended_before_the_first_round_is_accepted(tmp_path: Path) 
         run(tiny_recipe(tmp_path, rounds=1), out, silent, on_client=stop_after(0))
     edit(rows)
     assert run(tiny_recipe(tmp_path, rounds=1), out, silent)["status"] == "finished"
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    out, root = tmp_path / "run", tmp_path
+    run(tiny_recipe(tmp_path, rounds=1), out, silent)
+    before = sorted(root.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # no file may be longer
+    try:
+        refused = [command("export", out, *words) for words in (("--to", root / "x"), ("--delta", root / "x.delta"))]
+        refused.append(command("report", out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for code, _, line in refused:
+        assert code == 2 and line.count("\n") == 1 and "too large" in line, line
+    assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
