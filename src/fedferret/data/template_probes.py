@@ -6,9 +6,9 @@ does so before work, and says what it changes and what ``max_tokens`` cuts off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Literal
 
 from fedferret.core.errors import UserError
@@ -28,7 +28,6 @@ _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string",
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
 _SAMPLE = 400  # examples that are tokenised before work
-_LOOKED_AT = 20_000  # examples that are looked at for roles and tools before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -79,18 +78,29 @@ def check(
     Raises:
         UserError: tools, or an order of roles, that the template does not take.
     """
-    parts = [part for part in (*data.clients.values(), *data.held_out.values(), *data.kept.values()) if part]
+    parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
     total = sum(map(len, parts))
+    step = -(-total // _SAMPLE)
     orders: dict[object, Example] = {}
-    habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
-    for example in _spread(parts, _LOOKED_AT):
-        _check_tools(habits, example)
-        if len(orders) < _ORDERS:
-            orders.setdefault(tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns), example)
+    chosen: list[Example] = []
+    offering = calling = 0
+    for number, example in enumerate(chain.from_iterable(parts)):  # once: of many rows, each is read for this
+        if example.image is not None:
+            return ()
+        order = tuple([(turn.role, bool(turn.tool_calls)) for turn in example.turns])
+        if order not in orders and len(orders) < _ORDERS:
+            orders[order] = example
+        offering += bool(example.metadata.get("tools"))
+        calling += any(called or role == "tool" for role, called in order)
+        if not number % step:
+            chosen.append(example)
+    if not total:
+        return ()
+    _check_tools(template, offering, calling)
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
-    sample = [template.encode(example, tokenizer, max_tokens) for example in _spread(parts, _SAMPLE)]
+    sample = [template.encode(example, tokenizer, max_tokens) for example in chosen]
     return (*notes, *_cuts(sample, total, max_tokens))
 
 
@@ -123,24 +133,16 @@ def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects",
     return "none"
 
 
-def _spread(parts: Sequence[Sequence[Example]], most: int) -> Iterator[Example]:
-    """At most so many of the examples of all parts, evenly spread: rows of large files are read when asked for."""
-    step, passed = max(1, -(-sum(map(len, parts)) // most)), 0
-    for part in parts:
-        yield from (part[index] for index in range(-passed % step, len(part), step))
-        passed += len(part)
-
-
-def _check_tools(habits: Habits, example: Example) -> None:
-    what = ""
-    if not habits.tools and example.metadata.get("tools"):
-        what = "the tools that are offered"
-    elif habits.calls == "none" and any(turn.role == "tool" or turn.tool_calls for turn in example.turns):
-        what = "calls of tools and their results"
-    if what:
+def _check_tools(template: Template, offering: int, calling: int) -> None:
+    """Refuse so many examples that offer tools and that call them, where the template does not write that."""
+    habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
+    offering = 0 if habits.tools else offering
+    calling = calling if habits.calls == "none" else 0
+    if offering or calling:
+        what = "the tools that are offered" if offering else "calls of tools and their results"
         raise UserError(
-            f"text.template: this template does not write {what}, which examples have: give a .jinja file that does, "
-            f"or leave such rows out"
+            f"text.template: this template does not write {what}, which {max(offering, calling):,} examples have: "
+            f"give a .jinja file that does, or leave such rows out"
         )
 
 
