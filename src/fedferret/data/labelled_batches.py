@@ -108,6 +108,11 @@ class LabelledTexts:
         return lengths
 
     @property
+    def largest_token(self) -> int:
+        """The largest number of a token, that of padding included."""
+        return max(self._pad_id, int(self._ids.max()) if len(self._ids) else 0)
+
+    @property
     def longest_first(self) -> list[int]:
         """Indices of the texts in evaluation order: longest first."""
         return longest_first(self.lengths)

@@ -20,8 +20,8 @@ from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, Turn, instruction_example, listed
 from fedferret.data.faulty_rows import FaultyRow, optional_text_of, text_in, text_of
 from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of
+from fedferret.data.rows import Row
 
-Row: TypeAlias = Mapping[str, Any]
 Metadata: TypeAlias = Mapping[str, Any]
 
 _MESSAGES = ("messages", "conversations")
