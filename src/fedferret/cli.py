@@ -160,11 +160,11 @@ def export(
 
         if to is None and delta is None and adapter is None:
             raise UserError("nothing to write: give --to FOLDER, --delta FILE, --adapter FOLDER or several of these")
-        if dtype is not None and to is None:
-            raise UserError(f"--dtype {dtype}: only a whole model (--to FOLDER) is written in another dtype")
         for place in (to, adapter):
             if place is not None:
                 exporting.check_free(place)
+        if dtype is not None and to is None:
+            raise UserError(f"--dtype {dtype}: only a whole model (--to FOLDER) is written in another dtype")
         if adapter is not None:
             exporting.export_folder(folder, adapter, _log, adapter_alone=True, base_name=base)
         if delta is not None:

@@ -2,7 +2,7 @@
 
     fp32        the default: a client's steps are far below the rounding step of bf16
     bf16        half the bytes, in memory and in snapshots; every rounding is at random, by a key, the same everywhere
-    quantised   a frozen base in 4 or 8 bits under an adapter, whose own weights are fp32
+    quantised   a frozen base in 4 or 8 bits, under an fp32 adapter
 
 The fingerprint of a base is that of the weights in ``model.dtype``, before they are quantised.
 """
