@@ -254,6 +254,11 @@ def labels_of(examples: Sequence[Example], classes: Sequence[str], *, images: bo
             f"{wrong:,} of {len(examples):,} examples are {found} and the model reads {wanted}: "
             f"choose a model for {found}, or data of {wanted}"
         )
+    if not images and any(len(example.turns) == 1 for example in examples):
+        raise UserError(
+            "the rows were read as texts without classes: set data.prompt_column to the column of texts and "
+            "data.response_column to that of classes"
+        )
     empty = 0 if images else sum(not example.prompt.strip() for example in examples)
     if empty:
         raise UserError(f"{empty:,} of {len(examples):,} texts are empty: fill them or remove their rows")
