@@ -163,6 +163,8 @@ def export(
         for place in (to, adapter):
             if place is not None:
                 exporting.check_free(place)
+        if dtype is not None and to is None:
+            raise UserError(f"--dtype {dtype}: only a whole model (--to FOLDER) is written in another dtype")
         if adapter is not None:
             exporting.export_folder(folder, adapter, _log, adapter_alone=True, base_name=base)
         if delta is not None:
