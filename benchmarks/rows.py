@@ -3,7 +3,7 @@
     python -m benchmarks.rows                  this checkout
     python -m benchmarks.rows --source SRC     another checkout's `src`, such as one of before
 
-Each run is a process of its own: `tiny`, FedAvg, one step of one client, partitioned among two.
+Each run is another process: `tiny`, FedAvg, one step of one client, partitioned among two.
 """
 
 from __future__ import annotations

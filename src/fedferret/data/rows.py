@@ -122,7 +122,7 @@ class ArrowRows:
 
         Args:
             name: of the file.
-            table: a ``pyarrow.Table``, whose columns have different names.
+            table: a ``pyarrow.Table``; no two columns have one name.
         """
         self.name, self._table = name, table
         self._first, self._chunk = 0, list[Row]()
