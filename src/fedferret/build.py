@@ -170,6 +170,7 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     for client, examples in data.clients.items():
         if not examples and not at_sites:
             raise UserError(f"client {client!r} holds no example: give it data or leave it out")
+    recipe.objective.check_template(recipe.model.name, recipe.text, data)
     if isinstance(recipe.data, Sites) and not data.held_out:
         if recipe.evaluation.metrics != ("loss",):
             raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")

@@ -159,7 +159,11 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
         (GOOD + '{"instruction": \n', "rows.jsonl", "line 2 is not JSON"),
         (GOOD + "[1]\n", "rows.jsonl", "line 2 is not an object of named columns"),
         ("{}", "rows.json", "is not a JSON array"),
-        ("a\n", "rows.txt", "files end in .jsonl, .json, .csv, .parquet"),
+        (
+            "a\n",
+            "rows.txt",
+            "files end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, each also with .gz or .zst",
+        ),
         ("no parquet", "rows.parquet", "is not a Parquet file"),
         (b"\xff\xfe", "rows.jsonl", "is not UTF-8 text"),
         ("instruction,response\na\n", "rows.csv", "line 2: not as many fields"),

@@ -116,7 +116,19 @@ class TokenisedData:
             Every example once, in batches of ``size``; one batch may be smaller. Evaluation order is never packed.
         """
         for rows in grouped(self.lengths, size, key):
-            yield self._pack(rows) if self._packed and key is not None else self._batch(rows)
+            yield self.batch(rows, key is not None)
+
+    def batch(self, rows: Sequence[int], for_training: bool) -> Batch:
+        """One batch.
+
+        Args:
+            rows: indices of its examples.
+            for_training: whether it may be packed.
+
+        Returns:
+            The batch, packed where training batches are.
+        """
+        return self._pack(rows) if self._packed and for_training else self._batch(rows)
 
     def _pack(self, rows: Sequence[int]) -> Batch:
         input_ids, labels, position_ids = [], [], []

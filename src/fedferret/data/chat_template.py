@@ -58,15 +58,18 @@ class Chat(Template):
 
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         newest, tools = contexts_of(example.turns[:-1])[0], example.metadata.get("tools", ())
-        if self.habits.alternates:  # the response begins a turn of its own
+        if self.habits.alternates:  # the response begins a turn
             while len(newest) > 1 and newest[-1].role == "assistant" and not newest[-1].tool_calls:
                 newest = newest[:-1]
         prompt = self.render(newest, tokenizer, generate=True, tools=tools)
         whole = self.render([*newest, example.turns[-1]], tokenizer, generate=False, tools=tools)
-        if example.turns[-1].tool_calls and not whole.startswith(prompt):
+        calls, written = example.turns[-1].tool_calls, whole.removeprefix(prompt)
+        if calls and not whole.startswith(prompt):
             raise TemplateFailure("the chat template begins a turn with a tool call unlike other turns; give another")
-        # some templates open a thinking block in the prompt that a finished turn does not contain: then use the text
-        text = whole.removeprefix(prompt).rstrip() if whole.startswith(prompt) else example.response
+        # some templates open a thinking block in the prompt that a finished turn does not contain, and some take such
+        # a block out of a finished turn: then use the text
+        as_it_is = whole.startswith(prompt) and (calls or example.response.strip() in written)
+        text = written.rstrip() if as_it_is else example.response
         ended = text.strip() != example.response.strip()
         return text if ended else text + (tokenizer.eos_token or "")
 

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 from fedferret.core.errors import UserError
 from fedferret.data.examples import FederatedData, check_at_least, check_fraction
 from fedferret.data.published import hub_rows, limit_held_out, local_rows
-from fedferret.data.table import Row, Table
+from fedferret.data.rows import Row
+from fedferret.data.table import Table
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -70,6 +71,7 @@ class CodeAlpaca:
             client_column="language",
             category_column="language",
             held_out_fraction=self.held_out_fraction,
+            max_held_out=None,
         )
         usable = [{**row, "language": language} for row, language in self._with_language(rows)]
         if not usable:

@@ -111,11 +111,11 @@ class Example:
 class FederatedData:
     """The examples of each client and of each held-out set; no client holds a held-out example."""
 
-    clients: Mapping[str, tuple[Example, ...]]  # by client id, sorted
-    held_out: Mapping[str, tuple[Example, ...]]  # by name; the first is the main set
+    clients: Mapping[str, Sequence[Example]]  # by client id, sorted
+    held_out: Mapping[str, Sequence[Example]]  # by name; the first is the main set
     source: str
     notice: str | None = None  # the licence or benchmark notice that must accompany every copy of the data
-    kept: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)  # held out by each client: data/held_out.py
+    kept: Mapping[str, Sequence[Example]] = field(default_factory=dict)  # held out by each client: data/held_out.py
     notes: tuple[str, ...] = ()  # lines for the user on how the data were read; no part of the fingerprint
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class FederatedData:
                 )
 
     @property
-    def client_held_out(self) -> dict[str, tuple[Example, ...]]:
+    def client_held_out(self) -> dict[str, Sequence[Example]]:
         """What each client holds out: ``kept``, or else the examples of the main held-out set that the client owns."""
         if self.kept:
             return dict(sorted(self.kept.items()))
@@ -141,17 +141,15 @@ class FederatedData:
     def fingerprint(self) -> str:
         """SHA-256 of texts, images and tools; equal if and only if all clients and held-out sets hold the same."""
         digest = hashlib.sha256()
-        known: dict[int, bytes] = {}  # examples of one conversation share turns; each turn is hashed once
         for part in (self.clients, self.held_out, *([self.kept] if self.kept else [])):
             digest.update(_hashed(len(part)))
             for name, examples in part.items():
                 digest.update(_hashed(name, len(examples)))
+                known: dict[int, tuple[Turn, bytes]] = {}  # of the example before: those of a conversation share turns
                 for example in examples:
-                    for turn in example.turns:
-                        if id(turn) not in known:
-                            known[id(turn)] = _hashed(turn.role, turn.content, *_words_of(turn.extra))
+                    known = {id(turn): known.get(id(turn)) or (turn, _hashed_turn(turn)) for turn in example.turns}
                     fields = (example.metadata.get(name, "") for name in ("instruction", "input"))
-                    digest.update(b"".join(known[id(turn)] for turn in example.turns) + _hashed(*fields))
+                    digest.update(b"".join(known[id(turn)][1] for turn in example.turns) + _hashed(*fields))
                     if tools := example.metadata.get("tools"):
                         digest.update(_hashed("tools", json.dumps(tools, sort_keys=True)))
                     if example.image is not None:
@@ -179,6 +177,11 @@ class Source(Protocol):
             UserError: the settings do not fit the data, or the data cannot be read.
         """
         ...
+
+
+def _hashed_turn(turn: Turn) -> bytes:
+    """SHA-256 of a turn."""
+    return _hashed(turn.role, turn.content, *_words_of(turn.extra))
 
 
 def _words_of(extra: TurnExtra | None) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
+from fedferret.data.stored import KEPT, StoredRecords
 
 T = TypeVar("T")
 
@@ -83,42 +84,45 @@ def records(
     read: Callable[[T, str], Any],
     source: str,
     faulty_rows: FaultyRows = "refuse",
-) -> tuple[list[Any], tuple[str, ...]]:
+) -> tuple[StoredRecords, tuple[str, ...]]:
     """What ``read`` makes of each row.
 
     Args:
         rows: of one or several files.
-        read: called with a row, and with words that name it; raises FaultyRow for one of no use.
+        read: called with a row, and with words that name it; raises FaultyRow for one of no use. Its results follow
+            from these alone: of many rows, they are made again when they are needed.
         source: names the rows in errors.
         faulty_rows: "refuse" raises the first row's error; "skip" leaves such rows out.
 
     Returns:
-        The results in the order of ``rows``, and the lines to say: one that counts the rows that were left out.
+        The results in the order of ``rows``, and the lines to say: those on the files, and one that counts the rows
+        that were left out.
 
     Raises:
         FaultyRow: under "refuse", with the row's number and the setting that leaves such rows out.
         UserError: no row is left.
     """
-    where = getattr(rows, "where", None)  # of several files, each row is named by its own
-    kept: list[Any] = []
+    where: Callable[[int], str] = getattr(rows, "where", lambda index: f"{source}, row {index + 1}")
+    notes: tuple[str, ...] = tuple(getattr(rows, "notes", ()))
+    kept = StoredRecords(lambda index: read(rows[index], source), len(rows) <= KEPT)
     faults: list[int] = []
     first = ""
-    for number, row in enumerate(rows, start=1):
-        place = f"{source}, row {number}" if where is None else where(number - 1)
+    for index, row in enumerate(rows):
         try:
-            kept.append(read(row, place))
+            kept.append(index, read(row, where(index)))
         except FaultyRow as error:
             if faulty_rows == "refuse":
                 raise FaultyRow(f'{error} (data.faulty_rows = "skip" leaves such rows out)') from None
-            faults.append(number)
+            faults.append(index)
             first = first or str(error)
     if not faults:
-        return kept, ()
-    if not kept:
+        return kept, notes
+    if not len(kept):
         raise UserError(f"{source}: every row is faulty, so none is left; the first: {first}")
-    shown = ", ".join(f"{number:,}" for number in faults[:NAMED]) + (", …" if len(faults) > NAMED else "")
-    rows_are = "row is" if len(faults) == 1 else "rows are"
-    return kept, (f"{source}: {len(faults):,} of {len(rows):,} {rows_are} left out ({shown}); the first: {first}",)
+    shown = ", ".join(where(index).rpartition(", ")[2] for index in faults[:NAMED])
+    count = "1 row is" if len(faults) == 1 else f"{len(faults):,} rows are"
+    more = ", …" if len(faults) > NAMED else ""
+    return kept, (*notes, f"{source}: {count} left out of {len(rows):,} ({shown}{more}); the first: {first}.")
 
 
 def _check_unicode(text: str, where: str) -> None:

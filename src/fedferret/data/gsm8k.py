@@ -18,7 +18,8 @@ from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, FederatedData, check_at_least
 from fedferret.data.partition import Partition
 from fedferret.data.published import data_settings_in_errors, hub_rows, limit_held_out, local_rows
-from fedferret.data.table import Row, Table
+from fedferret.data.rows import Row
+from fedferret.data.table import Table
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, FederatedData, listed
+from fedferret.data.stored import taken
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -37,8 +38,8 @@ def hold_out(data: FederatedData, share: float, key: Key, log: Callable[[str], N
         raise UserError(f"clients.held_out is {share}: give a share of each client's examples, from 0 to below 1")
     if share == 0:
         return data
-    training: dict[str, tuple[Example, ...]] = {}
-    kept: dict[str, tuple[Example, ...]] = {}
+    training: dict[str, Sequence[Example]] = {}
+    kept: dict[str, Sequence[Example]] = {}
     for client, examples in data.clients.items():
         training[client], unseen = _split(examples, share, key.fold("held out by client", client))
         if unseen:
@@ -55,13 +56,11 @@ def hold_out(data: FederatedData, share: float, key: Key, log: Callable[[str], N
     return replace(data, clients=training, kept=kept, held_out=held_out)
 
 
-def _split(examples: Sequence[Example], share: float, key: Key) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _split(examples: Sequence[Example], share: float, key: Key) -> tuple[Sequence[Example], Sequence[Example]]:
     """The examples to train on and those held out, both in the order of ``examples``."""
     if len(examples) < 2:
-        return tuple(examples), ()
+        return examples, ()
     count = min(max(1, round(len(examples) * share)), len(examples) - 1)
     chosen = set(key.sample(range(len(examples)), count))
-    return (
-        tuple(example for row, example in enumerate(examples) if row not in chosen),
-        tuple(example for row, example in enumerate(examples) if row in chosen),
-    )
+    training = (row for row in range(len(examples)) if row not in chosen)
+    return taken(examples, training), taken(examples, sorted(chosen))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
 from fedferret.data.examples import FederatedData
-from fedferret.data.table import Row, Table
+from fedferret.data.rows import Row
+from fedferret.data.table import Table
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -30,6 +31,11 @@ class Hub(Table):
         super().__post_init__()
         if not self.name.strip("/ "):
             raise UserError('data.name is empty: give a data set of the hub such as "owner/name"')
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the settings hold anything out."""
+        return self.held_out_split is not None or super().holds_out
 
     def load(self, key: Key) -> FederatedData:
         """Download the rows (or read the hub's cache), check them, hold rows out and partition the others.

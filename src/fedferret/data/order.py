@@ -41,9 +41,35 @@ def grouped(lengths: Sequence[int], size: int, key: Key | None) -> list[list[int
     if key is None:
         order = longest_first(lengths)
         return [order[start : start + size] for start in range(0, len(order), size)]
-    order = key.fold("examples").permutation(len(lengths))
-    span = WINDOW * size
-    for start in range(0, len(order), span):
-        order[start : start + span] = sorted(order[start : start + span], key=lambda row: lengths[row])
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [groups[index] for index in key.fold("batches").permutation(len(groups))]
+    windows, groups = drawn(len(lengths), size, key)
+    for window in windows:
+        window.sort(key=lambda row: lengths[row])
+    return [windows[number // WINDOW][batch_of(number, size)] for number in groups]
+
+
+def drawn(count: int, size: int, key: Key) -> tuple[list[list[int]], list[int]]:
+    """What the key draws of one pass, before any length is known.
+
+    Args:
+        count: of the examples.
+        size: examples per batch.
+        key: draws both.
+
+    Returns:
+        The windows, each of at most ``WINDOW * size`` examples and still to be sorted by length; and the numbers of the
+        batches, in the order of the pass.
+    """
+    order, span = key.fold("examples").permutation(count), WINDOW * size
+    windows = [order[start : start + span] for start in range(0, count, span)]
+    return windows, key.fold("batches").permutation(-(-count // size))
+
+
+def batch_of(number: int, size: int) -> slice:
+    """Where a batch lies in its window, the window with the number ``number // WINDOW``.
+
+    Args:
+        number: of the batch, as ``drawn`` numbers them.
+        size: examples per batch.
+    """
+    start = number % WINDOW * size
+    return slice(start, start + size)

@@ -92,7 +92,7 @@ class Partition:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # flwr warns of every Dirichlet draw that it repeats
             partitioner.dataset = datasets.Dataset.from_dict(columns)
-            return [sorted(partitioner.load_partition(client)["row"]) for client in range(self.clients)]
+            return [sorted(partitioner.load_partition(client)["row"][:]) for client in range(self.clients)]
 
     def _partitioner(self, min_examples: int, seed: int) -> Any:
         try:

@@ -12,7 +12,7 @@ from fedferret.core.errors import UserError
 from fedferret.data.examples import FederatedData, at_most
 from fedferret.data.files import read_rows
 from fedferret.data.hub import rows_of_hub
-from fedferret.data.table import Row
+from fedferret.data.rows import Row
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
@@ -30,7 +30,7 @@ def local_rows(path: Path, columns: Sequence[str], how_to_get: str) -> list[Row]
     """
     if not path.is_file():
         raise UserError(f'there is no file "{path}" (data.path): {how_to_get}')
-    return _complete(read_rows(path), columns, f'"{path}"', how_to_get)
+    return _complete(read_rows(str(path)), columns, f'"{path}"', how_to_get)
 
 
 def hub_rows(
@@ -57,7 +57,7 @@ def hub_rows(
     return _complete(rows, columns, f'"{name}" (split "{split}")', how_to_get)
 
 
-def _complete(rows: list[Row], columns: Sequence[str], where: str, how_to_get: str) -> list[Row]:
+def _complete(rows: Sequence[Row], columns: Sequence[str], where: str, how_to_get: str) -> list[Row]:
     """The rows without a blank column. Raises ``UserError`` for a missing column or where no row remains."""
     for column in columns:
         if not all(column in row for row in rows):

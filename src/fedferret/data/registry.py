@@ -24,7 +24,11 @@ _SOURCES: dict[str, tuple[str, str, str]] = {
     "code-alpaca": ("code_alpaca", "CodeAlpaca", "instructions for code; client = programming language"),
     "digits": ("digits", "Digits", "1,797 handwritten digits of 8 x 8 pixels; clients by Dirichlet shares"),
     "dolly": ("dolly", "Dolly", "Dolly-15K: instructions in 8 categories, one held out; clients by Dirichlet shares"),
-    "files": ("files", "Files", "a local JSONL, JSON, CSV or Parquet file with named columns or chat messages"),
+    "files": (
+        "files",
+        "Files",
+        "local files (JSON lines, JSON, CSV, Parquet, Arrow) with named columns or chat messages",
+    ),
     "gsm8k": ("gsm8k", "GSM8K", "grade-school mathematics, the official test set held out; IID clients"),
     "hub": ("hub", "Hub", "a Hugging Face hub data set by name, with the same column settings as files"),
     "mnist": ("mnist", "MNIST", "5,000 handwritten digits of 28 x 28 pixels; clients by Dirichlet shares"),

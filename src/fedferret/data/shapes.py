@@ -19,9 +19,9 @@ from typing import Any, TypeAlias
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, Turn, instruction_example, listed
 from fedferret.data.faulty_rows import FaultyRow, optional_text_of, text_in, text_of
-from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of
+from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of, unread_keys
+from fedferret.data.rows import Row
 
-Row: TypeAlias = Mapping[str, Any]
 Metadata: TypeAlias = Mapping[str, Any]
 
 _MESSAGES = ("messages", "conversations")
@@ -29,6 +29,7 @@ _PROMPTS = ("instruction", "prompt")
 _INPUTS = ("input", "context")
 _RESPONSES = ("response", "output", "completion")
 _TEXT = "text"
+_NO_MESSAGES = ("tools", "choices")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def shape_of(columns: Collection[str], asked: Mapping[str, str], source: str) ->
     prompt = asked.get("prompt") or _first(_PROMPTS, columns)
     response = asked.get("response") or _first(_RESPONSES, columns)
     if prompt and response:
-        return _pair_shape(prompt, asked.get("input"), response, columns, "response" in asked)
+        return _pair_shape(prompt, asked.get("input"), response, columns)
     if not paired and _TEXT in columns:
         return _text_shape(_TEXT)
     setting, column = ("response", _RESPONSES[0]) if prompt else ("prompt", _PROMPTS[0])
@@ -88,10 +89,25 @@ def require(column: str, columns: Collection[str], setting: str, source: str) ->
         raise UserError(f'{source} has no column "{column}" (data.{setting}): {hint}{there}')
 
 
-def unused(columns: Collection[str], used: Collection[str]) -> str:
-    """A line that names the columns that are not read; "" where all are."""
-    left = sorted(set(columns) - set(used))
-    return f"not read: column{'s' if len(left) > 1 else ''} {listed(left)}" if left else ""
+def unused(rows: Sequence[Row], columns: Collection[str], used: Collection[str]) -> tuple[str, ...]:
+    """Lines that name what is not read.
+
+    Args:
+        rows: some of the data.
+        columns: that there are.
+        used: the columns that are read.
+
+    Returns:
+        A line on columns and one on keys of messages; none where all are read.
+    """
+    keys = unread_keys(row.get(column) for row in rows for column in used if column not in _NO_MESSAGES)
+    left = {"column": set(columns) - set(used), "key of messages": keys}
+    plural = {"column": "columns", "key of messages": "keys of messages"}
+    return tuple(
+        f"not read: {what if len(names) == 1 else plural[what]} {listed(sorted(names))}"
+        for what, names in left.items()
+        if names
+    )
 
 
 def _first(names: Sequence[str], columns: Collection[str]) -> str | None:
@@ -102,13 +118,13 @@ def _text_shape(column: str) -> Shape:
     return Shape(f'language modelling, column "{column}"', (column,), partial(_whole_text, column))
 
 
-def _pair_shape(prompt: str, given: str | None, response: str, columns: Collection[str], labels: bool) -> Shape:
+def _pair_shape(prompt: str, given: str | None, response: str, columns: Collection[str]) -> Shape:
     """A prompt with an optional input and a response; messages where the columns hold messages."""
     inputs = _INPUTS if prompt == _PROMPTS[0] else _INPUTS[:1]
     extra = given or _first(inputs, columns)
     kind = {"instruction": "instruction", "prompt": "prompt and completion"}.get(prompt, "prompt and response")
     used = tuple(name for name in (prompt, extra, response) if name is not None)
-    return Shape(f"{kind}, columns {listed(used)}", (*used, "tools"), partial(_pair, prompt, extra, response, labels))
+    return Shape(f"{kind}, columns {listed(used)}", (*used, "tools"), partial(_pair, prompt, extra, response))
 
 
 def _whole_text(column: str, row: Row, metadata: Metadata, where: str) -> tuple[Example, ...]:
@@ -121,7 +137,7 @@ def _conversation(column: str, row: Row, metadata: Metadata, where: str) -> tupl
 
 
 def _pair(
-    prompt: str, extra: str | None, response: str, labels: bool, row: Row, metadata: Metadata, where: str
+    prompt: str, extra: str | None, response: str, row: Row, metadata: Metadata, where: str
 ) -> tuple[Example, ...]:
     asked, answer = row.get(prompt), row.get(response)
     if isinstance(asked, list | tuple) or isinstance(answer, list | tuple):
@@ -129,9 +145,9 @@ def _pair(
         return _examples(
             before, _turns(answer, ASSISTANT, response, row, where), _with_tools(row, metadata, where), where
         )
-    text = text_of(row, response, where, numbers=labels)
+    text = text_of(row, response, where, numbers=True)  # it may be a label
     given = optional_text_of(row, extra, where) if extra is not None else ""
-    return (instruction_example(text_of(row, prompt, where), given, text, metadata),)
+    return (instruction_example(text_of(row, prompt, where), given, text, _with_tools(row, metadata, where)),)
 
 
 def _turns(value: object, role: str, column: str, row: Row, where: str) -> tuple[Turn, ...]:

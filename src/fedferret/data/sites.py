@@ -9,27 +9,46 @@ on the file ``held_out_path``; without that file it evaluates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.files import read_rows
+from fedferret.data.paths import Paths, files_below
 from fedferret.data.table import Columns
 
 if TYPE_CHECKING:
     from fedferret.core.keys import Key
 
 
+class FileColumns(Columns):
+    """The names of the columns of files."""
+
+    def read(self, paths: Paths, log: Callable[[str], None], setting: str) -> Sequence[Example]:
+        """The examples of files.
+
+        Args:
+            paths: each a file, a folder or a glob.
+            log: called with lines on how the rows were read.
+            setting: that names the files, for errors.
+
+        Raises:
+            UserError: for every fault of a file, with the line or row.
+        """
+        rows = read_rows(paths, setting)
+        return self.examples(rows, rows.name, log)
+
+
 @dataclass(frozen=True)
-class Sites(Columns):
+class Sites(FileColumns):
     """Settings of the source "sites": the sites of a run, and their files where these are local."""
 
     sites: tuple[str, ...]
-    files: Mapping[str, str] | None = None  # path by site; None: the sites hold the files
-    held_out_path: str | None = None  # None: the server evaluates nothing
+    files: Mapping[str, str | tuple[str, ...]] | None = None  # by site; None: the sites hold the files
+    held_out_path: str | tuple[str, ...] | None = None  # None: the server evaluates nothing
 
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) < len(self.sites):
@@ -47,39 +66,49 @@ class Sites(Columns):
         Raises:
             UserError: for every fault of a local file, with the line or row.
         """
-        files = self.files or {}
-        clients = {name: self._read(files[name]) if name in files else () for name in sorted(self.sites)}
-        held_out = {} if self.held_out_path is None else {"rows": self._read(self.held_out_path)}
-        return FederatedData(clients=clients, held_out=held_out, source=f"{len(clients)} sites")
+        files, notes, path = self.files or {}, list[str](), self.held_out_path
+        clients = {
+            name: self.read(files[name], notes.append, f"data.files.{name}") if name in files else ()
+            for name in sorted(self.sites)
+        }
+        held_out = {} if path is None else {"rows": self.read(path, notes.append, "data.held_out_path")}
+        return FederatedData(clients, held_out, source=f"{len(clients)} sites", notes=tuple(dict.fromkeys(notes)))
 
-    def _read(self, path: str) -> tuple[Example, ...]:
-        columns = {field.name: getattr(self, field.name) for field in fields(Columns)}
-        return SiteFile(path=path, **columns).load()
+    def files_read(self) -> tuple[Path, ...]:
+        """The files that are here, to be pinned."""
+        return files_below(*(self.files or {}).values(), self.held_out_path)
 
 
 @dataclass(frozen=True)
-class SiteFile(Columns):
+class SiteFile(FileColumns):
     """One site's rows: the table ``[data]`` of the site's ``site.toml``."""
 
-    path: str
-    held_out_path: str | None = None  # rows that the site scores on; None: the recipe's share of ``path``, if any
+    path: str | tuple[str, ...]  # files, folders or globs
+    held_out_path: str | tuple[str, ...] | None = None  # to score on; None: the recipe's share of ``path``, if any
 
-    def held_out(self) -> tuple[Example, ...]:
+    def held_out(self, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:
         """The rows of ``held_out_path``; empty without one.
+
+        Args:
+            log: called with lines on how the rows were read.
 
         Raises:
             UserError: as ``load``.
         """
         path = self.held_out_path
-        rows = () if path is None else self.examples(read_rows(Path(path)), path)
-        if path is not None and not rows:
-            raise UserError(f"data.held_out_path: {path} holds no row; leave the setting out, or give it rows")
-        return rows
+        return () if path is None else self.read(path, log, "data.held_out_path")
 
-    def load(self) -> tuple[Example, ...]:
+    def load(self, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:
         """Read the rows of ``path`` and check them.
+
+        Args:
+            log: called with lines on how the rows were read.
 
         Raises:
             UserError: for every fault of the file, with the line or row.
         """
-        return self.examples(read_rows(Path(self.path)), self.path)
+        return self.read(self.path, log, "data.path")
+
+    def files_read(self) -> tuple[Path, ...]:
+        """The files that are read, to be pinned."""
+        return files_below(self.path, self.held_out_path)

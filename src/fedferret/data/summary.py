@@ -14,6 +14,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.files import build_atomically
 from fedferret.core.text import shortened
 from fedferret.data.examples import Example, FederatedData
+from fedferret.data.stored import categories_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,35 +73,36 @@ def summarise(data: FederatedData, tokenizer: PreTrainedTokenizerBase | None = N
         data: of the run.
         tokenizer: counts the tokens of the responses; None: they are not counted.
     """
-    everything = [example for examples in data.clients.values() for example in examples]
     sizes = [len(examples) for examples in data.clients.values()]
-    groups = [_group("clients", everything, sizes, tokenizer)]
-    groups += [_group(name, examples, None, tokenizer) for name, examples in data.held_out.items()]
+    groups = [_group("clients", [*data.clients.values()], sizes, tokenizer)]
+    groups += [_group(name, [examples], None, tokenizer) for name, examples in data.held_out.items()]
     if data.kept:
-        kept = [example for examples in data.kept.values() for example in examples]
-        groups.append(_group("held out at clients", kept, None, tokenizer))
+        groups.append(_group("held out at clients", [*data.kept.values()], None, tokenizer))
     return Summary(data.source, tuple(groups), data.notice)
 
 
 def _group(
-    name: str, examples: Sequence[Example], sizes: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase | None
+    name: str,
+    parts: Sequence[Sequence[Example]],
+    sizes: Sequence[int] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Group:
     tokens = None
     if tokenizer is not None:
-        texts = [example.response for example in examples]
+        texts = [example.response for examples in parts for example in examples]
         tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) if texts else 0
     return Group(
         name=name,
         clients=None if sizes is None else len(sizes),
-        examples=len(examples),
+        examples=sum(map(len, parts)),
         spread=(min(sizes), median(sizes), max(sizes)) if sizes else None,
         response_tokens=tokens,
-        categories=tuple(_categories(examples).most_common(3)),
+        categories=tuple(sum(map(_categories, parts), Counter()).most_common(3)),
     )
 
 
 def _categories(examples: Sequence[Example]) -> Counter[str]:
-    return Counter(example.metadata["category"] for example in examples if "category" in example.metadata)
+    return Counter(categories_of(examples))
 
 
 def plot_partition(data: FederatedData, path: Path) -> None:

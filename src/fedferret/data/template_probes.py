@@ -1,4 +1,4 @@
-"""What a chat template takes, found out by rendering turns whose words are looked for in the text.
+"""What a chat template takes, found out by rendering turns and looking for their words in the text.
 
 ``fitted`` asks once per model; ``check`` renders every order of roles that the data have, so a template that fails
 does so before work, and says what it changes and what ``max_tokens`` cuts off.
@@ -27,7 +27,8 @@ _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
-_SAMPLE = 500  # examples that are tokenised before work
+_SAMPLE = 400  # examples that are tokenised before work
+_LOOKED_AT = 20_000  # examples that are looked at for roles and tools before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -49,7 +50,7 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     )
     if chat is None:
         plain.render([_USER, _ASSISTANT], tokenizer, generate=False)  # raises where it fails
-        raise UserError('the chat template writes none of the content of turns: mend it, or set template = "alpaca"')
+        raise UserError('the chat template does not write what turns say: mend it, or set template = "alpaca"')
     if not _shows(chat, tokenizer, _SYSTEM, _USER, _ASSISTANT):
         chat = _with(chat, system="nowhere")
     elif not _shows(chat, tokenizer, _USER, _ASSISTANT, _SYSTEM, *_LATER):
@@ -79,21 +80,34 @@ def check(
         UserError: tools, or an order of roles, that the template does not take.
     """
     parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
-    examples = [example for example in chain.from_iterable(parts) if example.image is None]
-    if not examples:
-        return ()
-    _check_tools(template, examples)
+    total = sum(map(len, parts))
+    step = -(-total // _SAMPLE)
     orders: dict[object, Example] = {}
-    for example in examples:
-        order = tuple((turn.role, bool(turn.tool_calls)) for turn in example.turns)
+    chosen: list[Example] = []
+    offering = calling = 0
+    for number, example in enumerate(chain.from_iterable(parts)):  # once: of many rows, each is read for this
+        if example.image is not None:
+            return ()
+        order = tuple([(turn.role, bool(turn.tool_calls)) for turn in example.turns])
         if order not in orders and len(orders) < _ORDERS:
             orders[order] = example
+        offering += bool(example.metadata.get("tools"))
+        calling += any(called or role == "tool" for role, called in order)
+        if not number % step:
+            chosen.append(example)
+    if not total:
+        return ()
+    _check_tools(template, offering, calling)
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
-    step = -(-len(examples) // _SAMPLE)
-    sample = [template.encode(example, tokenizer, max_tokens) for example in examples[::step]]
-    return (*notes, *_cuts(sample, len(examples), max_tokens))
+    sample = [template.encode(example, tokenizer, max_tokens) for example in chosen]
+    return (*notes, *_cuts(sample, total, max_tokens))
+
+
+def has_prompts(examples: Iterable[Example]) -> bool:
+    """Whether an example has a prompt, so that a template is needed: texts alone have none."""
+    return any(len(example.turns) > 1 for example in examples)
 
 
 def _with(chat: Chat, **habits: object) -> Chat:
@@ -120,12 +134,11 @@ def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects",
     return "none"
 
 
-def _check_tools(template: Template, examples: Sequence[Example]) -> None:
+def _check_tools(template: Template, offering: int, calling: int) -> None:
+    """Refuse so many examples that offer tools and that call them, where the template does not write that."""
     habits = template.habits if isinstance(template, Chat) else Habits(tools=False, calls="none")
-    offering = 0 if habits.tools else sum(bool(example.metadata.get("tools")) for example in examples)
-    calling = 0
-    if habits.calls == "none":
-        calling = sum(any(turn.tool_calls or turn.role == "tool" for turn in each.turns) for each in examples)
+    offering = 0 if habits.tools else offering
+    calling = calling if habits.calls == "none" else 0
     if offering or calling:
         what = "the tools that are offered" if offering else "calls of tools and their results"
         raise UserError(

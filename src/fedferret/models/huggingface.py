@@ -28,6 +28,7 @@ Requirement = Callable[[str, Mapping[str, Any]], None]
 _SURELY_CAUSAL = "ForCausalLM"
 _OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
 _ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
+_IN_PYTHONS_WORDS = (TypeError, AttributeError, LookupError, AssertionError)  # they tell a user nothing
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -259,12 +260,23 @@ def _read(
             f'model "{name}": its pooler has no weights ({unusable[0]}), so pooling "cls" cannot be used; '
             f'give pooling = "mean"'
         )
+    numberless = {_without_numbers(key) for key in model.state_dict()}
+    left = sorted(key for key in report["unexpected_keys"] if _without_numbers(key) in numberless)
+    if left:
+        raise UserError(
+            f'model "{name}": {len(left)} of its weights are of layers that its config.json does not count, the first '
+            f"is {left[0]}; fetch or save the folder again"
+        )
     if unusable:
         raise UserError(
             f'model "{name}": {len(unusable)} of its weights are missing or differ in shape from its config.json, '
             f"the first is {unusable[0]}; fetch or save the folder again"
         )
     return model, tokenizer
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".0.", key)
 
 
 def _source(name: str) -> str:
@@ -296,4 +308,8 @@ def one_line(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # none of them promises which
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            reason = "its tokenizer or architecture is code that comes with the model, and no such code is run"
+        elif isinstance(error, _IN_PYTHONS_WORDS):
+            reason = "a file in it is damaged, or has another form than transformers writes; fetch or save it again"
         raise UserError(f'model "{name}": could not be read from {where}: {reason[:300]}') from error

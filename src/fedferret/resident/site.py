@@ -18,7 +18,7 @@ the recipe's source is loaded and any client works here, as in a worker of a sim
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.held_out import hold_out
+from fedferret.data.paths import located, named
 from fedferret.data.pinned import Pins, pins
 from fedferret.data.sites import SiteFile
 from fedferret.recipe_file import read_toml
@@ -85,8 +86,8 @@ def read_site(folder: Path) -> Site:
     if data is None:
         return site
     file = build(SiteFile, data, f"{FILE}: data")
-    held_out = file.held_out_path and str(folder / Path(file.held_out_path).expanduser())
-    local = replace(file, path=str(folder / Path(file.path).expanduser()), held_out_path=held_out)
+    held_out = file.held_out_path and located(file.held_out_path, folder)
+    local = replace(file, path=located(file.path, folder), held_out_path=held_out)
     return replace(site, data=local)
 
 
@@ -128,12 +129,12 @@ def pins_of(site: Site, folder: Path, recipe: Recipe | None = None) -> Pins:
     return pins(site.data, model, template, near=[folder])
 
 
-def check_data(site: Site) -> tuple[Example, ...]:
+def check_data(site: Site, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:
     """The site's examples, read before any server is met. Raises UserError for a file or a row that is of no use."""
     if site.data is None:
         return ()
     site.data.held_out()
-    return site.data.load()
+    return site.data.load(log)
 
 
 def work(
@@ -167,8 +168,8 @@ def work(
     else:
         if home:
             pin(home, pins_of(site, home, settings))
-        rows, kept = check_data(site), site.data.held_out()
-        data = FederatedData({site.name: rows}, {}, source=site.data.path, kept={site.name: kept} if kept else {})
+        rows, kept = check_data(site, log), site.data.held_out(log)
+        data = FederatedData({site.name: rows}, {}, named(site.data.path), kept={site.name: kept} if kept else {})
         if not kept and settings.held_out_share:
             data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"), log)
         settings.objective.check_examples(settings.model.name, data, complete=False)

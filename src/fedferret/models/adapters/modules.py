@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.models.classifiers import Classifier
@@ -28,7 +29,8 @@ def linear_modules(model: nn.Module) -> list[str]:
     """Which modules can take LoRA.
 
     An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
-    classifier's head stays dense. What an architecture reads past its module cannot: LoRA would have no effect.
+    classifier's head stays dense. What an architecture reads past its module cannot: LoRA would have no effect. Nor can
+    a router or a grouped map, which an architecture derives from a linear module.
 
     Args:
         model: a transformers model without an adapter, on any device, the meta device included.
@@ -46,7 +48,7 @@ def linear_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept and _is_a_linear_map(module)
     ]
 
 
@@ -132,6 +134,18 @@ def _selected(names: Sequence[str], modules: str | Sequence[str]) -> tuple[list[
         chosen = set().union(*ends.values())
         missing = [end for end, found in ends.items() if not found] if chosen else list(modules) or ["[]"]
     return [name for name in names if name in chosen], missing
+
+
+def _is_a_linear_map(module: Any) -> bool:
+    """Whether a module of an architecture's own kind maps vectors to vectors: routers give choices beside."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    try:
+        with torch.no_grad():
+            output = module(torch.zeros(1, module.in_features, device=module.weight.device, dtype=module.weight.dtype))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it reads other shapes
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 def _transformer(model: nn.Module) -> nn.Module:

@@ -1,0 +1,205 @@
+"""Records and examples of rows, made again from the row whenever they are asked for.
+
+A row takes a hundred bytes in its file and a thousand as Python objects. Of many rows, only what partitions them stays:
+the client, the category, the number of examples and a hash, some forty bytes. Of few rows, the objects stay.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any, Protocol, TypeVar, overload
+
+from fedferret.data.examples import Example
+
+T = TypeVar("T")
+
+KEPT = 20_000  # rows of which the objects stay
+
+
+class Record(Protocol):
+    """What is read of a row."""
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """At least one."""
+        ...
+
+    @property
+    def client(self) -> str | None:
+        """The name of the row's client, where a column has it."""
+        ...
+
+    @property
+    def category(self) -> str | None:
+        """The row's category, where a column has it."""
+        ...
+
+
+class StoredRecords(Sequence[Any]):
+    """The records of rows, in order."""
+
+    def __init__(self, read: Callable[[int], Any], kept: bool) -> None:
+        """No record yet.
+
+        Args:
+            read: makes the record of the row with a number.
+            kept: whether the records stay in memory.
+        """
+        self._read = read
+        self._kept: list[Any] | None = [] if kept else None
+        self._rows, self.counts, self.hashes = array("q"), array("q"), array("q")
+        self.clients: list[str | None] = []
+        self.categories: list[str | None] = []
+        self._names: dict[str, str] = {}  # each name is stored once
+
+    def append(self, row: int, record: Any) -> None:
+        """Add the record of a row.
+
+        Args:
+            row: its number.
+            record: what ``read`` gives of it.
+        """
+        self._rows.append(row)
+        self.counts.append(len(record.examples))
+        self.hashes.append(hash(tuple(turn.content for turn in record.examples[-1].turns)))
+        self.clients.append(self._once(record.client))
+        self.categories.append(self._once(record.category))
+        if self._kept is not None:
+            self._kept.append(record)
+
+    def _once(self, name: str | None) -> str | None:
+        return None if name is None else self._names.setdefault(name, name)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return self._read(self._rows[index]) if self._kept is None else self._kept[index]
+
+    def examples(self, records: Iterable[int]) -> Sequence[Example]:
+        """The examples of some records.
+
+        Args:
+            records: their numbers, in the order of the examples.
+        """
+        chosen = array("q", records)
+        if self._kept is None:
+            return StoredExamples(self, chosen)
+        return tuple(chain.from_iterable(self._kept[number].examples for number in chosen))
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples of many rows; one that is asked for is made of its row."""
+
+    def __init__(self, records: StoredRecords, chosen: array[int]) -> None:
+        """Choose records.
+
+        Args:
+            records: of all rows.
+            chosen: numbers of the records whose examples these are, in order.
+        """
+        self._records, self._chosen = records, chosen
+        counts = [records.counts[number] for number in chosen]
+        self._ends = None if all(count == 1 for count in counts) else array("q", accumulate(counts))
+
+    def __len__(self) -> int:
+        return len(self._chosen) if self._ends is None else self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        if isinstance(index, slice):
+            return tuple(self[each] for each in range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        if self._ends is None:
+            example: Example = self._records[self._chosen[index]].examples[0]
+            return example
+        place = bisect_right(self._ends, index)
+        examples: tuple[Example, ...] = self._records[self._chosen[place]].examples
+        return examples[index - self._ends[place]]  # from the end of the record's examples
+
+    def __iter__(self) -> Iterator[Example]:
+        for number in self._chosen:
+            yield from self._records[number].examples
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    @property
+    def categories(self) -> Iterator[str]:
+        """The category of each example that has one; no row is read."""
+        for number in self._chosen:
+            category = self._records.categories[number]
+            if category is not None:
+                for _ in range(self._records.counts[number]):
+                    yield category
+
+
+def categories_of(examples: Sequence[Example]) -> Iterator[str]:
+    """The category of each example that has one.
+
+    Args:
+        examples: of any source.
+    """
+    if isinstance(examples, StoredExamples):
+        return examples.categories
+    return (str(each.metadata["category"]) for each in examples if "category" in each.metadata)
+
+
+def taken(examples: Sequence[Example], numbers: Iterable[int]) -> Sequence[Example]:
+    """Some of the examples; of many rows, none is read.
+
+    Args:
+        examples: of any source.
+        numbers: of the examples to take, in order.
+    """
+    if isinstance(examples, StoredExamples):
+        return Chosen(examples, numbers)
+    return tuple(examples[number] for number in numbers)
+
+
+class Chosen(Sequence[Example]):
+    """Some of many examples, by number."""
+
+    def __init__(self, examples: Sequence[Example], numbers: Iterable[int]) -> None:
+        """Choose examples.
+
+        Args:
+            examples: of any source.
+            numbers: of those that are chosen, in order.
+        """
+        self._examples, self._numbers = examples, array("q", numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        if isinstance(index, slice):
+            return tuple(self._examples[number] for number in self._numbers[index])
+        return self._examples[self._numbers[index]]
