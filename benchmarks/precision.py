@@ -100,7 +100,7 @@ def memory(name: str) -> dict[str, Any]:
         started = time.perf_counter()
         trained = step.train(experiment.task, rows, Key.of(1))
     found: dict[str, Any] = {
-        "model_bytes": sum(each.numel() * each.element_size() for each in held),
+        "model_bytes": sum({each.data_ptr(): each.numel() * each.element_size() for each in held}.values()),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds_of_a_step": time.perf_counter() - started,
     }
