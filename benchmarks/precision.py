@@ -1,12 +1,14 @@
-"""What weights in bf16 and bases in 4 bits cost in loss and save in memory, on SmolLM2-135M and real people's messages.
+"""What weights in bf16 and bases in 4 and 8 bits cost in loss and save in memory.
 
-Every run has a process of its own: seconds, bytes of the model, and the loss before and after each round, computed in
-fp32 on the weights that the run holds (the last ones of a bf16 run in bf16 too). Another process has the peak memory of
-one client's training. The bf16 run of FedAvg also shows what a client's update would be if it were taken from its
-rounded weights: its energy, and the error of Ferret's reconstruction, which is proportional to the energy. The last
-figures are a calculation: a model of seven billion weights on a card of 12 GB.
+losses     of the trained model of 3.2 million weights, before and after each round, computed in fp32 on the weights
+           that the run holds; the last ones of a bf16 run in bf16 too. ``--model packaged:smollm2`` takes SmolLM2,
+           which needs an idle machine: a processor without bf16 arithmetic is ten times slower in bf16
+memory     of one local step of SmolLM2-135M on 4 rows of 128 tokens: the peak of a whole process
+energy     of that step's update, as the optimiser's sum and as the difference of rounded weights; and the error of
+           Ferret's reconstruction of both, which is proportional to the energy
+7B         calculated, not measured: a model of seven billion weights on a card of 12 GB
 
-    python -m benchmarks.precision            prints JSON; --save writes benchmarks/results/precision.json
+python -m benchmarks.precision [--model NAME]        prints JSON; --save writes benchmarks/results/precision.json
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.measure import RESULTS
@@ -30,13 +31,13 @@ from fedferret.core import tree
 from fedferret.core.files import write_atomically
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, Turn
-from fedferret.data.text import TextSettings
 from fedferret.experiment import Experiment
 from fedferret.export_dtype import widen
 from fedferret.tracking.environment import environment
 
-ROUNDS = 3
-TRAINING = {"learning_rate": 0.03, "steps": 2, "batch_size": 2}
+ROUNDS = 4
+TASKS = ["chain_sum", "spell_backward", "gcd", "leg_counting"]
+TRAINING = {"learning_rate": 0.1, "steps": 4, "batch_size": 4}
 ADAPTER = {"name": "fedit", "training": {**TRAINING, "learning_rate": 1e-3}}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FedAvg, fp32": ({"name": "fedavg", "training": TRAINING}, {}),
@@ -49,34 +50,29 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def settings(name: str, seed: int = 1) -> Recipe:
+def settings(name: str, model: str, max_tokens: int = 64) -> Recipe:
     """The recipe of one run."""
-    algorithm, model = RUNS[name]
+    algorithm, held = RUNS[name]
     return recipe(
-        seed=seed,
         rounds=ROUNDS,
-        model={"name": "packaged:smollm2", **model},
-        data={"source": "chitchat", "min_messages": 50, "max_messages": 100, "max_held_out": 8},
-        text={"max_tokens": 48},
+        model={"name": model, **held},
+        data={"source": "reasoning-gym", "tasks": TASKS, "rows": 32, "held_out_rows": 12, "held_out_tasks": 0},
+        text={"max_tokens": max_tokens},
         clients={"per_round": 2},
         algorithm=algorithm,
         evaluation={"local_only_clients": 0},
     )
 
 
-def child(name: str) -> dict[str, Any]:
+def losses(name: str, model: str) -> dict[str, Any]:
     """Carry out one run in this process."""
-    experiment = Experiment.load(settings(name), log=lambda line: None)
+    experiment = Experiment.load(settings(name, model), log=lambda line: None)
     state, started = experiment.initial_state(), time.perf_counter()
-    held = experiment.model.state_dict().values()
-    found: dict[str, Any] = {"model_bytes": sum(each.numel() * each.element_size() for each in held)}
     kept = [tree.clone(state.public.weights)]
     for record in experiment.run_rounds(state, experiment.engine(state)):
         assert not record.failures, record.failures
         kept.append(tree.clone(state.public.weights))
-    found["seconds"] = time.perf_counter() - started
-    if name == "FedAvg, bf16":
-        found |= energies(experiment, state.public)
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started}
     if experiment.recipe.model.dtype == "bf16":
         found["last_loss_in_bf16"] = loss(experiment, kept[-1])
     if experiment.recipe.model.quantised is None:
@@ -91,29 +87,29 @@ def loss(experiment: Experiment, weights: Mapping[str, Tensor]) -> float:
     return experiment.evaluator.figures(experiment.model, main)["loss"]
 
 
-def peak(name: str) -> dict[str, float]:
-    """Peak memory of one client's training in this process, one step of 4 rows of 128 tokens."""
-    experiment = Experiment.load(replace(settings(name), text=TextSettings(max_tokens=128)), log=lambda line: None)
-    state, training = experiment.initial_state(), experiment.recipe.algorithm
+def memory(name: str) -> dict[str, Any]:
+    """One local step of SmolLM2 in this process."""
+    experiment = Experiment.load(settings(name, "packaged:smollm2", 128), log=lambda line: None)
+    state, method = experiment.initial_state(), experiment.recipe.algorithm
+    held = experiment.model.state_dict().values()
     turns = (Turn("user", "count " * 200), Turn("assistant", " ".join(map(str, range(40)))))
-    rows = experiment.examples.encode((Example(turns),) * 4)
-    changed: Any = replace(training, training=replace(training.training, batch_size=4, steps=1))  # type: ignore[call-arg, attr-defined]
-    changed.client_update(experiment.task, state.public, None, rows, Key.of(1))
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
-def energies(experiment: Experiment, public: Any) -> dict[str, float]:
-    """A client's update as its optimiser's sum, and as the difference of rounded weights."""
-    ferret: Any = settings("Ferret, bf16").algorithm
-    client = next(iter(experiment.examples))
-    training: Any = experiment.recipe.algorithm
-    with training.model(experiment.task, public):
-        trained = training.training.train(experiment.task, experiment.examples[client], Key.of(1))
-        rounded = tree.parameters(experiment.model)
-    found: dict[str, float] = {}
-    for kind, after in (("unrounded", trained.weights), ("rounded", rounded)):
+    rows, public = experiment.examples.encode((Example(turns),) * 4), state.public
+    training: Any = method
+    with method.model(experiment.task, public):
+        step = replace(training.training, batch_size=4, steps=1)
+        started = time.perf_counter()
+        trained = step.train(experiment.task, rows, Key.of(1))
+    found: dict[str, Any] = {
+        "model_bytes": sum({each.data_ptr(): each.numel() * each.element_size() for each in held}.values()),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds_of_a_step": time.perf_counter() - started,
+    }
+    if experiment.recipe.model.dtype == "fp32":
+        return found
+    ferret: Any = settings("Ferret, bf16", "packaged:smollm2").algorithm
+    projector = ferret.projector(public)
+    for kind, after in (("unrounded", trained.weights), ("rounded", tree.parameters(experiment.model))):
         update = dict(tree.difference(public.weights, after))
-        projector = ferret.projector(public)
         counts = projector.counts(projector.norms(update.items()))
         coordinates, _ = projector.project(update.items(), counts, Key.of(2))
         found[f"energy_{kind}"] = sum(float(delta.square().sum()) for delta in update.values())
@@ -139,20 +135,29 @@ def seven_billion() -> dict[str, float]:
     return {**{name: round(size / 1e9, 3) for name, size in parts.items()}, "sum": round(sum(parts.values()) / 1e9, 2)}
 
 
+def measured(what: str, name: str, *options: str) -> dict[str, Any]:
+    """The result of a process that measures one thing."""
+    command = [sys.executable, "-m", "benchmarks.precision", "--child", what, name, *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(what, name, found, file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
-    """All runs, one after the other, or those whose names were given."""
+    """All of it, one process after the other."""
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(sys.argv[3]) if sys.argv[2] == "run" else peak(sys.argv[3])))
+        what, *words = sys.argv[2:]
+        print(json.dumps(losses(*words) if what == "losses" else memory(*words)))
         return
-    threads, runs = torch.get_num_threads(), dict[str, Any]()
-    for name in RUNS:
-        runs[name] = {}
-        for what in ("run", "peak"):
-            command = [sys.executable, "-m", "benchmarks.precision", "--child", what, name]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            runs[name] |= json.loads(done.stdout.splitlines()[-1])
-        print(name, runs[name], file=sys.stderr, flush=True)
-    result = {"runs": runs, "calculated_7b_on_12_gb": seven_billion(), "threads": threads, "machine": environment()}
+    model = sys.argv[sys.argv.index("--model") + 1] if "--model" in sys.argv else "recipes/small/chat-3m"
+    result = {
+        "model": model,
+        "losses": {name: measured("losses", name, model) for name in RUNS},
+        "memory": {name: measured("memory", name) for name in RUNS if not name.startswith("Ferret")},
+        "calculated_7b_on_12_gb": seven_billion(),
+        "machine": environment(),
+    }
     text = json.dumps(result, indent=2) + "\n"
     print(text)
     if "--save" in sys.argv:

@@ -36,6 +36,7 @@ from fedferret.data.template_probes import fitted
 from fedferret.data.templates import template_of
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
+from fedferret.evaluation.generation import prompt_room
 from fedferret.evaluation.scorers import check_metrics
 from fedferret.models.adapters import adapter_of, prefix_of
 from fedferret.models.devices import resolve_device
@@ -131,8 +132,10 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
-    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    batch = max((training.batch_size for training in _trainings(algorithm)), default=1)
     recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
+    if set(recipe.evaluation.metrics) - {"loss", "choice"}:
+        prompt_room(model, recipe.text.max_tokens, recipe.evaluation.max_new_tokens)
     for training in _trainings(algorithm):
         training.check(model, recipe.model.name)
     precision.check(recipe, model)
@@ -176,6 +179,7 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     for client, examples in data.clients.items():
         if not examples and not at_sites:
             raise UserError(f"client {client!r} holds no example: give it data or leave it out")
+    recipe.objective.check_template(recipe.model.name, recipe.text, data)
     if isinstance(recipe.data, Sites) and not data.held_out:
         if recipe.evaluation.metrics != ("loss",):
             raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")

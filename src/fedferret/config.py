@@ -27,6 +27,7 @@ from fedferret.data.text import TextSettings
 from fedferret.objectives.interface import ModelObjective
 from fedferret.objectives.registry import objective
 from fedferret.recipe_file import read_tables
+from fedferret.recipe_paths import located
 from fedferret.renamed_keys import with_new_names
 from fedferret.settings import WHOLE, build, table_of
 
@@ -116,6 +117,7 @@ class ExecutionSettings:
     memory: Literal["fast", "lean"] = "fast"  # lean: the public weights wait in a memory-mapped file
     tensorboard: bool = False
     history: int = 10  # rounds before the last that a run can be rewound to; methods with large entries need much disk
+    places: tuple[str, ...] = ()  # folders in which relative paths are looked for; written by whoever reads a file
 
     def __post_init__(self) -> None:
         if self.history < 0:
@@ -141,10 +143,11 @@ class Recipe:
     pool: PoolSettings = field(default_factory=PoolSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # relative paths as given: recipe_paths.py
 
     def tables(self) -> dict[str, Any]:
         """The recipe as TOML tables, every setting spelt out."""
-        return {
+        tables: dict[str, Any] = {
             "seed": self.seed,
             "rounds": self.rounds,
             "model": table_of(self.model),
@@ -157,6 +160,7 @@ class Recipe:
             "evaluation": table_of(self.evaluation),
             "execution": table_of(self.execution),
         }
+        return {name: {**table, **self.given[name]} if name in self.given else table for name, table in tables.items()}
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the numbers: equal for two runs exactly when they must give the same bits."""
@@ -166,6 +170,11 @@ class Recipe:
         else:
             del tables["text"]["cut"]  # texts to classify have no response to cut
         return tables
+
+    @property
+    def model_name(self) -> str:
+        """The model as the recipe names it: a folder by the path that was given."""
+        return str(self.given.get("model", {}).get("name", self.model.name))
 
     @property
     def scores_clients(self) -> bool:
@@ -185,7 +194,7 @@ class Recipe:
         tables = self.identity()
         if tables["text"].get("cut") == BEFORE_CUT:  # runs from before there was a choice keep the name they have
             del tables["text"]["cut"]
-        return tomli_w.dumps(tables)
+        return tomli_w.dumps(_without_later(tables))
 
     def to_toml(self) -> str:
         """The recipe as a file's text."""
@@ -195,8 +204,29 @@ class Recipe:
 
 
 DEFAULT_OBJECTIVE = "next-token"
+_LATER: Mapping[str, Any] = {  # settings that came later, at the values that change nothing
+    "dtype": "fp32",
+    "quantised": "none",
+    "schedule_over": "rounds",
+    "warmup": 0.0,
+    "rslora": False,
+    "dora": False,
+    "modules_to_save": [],
+    "adapter": "none",
+    "faulty_rows": "refuse",
+    "text_column": "none",
+    "date": "none",
+}
 BEFORE_CUT = "prompt"  # what ``text.cut`` is in what a fedferret wrote that had no such setting
 _SECTIONS = ("model", "data", "objective", "text", "clients", "algorithm", "pool", "evaluation", "execution")
+
+
+def _without_later(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table as before there were ``_LATER`` settings, where they change nothing: a run keeps its name."""
+    kept = {name: value for name, value in table.items() if name not in _LATER or value != _LATER[name]}
+    if "warmup" in table and kept.get("schedule") == "constant":  # a server's schedule is older, and has no warm-up
+        del kept["schedule"]
+    return {name: _without_later(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -224,6 +254,8 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
     for name in ("model", "data", "algorithm"):
         if name not in tables:
             raise UserError(f"[{name}]: this table is missing; a recipe has at least [model], [data] and [algorithm]")
+    execution = build(ExecutionSettings, tables.get("execution", {}), "execution")
+    tables, given = located(tables, execution.places)
     data, algorithm = dict(tables["data"]), dict(tables["algorithm"])
     data_source, algorithm_name = _take(data, "source", "data"), _take(algorithm, "name", "algorithm")
     kind = source(data_source)
@@ -241,7 +273,8 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
         algorithm=build_algorithm(algorithm_name, algorithm),
         pool=build(PoolSettings, tables.get("pool", {}), "pool"),
         evaluation=_evaluation(tables.get("evaluation", {}), chosen),
-        execution=build(ExecutionSettings, tables.get("execution", {}), "execution"),
+        execution=execution,
+        given=given,
     )
     _check_objective(recipe.objective, recipe.algorithm)
     if recipe.evaluation.metrics != ("loss",) and not recipe.objective.generates:

@@ -116,7 +116,7 @@ def check_start(run: Path, base: str, round: int) -> None:
     if known.start.get("base", base) != base:
         raise RunError(
             f"{run} began from a base with SHA-256 {str(known.start['base'])[:12]}…, and this one has {base[:12]}…: "
-            f"give it the weights that it began from"
+            f"give it the weights, and the algorithm.adapter if there is one, that it began from"
         )
     recipe = recipe_fingerprint(run)
     if known.start.get("recipe", recipe) != recipe:

@@ -83,7 +83,7 @@ class TunedDelta:
             how.update(bits)
         objective = {**how, **table_of(recipe.objective)}
         return cls(
-            recipe.model.name,
+            recipe.model_name,
             base_fingerprint,
             json.dumps(objective),
             recipe.algorithm.name,
@@ -128,29 +128,35 @@ def export_folder(
     log: Callable[[str], None] = print,
     dtype: Dtype | None = None,
     adapter_alone: bool = False,
+    base_name: str | None = None,
 ) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
     With ``adapter_alone`` the folder has what peft reads beside the base, and nothing is merged. ``dtype`` is that of
-    the weights; None: see ``chosen_dtype``.
+    the weights; None: see ``chosen_dtype``. ``base_name`` is another place of the same base.
 
     Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
     """
-    check_place(folder)
-    refuse_filled(folder)
-    recipe, entries = _read_run(run)
+    check_free(folder)
+    recipe, entries = _read_run(run, base_name)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
     return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, dtype, adapter_alone)
 
 
-def export_delta(run: Path, path: Path, log: Callable[[str], None] = print) -> TunedDelta:
+def check_free(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or is not empty, before long work. Raises UserError."""
+    check_place(folder)
+    refuse_filled(folder)
+
+
+def export_delta(run: Path, path: Path, log: Callable[[str], None] = print, base_name: str | None = None) -> TunedDelta:
     """Write the log of ``run`` as a delta file at ``path``. Raises as ``export_folder`` does."""
     check_place(path)
     if path.exists():
         raise UserError(f"{path} exists: nothing is overwritten, give another name")
-    recipe, entries = _read_run(run)
+    recipe, entries = _read_run(run, base_name)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
@@ -177,8 +183,7 @@ def apply_delta(
     Raises UserError for a file that is no delta, is damaged, or belongs to another base; RunError where this machine
     arrives at other weights than the file says.
     """
-    check_place(folder)
-    refuse_filled(folder)
+    check_free(folder)
     delta = read_delta(path)
     if adapter is not None:
         delta = delta.going_on_from(adapter)
@@ -196,6 +201,8 @@ def apply_delta(
 
 def read_delta(path: Path) -> TunedDelta:
     """The delta file at ``path``. Raises UserError."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait, and a device never ends
+        raise UserError(f"{path}: not a delta file: it is no file")
     try:
         delta = codec.decode(path.read_bytes())
     except FileNotFoundError:
@@ -219,10 +226,14 @@ def read_delta(path: Path) -> TunedDelta:
     return delta
 
 
-def _read_run(run: Path) -> tuple[Recipe, Log]:
+def _read_run(run: Path, base_name: str | None) -> tuple[Recipe, Log]:
+    """The recipe, with its base in another place if that is given, and the log."""
     recipe = begun_recipe(run)
     if not checkpoint.saved_round(run):
         raise UserError(f"{run}: no round is finished yet, so there is nothing to export")
+    if base_name is not None:
+        recipe.objective.check_model(base_name)
+        recipe = replace(recipe, model=replace(recipe.model, name=base_name))
     return recipe, checkpoint.read_log(run)
 
 
@@ -254,6 +265,7 @@ def _write_folder(
     log: Callable[[str], None],
     dtype: Dtype | None,
     adapter_alone: bool = False,
+    base_name: str | None = None,
 ) -> str:
     with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))

@@ -2,7 +2,7 @@
 
     fp32        the default: a client's steps are far below the rounding step of bf16
     bf16        half the bytes, in memory and in snapshots; every rounding is at random, by a key, the same everywhere
-    quantised   a frozen base in 4 or 8 bits under an adapter, whose own weights are fp32
+    quantised   a frozen base in 4 or 8 bits, under an fp32 adapter
 
 The fingerprint of a base is that of the weights in ``model.dtype``, before they are quantised.
 """
@@ -18,7 +18,8 @@ from fedferret import models
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe
 from fedferret.core.errors import UserError
 from fedferret.core.stages import Staged
-from fedferret.models.adapters import adapter_of
+from fedferret.models.adapters import LoRA, adapter_of, transformer_of
+from fedferret.models.adapters.dense import dense_names
 from fedferret.models.devices import resolve_device
 from fedferret.models.quantised import check_installed, quantise
 from fedferret.objectives.interface import Loaded, ModelObjective
@@ -51,6 +52,7 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
                 f"{asked.quantised.replace('-', ' ')}s take no small steps; leave quantised out, or choose a method "
                 f"that tunes an adapter, such as fedit"
             )
+        _check_adapter(asked.quantised, tuned)
         check_installed(asked.quantised)
 
 
@@ -83,6 +85,23 @@ def put_on_device(settings: ModelSettings, model: Any, device: str) -> None:
     if settings.quantised is not None:
         quantise(model, settings.quantised)
         nn.Module.to(model, resolve_device(device))
+
+
+def _check_adapter(quantised: str, tuned: nn.Module) -> None:
+    """Refuse an adapter that begins from weights which are quantised: an export finds the base before that."""
+    adapter, head = adapter_of(tuned), transformer_of(tuned).get_output_embeddings()
+    if isinstance(adapter, LoRA) and adapter.dora and adapter.start is None:
+        raise UserError(
+            f'model.quantised="{quantised}": DoRA\'s magnitudes begin as the norms of the weights, and those of '
+            f"quantised weights are others; set algorithm.dora=false, or leave quantised out"
+        )
+    for name in dense_names(tuned):
+        module = tuned.get_submodule(name)
+        if type(module) is nn.Linear and module is not head:
+            raise UserError(
+                f'model.quantised="{quantised}": algorithm.modules_to_save names {name}, which is quantised; '
+                f"give embeddings, norms or the output head, or leave quantised out"
+            )
 
 
 def _check_objective(recipe: Recipe, setting: str) -> None:

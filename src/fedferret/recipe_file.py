@@ -9,21 +9,24 @@ from typing import Any
 
 from fedferret.core.errors import UserError
 from fedferret.core.files import in_words
+from fedferret.recipe_paths import with_places
 
 
 def read_tables(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The TOML tables in a file, with overrides. Names of settings are not checked here.
+    """The TOML tables in a file, with overrides, and where its relative paths were found (``recipe_paths.py``).
+
+    Names of settings are not checked here.
 
     Args:
         path: of a TOML file.
         overrides: each ``section.key=value``; later ones win.
     Raises:
-        UserError: if the file is missing, unreadable or not TOML, or an override is malformed.
+        UserError: if the file is missing, unreadable or not TOML, an override is malformed, or a path is ambiguous.
     """
     tables = read_toml(Path(path), "there is no such recipe; see `recipes/` or `fedferret list`")
     for text in overrides:
         _override(tables, text)
-    return tables
+    return with_places(tables, Path(path))
 
 
 def read_toml(path: Path, missing: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whose a run's folder is, and who may write in it."""
+"""To which recipe a run's folder belongs, and which process may write in it."""
 
 from __future__ import annotations
 

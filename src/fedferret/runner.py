@@ -89,7 +89,9 @@ def run(
         read_summary(out)  # damage is found now, before the model is loaded
         if (done := finished_summary(recipe, out, log)) is not None:
             return done
-    pinned = Pinned(pins(recipe.data, recipe.model.name, recipe.text.template), accept=accept_changed_data)
+    near = map(Path, recipe.execution.places)
+    read = pins(recipe.data, recipe.model.name, recipe.text.template, getattr(recipe.algorithm, "adapter", None), near)
+    pinned = Pinned(read, accept=accept_changed_data)
     if resumes and replaceable(out) and changed_files(out, pinned.files):
         resumes = False  # it is begun anew, with the files as they are
     with ExitStack() as stack:
@@ -216,7 +218,7 @@ class Run:
         self._log_event(
             "start",
             method=recipe.algorithm.name,
-            model=recipe.model.name,
+            model=recipe.model_name,
             data=experiment.data.source,
             **read,
             rounds=recipe.rounds,

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from fedferret import models
 from fedferret.algorithms.fedit import FedIT
 from fedferret.build import check
+from fedferret.cli import app
 from fedferret.core import tree
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.keys import Key
@@ -25,11 +27,12 @@ from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
 from fedferret.local.first_order import FirstOrder
 from fedferret.models import adapters
-from fedferret.resident.site import Site, adapted
+from fedferret.resident.site import Site, adapted, work
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_experiment, tiny_recipe
 from unit.tiny_adapters import base, batch
+from unit.tiny_architectures import tiny_instance
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -104,7 +107,8 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
     settings = {"training": {"learning_rate": 0.01, "steps": 2, "clip": "none"}}
     first = {"name": "fedit", "dora": True, "modules_to_save": ["norm"], **settings}
     summary = run(tiny_recipe(tmp_path, rounds=2, algorithm=first), tmp_path / "first", silent)
-    export_folder(tmp_path / "first", tmp_path / "adapter", silent, adapter_alone=True)
+    said = CliRunner().invoke(app, ["export", str(tmp_path / "first"), "--adapter", str(tmp_path / "adapter")])
+    assert said.exit_code == 0 and "holds the adapter alone" in said.output
     second = {"name": "fedit", "adapter": str(tmp_path / "adapter"), **settings}
     recipe = tiny_recipe(tmp_path, rounds=1, algorithm=second)
     costs = check(recipe)(1)
@@ -119,7 +123,9 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
     (tmp_path / "adapter").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"algorithm\.adapter=.*there is no such folder"):
         apply_delta("tiny", tmp_path / "delta", tmp_path / "again", silent)
-    assert apply_delta("tiny", tmp_path / "delta", tmp_path / "again", silent, tmp_path / "moved") == fingerprint
+    given = ["apply", "tiny", str(tmp_path / "delta"), "--to", str(tmp_path / "again")]
+    said = CliRunner().invoke(app, [*given, "--adapter", str(tmp_path / "moved")])
+    assert said.exit_code == 0 and fingerprint[:16] in said.output
     other = exported(tmp_path / "adapter", dora=True, modules_to_save=("norm",))
     with pytest.raises(UserError, match="belongs to the base"):
         apply_delta("tiny", tmp_path / "delta", tmp_path / "third", silent, other)
@@ -129,8 +135,8 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
     site = Site(name="Ann", data=SiteFile(path="rows.jsonl"))
     with pytest.raises(UserError, match=r"set adapter in site\.toml"):
         adapted(site, recipe)
-    there: Any = adapted(Site(name="Ann", data=site.data, adapter="/there"), recipe).algorithm
-    assert there.adapter == "/there"
+    moved = Site(name="Ann", data=SiteFile(path=str(tmp_path / "rows.jsonl")), adapter=str(tmp_path / "moved"))
+    assert work(moved, None, recipe.identity_toml(), None).base == start["base"]
 
 
 def change_config(**settings: Any) -> Callable[[Path], None]:
@@ -229,6 +235,41 @@ def test_settings_that_the_adapter_has_too_are_no_contradiction(plain: Path) -> 
 def test_modules_that_cannot_be_dense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         FedIT(**settings).prepare(base(), KEY)
+
+
+def test_an_adapter_that_peft_would_attach_elsewhere_is_not_written(tmp_path: Path) -> None:
+    model = adapters.LoRA(rank=2, alpha=4).attach(tiny_instance("deepseek_v3"), KEY)
+    with pytest.raises(UserError, match="peft reads module names of deepseek_v3 as those of an older layout"):
+        adapters.LoRA(rank=2, alpha=4).export(model, "tiny", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dora": True}, "DoRA's magnitudes begin as the norms of the weights"),
+        (
+            {"modules": ["q_proj"], "modules_to_save": ["k_proj"]},
+            r"names .*k_proj, which is quantised; give embeddings",
+        ),
+    ],
+)
+def test_what_begins_from_quantised_weights_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = {"name": "tiny", "quantised": "4-bit"}
+    with pytest.raises(UserError, match=message):
+        check(tiny_recipe(tmp_path, model=model, algorithm={"name": "fedit", **settings}))
+
+
+def test_over_a_bf16_base_an_adapter_and_dense_modules_are_trained_and_handed_over(tmp_path: Path) -> None:
+    algorithm = {"name": "fedit", "dora": True, "modules_to_save": ["norm"], "training": {"learning_rate": 0.01}}
+    recipe = tiny_recipe(tmp_path, rounds=2, algorithm=algorithm, model={"name": "tiny", "dtype": "bf16"})
+    summary = run(recipe, tmp_path / "run", silent)
+    assert summary["eval_loss"][-1] < summary["eval_loss"][0] - 0.05
+    export_folder(tmp_path / "run", tmp_path / "adapter", silent, adapter_alone=True)
+    again = {**algorithm, "adapter": str(tmp_path / "adapter")}
+    recipe = tiny_recipe(tmp_path, rounds=1, algorithm=again, model={"name": "tiny", "dtype": "bf16"})
+    went_on = run(recipe, tmp_path / "again", silent)
+    assert went_on["eval_loss"][0] == pytest.approx(summary["eval_loss"][-1], rel=1e-6)
 
 
 def test_a_method_without_an_adapter_writes_none(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow(seconds=60)
 # positions counted over the row, masks of an architecture's own.
 NOT_PACKED = {
     *("opt", "opt-projected", "bloom", "falcon", "falcon-alibi", "mpt", "gpt_oss", "mamba", "mamba2", "falcon_mamba"),
-    *("rwkv", "xglm", "recurrent_gemma", "lfm2", "bert-generation", "jamba", "qwen3_next"),
+    *("rwkv", "xglm", "recurrent_gemma", "lfm2", "bert-generation", "electra", "jamba", "qwen3_next"),
 }
 OBJECTIVE = NextToken()
 KEY = Key.of(5, "prepare")
@@ -137,8 +137,6 @@ def test_answers_do_not_depend_on_the_batch_behind_a_learned_prompt_either(archi
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recomputing_activations_draws_nothing_and_changes_nothing(architecture: str) -> None:
     model = loaded(architecture).model
-    if not model.supports_gradient_checkpointing:
-        return
     before, results = torch.get_rng_state(), []
     for recomputed in (False, True):
         with unchanged(model):
@@ -150,13 +148,21 @@ def test_recomputing_activations_draws_nothing_and_changes_nothing(architecture:
         torch.testing.assert_close(results[1][name], weight, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedit"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_delta_gives_the_tuned_model_in_plain_transformers(method: str, architecture: str, tmp_path: Path) -> None:
-    """FedIT with the modules that it has by default."""
+TUNED = [(architecture, method) for architecture in ARCHITECTURES for method in ("fedavg", "fedit")]
+EXPERTS = ("mixtral", "qwen2_moe", "deepseek_v3", "jamba", "qwen3_next")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"), [*TUNED, *((architecture, "fedit all-linear") for architecture in EXPERTS)]
+)
+def test_a_delta_gives_the_tuned_model_in_plain_transformers(architecture: str, method: str, tmp_path: Path) -> None:
+    """FedIT with the modules that it has by default, and with all linear ones where one tensor holds the experts."""
     from transformers import AutoModelForCausalLM
 
-    algorithm = {"name": method, "training": {"learning_rate": 0.05, "steps": 1, "clip": 1.0}}
+    name, _, modules = method.partition(" ")
+    algorithm: dict[str, Any] = {"name": name, "training": {"learning_rate": 0.05, "steps": 1, "clip": 1.0}}
+    if modules:
+        algorithm["modules"] = modules
     recipe = tiny_recipe(
         tmp_path, rounds=1, model={"name": str(saved(architecture))}, algorithm=algorithm, clients={"per_round": 1}
     )

@@ -73,6 +73,15 @@ def with_small_embedding(folder: Path) -> None:
     edit(folder / "config.json", vocab_size=100)
 
 
+def without_a_layer(folder: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=1)
+
+
+def code_in_the_tokenizer(folder: Path) -> None:
+    code = {"AutoTokenizer": ["tokenization.Tokenizer", None]}
+    edit(folder / "tokenizer_config.json", auto_map=code, tokenizer_class="Tokenizer")
+
+
 class Planted:
     """A pickle that would run a command."""
 
@@ -115,6 +124,9 @@ def saved_by_torch(folder: Path) -> None:
         (adapter_alone, "an adapter alone is in this folder"),
         (with_nan, "its weights model.norm.weight hold NaN or infinity"),
         (with_small_embedding, "and the embedding has 100 rows; give the tokenizer that belongs to the model"),
+        (without_a_layer, "9 of its weights are of layers that its config.json does not count"),
+        (code_in_the_tokenizer, "no such code is run"),
+        (lambda folder: edit(folder / "config.json", quantization_config=[]), "has another form than transformers"),
         (pickled([1, 2, 3]), "could not be read from this folder"),
         (pickled(Planted()), "holds more than tensors, and nothing of it is run; save the model as safetensors"),
         (saved_by_torch, "holds more than tensors, and nothing of it is run; save the model as safetensors"),
@@ -125,6 +137,14 @@ def test_a_model_that_cannot_be_trained_is_one_line(damage: Callable[[Path], Non
     assert message in refused(folder)
 
 
+def test_a_token_beyond_the_embedding_is_refused_for_classes_too(folder: Path) -> None:
+    with_small_embedding(folder)
+    classes = {"name": "classification", "classes": ["Ann", "Bo", "Cleo", "Dov"]}
+    data = {"client_column": "none", "partition": {"kind": "iid", "clients": 2}, "response_column": "who"}
+    line = refused(folder, objective=classes, data=data, algorithm={"name": "fedavg"}, evaluation={"per_client": False})
+    assert "and the embedding has 100 rows; give the tokenizer that belongs to the model" in line
+
+
 def test_texts_and_packed_rows_longer_than_the_positions_are_refused_by_show_too(folder: Path) -> None:
     prompt = {"name": "fedprompt", "virtual_tokens": 20}
     for command in ("run", "show"):
@@ -132,6 +152,8 @@ def test_texts_and_packed_rows_longer_than_the_positions_are_refused_by_show_too
         assert "text.max_tokens=2049: model" in line and "has 2,048 positions; set max_tokens to at most 2,048" in line
         line = refused(folder, command, text={"max_tokens": 2040}, algorithm=prompt)
         assert "positions, 20 of which a learned prompt takes; set max_tokens to at most 2,028" in line
+        line = refused(folder, command, evaluation={"metrics": ["rouge-l"], "max_new_tokens": 2048})
+        assert "evaluation.max_new_tokens=2048: must be less than the model's 2048 positions" in line
     gpt_neo = models.LanguageModel("neo", tiny_instance("gpt_neo"), models.load("tiny").tokenizer, None)
     models.save_folder(gpt_neo, folder.parent / "neo")
     line = refused(folder.parent / "neo", text={"max_tokens": 64, "packed": True})

@@ -120,6 +120,7 @@ FAULTS = {
         0,
     ),
     'label "a�b" (1 row) is no class': ([image(bytes(6), "a\nb")], 1),
+    "set data.prompt_column to the column of texts": ([Example((Turn("assistant", "a text alone"),))], 0),
     "1 of 2 texts are empty": ([text("a", "sport"), text(" \n", "sport")], 0),
     "several shapes (1x2x3, 1x3x2)": ([image(bytes(6), "sport"), image(bytes(6), "sport", (1, 3, 2))], 1),
 }

@@ -30,6 +30,7 @@ FEDIT = {"name": "fedit", "training": {"learning_rate": 0.02, "steps": 4}}
         ({"quantised": "4-bit"}, {"name": "fedavg"}, 'model.quantised="4-bit": fedavg tunes the model\'s own weights'),
         ({"quantised": "8-bit"}, {"name": "ferret"}, "8 bits take no small steps; leave quantised out, or choose"),
         ({"quantised": "2-bit"}, FEDIT, "quantised"),
+        ({"quantised": "4-bit"}, {**FEDIT, "dora": True}, "norms of the weights"),
         ({"dtype": "bf16"}, {"name": "fedkseed"}, 'far less than bf16\'s rounding step; set dtype="fp32"'),
         ({"dtype": "bf16"}, {"name": "fedmezo"}, "fedmezo changes weights by far less"),
         ({"dtype": "fp16"}, {"name": "fedavg"}, "dtype"),

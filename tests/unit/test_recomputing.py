@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import ALL_LINEAR, LoRA
 from fedferret.objectives.next_token import NextToken
 from unit.test_steppers import Sentences
+from unit.tiny_architectures import ARCHITECTURES, tiny_instance
 
 SIZES: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -57,9 +59,7 @@ def trained(make: Callable[[], nn.Module], lora: bool, recomputed: bool) -> dict
     """All weights after three steps."""
     model = make()
     if lora:
-        model = LoRA(rank=2, alpha=4, modules=("in_proj",) if hasattr(model, "backbone") else ALL_LINEAR).attach(
-            model, Key.of(1)
-        )
+        model = LoRA(rank=2, alpha=4).attach(model, Key.of(1))
     training = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, checkpoint_activations=recomputed)
     training.check(model, "small")
     training.train(Task.of(model, NextToken(), 1), Sentences(8, 12), Key.of(1))
@@ -74,6 +74,14 @@ def test_recomputed_activations_give_the_same_bits_on_every_architecture(kind: s
     assert torch.equal(torch.get_rng_state(), before)  # no dropout, which would draw
     assert all(torch.equal(weight, again[name]) for name, weight in kept.items())
     assert any("lora_B" in name and bool(weight.any()) for name, weight in kept.items()) == lora
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_recomputed_activations_give_the_same_bits_on_each_tiny_architecture(kind: str) -> None:
+    model = tiny_instance(kind)
+    kept, again = (trained(lambda: copy.deepcopy(model), True, each) for each in (False, True))
+    assert all(torch.equal(weight, again[name]) for name, weight in kept.items())
 
 
 def test_fewer_activations_wait_for_the_backward_pass() -> None:

@@ -61,6 +61,7 @@ def test_the_report_shows_the_run(tmp_path: Path) -> None:
         "FedAvg: 92.0 KB, 470× as much",
         "bob lost <b>power</b>",
         "fedferret export",
+        f'How the data were read read as: instruction, column "{NASTY}"',
         "seed = 1",
         "torch",
     ):

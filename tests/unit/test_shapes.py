@@ -103,6 +103,17 @@ def test_columns_that_a_setting_names_win_and_the_unused_are_named(tmp_path: Pat
     )
 
 
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path: Path) -> None:
+    row = chat(("user", "q"), ("assistant", "a"))
+    row["messages"][1] |= {"reasoning_content": "hm", "refusal": None}
+    assert load(tmp_path, [row]).notes[1:] == ('not read: key of messages "reasoning_content"',)
+
+
+def test_messages_as_json_text_are_messages(tmp_path: Path) -> None:
+    row = chat(("user", "q"), ("assistant", "a"))
+    assert said(trained(load(tmp_path, [{"messages": json.dumps(row["messages"])}]))[0]) == ["user: q", "assistant: a"]
+
+
 def test_a_turn_of_weight_0_is_context_and_no_example(tmp_path: Path) -> None:
     row = chat(("user", "a"), ("assistant", "unlearned"), ("user", "b"), ("assistant", "learned"))
     row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1

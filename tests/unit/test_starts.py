@@ -213,3 +213,32 @@ def test_a_site_pins_what_it_reads_and_only_once_it_was_accepted(tmp_path: Path)
     (folder / "runs" / "one").mkdir(parents=True)
     with pytest.raises(UserError, match="change it there"):
         resolve_data(JoinSettings(**settings, data=wrong), folder)  # type: ignore[arg-type]
+
+
+def test_a_recipe_means_the_same_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    tables = tiny_tables(project, rounds=1, model={"name": tiny_folder(project).name}, data={"path": "rows.jsonl"})
+    (project / "recipe.toml").write_text(tomli_w.dumps({**tables, "text": {"template": "own.txt", "max_tokens": 64}}))
+    (project / "own.txt").write_text("Q: {instruction}\nA: {response}")
+    monkeypatch.chdir(tmp_path)
+    code, _, line = command("run", "project/recipe.toml", "--out", "run", "--set", "seed=3")
+    assert code == 0, line
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert start["model"] == "model" and {"rows.jsonl"} == start["files"]["data"].keys()
+    project.rename(tmp_path / "moved")  # another place: the run's own, and its base, are as they were
+    monkeypatch.chdir(tmp_path / "moved")
+    assert "nothing to do" in command("run", "recipe.toml", "--out", "../run", "--set", "seed=3")[1]
+    run_folder = (tmp_path / "run").rename(tmp_path / "taken")
+    monkeypatch.chdir(run_folder)
+    code, _, line = command("export", run_folder, "--delta", tmp_path / "one.delta")
+    assert code == 2 and line.count("\n") == 1 and not (tmp_path / "one.delta").exists()
+    assert (
+        command("export", run_folder, "--delta", tmp_path / "one.delta", "--base", tmp_path / "moved" / "model")[0] == 0
+    )
+    (tmp_path / "moved").rename(project)
+    assert command("export", run_folder, "--to", tmp_path / "tuned")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    code, _, line = command("show", "project/recipe.toml")
+    assert code == 2 and 'data.path: "rows.jsonl" is in' in line and "give the whole path" in line

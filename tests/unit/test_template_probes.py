@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from fedferret import models
 from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
 from fedferret.data.encoding import Template
 from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
 from fedferret.data.template_probes import check, fitted
 from fedferret.data.templates import template_of
 from fedferret.data.text import TextSettings
+from fedferret.evaluation.scorers import check_metrics
 from fedferret.models.tiny import tiny_tokenizer
+from fedferret.objectives.next_token import NextToken
 
 TOKENIZER = tiny_tokenizer()
 EACH = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -65,7 +69,9 @@ def test_a_system_turn_that_is_not_taken_goes_before_the_users_text_and_is_said_
 def test_turns_of_one_role_are_merged_where_roles_must_alternate(tmp_path: Path) -> None:
     template = made(tmp_path, ALTERNATES)
     twice = (SYSTEM, ASK, Turn("user", "well?"), Turn("assistant", "hm."), REPLY)
-    assert text(template, *twice).startswith("<user>be kind\n\nwhy?\n\nwell?</s><assistant>hm.</s><assistant>so.</s>")
+    assert text(template, *twice) == "<user>be kind\n\nwhy?\n\nwell?</s><assistant>hm.\n\nso.</s>"
+    tokens = template.encode(Example(twice), TOKENIZER, 1000)
+    assert TOKENIZER.decode(tokens.ids[tokens.response_start :]) == "so.</s>"  # the turn before is no target
     notes = check(template, TOKENIZER, data(Example(twice)), 1000)
     assert any("consecutive turns of one role are merged" in note for note in notes)
     assert "</s><user>well?" in text(made(tmp_path, EACH), *twice)  # another template gets them as they are
@@ -73,6 +79,12 @@ def test_turns_of_one_role_are_merged_where_roles_must_alternate(tmp_path: Path)
 
 def test_content_is_given_as_parts_where_the_template_reads_nothing_else(tmp_path: Path) -> None:
     assert text(made(tmp_path, PARTS_ONLY), SYSTEM, ASK, REPLY) == "<system>be kind</s><user>why?</s><assistant>so.</s>"
+
+
+def test_a_response_is_trained_on_whole_where_the_template_takes_a_part_out(tmp_path: Path) -> None:
+    template = made(tmp_path, EACH.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}"))
+    tokens = template.encode(Example((ASK, Turn("assistant", "<think>hm</think>so."))), TOKENIZER, 1000)
+    assert str(TOKENIZER.decode(tokens.ids)).endswith("<think>hm</think>so.<eos>")
 
 
 def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
@@ -89,7 +101,7 @@ def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for m in messages %}<{{ m['role'] }}></s>{% endfor %}", "writes none of the content"),
+        ("{% for m in messages %}<{{ m['role'] }}></s>{% endfor %}", "does not write what turns say"),
         ("{{ messages + 1 }}", "fails on turns user, assistant: TypeError"),
         ("{{ messages[0].absent.field }}", "fails on turns user, assistant: UndefinedError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}{{ messages }}", "user, assistant: RecursionError"),
@@ -114,7 +126,7 @@ def test_tools_are_written_or_the_template_is_refused(tmp_path: Path) -> None:
                             "{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}")  # fmt: skip
     assert 'w{"place": "Ulm"}' in text(made(tmp_path, as_texts), *turns)
     for template in (made(tmp_path, EACH), fitted(template_of(TextSettings(template="alpaca")), TOKENIZER)):
-        with pytest.raises(UserError, match="does not write calls of tools and their results, which 1 examples have"):
+        with pytest.raises(UserError, match="does not write calls of tools and their results"):
             text(template, *turns)
         with pytest.raises(UserError, match="does not write the tools that are offered"):
             text(template, ASK, REPLY, **TOOLS)
@@ -140,3 +152,42 @@ def test_what_is_cut_is_said_with_how_much(tmp_path: Path) -> None:
 def test_a_text_alone_is_trained_on_whole_after_one_token() -> None:
     tokens = fitted(template_of(TextSettings()), TOKENIZER).encode(Example((Turn("assistant", "abc"),)), TOKENIZER, 64)
     assert TOKENIZER.decode(tokens.ids) == "<eos>abc<eos>" and tokens.response_start == 1
+
+
+@pytest.fixture(scope="module")
+def language_model() -> models.LanguageModel:
+    """The tiny model."""
+    return models.load("tiny")
+
+
+def labelled(language_model: models.LanguageModel, example: Example, **settings: Any) -> str:
+    """The text that a training batch has labels on."""
+    encode = NextToken().encoder(language_model, TextSettings(**settings))
+    (batch,) = encode([example], True).batches(1, Key.of(1))
+    return str(TOKENIZER.decode(batch.labels[batch.labels >= 0]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_all_of_a_text_alone_has_labels(language_model: models.LanguageModel, packed: bool, train_on: str) -> None:
+    alone = Example((Turn("assistant", "abc"),))
+    assert labelled(language_model, alone, packed=packed, train_on=train_on) == "abc<eos>"
+
+
+def test_a_turn_of_weight_0_has_no_labels_whatever_is_trained_on(language_model: models.LanguageModel) -> None:
+    unlearned = Turn("assistant", "no", TurnExtra(trained=False))
+    for turns, expected in (
+        ((ASK, unlearned, ASK, REPLY), "so.<eos>"),
+        ((ASK, REPLY), "user\nwhy?<eos>\n<bos>assistant\nso.<eos>"),
+    ):
+        assert labelled(language_model, Example(turns), train_on="all") == expected
+
+
+def test_texts_alone_need_no_template_and_have_no_answers_to_score() -> None:
+    alone, asked = data(Example((Turn("assistant", "abc"),))), data(Example((ASK, REPLY)))
+    NextToken().check_template("packaged:gemma3-270m", TextSettings(), alone)
+    with pytest.raises(UserError, match="this model has no chat template"):
+        NextToken().check_template("packaged:gemma3-270m", TextSettings(), asked)
+    check_metrics(("loss",), alone.clients)
+    with pytest.raises(UserError, match='metric "exact-match" needs examples with a prompt and a text to write'):
+        check_metrics(("exact-match",), alone.clients)

@@ -88,6 +88,8 @@ _TYPES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"]},
     "bert-generation": {"is_decoder": True},
+    "electra": {"is_decoder": True, "embedding_size": 16},
+    "phimoe": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "jamba": {
         **_GROUPED,
         "num_experts": 2,

@@ -35,6 +35,7 @@ def record(number: int, cohort: tuple[str, ...] = ("ann", NASTY, "bob"), failing
 def start(log: EventLog, **changes: Any) -> None:
     """The first event of a run."""
     fields = {"method": "ferret", "model": "tiny", "data": "toy", "rounds": 4, "clients": 9, "seed": 1}
+    fields["notes"] = [f'read as: instruction, column "{NASTY}"']
     log.write("start", **{**fields, "parameters": PARAMETERS, **changes})
 
 

@@ -21,7 +21,7 @@ from fedferret.comparison.run_grid import run_grid
 from fedferret.comparison.run_status import RunStatus, run_status
 from fedferret.comparison.table import as_rich, missing_runs, notes, write_tables
 from fedferret.core.errors import RunError, UserError
-from fedferret.core.files import inside, write_atomically
+from fedferret.core.files import check_place, inside, write_atomically
 from fedferret.estimate import Estimate, estimate
 from fedferret.recipe_file import read_tables
 from fedferret.run_folder import belongs
@@ -65,6 +65,7 @@ def compare(
     console = console or plain_console()
     if jobs < 1:
         raise UserError(f"jobs={jobs}: must be at least 1")
+    check_place(out)
     grid = resolve(path, out, overrides)
     chosen, imported = grid.chosen(only), import_runs(grid, out, also)
     out.mkdir(parents=True, exist_ok=True)

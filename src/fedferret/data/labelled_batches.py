@@ -108,6 +108,11 @@ class LabelledTexts:
         return lengths
 
     @property
+    def largest_token(self) -> int:
+        """The largest number of a token, that of padding included."""
+        return max(self._pad_id, int(self._ids.max()) if len(self._ids) else 0)
+
+    @property
     def longest_first(self) -> list[int]:
         """Indices of the texts in evaluation order: longest first."""
         return longest_first(self.lengths)
@@ -248,6 +253,11 @@ def labels_of(examples: Sequence[Example], classes: Sequence[str], *, images: bo
         raise UserError(
             f"{wrong:,} of {len(examples):,} examples are {found} and the model reads {wanted}: "
             f"choose a model for {found}, or data of {wanted}"
+        )
+    if not images and any(len(example.turns) == 1 for example in examples):
+        raise UserError(
+            "the rows were read as texts without classes: set data.prompt_column to the column of texts and "
+            "data.response_column to that of classes"
         )
     empty = 0 if images else sum(not example.prompt.strip() for example in examples)
     if empty:

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from fedferret.core.text import plain_line
@@ -16,6 +18,7 @@ from fedferret.data.examples import ROLES, Turn, TurnExtra
 from fedferret.data.faulty_rows import FaultyRow, text_in
 
 SYSTEM, USER, ASSISTANT, TOOL = ROLES
+_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call", "name", "tool_call_id"}
 _CALLS = ("function_call", "tool_call")  # roles of ShareGPT: the value is a call, as JSON
 _ROLES: Mapping[str, str] = {
     **{role: role for role in ROLES},
@@ -36,6 +39,8 @@ def turns_of(messages: object, where: str) -> tuple[Turn, ...]:
     Raises:
         FaultyRow: a message that cannot be read, with its number.
     """
+    if isinstance(messages, str):  # a column of CSV holds no list but as JSON text
+        messages = _parsed(messages)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise FaultyRow(f'{where} is not a list of {{"role", "content"}} messages')
     turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
@@ -65,17 +70,33 @@ def tools_of(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(_plain(tool, where) for tool in value)
 
 
+def unread_keys(values: Iterable[object]) -> set[str]:
+    """The keys of messages that are not read, such as "reasoning_content".
+
+    Args:
+        values: of columns; those that hold no messages are passed over.
+    """
+    lists = (value for value in values if isinstance(value, list | tuple))
+    return {
+        str(key)
+        for message in chain.from_iterable(lists)
+        if isinstance(message, Mapping)
+        for key, value in message.items()
+        if key not in _KEYS and value is not None
+    }
+
+
 def _turn(message: object, where: str) -> Turn:
     if not isinstance(message, Mapping):
-        raise FaultyRow(f'{where} is not an object with "role" and "content": {message!r:.60}')
+        raise FaultyRow(f'{where} is not an object with "role" and "content": {shown(message)}')
     given = message.get("role") or message.get("from")
     content = message["content"] if message.get("content") is not None else message.get("value")
     calls = _calls(message, where)
     if given is None or (content is None and not calls):
-        raise FaultyRow(f'{where} has no "role" and "content": {plain_line(repr(message), 60)}')
+        raise FaultyRow(f'{where} has no "role" and "content": {shown(message)}')
     role = _ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise FaultyRow(f"{where}: role {plain_line(repr(given), 40)} of a message is not one of {', '.join(_ROLES)}")
+        raise FaultyRow(f"{where}: role {shown(given)} of a message is not one of {', '.join(_ROLES)}")
     text = "" if content is None else _text(content, where)
     if given in _CALLS:
         text, calls = "", _called(text, where)
@@ -88,6 +109,14 @@ def _turn(message: object, where: str) -> Turn:
     return Turn(role, text, None if extra == TurnExtra() else extra)
 
 
+def shown(value: object) -> str:
+    """The beginning of a value's spelling, for an error; nested values are cut off, so any depth is shown."""
+    try:
+        return plain_line(reprlib.repr(value), 60)
+    except ValueError:  # Python refuses to spell an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
+
+
 def _text(content: object, where: str) -> str:
     """A text, or the texts of a list of parts, joined as chat templates join them: with nothing between."""
     if not isinstance(content, Sequence) or isinstance(content, str | bytes):
@@ -96,8 +125,8 @@ def _text(content: object, where: str) -> str:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if kind != "text":
-            shown = "no object" if kind is None else f"of type {plain_line(repr(kind), 40)}"
-            raise FaultyRow(f'{where}: a part of the content is {shown}; only {{"type": "text", "text": …}} is read')
+            what = "no object" if kind is None else f"of type {shown(kind)}"
+            raise FaultyRow(f'{where}: a part of the content is {what}; only {{"type": "text", "text": …}} is read')
         texts.append(text_in(part.get("text"), f"{where}: a part of the content"))
     return "".join(texts)
 
@@ -107,7 +136,7 @@ def _weight(message: Mapping[str, Any], where: str) -> bool:
     if weight is None:
         return True
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise FaultyRow(f"{where}: weight {plain_line(repr(weight), 40)}: give 0 or 1")
+        raise FaultyRow(f"{where}: weight {shown(weight)}: give 0 or 1")
     return bool(weight)
 
 
@@ -130,7 +159,7 @@ def _call(call: object, where: str) -> Mapping[str, Any]:
     """A call in OpenAI's form. Arguments that are JSON text become an object, as chat templates expect them."""
     function = call.get("function") or call if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise FaultyRow(f'{where}: a tool call has no "function" with a "name": {plain_line(repr(call), 60)}')
+        raise FaultyRow(f'{where}: a tool call has no "function" with a "name": {shown(call)}')
     arguments = function.get("arguments")
     parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
     arguments = parsed if isinstance(parsed, Mapping) else {} if arguments in (None, "") else arguments

@@ -4,6 +4,7 @@
     model       of a model's folder all that is not weights: configuration, tokenizer, chat template; the fingerprint of
                 the base covers the weights
     template    the file that ``text.template`` names
+    adapter     of the folder that ``algorithm.adapter`` names: its settings and weights
 
 Data may grow, so its files can be accepted as changed. A changed tokenizer or template makes other tokens of the same
 text, which no option accepts.
@@ -45,13 +46,14 @@ def sha256(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): put it back") from None
 
 
-def pins(source: Any, model: str, template: str, near: Iterable[Path] = ()) -> Pins:
+def pins(source: Any, model: str, template: str, adapter: str | None = None, near: Iterable[Path] = ()) -> Pins:
     """Hash everything that a run reads beside weights.
 
     Args:
         source: of the data.
         model: its name, or the path of its folder.
         template: of texts: a name, or the path of a file.
+        adapter: the folder of an adapter to begin from, if any.
         near: folders below which files are named relative to them, so that a project can move.
 
     Returns:
@@ -62,6 +64,7 @@ def pins(source: Any, model: str, template: str, near: Iterable[Path] = ()) -> P
     """
     places = [place.resolve() for place in near]
     kinds = {DATA: data_files(source), "model": model_files(model), "template": template_files(template)}
+    kinds["adapter"] = tuple(path for path in Path(adapter).glob("adapter_*") if path.is_file()) if adapter else ()
     return {
         kind: {_name(path, places): sha256(path) for path in sorted(set(paths))}
         for kind, paths in kinds.items()

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, Turn, instruction_example, listed
 from fedferret.data.faulty_rows import FaultyRow, optional_text_of, text_in, text_of
-from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of
+from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of, unread_keys
 from fedferret.data.rows import Row
 
 Metadata: TypeAlias = Mapping[str, Any]
@@ -29,6 +29,7 @@ _PROMPTS = ("instruction", "prompt")
 _INPUTS = ("input", "context")
 _RESPONSES = ("response", "output", "completion")
 _TEXT = "text"
+_NO_MESSAGES = ("tools", "choices")
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,25 @@ def require(column: str, columns: Collection[str], setting: str, source: str) ->
         raise UserError(f'{source} has no column "{column}" (data.{setting}): {hint}{there}')
 
 
-def unused(columns: Collection[str], used: Collection[str]) -> str:
-    """A line that names the columns that are not read; "" where all are."""
-    left = sorted(set(columns) - set(used))
-    return f"not read: column{'s' if len(left) > 1 else ''} {listed(left)}" if left else ""
+def unused(rows: Sequence[Row], columns: Collection[str], used: Collection[str]) -> tuple[str, ...]:
+    """Lines that name what is not read.
+
+    Args:
+        rows: some of the data.
+        columns: that there are.
+        used: the columns that are read.
+
+    Returns:
+        A line on columns and one on keys of messages; none where all are read.
+    """
+    keys = unread_keys(row.get(column) for row in rows for column in used if column not in _NO_MESSAGES)
+    left = {"column": set(columns) - set(used), "key of messages": keys}
+    plural = {"column": "columns", "key of messages": "keys of messages"}
+    return tuple(
+        f"not read: {what if len(names) == 1 else plural[what]} {listed(sorted(names))}"
+        for what, names in left.items()
+        if names
+    )
 
 
 def _first(names: Sequence[str], columns: Collection[str]) -> str | None:
@@ -131,7 +147,7 @@ def _pair(
         )
     text = text_of(row, response, where, numbers=labels)
     given = optional_text_of(row, extra, where) if extra is not None else ""
-    return (instruction_example(text_of(row, prompt, where), given, text, metadata),)
+    return (instruction_example(text_of(row, prompt, where), given, text, _with_tools(row, metadata, where)),)
 
 
 def _turns(value: object, role: str, column: str, row: Row, where: str) -> tuple[Turn, ...]:

@@ -74,7 +74,8 @@ class Columns:
         """A record of each row, and lines for the user on how the rows were read."""
         if not rows:
             raise UserError(f"{source} holds no rows: give data with at least one example")
-        columns = set().union(*islice(rows, _LOOKED_AT))
+        first = list(islice(rows, _LOOKED_AT))
+        columns = set().union(*first)
         asked = {
             name: getattr(self, f"{name}_column")
             for name in ("messages", "text", "prompt", "input", "response")
@@ -88,8 +89,8 @@ class Columns:
         if client_column is not None:
             require(client_column, columns, "client_column", source)
         read, counted = records(rows, partial(self._record, shape, client_column), source, self.faulty_rows)
-        left = unused(columns, {*shape.used, *others.values(), client_column or ""})
-        return read, tuple(line for line in (f"read as: {shape.described}", left, *counted) if line)
+        left = unused(first, columns, {*shape.used, *others.values(), client_column or ""})
+        return read, (f"read as: {shape.described}", *left, *counted)
 
     def _record(self, shape: Shape, client_column: str | None, row: Row, where: str) -> _Record:
         category = self._category(row, where)

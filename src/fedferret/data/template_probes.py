@@ -1,4 +1,4 @@
-"""What a chat template takes, found out by rendering turns whose words are looked for in the text.
+"""What a chat template takes, found out by rendering turns and looking for their words in the text.
 
 ``fitted`` asks once per model; ``check`` renders every order of roles that the data have, so a template that fails
 does so before work, and says what it changes and what ``max_tokens`` cuts off.
@@ -27,7 +27,7 @@ _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
-_SAMPLE = 500  # examples that are tokenised before work
+_SAMPLE = 400  # examples that are tokenised before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -49,7 +49,7 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     )
     if chat is None:
         plain.render([_USER, _ASSISTANT], tokenizer, generate=False)  # raises where it fails
-        raise UserError('the chat template writes none of the content of turns: mend it, or set template = "alpaca"')
+        raise UserError('the chat template does not write what turns say: mend it, or set template = "alpaca"')
     if not _shows(chat, tokenizer, _SYSTEM, _USER, _ASSISTANT):
         chat = _with(chat, system="nowhere")
     elif not _shows(chat, tokenizer, _USER, _ASSISTANT, _SYSTEM, *_LATER):
@@ -102,6 +102,11 @@ def check(
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
     sample = [template.encode(example, tokenizer, max_tokens) for example in chosen]
     return (*notes, *_cuts(sample, total, max_tokens))
+
+
+def has_prompts(examples: Iterable[Example]) -> bool:
+    """Whether an example has a prompt, so that a template is needed: texts alone have none."""
+    return any(len(example.turns) > 1 for example in examples)
 
 
 def _with(chat: Chat, **habits: object) -> Chat:

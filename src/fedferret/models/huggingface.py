@@ -28,6 +28,7 @@ Requirement = Callable[[str, Mapping[str, Any]], None]
 _SURELY_CAUSAL = "ForCausalLM"
 _OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
 _ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
+_IN_PYTHONS_WORDS = (TypeError, AttributeError, LookupError, AssertionError)  # they tell a user nothing
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -41,12 +42,8 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: if it does not.
     """
+    _refuse_other_inputs(name, config)
     architectures = config.get("architectures") or []
-    if any(config.get(part) for part in _OTHER_INPUTS):
-        raise UserError(
-            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a causal '
-            f"language model of text alone (Llama, Qwen, Gemma, GPT-2, ...)"
-        )
     if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -75,12 +72,21 @@ def require_reader(name: str, config: Mapping[str, Any]) -> None:
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
+    _refuse_other_inputs(name, config)
     kind = str(config.get("model_type"))
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if not (encodes or attends_backwards(config)) or config.get("is_encoder_decoder"):
         raise UserError(
             f'model "{name}": architecture {_described(config)} cannot classify texts; '
             "give an encoder (BERT, RoBERTa, DistilBERT, ...) or a causal language model (Llama, GPT-2, ...)"
+        )
+
+
+def _refuse_other_inputs(name: str, config: Mapping[str, Any]) -> None:
+    if any(config.get(part) for part in _OTHER_INPUTS):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a model of '
+            f"text alone (Llama, Qwen, Gemma, GPT-2, ...)"
         )
 
 
@@ -259,12 +265,23 @@ def _read(
             f'model "{name}": its pooler has no weights ({unusable[0]}), so pooling "cls" cannot be used; '
             f'give pooling = "mean"'
         )
+    numberless = {_without_numbers(key) for key in model.state_dict()}
+    left = sorted(key for key in report["unexpected_keys"] if _without_numbers(key) in numberless)
+    if left:
+        raise UserError(
+            f'model "{name}": {len(left)} of its weights are of layers that its config.json does not count, the first '
+            f"is {left[0]}; fetch or save the folder again"
+        )
     if unusable:
         raise UserError(
             f'model "{name}": {len(unusable)} of its weights are missing or differ in shape from its config.json, '
             f"the first is {unusable[0]}; fetch or save the folder again"
         )
     return model, tokenizer
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".0.", key)
 
 
 def _source(name: str) -> str:
@@ -296,4 +313,8 @@ def one_line(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # none of them promises which
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            reason = "its tokenizer or architecture is code that comes with the model, and no such code is run"
+        elif isinstance(error, _IN_PYTHONS_WORDS):
+            reason = "a file in it is damaged, or has another form than transformers writes; fetch or save it again"
         raise UserError(f'model "{name}": could not be read from {where}: {reason[:300]}') from error

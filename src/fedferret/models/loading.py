@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.imports import quick_imports
@@ -185,8 +185,10 @@ def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def _check_finite(name: str, model: PreTrainedModel) -> None:
     """Refuse weights that no training can mend. Raises UserError."""
     for parameter, weight in model.named_parameters():
+        if type(weight.data) is not Tensor or not weight.is_floating_point():  # held in few bits
+            continue
         # NaN and infinity survive into the sum, which needs no mask of the tensor's size; there, large numbers overflow
-        if weight.is_floating_point() and not weight.detach().sum().isfinite() and not weight.isfinite().all():
+        if not weight.detach().sum().isfinite() and not weight.isfinite().all():
             raise UserError(
                 f'model "{name}": its weights {parameter} hold NaN or infinity; fetch or save the model again'
             )

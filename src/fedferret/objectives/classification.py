@@ -36,6 +36,7 @@ from fedferret.data.labelled_batches import LabelledImages, LabelledTexts
 from fedferret.data.text import TextSettings
 from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
+from fedferret.objectives.probes import check_tokens, has_every_token
 
 if TYPE_CHECKING:
     from fedferret.models import LoadedClassifier
@@ -206,9 +207,15 @@ class Classification(ModelObjective):
         def encode(examples: Sequence[Example], for_training: bool) -> LabelledTexts | LabelledImages:
             if tokenizer is None:
                 return LabelledImages.of(examples, self.classes)
-            return LabelledTexts.of(examples, tokenizer, text.max_tokens, self.classes)
+            texts = LabelledTexts.of(examples, tokenizer, text.max_tokens, self.classes)
+            check_tokens(loaded, loaded.model.encoder, texts.largest_token)
+            return texts
 
         return encode
+
+    def reads_every_token(self, loaded: Loaded) -> bool:
+        """Compare the tokenizer with the embedding."""
+        return loaded.tokenizer is None or has_every_token(loaded, loaded.model.encoder)
 
     def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A sequence-classification folder of transformers where there is one for this model, with its labels."""

@@ -176,6 +176,19 @@ class ModelObjective(ABC):
     def encoder(self, loaded: Loaded, text: TextSettings) -> Encode:
         """A function from examples to what ``Examples.batches`` reads, in the same order."""
 
+    def check_template(self, model: str, text: TextSettings, data: FederatedData) -> None:
+        """Refuse a template that the data need and the model has not, without reading weights.
+
+        Args:
+            model: its name.
+            text: how examples become tokens.
+            data: of the run.
+
+        Raises:
+            UserError: with one line.
+        """
+        return
+
     def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
         """Refuse examples that cannot become tensors, before work.
 

@@ -25,17 +25,16 @@ from torch import Tensor, nn
 from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
-from fedferret.core.text import printable
 from fedferret.data.batches import IGNORED, TokenisedData
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.on_demand import MANY, TokenisedOnDemand
-from fedferret.data.template_probes import check, fitted
+from fedferret.data.template_probes import check, fitted, has_prompts
 from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, Template, template, template_of
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
 from fedferret.models.positions import packed_limit, position_limit
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
-from fedferret.objectives.probes import check_language_model
+from fedferret.objectives.probes import check_language_model, check_tokens, has_every_token
 
 if TYPE_CHECKING:
     from fedferret.models import LanguageModel
@@ -126,9 +125,16 @@ class NextToken(ModelObjective):
         models.check(model)
 
     def check(self, model: str, text: TextSettings) -> None:
-        """Refuse an unknown model, and a chat template where the model has none. Raises UserError."""
+        """Refuse an unknown model or template. Raises UserError."""
         super().check(model, text)
-        if template(text.template) == Chat() and not models.has_chat_template(model):
+        template(text.template)
+
+    def check_template(self, model: str, text: TextSettings, data: FederatedData) -> None:
+        """Refuse a chat template where the model has none, unless the data are texts alone. Raises UserError."""
+        if template(text.template) != Chat() or models.has_chat_template(model):
+            return
+        firsts = [part[0] for part in (*data.clients.values(), *data.held_out.values()) if part]
+        if not firsts or has_prompts(firsts):
             raise UserError(f'text.template="{text.template}": {NO_CHAT_TEMPLATE}')
 
     def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
@@ -154,8 +160,7 @@ class NextToken(ModelObjective):
 
     def reads_every_token(self, loaded: Loaded) -> bool:
         """Compare the tokenizer with the embedding."""
-        assert loaded.tokenizer is not None
-        return len(loaded.tokenizer) <= int(loaded.model.get_input_embeddings().weight.shape[0])
+        return has_every_token(loaded, loaded.model)
 
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images. Raises UserError."""
@@ -178,10 +183,8 @@ class NextToken(ModelObjective):
         tokenizer = loaded.tokenizer
         assert tokenizer is not None
 
-        words = loaded.model.get_input_embeddings().weight.shape[0]
-
         @cache  # an export encodes nothing, and needs no template
-        def chosen() -> Template:
+        def fitted_template() -> Template:
             return fitted(template_of(text), tokenizer)
 
         def encode(examples: Sequence[Example], for_training: bool) -> TokenisedData | TokenisedOnDemand:
@@ -190,15 +193,10 @@ class NextToken(ModelObjective):
             return tokenised(examples, for_training)
 
         def tokenised(examples: Sequence[Example], for_training: bool) -> TokenisedData:
-            tokens = [chosen().encode(each, tokenizer, text.max_tokens) for each in examples]
+            chosen = fitted_template() if has_prompts(examples) else template_of(text)
+            tokens = [chosen.encode(each, tokenizer, text.max_tokens) for each in examples]
             data = TokenisedData(tokens, for_training and text.packed, for_training and text.train_on == "all")
-            if data.largest_token >= words:
-                token = tokenizer.convert_ids_to_tokens(data.largest_token)
-                raise UserError(
-                    f'model "{loaded.name}": the data have the token {printable(str(token), 40)!r} with number '
-                    f"{data.largest_token:,}, and the embedding has {words:,} rows; give the tokenizer that belongs to "
-                    f"the model"
-                )
+            check_tokens(loaded, loaded.model, data.largest_token)
             return data
 
         return encode
@@ -206,7 +204,10 @@ class NextToken(ModelObjective):
     def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
         """Refuse a template that fails on the data; say what it changes, and what ``max_tokens`` cuts off."""
         assert loaded.tokenizer is not None
-        return check(fitted(template_of(text), loaded.tokenizer), loaded.tokenizer, data, text.max_tokens)
+        chosen = template_of(text)
+        if has_prompts(part[0] for part in (*data.clients.values(), *data.held_out.values()) if part):
+            chosen = fitted(chosen, loaded.tokenizer)
+        return check(chosen, loaded.tokenizer, data, text.max_tokens)
 
     def save(self, loaded: Any, folder: Path, max_tokens: int | None = None) -> str:
         """A Hugging Face folder."""
@@ -296,5 +297,10 @@ def head_is_linear(model: nn.Module) -> bool:
     probe = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     with torch.autocast(probe.device.type, enabled=False):
         expected = model(input_ids=probe, use_cache=False).logits
-        found = head(base(input_ids=probe, use_cache=False).last_hidden_state)
+        hidden = base(input_ids=probe, use_cache=False).last_hidden_state
+        if hidden.shape[-1] != getattr(
+            head, "in_features", head.weight.shape[-1]
+        ):  # another layer lies between them (ELECTRA)
+            return False
+        found = head(hidden)
     return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-4)

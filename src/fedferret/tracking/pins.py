@@ -87,7 +87,7 @@ def check_files(run: Path, now: Pinned) -> None:
     changed = changed_files(run, now.files)
     for kind in sorted(changed.keys() - {DATA}):
         raise UserError(
-            f"{changed[kind]} since the run in {run} began, and it makes tokens of texts: restore it, or begin another "
+            f"{changed[kind]} since the run in {run} began, which stands on it ({kind}): restore it, or begin another "
             f"run with --out"
         )
     if DATA in changed and not now.accept:

@@ -80,7 +80,7 @@ def write_report(folder: Path) -> Path:
         owners=_owners(run),
         primary=_last(run).primary if run.evaluations else "loss",
         owner_figures=_client_figures(_last(run)) if run.evaluations else [],
-        notes=[str(note) for note in run.start.get("notes", [])],
+        notes=_notes(run),
         data_picture=Markup(_data_picture(folder)),  # safe: base 64
         recipe=_recipe(folder),
         environment=environment_of(folder),
@@ -267,6 +267,12 @@ def _owners(run: Run) -> list[tuple[str, ...]]:
 
 def _last(run: Run) -> Evaluation:
     return run.evaluations[max(run.evaluations)]
+
+
+def _notes(run: Run) -> list[str]:
+    """How the data were read, as the run said when it began."""
+    notes = run.start.get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _data_picture(folder: Path) -> str:

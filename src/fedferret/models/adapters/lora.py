@@ -7,6 +7,7 @@ DoRA       y = m (W + s B A) x / ‖W + s B A‖ row by row, the norm a constant
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class LoRA(Adapter):
         dense = outermost(dense_names(model))
         config = self._config(as_ends(model, names) or exactly(names))
         config.task_type, config.base_model_name_or_path, config.modules_to_save = "CAUSAL_LM", base, dense or None
+        refuse_reread(config, model)
         config.fan_in_fan_out = any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
         build_folder(folder, lambda temporary: write_peft_folder(temporary, config, saved(model, dense)))
         return f"{folder} holds the adapter alone: peft's PeftModel.from_pretrained(base, folder)"
@@ -163,6 +165,32 @@ def exactly(names: Sequence[str]) -> str:
         A regular expression.
     """
     return "|".join(re.escape(name) for name in names)
+
+
+def refuse_reread(config: Any, model: nn.Module) -> None:
+    """Refuse an adapter that plain peft would attach to other modules than its names say.
+
+    Args:
+        config: peft's, with the modules' names.
+        model: with LoRA.
+
+    Raises:
+        UserError: peft reads the names of this architecture as those of an older layout.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(read, model, None)
+        same = not read.target_parameters
+    except ValueError:
+        same = False
+    if not same:
+        kind = getattr(getattr(model, "config", None), "model_type", "this architecture")
+        raise UserError(
+            f"peft reads module names of {kind} as those of an older layout, and would adapt others: use --to, or name "
+            f"in algorithm.modules those of the attention alone"
+        )
 
 
 def as_ends(model: nn.Module, names: Sequence[str]) -> list[str]:

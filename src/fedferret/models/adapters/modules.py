@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.models.classifiers import Classifier
@@ -28,7 +29,8 @@ def linear_modules(model: nn.Module) -> list[str]:
     """Which modules can take LoRA.
 
     An output head that shares its weights with the embedding cannot: what is added to the one is not to the other. A
-    classifier's head stays dense. What an architecture reads past its module cannot: LoRA would have no effect.
+    classifier's head stays dense. What an architecture reads past its module cannot: LoRA would have no effect. Nor can
+    a router or a grouped map, which an architecture derives from a linear module.
 
     Args:
         model: a transformers model without an adapter, on any device, the meta device included.
@@ -46,7 +48,7 @@ def linear_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in kept and _is_a_linear_map(module)
     ]
 
 
@@ -82,7 +84,10 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
     Raises:
         UserError: the model has no linear module of such a name, or the pattern is none.
     """
-    names, given = linear_modules(model), default_modules(model) if modules is None else modules
+    names = linear_modules(model)
+    if not names:
+        raise UserError("this model has no linear module that LoRA could be added to: choose another method")
+    given = default_modules(model) if modules is None else modules
     if given == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [name for name in names if model.get_submodule(name) is not head]
@@ -90,7 +95,7 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
     else:
         chosen, missing = _selected(names, given)
     if missing:
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         raise UserError(
             f'algorithm.modules="{missing[0]}": no linear module is called so; this model has {known}; '
             f"give some of these, or leave the setting out"
@@ -132,6 +137,18 @@ def _selected(names: Sequence[str], modules: str | Sequence[str]) -> tuple[list[
         chosen = set().union(*ends.values())
         missing = [end for end, found in ends.items() if not found] if chosen else list(modules) or ["[]"]
     return [name for name in names if name in chosen], missing
+
+
+def _is_a_linear_map(module: Any) -> bool:
+    """Whether a module of an architecture's own kind maps vectors to vectors: routers give choices beside."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    try:
+        with torch.no_grad():
+            output = module(torch.zeros(1, module.in_features, device=module.weight.device, dtype=module.weight.dtype))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it reads other shapes
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 def _transformer(model: nn.Module) -> nn.Module:
