@@ -29,12 +29,14 @@ from fedferret.core.stages import Stage, Staged, shapes_by_round
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData
-from fedferret.data.held_out import hold_out
+from fedferret.data.held_out import hold_out, nothing_held_out
 from fedferret.data.sites import Sites
+from fedferret.data.table import Table
 from fedferret.data.template_probes import fitted
 from fedferret.data.templates import template_of
 from fedferret.evaluation.answers import Answers
 from fedferret.evaluation.evaluator import Evaluator
+from fedferret.evaluation.generation import prompt_room
 from fedferret.evaluation.scorers import check_metrics
 from fedferret.models.adapters import adapter_of, prefix_of
 from fedferret.models.devices import resolve_device
@@ -130,12 +132,19 @@ def check(recipe: Recipe) -> Callable[[int], Shapes]:
             f"text.packed=true: {algorithm.name} puts a prompt before every row, and a packed row holds many "
             f"examples; set packed=false"
         )
-    batch = getattr(getattr(algorithm, "training", None), "batch_size", 1)
+    batch = max((training.batch_size for training in _trainings(algorithm)), default=1)
     recipe.objective.check_tuned(recipe.model.name, model, recipe.text, batch * recipe.text.max_tokens)
+    if set(recipe.evaluation.metrics) - {"loss", "choice"}:
+        prompt_room(model, recipe.text.max_tokens, recipe.evaluation.max_new_tokens)
     for training in _trainings(algorithm):
         training.check(model, recipe.model.name)
     precision.check(recipe, model)
     algorithm.check(model, recipe.rounds)
+    if isinstance(recipe.data, Table) and not (recipe.data.holds_out or recipe.held_out_share):
+        raise UserError(
+            f"data.held_out_fraction={recipe.data.held_out_fraction:g}: nothing is held out to evaluate on; hold a "
+            f"share out, or set data.held_out_path, data.held_out_categories or clients.held_out"
+        )
     return shapes_by_round(algorithm, model, recipe.rounds)
 
 
@@ -176,7 +185,7 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
             raise UserError("evaluation.metrics: there is nothing to evaluate on here; set data.held_out_path")
         return data
     if not data.held_out or not all(data.held_out.values()):
-        raise UserError("no held-out example is left to evaluate on: hold out a larger share of the data")
+        raise UserError(nothing_held_out(data, getattr(recipe.data, "client_column", None)))
     check_metrics(recipe.evaluation.metrics, data.held_out)
     if recipe.scores_clients and not at_sites and not data.client_held_out:
         log("No client holds anything out, so no client scores the model: set clients.held_out, such as 0.2.")

@@ -21,6 +21,7 @@ from fedferret.core.files import in_words
 from fedferret.core.signals import code_of, stoppable
 from fedferret.core.text import plain_line
 
+PATH_ERRORS = ("embedded null", "Symlink loop")  # of pathlib, which raises ValueError and RuntimeError for such paths
 LONGEST = 1000  # characters of a line: it names a file, and a file's name has 255
 
 
@@ -42,6 +43,11 @@ def one_line_errors() -> Iterator[None]:
         if error.filename is None and error.errno is None:  # raised by a library for reasons unknown here: a defect
             raise
         _print_error(f"{in_words(error)}: mend that, or give another file or folder")
+        raise typer.Exit(2) from None
+    except (ValueError, RuntimeError) as error:
+        if not any(words in str(error) for words in PATH_ERRORS):
+            raise
+        _print_error(f"{error}: give another file or folder")
         raise typer.Exit(2) from None
     except KeyboardInterrupt as error:
         _print_error(error if error.args else "stopped")

@@ -194,7 +194,7 @@ class Recipe:
         tables = self.identity()
         if tables["text"].get("cut") == BEFORE_CUT:  # runs from before there was a choice keep the name they have
             del tables["text"]["cut"]
-        return tomli_w.dumps(tables)
+        return tomli_w.dumps(_without_later(tables))
 
     def to_toml(self) -> str:
         """The recipe as a file's text."""
@@ -204,8 +204,29 @@ class Recipe:
 
 
 DEFAULT_OBJECTIVE = "next-token"
+_LATER: Mapping[str, Any] = {  # settings that came later, at the values that change nothing
+    "dtype": "fp32",
+    "quantised": "none",
+    "schedule_over": "rounds",
+    "warmup": 0.0,
+    "rslora": False,
+    "dora": False,
+    "modules_to_save": [],
+    "adapter": "none",
+    "faulty_rows": "refuse",
+    "text_column": "none",
+    "date": "none",
+}
 BEFORE_CUT = "prompt"  # what ``text.cut`` is in what a fedferret wrote that had no such setting
 _SECTIONS = ("model", "data", "objective", "text", "clients", "algorithm", "pool", "evaluation", "execution")
+
+
+def _without_later(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table as before there were ``_LATER`` settings, where they change nothing: a run keeps its name."""
+    kept = {name: value for name, value in table.items() if name not in _LATER or value != _LATER[name]}
+    if "warmup" in table and kept.get("schedule") == "constant":  # a server's schedule is older, and has no warm-up
+        del kept["schedule"]
+    return {name: _without_later(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

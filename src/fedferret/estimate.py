@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedferret.config import Recipe
+from fedferret.core.algorithm import framing_bytes
 from fedferret.core.keys import Key
 from fedferret.tracking.units import as_bytes, as_count, as_duration
 
@@ -43,12 +44,13 @@ _CLIENT_PASSES = 12  # over the tuned weights per client: load, difference, proj
 
 @dataclass(frozen=True)
 class Estimate:
-    """The costs of a recipe. Bytes are exact up to framing, the other figures are rough."""
+    """The costs of a recipe. Bytes are exact up to framing, which has a bound; the other figures are rough."""
 
     tuned: int  # weights
     parameters: int  # of the whole model
     bytes_up: float  # per client and round
     bytes_down: float  # per client and round, for a client that was there the round before
+    framing: int  # bytes of one message at most, beyond those two
     bytes_fedavg: int  # per client and round, one way
     client_state_bytes: float  # on each client that took part, between its rounds
     clients: int  # that take part at most
@@ -66,6 +68,7 @@ class Estimate:
                 f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
                 f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                f"# framing of a message        up to {as_bytes(self.framing)} more: names and lengths",
                 f"# disk, log                   {as_bytes(self.log_bytes)} at most, {self.history} past rounds kept",
                 *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),
                 f"# memory, roughly             {as_bytes(self.memory)}",
@@ -140,6 +143,7 @@ def estimate(recipe: Recipe) -> Estimate:
         parameters,
         statistics.fmean(cost.up_most for cost in costs),
         statistics.fmean(cost.down_most for cost in costs),
+        max(framing_bytes(shapes_of(number)) for number in numbers),
         4 * parameters,
         max(cost.client_state_bytes for cost in costs),
         min(len(data.clients), recipe.rounds * cohort),

@@ -201,6 +201,8 @@ def apply_delta(
 
 def read_delta(path: Path) -> TunedDelta:
     """The delta file at ``path``. Raises UserError."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait, and a device never ends
+        raise UserError(f"{path}: not a delta file: it is no file")
     try:
         delta = codec.decode(path.read_bytes())
     except FileNotFoundError:
@@ -263,6 +265,7 @@ def _write_folder(
     log: Callable[[str], None],
     dtype: Dtype | None,
     adapter_alone: bool = False,
+    base_name: str | None = None,
 ) -> str:
     with _tuned(base, delta) as (algorithm, model):
         fingerprint = tree.fingerprint(tree.parameters(model))

@@ -77,7 +77,8 @@ def bert(folder: Path) -> str:
         ({"data": {"client_column": "whom"}}, r'has no column "whom" \(data.client_column\): did you mean "who"\?'),
         ({"data": {"path": "nowhere.jsonl"}}, r'there is no file "nowhere.jsonl": check data.path'),
         ({"clients": {"per_round": 5}}, r"clients.per_round=5: the data has 4 clients, set per_round to at most that"),
-        ({"data": {"held_out_fraction": 0.0}}, r"no held-out example is left to evaluate on"),
+        ({"data": {"held_out_fraction": 0.0}}, r"data.held_out_fraction=0: nothing is held out to evaluate on"),
+        ({"data": {"held_out_fraction": 0.01}}, r"no held-out example is left to evaluate on: hold out a larger share"),
         ({"text": {"template": "nowhere.txt"}}, r"nowhere\.txt"),
         (
             {"model": {"name": "packaged:gemma3-270m"}},

@@ -152,6 +152,8 @@ def test_texts_and_packed_rows_longer_than_the_positions_are_refused_by_show_too
         assert "text.max_tokens=2049: model" in line and "has 2,048 positions; set max_tokens to at most 2,048" in line
         line = refused(folder, command, text={"max_tokens": 2040}, algorithm=prompt)
         assert "positions, 20 of which a learned prompt takes; set max_tokens to at most 2,028" in line
+        line = refused(folder, command, evaluation={"metrics": ["rouge-l"], "max_new_tokens": 2048})
+        assert "evaluation.max_new_tokens=2048: must be less than the model's 2048 positions" in line
     gpt_neo = models.LanguageModel("neo", tiny_instance("gpt_neo"), models.load("tiny").tokenizer, None)
     models.save_folder(gpt_neo, folder.parent / "neo")
     line = refused(folder.parent / "neo", text={"max_tokens": 64, "packed": True})

@@ -14,7 +14,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.run import RunNotRunningException
 
-from fedferret.engines.flower import SENDINGS, Roster
+from fedferret.engines.flower import SENDINGS, Roster, content_of
 from fedferret.engines.flower_link import PATIENCE, Announced, Link, LinkError, Unavailable
 
 pytestmark = pytest.mark.usefixtures("task_identity")
@@ -77,12 +77,14 @@ def test_an_object_is_there_not_yet_or_never() -> None:
 def test_a_node_that_gives_no_name_of_an_approved_site_is_asked_a_few_times_and_is_no_site(content: bytes) -> None:
     class Nameless:
         pushed = 0
+        told: tuple[bytes | None, ...] = ()
 
         def nodes(self, seconds: float) -> list[Any]:
             return [SimpleNamespace(node_id=7, name="", registered_at="")]
 
         def push(self, message: Any, seconds: float) -> str:
             self.pushed += 1
+            self.told += (content_of(message)[0],)
             return f"message {self.pushed}"
 
         def announced(self, message: str, seconds: float) -> list[Announced]:
@@ -98,3 +100,4 @@ def test_a_node_that_gives_no_name_of_an_approved_site_is_asked_a_few_times_and_
     roster = Roster(known, ["ward-1"], asks=True)  # type: ignore[arg-type]
     assert [roster() for _ in range(2 * SENDINGS)] == [{}] * 2 * SENDINGS
     assert known.pushed == SENDINGS
+    assert known.told[0] is None and all(b"not on this run's list of sites" in (said or b"") for said in known.told[1:])

@@ -69,7 +69,9 @@ def test_a_system_turn_that_is_not_taken_goes_before_the_users_text_and_is_said_
 def test_turns_of_one_role_are_merged_where_roles_must_alternate(tmp_path: Path) -> None:
     template = made(tmp_path, ALTERNATES)
     twice = (SYSTEM, ASK, Turn("user", "well?"), Turn("assistant", "hm."), REPLY)
-    assert text(template, *twice).startswith("<user>be kind\n\nwhy?\n\nwell?</s><assistant>hm.</s><assistant>so.</s>")
+    assert text(template, *twice) == "<user>be kind\n\nwhy?\n\nwell?</s><assistant>hm.\n\nso.</s>"
+    tokens = template.encode(Example(twice), TOKENIZER, 1000)
+    assert TOKENIZER.decode(tokens.ids[tokens.response_start :]) == "so.</s>"  # the turn before is no target
     notes = check(template, TOKENIZER, data(Example(twice)), 1000)
     assert any("consecutive turns of one role are merged" in note for note in notes)
     assert "</s><user>well?" in text(made(tmp_path, EACH), *twice)  # another template gets them as they are

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_CHAT_TEMPLATE = 'this model has no chat template: set template = "alpaca" or give a template file'
+_RESPONSE = "zqresponse"  # stands for the response where the text around it is asked for
 _DRAWS = re.compile(r"\|\s*random\b|\bmap\(\s*['\"]random['\"]|\blipsum\s*\(")
 
 
@@ -54,13 +55,16 @@ class Chat(Template):
         return True
 
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-        return self.render(turns, tokenizer, generate=True, tools=example.metadata.get("tools", ()))
+        tools = example.metadata.get("tools", ())
+        if self._joins(turns, example):
+            return self._around(turns, tokenizer, tools)[0]
+        return self.render(turns, tokenizer, generate=True, tools=tools)
 
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         newest, tools = contexts_of(example.turns[:-1])[0], example.metadata.get("tools", ())
-        if self.habits.alternates:  # the response begins a turn
-            while len(newest) > 1 and newest[-1].role == "assistant" and not newest[-1].tool_calls:
-                newest = newest[:-1]
+        if self._joins(newest, example):
+            end = self._around(newest, tokenizer, tools)[1].rstrip()
+            return example.response + (end or tokenizer.eos_token or "")
         prompt = self.render(newest, tokenizer, generate=True, tools=tools)
         whole = self.render([*newest, example.turns[-1]], tokenizer, generate=False, tools=tools)
         calls, written = example.turns[-1].tool_calls, whole.removeprefix(prompt)
@@ -72,6 +76,20 @@ class Chat(Template):
         text = written.rstrip() if as_it_is else example.response
         ended = text.strip() != example.response.strip()
         return text if ended else text + (tokenizer.eos_token or "")
+
+    def _joins(self, turns: Sequence[Turn], example: Example) -> bool:
+        """Whether the response goes on with the prompt's last turn, because roles must alternate."""
+        last, response = turns[-1], example.turns[-1]
+        calls = last.tool_calls or response.tool_calls
+        return self.habits.alternates and last.role == response.role == "assistant" and not calls
+
+    def _around(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[str, str]:
+        """The texts before and after a response that goes on with the last turn."""
+        text = self.render([*turns, Turn("assistant", _RESPONSE)], tokenizer, generate=False, tools=tools)
+        before, _, after = text.rpartition(_RESPONSE)
+        return before, after
 
     def render(
         self,

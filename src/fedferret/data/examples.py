@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedferret.core.errors import UserError
@@ -137,7 +138,7 @@ class FederatedData:
                 found.setdefault(str(example.owner), []).append(example)
         return {client: tuple(examples) for client, examples in sorted(found.items())}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of texts, images and tools; equal if and only if all clients and held-out sets hold the same."""
         digest = hashlib.sha256()
@@ -148,8 +149,11 @@ class FederatedData:
                 known: dict[int, tuple[Turn, bytes]] = {}  # of the example before: those of a conversation share turns
                 for example in examples:
                     known = {id(turn): known.get(id(turn)) or (turn, _hashed_turn(turn)) for turn in example.turns}
-                    fields = (example.metadata.get(name, "") for name in ("instruction", "input"))
-                    digest.update(b"".join(known[id(turn)][1] for turn in example.turns) + _hashed(*fields))
+                    digest.update(b"".join([known[id(turn)][1] for turn in example.turns]))
+                    metadata = example.metadata
+                    paired = "instruction" in metadata or "input" in metadata
+                    fields = (metadata.get("instruction", ""), metadata.get("input", ""))
+                    digest.update(_hashed(*fields) if paired else _UNPAIRED)
                     if tools := example.metadata.get("tools"):
                         digest.update(_hashed("tools", json.dumps(tools, sort_keys=True)))
                     if example.image is not None:
@@ -181,6 +185,9 @@ class Source(Protocol):
 
 def _hashed_turn(turn: Turn) -> bytes:
     """SHA-256 of a turn."""
+    if turn.extra is None:  # the common one, spelt out for speed
+        text = f"{len(turn.role)}:{turn.role}{len(turn.content)}:{turn.content}"
+        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
     return _hashed(turn.role, turn.content, *_words_of(turn.extra))
 
 
@@ -196,6 +203,9 @@ def _hashed(*words: object) -> bytes:
     """SHA-256 of the words, each preceded by its length."""
     text = "".join([f"{len(str(word))}:{word}" for word in words])
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
+_UNPAIRED = _hashed("", "")  # of an example without instruction and input
 
 
 def instruction_example(instruction: str, input_text: str, response: str, metadata: Mapping[str, Any]) -> Example:

@@ -56,6 +56,25 @@ def hold_out(data: FederatedData, share: float, key: Key, log: Callable[[str], N
     return replace(data, clients=training, kept=kept, held_out=held_out)
 
 
+def nothing_held_out(data: FederatedData, client_column: str | None) -> str:
+    """Words for data without an example to evaluate on, with a remedy that can help.
+
+    Args:
+        data: in which a held-out set is empty, or which has none.
+        client_column: the setting, where the source has it; None: rows are partitioned.
+
+    Returns:
+        One line.
+    """
+    line = f"{data.source}: no held-out example is left to evaluate on"
+    if client_column is not None and all(len(examples) == 1 for examples in data.clients.values()):
+        return (
+            f"{line}, because each client keeps at least one row and none has two: give other rows with "
+            f"data.held_out_path, or leave data.client_column out"
+        )
+    return f"{line}: hold out a larger share of the data, or give other rows with data.held_out_path"
+
+
 def _split(examples: Sequence[Example], share: float, key: Key) -> tuple[Sequence[Example], Sequence[Example]]:
     """The examples to train on and those held out, both in the order of ``examples``."""
     if len(examples) < 2:

@@ -1,7 +1,7 @@
 """Which files a setting names: files, folders, globs, or several of them.
 
 A folder that ``datasets`` has saved is one item. Of any other folder, the files with a known suffix are read, by name;
-one whose names speak of several splits is refused, because training on a test set would go unnoticed.
+one with files of several splits is refused, because training on a test set would go unnoticed.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from fedferret.data.rows import ArrowRows, Lines, Part, parsed, row_of
 _BOM = b"\xef\xbb\xbf"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # begins UTF-16 and UTF-32
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-_DELIMITERS = (";", "\t", "|")  # of a .csv file whose header has no comma
+_DELIMITERS = (";", "\t", "|")  # of a .csv file with no comma in its header
 _SPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_FIELD = 2**31 - 1  # characters of a field in CSV, the most that the standard library takes everywhere
 

@@ -18,6 +18,7 @@ from fedferret.core.errors import UserError
 
 Row: TypeAlias = Mapping[str, Any]
 
+_DECODER = json.JSONDecoder()  # as `json.loads` has it, without its checks of options
 CHUNK = 256  # rows of an Arrow table that are converted at a time
 
 
@@ -58,6 +59,8 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
+        if len(self._parts) == 1 and 0 <= index < self._ends[0]:
+            return self._parts[0].row(index)
         part, number = self._place(range(len(self))[index])
         return part.row(number)
 
@@ -119,7 +122,7 @@ class ArrowRows:
 
         Args:
             name: of the file.
-            table: a ``pyarrow.Table``, whose columns have different names.
+            table: a ``pyarrow.Table``; no two columns have one name.
         """
         self.name, self._table = name, table
         self._first, self._chunk = 0, list[Row]()
@@ -150,7 +153,7 @@ def parsed(text: str | bytes | bytearray, where: str) -> object:
         UserError: the text is not UTF-8, is not JSON, is nested too deep, or holds a number of thousands of digits.
     """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())
+        return _DECODER.decode(text if isinstance(text, str) else text.decode())
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at character {error.pos + 1}") from None
     except UnicodeDecodeError as error:

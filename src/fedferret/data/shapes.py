@@ -63,7 +63,7 @@ def shape_of(columns: Collection[str], asked: Mapping[str, str], source: str) ->
     prompt = asked.get("prompt") or _first(_PROMPTS, columns)
     response = asked.get("response") or _first(_RESPONSES, columns)
     if prompt and response:
-        return _pair_shape(prompt, asked.get("input"), response, columns)
+        return _pair_shape(prompt, asked.get("input"), response, columns, "response" in asked)
     if not paired and _TEXT in columns:
         return _text_shape(_TEXT)
     setting, column = ("response", _RESPONSES[0]) if prompt else ("prompt", _PROMPTS[0])
@@ -118,13 +118,13 @@ def _text_shape(column: str) -> Shape:
     return Shape(f'language modelling, column "{column}"', (column,), partial(_whole_text, column))
 
 
-def _pair_shape(prompt: str, given: str | None, response: str, columns: Collection[str]) -> Shape:
+def _pair_shape(prompt: str, given: str | None, response: str, columns: Collection[str], labels: bool) -> Shape:
     """A prompt with an optional input and a response; messages where the columns hold messages."""
     inputs = _INPUTS if prompt == _PROMPTS[0] else _INPUTS[:1]
     extra = given or _first(inputs, columns)
     kind = {"instruction": "instruction", "prompt": "prompt and completion"}.get(prompt, "prompt and response")
     used = tuple(name for name in (prompt, extra, response) if name is not None)
-    return Shape(f"{kind}, columns {listed(used)}", (*used, "tools"), partial(_pair, prompt, extra, response))
+    return Shape(f"{kind}, columns {listed(used)}", (*used, "tools"), partial(_pair, prompt, extra, response, labels))
 
 
 def _whole_text(column: str, row: Row, metadata: Metadata, where: str) -> tuple[Example, ...]:
@@ -137,7 +137,7 @@ def _conversation(column: str, row: Row, metadata: Metadata, where: str) -> tupl
 
 
 def _pair(
-    prompt: str, extra: str | None, response: str, row: Row, metadata: Metadata, where: str
+    prompt: str, extra: str | None, response: str, labels: bool, row: Row, metadata: Metadata, where: str
 ) -> tuple[Example, ...]:
     asked, answer = row.get(prompt), row.get(response)
     if isinstance(asked, list | tuple) or isinstance(answer, list | tuple):
@@ -145,7 +145,7 @@ def _pair(
         return _examples(
             before, _turns(answer, ASSISTANT, response, row, where), _with_tools(row, metadata, where), where
         )
-    text = text_of(row, response, where, numbers=True)  # it may be a label
+    text = text_of(row, response, where, numbers=labels)
     given = optional_text_of(row, extra, where) if extra is not None else ""
     return (instruction_example(text_of(row, prompt, where), given, text, _with_tools(row, metadata, where)),)
 

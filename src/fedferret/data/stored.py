@@ -108,7 +108,7 @@ class StoredExamples(Sequence[Example]):
 
         Args:
             records: of all rows.
-            chosen: numbers of the records whose examples these are, in order.
+            chosen: numbers of the records, in the order of the examples.
         """
         self._records, self._chosen = records, chosen
         counts = [records.counts[number] for number in chosen]

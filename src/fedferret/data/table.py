@@ -6,6 +6,7 @@ partitioned whole, so no training prompt contains a message of a held-out conver
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -152,7 +153,8 @@ class Table(Columns):
         """
         found, notes = self._records(rows, source, self.client_column)
         in_categories = self._in_categories(found.categories, source)
-        training = [row for row, category in enumerate(found.categories) if category not in self.held_out_categories]
+        kept = (row for row, category in enumerate(found.categories) if category not in self.held_out_categories)
+        training = array("q", kept)
         held_out: dict[str, Sequence[Example]] = {}
         unseen = [found.hashes[row] for row in in_categories]
         if held_out_rows is not None:
@@ -165,7 +167,7 @@ class Table(Columns):
             chosen, more = self._choose_held_out([found.clients[row] for row in training], key.fold("held out"))
             rows_held_out = [training[index] for index in sorted(chosen)]
             held_out["rows"] = found.examples(rows_held_out)
-            training = [row for index, row in enumerate(training) if index not in chosen]
+            training = array("q", (row for index, row in enumerate(training) if index not in chosen))
             notes, unseen = (*notes, *more), [*unseen, *(found.hashes[row] for row in rows_held_out)]
         if in_categories:
             held_out["categories"] = found.examples(in_categories)

@@ -28,7 +28,6 @@ _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string",
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
 _ORDERS = 64  # of roles that are rendered before work
 _SAMPLE = 400  # examples that are tokenised before work
-_LOOKED_AT = 20_000  # examples that are looked at for roles and tools before work
 
 
 def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:

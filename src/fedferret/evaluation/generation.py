@@ -144,7 +144,9 @@ def prompt_room(model: Any, max_tokens: int, max_new_tokens: int) -> int:
     prefix = prefix_of(model, 1)
     positions -= 0 if prefix is None else prefix.shape[1]
     if positions <= max_new_tokens:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be less than the model's {positions} positions")
+        raise UserError(
+            f"evaluation.max_new_tokens={max_new_tokens}: must be less than the model's {positions} positions"
+        )
     return min(max_tokens, positions - max_new_tokens)
 
 

@@ -42,12 +42,8 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: if it does not.
     """
+    _refuse_other_inputs(name, config)
     architectures = config.get("architectures") or []
-    if any(config.get(part) for part in _OTHER_INPUTS):
-        raise UserError(
-            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a causal '
-            f"language model of text alone (Llama, Qwen, Gemma, GPT-2, ...)"
-        )
     if any(architecture.endswith(_SURELY_CAUSAL) for architecture in architectures):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -76,12 +72,21 @@ def require_reader(name: str, config: Mapping[str, Any]) -> None:
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
+    _refuse_other_inputs(name, config)
     kind = str(config.get("model_type"))
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if not (encodes or attends_backwards(config)) or config.get("is_encoder_decoder"):
         raise UserError(
             f'model "{name}": architecture {_described(config)} cannot classify texts; '
             "give an encoder (BERT, RoBERTa, DistilBERT, ...) or a causal language model (Llama, GPT-2, ...)"
+        )
+
+
+def _refuse_other_inputs(name: str, config: Mapping[str, Any]) -> None:
+    if any(config.get(part) for part in _OTHER_INPUTS):
+        raise UserError(
+            f'model "{name}": architecture {_described(config)} reads images or sound beside text; give a model of '
+            f"text alone (Llama, Qwen, Gemma, GPT-2, ...)"
         )
 
 

@@ -84,7 +84,10 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
     Raises:
         UserError: the model has no linear module of such a name, or the pattern is none.
     """
-    names, given = linear_modules(model), default_modules(model) if modules is None else modules
+    names = linear_modules(model)
+    if not names:
+        raise UserError("this model has no linear module that LoRA could be added to: choose another method")
+    given = default_modules(model) if modules is None else modules
     if given == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [name for name in names if model.get_submodule(name) is not head]
@@ -92,7 +95,7 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
     else:
         chosen, missing = _selected(names, given)
     if missing:
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         raise UserError(
             f'algorithm.modules="{missing[0]}": no linear module is called so; this model has {known}; '
             f"give some of these, or leave the setting out"
