@@ -171,10 +171,12 @@ def test_term_and_hup_end_a_run_as_ctrl_c_does(number: signal.Signals, code: int
 
     patch = pytest.MonkeyPatch()
     patch.setattr(runner, "run", running)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started with `nohup`
     try:
         ended, _, line = command("run", write(tmp_path), "--out", out)
     finally:
         patch.undo()
+        signal.signal(number, before)
     assert ended == code and line.startswith("fedferret: stopped after round"), line
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted" and (out / "report.html").exists()
     assert "Resuming after round" in command("run", tmp_path / "recipe.toml", "--out", out)[1]
