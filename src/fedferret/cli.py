@@ -284,6 +284,7 @@ def serve(
     wait: Annotated[float, typer.Option(help="Seconds to wait for all sites before the first round.")] = 300.0,
     insecure: Insecure = False,
     insecure_off_loopback: OffLoopback = False,
+    accept_changed_data: ChangedData = False,
 ) -> None:
     """Run a recipe across the sites that it names: accept their connections and run the rounds.
 
@@ -296,8 +297,9 @@ def serve(
 
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         commands = _site_commands()
+        unsafe = insecure, insecure_off_loopback
         commands.serve(
-            tables, out or Path("runs") / recipe.stem, listen, folder, wait, insecure, insecure_off_loopback, _log
+            tables, out or Path("runs") / recipe.stem, listen, folder, wait, *unsafe, accept_changed_data, _log
         )
 
 

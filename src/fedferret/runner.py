@@ -89,9 +89,7 @@ def run(
         read_summary(out)  # damage is found now, before the model is loaded
         if (done := finished_summary(recipe, out, log)) is not None:
             return done
-    near = map(Path, recipe.execution.places)
-    read = pins(recipe.data, recipe.model.name, recipe.text.template, getattr(recipe.algorithm, "adapter", None), near)
-    pinned = Pinned(read, accept=accept_changed_data)
+    pinned = pinned_files(recipe, accept_changed_data)
     if resumes and replaceable(out) and changed_files(out, pinned.files):
         resumes = False  # it is begun anew, with the files as they are
     with ExitStack() as stack:
@@ -115,6 +113,17 @@ def run(
                 stack.enter_context(alone(out))
         log_room(experiment, out, log)
         return Run(experiment, out, log, on_message, on_client, pinned).finish()
+
+
+def pinned_files(recipe: Recipe, accept: bool) -> Pinned:
+    """The files that a run of a recipe reads.
+
+    Args:
+        recipe: resolved.
+        accept: whether data may be other than the run began with.
+    """
+    near, adapter = map(Path, recipe.execution.places), getattr(recipe.algorithm, "adapter", None)
+    return Pinned(pins(recipe.data, recipe.model.name, recipe.text.template, adapter, near), accept=accept)
 
 
 class Run:

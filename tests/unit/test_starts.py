@@ -131,6 +131,32 @@ def test_a_start_that_failed_leaves_nothing_that_a_second_start_trips_over(tmp_p
     assert code == 2 and "exists and is no run folder" in line and (tmp_path / "mine" / "notes.txt").exists()
 
 
+def test_a_server_refuses_edited_held_out_rows_before_it_waits_for_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flwr")
+    from flwr.app import Context, RecordDict
+
+    from fedferret.sites import server_app
+
+    class Begun(Exception):
+        pass
+
+    def begin(folder: Path, recipe: object) -> None:
+        raise Begun
+
+    out, settings = tmp_path / "run", tiny_recipe(tmp_path, rounds=1)
+    run(settings, out, silent)
+    (out / "server").mkdir()
+    (out / "server" / "recipe.toml").write_text(settings.to_toml())
+    edit(write_rows(tmp_path))
+    monkeypatch.setattr(server_app, "Members", begin)
+    for accepts, error, words in ((False, UserError, f"rows.jsonl was edited .*{ACCEPT}"), (True, Begun, "^$")):
+        given = {"folder": str(out), "accept_changed_data": accepts}
+        with pytest.raises(error, match=words):
+            server_app.main(None, Context(1, 2, given, RecordDict(), {}))  # type: ignore[arg-type]  # it needs no grid
+
+
 def test_data_that_is_mended_before_the_first_round_is_accepted(tmp_path: Path) -> None:
     out, rows = tmp_path / "run", write_rows(tmp_path)
     with pytest.raises(Interrupted):

@@ -14,6 +14,7 @@ generator is used.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,7 +53,7 @@ class Partition:
             if not valid:
                 raise UserError(f"partition.{name} is {value}: give {allowed}")
 
-    def split(self, count: int, categories: Sequence[str] | None, key: Key) -> list[list[int]]:
+    def split(self, count: int, categories: Sequence[str] | None, key: Key) -> list[Sequence[int]]:
         """Assign each row to at most one client.
 
         Args:
@@ -70,8 +71,8 @@ class Partition:
         if self.kind in BY_CATEGORY and categories is None:
             raise UserError(f'partition "{self.kind}" needs categories but the rows have none: set category_column')
         # flwr's partitioners by size do not shuffle, so the rows are shuffled here
-        rows = key.fold("rows").permutation(count)
-        columns: dict[str, list[Any]] = {"row": rows}
+        rows = key.fold("rows").order(count).numpy()
+        columns: dict[str, Any] = {"row": rows}
         if self.kind in BY_CATEGORY and categories is not None:
             columns |= {"category": [categories[row] for row in rows]}
         if self.kind == "pathological" and self.classes > len(set(columns["category"])):
@@ -85,14 +86,16 @@ class Partition:
         self._check_sizes(parts)
         return parts
 
-    def _assign(self, columns: dict[str, list[Any]], min_examples: int, key: Key) -> list[list[int]]:
+    def _assign(self, columns: dict[str, Any], min_examples: int, key: Key) -> list[Sequence[int]]:
         import datasets
+        import numpy
 
         partitioner = self._partitioner(min_examples, key.fold("shares").words[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # flwr warns of every Dirichlet draw that it repeats
             partitioner.dataset = datasets.Dataset.from_dict(columns)
-            return [sorted(partitioner.load_partition(client)["row"][:]) for client in range(self.clients)]
+            parts = (partitioner.load_partition(client).with_format("numpy") for client in range(self.clients))
+            return [array("i", numpy.sort(part["row"][:]).astype("int32").tobytes()) for part in parts]
 
     def _partitioner(self, min_examples: int, seed: int) -> Any:
         try:
@@ -126,7 +129,7 @@ class Partition:
             case _:
                 return flwr.IidPartitioner(self.clients)
 
-    def _explain(self, error: ValueError, columns: dict[str, list[Any]], key: Key) -> str:
+    def _explain(self, error: ValueError, columns: dict[str, Any], key: Key) -> str:
         if self.kind != "dirichlet":
             reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
             return (
@@ -135,7 +138,7 @@ class Partition:
         sizes = [len(part) for part in self._assign(columns, 0, key)]
         return self._too_small(sizes.index(min(sizes)), min(sizes)) + " (11 draws failed)"
 
-    def _check_sizes(self, parts: list[list[int]]) -> None:
+    def _check_sizes(self, parts: Sequence[Sequence[int]]) -> None:
         for client, part in enumerate(parts):
             if len(part) < self.min_examples:
                 raise UserError(self._too_small(client, len(part)))
@@ -160,5 +163,17 @@ def named_clients(rows: Sequence[T], parts: Sequence[Sequence[int]]) -> dict[str
     Returns:
         Rows by "client-0", "client-1" and so on, with as many digits as sort them in this order.
     """
-    digits = len(str(len(parts) - 1))
-    return {f"client-{number:0{digits}}": tuple(rows[row] for row in part) for number, part in enumerate(parts)}
+    return {name: tuple(rows[row] for row in part) for name, part in zip(client_names(len(parts)), parts, strict=True)}
+
+
+def client_names(count: int) -> list[str]:
+    """Names of clients that have none.
+
+    Args:
+        count: of clients.
+
+    Returns:
+        "client-0", "client-1" and so on, with as many digits as sort them in this order.
+    """
+    digits = len(str(count - 1))
+    return [f"client-{number:0{digits}}" for number in range(count)]

@@ -22,6 +22,7 @@ from fedferret.core.errors import UserError
 Pins = dict[str, dict[str, str]]  # by kind, the SHA-256 of each file by its name
 
 DATA = "data"
+OPTION = "--accept-changed-data"
 _SETTINGS = ("path", "held_out_path")  # of sources that read local files and do not say which
 _READ = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # of a model's folder, beside weights
 _INDEX = ".index.json"  # lists the files of the weights

@@ -39,6 +39,34 @@ class Record(Protocol):
         ...
 
 
+class Names(Sequence[str | None]):
+    """A name or none for each row; equal names are stored once."""
+
+    def __init__(self) -> None:
+        self._numbers, self._names = array("i"), list[str | None]([None])
+        self._known: dict[str | None, int] = {None: 0}
+
+    def append(self, name: str | None) -> None:
+        """Add the name of the next row."""
+        number = self._known.setdefault(name, len(self._names))
+        if number == len(self._names):
+            self._names.append(name)
+        self._numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self._numbers[index]
+        return self._names[found] if isinstance(found, int) else [self._names[number] for number in found]
+
+
 class StoredRecords(Sequence[Any]):
     """The records of rows, in order."""
 
@@ -51,10 +79,8 @@ class StoredRecords(Sequence[Any]):
         """
         self._read = read
         self._kept: list[Any] | None = [] if kept else None
-        self._rows, self.counts, self.hashes = array("q"), array("q"), array("q")
-        self.clients: list[str | None] = []
-        self.categories: list[str | None] = []
-        self._names: dict[str, str] = {}  # each name is stored once
+        self._rows, self.counts, self.hashes = array("i"), array("i"), array("q")
+        self.clients, self.categories = Names(), Names()
 
     def append(self, row: int, record: Any) -> None:
         """Add the record of a row.
@@ -66,13 +92,10 @@ class StoredRecords(Sequence[Any]):
         self._rows.append(row)
         self.counts.append(len(record.examples))
         self.hashes.append(hash(tuple(turn.content for turn in record.examples[-1].turns)))
-        self.clients.append(self._once(record.client))
-        self.categories.append(self._once(record.category))
+        self.clients.append(record.client)
+        self.categories.append(record.category)
         if self._kept is not None:
             self._kept.append(record)
-
-    def _once(self, name: str | None) -> str | None:
-        return None if name is None else self._names.setdefault(name, name)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,7 +117,7 @@ class StoredRecords(Sequence[Any]):
         Args:
             records: their numbers, in the order of the examples.
         """
-        chosen = array("q", records)
+        chosen = array("i", records)
         if self._kept is None:
             return StoredExamples(self, chosen)
         return tuple(chain.from_iterable(self._kept[number].examples for number in chosen))
@@ -188,7 +211,7 @@ class Chosen(Sequence[Example]):
             examples: of any source.
             numbers: of those that are chosen, in order.
         """
-        self._examples, self._numbers = examples, array("q", numbers)
+        self._examples, self._numbers = examples, array("i", numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)

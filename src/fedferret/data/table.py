@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData, check_at_least, check_fraction
 from fedferret.data.faulty_rows import FaultyRow, FaultyRows, records, text_in, text_of
-from fedferret.data.partition import Partition, named_clients
+from fedferret.data.partition import Partition, client_names
 from fedferret.data.rows import Row
 from fedferret.data.shapes import Shape, require, shape_of, unused
 from fedferret.data.stored import StoredRecords
@@ -154,7 +154,7 @@ class Table(Columns):
         found, notes = self._records(rows, source, self.client_column)
         in_categories = self._in_categories(found.categories, source)
         kept = (row for row, category in enumerate(found.categories) if category not in self.held_out_categories)
-        training = array("q", kept)
+        training = array("i", kept)
         held_out: dict[str, Sequence[Example]] = {}
         unseen = [found.hashes[row] for row in in_categories]
         if held_out_rows is not None:
@@ -167,7 +167,7 @@ class Table(Columns):
             chosen, more = self._choose_held_out([found.clients[row] for row in training], key.fold("held out"))
             rows_held_out = [training[index] for index in sorted(chosen)]
             held_out["rows"] = found.examples(rows_held_out)
-            training = array("q", (row for index, row in enumerate(training) if index not in chosen))
+            training = array("i", (row for index, row in enumerate(training) if index not in chosen))
             notes, unseen = (*notes, *more), [*unseen, *(found.hashes[row] for row in rows_held_out)]
         if in_categories:
             held_out["categories"] = found.examples(in_categories)
@@ -196,7 +196,7 @@ class Table(Columns):
             )
             wanted = self.max_held_out
         left, chosen = Counter(clients), set[int]()
-        for index in key.permutation(len(clients)):
+        for index in array("q", key.order(len(clients)).numpy().tobytes()):
             if len(chosen) == wanted:
                 break
             if left[clients[index]] > 1:
@@ -212,7 +212,8 @@ class Table(Columns):
             return {client: found.examples(grouped[client]) for client in sorted(grouped)}
         known = [category for row in rows if (category := found.categories[row]) is not None]
         parts = self.partition.split(len(rows), known if len(known) == len(rows) else None, key)
-        return {client: found.examples(held) for client, held in named_clients(rows, parts).items()}
+        named = zip(client_names(len(parts)), parts, strict=True)
+        return {client: found.examples(rows[row] for row in part) for client, part in named}
 
 
 def _trained_too(training: Iterable[int], held_out: Sequence[int]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ def serve(
     wait: float,
     insecure: bool,
     insecure_off_loopback: bool,
+    accept_changed_data: bool,
     log: Callable[[str], None],
 ) -> None:
     """Serve a recipe.
@@ -32,6 +33,7 @@ def serve(
         wait: seconds to wait for all sites before a round.
         insecure: without certificates.
         insecure_off_loopback: allow ``insecure`` on other interfaces than loopback.
+        accept_changed_data: go on with other held-out rows than the run began with.
         log: called with each line for the operator.
     Raises:
         UserError: for a mistake in the recipe or the options.
@@ -49,7 +51,11 @@ def serve(
 
     credentials = None if insecure else read_server(pki)
     settings = serving.ServeSettings(
-        listen=listen, credentials=credentials, wait=wait, insecure_off_loopback=insecure and insecure_off_loopback
+        listen=listen,
+        credentials=credentials,
+        wait=wait,
+        insecure_off_loopback=insecure and insecure_off_loopback,
+        accept_changed_data=accept_changed_data,
     )
     serving.serve(from_tables(tables), out, settings, log)
     log(f"The run is finished: {out / 'report.html'}")

@@ -25,6 +25,7 @@ import httpx
 from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import write_atomically
+from fedferret.data.pinned import OPTION
 from fedferret.run_folder import belongs, finished_summary
 from fedferret.sites import state, strikes
 from fedferret.sites.address import is_loopback, split
@@ -53,6 +54,7 @@ class ServeSettings:
     wait: float = 300.0  # seconds to wait for all sites before a round; a site's model takes minutes to load
     patience: float = 86400.0  # seconds without a finished round after which the server gives up: a day
     insecure_off_loopback: bool = False
+    accept_changed_data: bool = False  # go on with other held-out rows than the run began with
 
     def __post_init__(self) -> None:
         host, _ = split(self.listen)
@@ -288,6 +290,7 @@ class Server:
         known = ["--run", str(run_id), "--port", str(self.port)]
         known += ["--pki", str(self.settings.credentials.folder)] if self.settings.credentials else []
         known += ["--left-out", self.left_out] if self.left_out else []
+        known += [OPTION] if self.settings.accept_changed_data else []
         return [*module, *known, "--wait", str(self.settings.wait), "--patience", str(self.settings.patience)]
 
 

@@ -34,12 +34,13 @@ from flwr.superlink.grid import HttpGrid
 
 from fedferret.config import load
 from fedferret.core.errors import RunError, TooFewClients, UserError
+from fedferret.data.pinned import OPTION
 from fedferret.disk import update_bytes
 from fedferret.engines.flower import FlowerTransport, Roster
 from fedferret.engines.flower_link import PATIENCE, RECONNECTS, Link
 from fedferret.engines.replay import Protection, SequenceNumbers
 from fedferret.engines.transport import NoSeal
-from fedferret.runner import run
+from fedferret.runner import pinned_files, run
 from fedferret.sites import state
 from fedferret.sites.credentials import read_server
 from fedferret.sites.flower_process import LOOPBACK, quiet_flower, secret
@@ -49,6 +50,8 @@ from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
 from fedferret.sites.strikes import CRASHED, NotingSeal, Reading
 from fedferret.sites.supervisor import terminable
+from fedferret.tracking import events
+from fedferret.tracking.pins import check_files
 
 AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
@@ -63,13 +66,17 @@ def main(grid: Grid, context: Context) -> None:
 
     Args:
         grid: of the Flower run.
-        context: its node_config has folder, pki ("": insecure), left_out, and wait and patience in seconds.
+        context: its node_config has folder, pki ("": insecure), left_out, accept_changed_data, and wait and patience
+            in seconds.
     Raises:
         UserError: for a mistake in the recipe.
         RunError: if the run cannot go on.
     """
     folder = Path(str(context.node_config["folder"]))
     recipe = load(folder / state.FOLDER / "recipe.toml")
+    accepts = bool(context.node_config["accept_changed_data"])
+    if (folder / events.FILE).exists():  # now, and not when the sites have come
+        check_files(folder, pinned_files(recipe, accepts))
     members = Members(folder, recipe)
     state.write(folder, state.LIMITS, {"upload": upload_limit(update_bytes(recipe))})  # before any site may call
     link = Link(grid)  # type: ignore[arg-type]  # the grid of ``task_of``
@@ -101,6 +108,7 @@ def main(grid: Grid, context: Context) -> None:
                 changes=lambda: members.effective(connected()),
                 on_message=messages.record,
                 on_client=reading.reading,
+                accept_changed_data=accepts,
             )
             return
         except TooFewClients as error:
@@ -195,10 +203,12 @@ def start() -> int:
     parser.add_argument("--wait", type=float, required=True)
     parser.add_argument("--patience", type=float, required=True)
     parser.add_argument("--left-out", default="")
+    parser.add_argument(OPTION, action="store_true")
     given = parser.parse_args()
     known = secret(given.folder / state.FOLDER)
     settings: UserConfig = {"folder": str(given.folder), "pki": str(given.pki or "")}
     settings |= {"wait": given.wait, "patience": given.patience, "left_out": given.left_out}
+    settings["accept_changed_data"] = given.accept_changed_data
     try:
         authority = given.pki / "ca.crt" if given.pki else None
         task = task_of(given.run, f"{LOOPBACK}:{given.port}", known, authority)

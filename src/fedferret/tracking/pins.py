@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core.errors import UserError
-from fedferret.data.pinned import DATA, Pins, difference
+from fedferret.data.pinned import DATA, OPTION, Pins, difference
 from fedferret.tracking import events
-
-OPTION = "--accept-changed-data"
 
 
 @dataclass
