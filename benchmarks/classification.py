@@ -8,7 +8,7 @@ mean and worst tenth over the clients' own held-out parts, bytes up per client a
     python -m benchmarks.classification --only mnist --seed 1
     python -m benchmarks.classification --table              the finished rows, mean and deviation over seeds
 
-Learning rates were chosen on other data: digits for MNIST, BBC News for 20 Newsgroups (``--tune``).
+Learning rates were chosen on other data: digits for MNIST (``--tune``), FedAvg's on BBC News for 20 Newsgroups.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TEXTS = {
     "model": {"name": "packaged:minilm"},
     "rounds": 15,
     "cohort": 5,
-    "local_only": 10,
+    "local_only": 4,
     "text": {"max_tokens": 32},
     "training": {"batch_size": 16, "steps": 10},
     "rates": (0.1, 0.3, 1.0),
@@ -60,6 +60,11 @@ RATES = {  # of (task, method), the best of --tune on the other data of the same
     ("mnist", "fedavg"): 1.0,
     ("mnist", "fedprox"): 1.0,
     ("mnist", "ferret"): 1.0,
+    # on BBC News FedAvg had 91.1% at 0.1 and at 0.3, and the lower loss at 0.3; the other methods were not tuned there
+    ("newsgroups", "central"): 0.3,
+    ("newsgroups", "fedavg"): 0.3,
+    ("newsgroups", "fedprox"): 0.3,
+    ("newsgroups", "ferret"): 0.3,
 }
 
 
