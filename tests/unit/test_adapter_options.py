@@ -164,6 +164,11 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+def without_layer_1(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if ".layers.1." in name]:
+        del tensors[name]
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
@@ -184,6 +189,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
         (change_config(never_heard_of=True), {}, r"sets never_heard_of=True"),
         (change_weights(lambda tensors: tensors[A].fill_(float("nan"))), {}, r"q_proj\.lora_A\.weight holds NaN"),
         (change_weights(lambda tensors: tensors.pop(A)), {}, r"does not fit its settings"),
+        (change_weights(without_layer_1), {}, r"it names model\.layers\.1\.\S+, and has no weights for it"),
+        (change_config(target_modules=["k_proj"]), {}, r"it names \S+k_proj, and has no weights for it"),
+        (change_config(exclude_modules=["q_proj"]), {}, r"it has weights for \S+q_proj, which it does not name"),
+        (change_config(layers_to_transform=[0]), {}, r"it has weights for \S+layers\.1\S+, which it does not name"),
+        (change_config(modules_to_save=["norm"]), {}, r"it names norm, and has no weights for it"),
+        (change_config(target_modules="("), {}, r"does not fit its settings"),
         (
             change_weights(lambda tensors: tensors.update({A: torch.ones(8, 3)})),
             {},

@@ -108,6 +108,7 @@ def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
         ("{% for m in messages %}", "fails on turns user, assistant: TemplateSyntaxError"),
         ("{{ ['a', 'b'] | random }}" + EACH, "draws at random"),
         ("{{ range(10 ** 9) | list }}{{ messages }}", "fails on turns user, assistant: OverflowError"),
+        ("{{ messages | map(attribute='role') }}" + EACH, "an object and not its content"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used_is_one_line_before_work(tmp_path: Path, source: str, message: str) -> None:
@@ -130,6 +131,16 @@ def test_tools_are_written_or_the_template_is_refused(tmp_path: Path) -> None:
             text(template, *turns)
         with pytest.raises(UserError, match="does not write the tools that are offered"):
             text(template, ASK, REPLY, **TOOLS)
+
+
+def test_what_stands_before_the_users_first_message_is_kept_or_counted(tmp_path: Path) -> None:
+    template = made(tmp_path, EACH)
+    assert "<system>be kind</s><system>be brief</s><user>why?" in text(
+        template, SYSTEM, Turn("system", "be brief"), ASK, REPLY
+    )
+    greeted = Example((SYSTEM, REPLY, ASK, REPLY), {})
+    (note,) = check(template, TOKENIZER, data(greeted, Example((ASK, REPLY), {}), Example((REPLY, REPLY), {})), 1000)
+    assert note.startswith("1 of 3 examples open with a message that is not the user's")
 
 
 def test_an_order_of_roles_that_fails_is_refused_before_work(tmp_path: Path) -> None:

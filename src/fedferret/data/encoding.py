@@ -3,8 +3,8 @@
 1. The texts of the prompt and of the response (with an end mark) are tokenised separately and concatenated. So the
    boundary is exact, no token spans it, and training prompts have the same tokens as generation prompts.
 2. Where both exceed ``max_tokens``, the prompt is cut down to a quarter of it, then the response at its end. With
-   ``cut = "prompt"`` the prompt is first cut down to one token. A prompt loses its oldest turns, up to a user turn (a
-   system turn stays), then tokens from the left.
+   ``cut = "prompt"`` the prompt is first cut down to one token. A prompt loses its oldest turns, up to a user turn
+   (opening system turns stay), then tokens from the left.
 3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where there is no mark.
 4. A text alone has no template: its prompt is one token, begin of text or end of text.
 
@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
@@ -124,12 +125,12 @@ class Template(ABC):
 
 
 def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """The possible prompts, shortest first: each has the system turn, if any, and starts at a user turn.
+    """The possible prompts, shortest first: each has the system turns before all others, and starts at a user turn.
 
     Many chat templates refuse a conversation that starts with the assistant, so an opening message of the assistant
-    is left out, unless there is no user turn.
+    is left out, unless there is no user turn. ``template_probes.check`` counts these examples.
     """
-    system = [turn for turn in turns[:1] if turn.role == "system"]
+    system = list(takewhile(lambda turn: turn.role == "system", turns))
     dialogue = turns[len(system) :]
     starts = [index for index, turn in enumerate(dialogue) if turn.role == "user"] or [0]
     return [[*system, *dialogue[start:]] for start in reversed(starts)]

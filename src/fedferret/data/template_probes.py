@@ -6,18 +6,23 @@ does so before work, and says what it changes and what ``max_tokens`` cuts off.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Literal
+from itertools import chain, dropwhile, pairwise
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedferret.core.errors import UserError
+from fedferret.core.text import plain_line
 from fedferret.data.chat_template import Chat, Habits, TemplateFailure
 from fedferret.data.encoding import Template, Tokens
 from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Order: TypeAlias = tuple[tuple[str, bool], ...]  # of an example's turns: role, and whether it calls tools
 
 _SYSTEM, _USER, _ASSISTANT = Turn("system", "zqsystem"), Turn("user", "zquser"), Turn("assistant", "zqassistant")
 _LATER = (Turn("user", "zqlater"), Turn("assistant", "zqanswer"))
@@ -26,6 +31,7 @@ _CALLING = Turn("assistant", "", TurnExtra(tool_calls=(_CALL,)))
 _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall001"))
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 _ORDERS = 64  # of roles that are rendered before work
 _SAMPLE = 400  # examples that are tokenised before work
 
@@ -47,6 +53,11 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     chat = next(
         (each for each in (plain, _with(plain, parts=True)) if _shows(each, tokenizer, _USER, _ASSISTANT)), None
     )
+    if chat is not None and (written := _ADDRESS.search(chat.render([_USER, _ASSISTANT], tokenizer, generate=True))):
+        raise UserError(
+            f"the chat template writes {plain_line(written[0], 80)}, an object and not its content: its address "
+            f"differs from run to run; mend it, for instance with | list"
+        )
     if chat is None:
         plain.render([_USER, _ASSISTANT], tokenizer, generate=False)  # raises where it fails
         raise UserError('the chat template does not write what turns say: mend it, or set template = "alpaca"')
@@ -81,25 +92,31 @@ def check(
     parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
     total = sum(map(len, parts))
     step = -(-total // _SAMPLE)
-    orders: dict[object, Example] = {}
+    orders: dict[Order, Example] = {}
+    counts: Counter[Order] = Counter()
     chosen: list[Example] = []
-    offering = calling = 0
+    offering = 0
     for number, example in enumerate(chain.from_iterable(parts)):  # once: of many rows, each is read for this
         if example.image is not None:
             return ()
         order = tuple([(turn.role, bool(turn.tool_calls)) for turn in example.turns])
-        if order not in orders and len(orders) < _ORDERS:
+        if order not in counts and len(orders) < _ORDERS:
             orders[order] = example
+        counts[order] += 1
         offering += bool(example.metadata.get("tools"))
-        calling += any(called or role == "tool" for role, called in order)
         if not number % step:
             chosen.append(example)
     if not total:
         return ()
-    _check_tools(template, offering, calling)
+    _check_tools(template, offering, sum(count for order, count in counts.items() if _calls_tools(order)))
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)
     notes = _changes(template, orders.values()) if isinstance(template, Chat) else []
+    if opening := sum(count for order, count in counts.items() if _opens_otherwise(order)):
+        notes.append(
+            f"{opening:,} of {total:,} examples open with a message that is not the user's: prompts begin with the "
+            f"user's first, because chat templates want that"
+        )
     sample = [template.encode(example, tokenizer, max_tokens) for example in chosen]
     return (*notes, *_cuts(sample, total, max_tokens))
 
@@ -131,6 +148,16 @@ def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects",
         if _shows(_with(chat, calls=calls), tokenizer, *turns, words=("zqname", "zqargument", "zqvalue")):
             return calls
     return "none"
+
+
+def _calls_tools(order: Order) -> bool:
+    return any(called or role == "tool" for role, called in order)
+
+
+def _opens_otherwise(order: Order) -> bool:
+    """Whether a prompt leaves out what comes before the user's first turn."""
+    roles = list(dropwhile(lambda role: role == "system", (role for role, _ in order[:-1])))
+    return "user" in roles and roles[0] != "user"
 
 
 def _check_tools(template: Template, offering: int, calling: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
-_WITHOUT_EFFECT = {  # on the adapted model: modules are those of the weights' names, and dropout is off
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_WITHOUT_EFFECT = {  # on the adapted model: the weights' names must say the same as the targets, and dropout is off
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *_TARGETS,
     *("lora_dropout", "fan_in_fan_out", "runtime_config", "ensure_weight_tying"),
     *("eva_config", "megatron_config", "megatron_core"),
 }
@@ -43,6 +44,7 @@ class PeftFolder:
         rslora: whether the scale is α / √r.
         dora: whether it has magnitudes.
         shapes: by name of a tensor, as peft writes them without its prefix.
+        targets: the settings that say which modules are tuned, as peft takes them.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class PeftFolder:
     rslora: bool
     dora: bool
     shapes: Mapping[str, tuple[int, ...]]
+    targets: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -126,7 +129,9 @@ def read_peft_folder(folder: Path) -> PeftFolder:
         raise UserError(f"algorithm.adapter: {folder / CONFIG}: lora_alpha must be a number above 0")
     _refuse_others(folder, config)
     shapes = dict(_opened(folder, lambda file, name: tuple(file.get_slice(name).get_shape())))
-    found = PeftFolder(folder, rank, alpha, config.get("use_rslora") is True, config.get("use_dora") is True, shapes)
+    targets = {name: config[name] for name in _TARGETS if config.get(name)}
+    bits = config.get("use_rslora") is True, config.get("use_dora") is True
+    found = PeftFolder(folder, rank, alpha, *bits, shapes, targets)
     expected = {f"{module}.{part}.weight" for module in found.modules for part in _PARTS[:2]}
     if found.dora:
         expected |= {f"{module}.{_PARTS[2]}" for module in found.modules}

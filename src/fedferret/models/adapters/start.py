@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.text import plain_line
 from fedferret.models.adapters.peft_folder import PeftFolder, part_of
 
 
@@ -23,8 +26,10 @@ def check_start(model: nn.Module, linear: Sequence[str], start: PeftFolder) -> t
         Full names of the modules with factors, in the model's order, and of those that are trained densely.
 
     Raises:
-        UserError: the model has no such module, or another shape, or ties a weight that the adapter trains apart.
+        UserError: the model has no such module, or another shape, or ties a weight that the adapter trains apart; or
+            the adapter's settings name other modules than its weights.
     """
+    _check_targets(model, linear, start)
     where = f"algorithm.adapter: {start.folder} does not fit this model"
     for name in start.modules:
         if name not in linear:
@@ -85,6 +90,31 @@ def saved(model: nn.Module, dense: Sequence[str]) -> dict[str, Tensor]:
     for module in dense:
         tensors |= {name: weight for name, weight in found.items() if name.startswith(f"{module}.")}
     return tensors
+
+
+def _check_targets(model: nn.Module, linear: Sequence[str], start: PeftFolder) -> None:
+    """Refuse an adapter that tunes other modules of this model by its settings, which peft goes by, than by weights."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    if "target_modules" not in start.targets:
+        return
+    where = f"algorithm.adapter: {start.folder} does not fit its settings on this model"
+    try:
+        config: Any = LoraConfig(**start.targets)
+        config = _maybe_include_all_linear_layers(config, model)
+        asked = [name for name in linear if check_target_module_exists(config, name)]
+        dense = [str(name) for name in config.modules_to_save or ()]
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{where}: {plain_line(str(error))}") from None
+    missing = [name for name in asked if name not in start.modules] + [
+        name for name in dense if not any(name in weight.split(".") or f"{name}." in weight for weight in start.dense)
+    ]
+    if missing:
+        raise UserError(f"{where}: it names {missing[0][:200]}, and has no weights for it")
+    for name in start.modules:
+        if name in linear and name not in asked:
+            raise UserError(f"{where}: it has weights for {name[:200]}, which it does not name")
 
 
 def _shape(module: nn.Module, part: str | None, rank: int) -> tuple[int, ...]:
