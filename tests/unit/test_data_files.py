@@ -121,6 +121,20 @@ def test_parquet_keeps_chat_messages(tmp_path):
     assert len(_trained(data)) == 10 and not data.held_out
 
 
+def test_objects_in_parquet_have_no_keys_of_other_rows(tmp_path):
+    """A table's objects all have the same keys; a model would learn to call a tool with arguments that are null."""
+
+    def row(number):
+        arguments = {"city": f"Ulm {number}"} if number % 2 else {"day": number}
+        call = {"function": {"name": "w", "arguments": arguments}}
+        return {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "tool_calls": [call]}]}
+
+    rows = [row(number) for number in range(40)]
+    paths = [_write(tmp_path / name, rows) for name in ("rows.jsonl", "rows.parquet")]
+    lines, table = (Files(path, partition=Partition(clients=2)).load(Key.of(1)) for path in paths)
+    assert lines.fingerprint == table.fingerprint
+
+
 def test_held_out_path_and_categories(tmp_path):
     path, other = _write(tmp_path / "rows.jsonl", ROWS), _write(tmp_path / "test.jsonl", ROWS[:5])
     data = Files(path=path, held_out_path=other, held_out_categories=("c",)).load(Key.of(1))

@@ -126,6 +126,7 @@ class ArrowRows:
         """
         self.name, self._table = name, table
         self._first, self._chunk = 0, list[Row]()
+        self._nested = "struct<" in str(table.schema)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -135,11 +136,23 @@ class ArrowRows:
         if not 0 <= index - self._first < len(self._chunk):
             self._first = index - index % CHUNK
             try:
-                self._chunk = self._table.slice(self._first, CHUNK).to_pylist()
+                chunk: list[Row] = self._table.slice(self._first, CHUNK).to_pylist()
+                self._chunk = [_without_nulls(row) for row in chunk] if self._nested else chunk
             except (ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{self.name}, row {self._first + 1} or later cannot be read: {reason}") from None
         return self._chunk[index - self._first]
+
+
+def _without_nulls(row: Row) -> Row:
+    """The row with objects that have the keys which other rows' objects gave them, at null, without these keys."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items() if each is not None}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in row.items()}
 
 
 def parsed(text: str | bytes | bytearray, where: str) -> object:
