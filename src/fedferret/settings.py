@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from fedferret.core.errors import UserError, nearest
 
 T = TypeVar("T")
+LARGEST = 3.4028e38  # of fp32
 WHOLE = 2**63  # TOML's whole numbers lie below it
 
 
@@ -100,8 +100,8 @@ def _refuse_unbounded(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for number, each in enumerate(value):
             _refuse_unbounded(each, f"{where}.{number}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}={value}: must be a finite number")
+    elif isinstance(value, float) and not abs(value) <= LARGEST:
+        raise UserError(f"{where}={value}: must be a finite number, at most {LARGEST:.4g}, which fp32 holds")
     elif isinstance(value, int) and not -WHOLE <= value < WHOLE:
         raise UserError(f"{where}: a whole number must lie between {-WHOLE} and {WHOLE - 1}")
 

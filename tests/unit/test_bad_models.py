@@ -73,6 +73,12 @@ def with_small_embedding(folder: Path) -> None:
     edit(folder / "config.json", vocab_size=100)
 
 
+def with_a_bias(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def without_a_layer(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=1)
 
@@ -125,8 +131,13 @@ def saved_by_torch(folder: Path) -> None:
         (with_nan, "its weights model.norm.weight hold NaN or infinity"),
         (with_small_embedding, "and the embedding has 100 rows; give the tokenizer that belongs to the model"),
         (without_a_layer, "9 of its weights are of layers that its config.json does not count"),
+        (with_a_bias, "1 of its weights belong to modules that by its config.json have no such part"),
         (code_in_the_tokenizer, "no such code is run"),
         (lambda folder: edit(folder / "config.json", quantization_config=[]), "has another form than transformers"),
+        (
+            lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+            "its weights are quantised already",
+        ),
         (pickled([1, 2, 3]), "could not be read from this folder"),
         (pickled(Planted()), "holds more than tensors, and nothing of it is run; save the model as safetensors"),
         (saved_by_torch, "holds more than tensors, and nothing of it is run; save the model as safetensors"),

@@ -74,6 +74,8 @@ def test_the_example_is_a_grid() -> None:
         ({"target_los": 3.0}, r'target_los: there is no such setting in a grid; did you mean "target_loss"\?'),
         ({"methods": []}, r"\[\[methods\]\]: this list of tables is missing"),
         ({"methods": [{"algorithm": FEDAVG}]}, r"methods\[1\].label=None: must be a name"),
+        ({"methods": [{"label": "A" * 400}]}, r"methods\[1\].label='A+…?': a label has at most 100 characters"),
+        ({"methods": [{"label": "A\x1b[31m"}]}, r"a label has at most 100 characters and no control"),
         ({"methods": [{"label": "…", "algorithm": FEDAVG}]}, r'"…": a label needs one of a-z or 0-9'),
         ({"methods": [{"label": "A b"}, {"label": "a B"}]}, r'"a B" and "A b" share a folder'),
         ({"methods": [{"label": "A", "clients": {}}]}, r"methods\[1\].clients: all methods of a grid have the same"),

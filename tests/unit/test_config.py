@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedferret.config import from_tables, load, written
+from fedferret.config import build_algorithm, from_tables, load, written
 from fedferret.core.errors import UserError
 from tiny_runs import tiny_recipe, tiny_tables
 
@@ -52,6 +52,24 @@ def test_runs_from_before_there_was_a_cut_keep_their_rule_and_their_name(tmp_pat
     assert "cut" not in older.identity_toml() and older.identity() != newer.identity()
     for recipe in (older, newer):
         assert written(tomllib.loads(recipe.identity_toml())).identity() == recipe.identity()
+
+
+def test_runs_from_before_there_were_schedules_and_precisions_keep_their_name(tmp_path: Path) -> None:
+    plain = {"name": "fedit", "training": {"steps": 1}}
+    named = tiny_recipe(tmp_path, algorithm=plain).identity_toml()
+    for later in ("dtype", "quantised", "schedule", "warmup", "rslora", "dora", "modules_to_save", "adapter"):
+        assert f"{later} = " not in named, later
+    for changed in ({"rslora": True}, {"training": {"steps": 1, "schedule": "cosine"}}):
+        other = tiny_recipe(tmp_path, algorithm={**plain, **changed})
+        assert other.identity_toml() != named and written(tomllib.loads(other.identity_toml())) == other
+    assert 'dtype = "bf16"' in tiny_recipe(tmp_path, model={"dtype": "bf16"}, algorithm=plain).identity_toml()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedit", "ferret", "fedavg-top-k"])
+@pytest.mark.parametrize("rate", [0.0, -1.0])
+def test_a_server_that_learns_nothing_or_backwards_is_refused(method: str, rate: float) -> None:
+    with pytest.raises(UserError, match=r"server_learning_rate=\S+ must be greater than 0"):
+        build_algorithm(method, {"server_learning_rate": rate})
 
 
 def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:

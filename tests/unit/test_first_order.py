@@ -203,6 +203,7 @@ def test_an_empty_client_and_a_broken_loss_are_refused() -> None:
         ({"learning_rate": float("nan")}, "learning_rate=nan: must be greater than 0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1: must not be negative"),
         ({"optimizer": "adamw", "momentum": 0.9}, "momentum is SGD's"),
+        ({"momentum": 1.0}, "must be below 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -78,6 +78,7 @@ def test_every_preset_is_valid_and_can_be_overridden(name: str) -> None:
         ({"inner": {"rate": -1}}, r"outer\.inner: rate=-1\.0: must be greater than 0"),
         ({"inner": 3}, r"outer\.inner=3"),
         ({"inner": {"rate": float("inf")}}, r"outer\.inner\.rate=inf: must be a finite number"),
+        ({"inner": {"rate": 1e39}}, r"outer\.inner\.rate=1e\+39: must be a finite number, at most 3.403e\+38"),
         ({"inner": {"rate": float("nan")}}, r"outer\.inner\.rate=nan: must be a finite number"),
         ({"inner": {"rate": 10**400}}, r"outer\.inner\.rate: a whole number must lie between"),
         ({"count": 2**63}, r"outer\.count: a whole number must lie between"),

@@ -103,6 +103,13 @@ def test_columns_that_a_setting_names_win_and_the_unused_are_named(tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("asked", [{"prompt_column": "response"}, {"input_column": "instruction"}])
+def test_one_column_has_one_part(asked: dict[str, str], tmp_path: Path) -> None:
+    """A model would learn to repeat its prompt."""
+    with pytest.raises(UserError, match="give each another"):
+        load(tmp_path, [{"instruction": "q", "response": "a"}], **asked)
+
+
 def test_keys_of_messages_that_are_not_read_are_named(tmp_path: Path) -> None:
     row = chat(("user", "q"), ("assistant", "a"))
     row["messages"][1] |= {"reasoning_content": "hm", "refusal": None}

@@ -19,9 +19,11 @@ from typing import Any
 
 from fedferret.config import Recipe, from_tables, merged
 from fedferret.core.errors import UserError, nearest
+from fedferret.core.text import printable
 
 TASK = ("model", "data", "objective", "text", "clients")
 PER_METHOD = ("rounds", "algorithm", "pool", "evaluation", "execution")  # what a method may override
+_LONGEST = 100  # characters of a label
 _GRID = ("seeds", "target", "target_loss", "budget_bytes", "methods")
 
 
@@ -175,6 +177,11 @@ def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterato
     label = entry.get("label")
     if not isinstance(label, str) or not label.strip():
         raise UserError(f"{where}.label={label!r}: must be a name for the table")
+    if printable(label, _LONGEST) != label:
+        raise UserError(
+            f"{where}.label={printable(label, 40)!r}: a label has at most {_LONGEST} characters and no control "
+            f"characters"
+        )
     overrides = {name: value for name, value in entry.items() if name not in ("label", "grid")}
     for name in overrides:
         _refuse_shared(name, f"{where}.{name}", ("label", "grid", *PER_METHOD))
@@ -183,6 +190,10 @@ def _rows(base: dict[str, Any], entry: Mapping[str, Any], where: str) -> Iterato
         for name, value in settings.items():
             tables = merged(tables, _nested(name, value))
         full = ", ".join([label, *(f"{short}={_shown(value)}" for short, value in _shortened(settings))])
+        if len(full) > 2 * _LONGEST:  # a folder has this name
+            raise UserError(
+                f"{where}.grid: {printable(full, 40)!r} and so on has {len(full)} characters; shorten the values"
+            )
         try:
             recipe = from_tables(tables)
         except UserError as error:

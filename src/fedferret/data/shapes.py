@@ -63,6 +63,11 @@ def shape_of(columns: Collection[str], asked: Mapping[str, str], source: str) ->
     prompt = asked.get("prompt") or _first(_PROMPTS, columns)
     response = asked.get("response") or _first(_RESPONSES, columns)
     if prompt and response:
+        used = [name for name in (prompt, asked.get("input"), response) if name]
+        if len(set(used)) < len(used):
+            raise UserError(
+                f"{source}: prompt, input and response are read of the columns {listed(used)}: give each another"
+            )
         return _pair_shape(prompt, asked.get("input"), response, columns, "response" in asked)
     if not paired and _TEXT in columns:
         return _text_shape(_TEXT)

@@ -121,6 +121,8 @@ class FirstOrder:
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must not be negative")
         check_warmup(self.warmup)
+        if self.momentum >= 1:
+            raise UserError(f"momentum={self.momentum}: must be below 1, or steps grow without end")
         if self.optimizer == "adamw" and self.momentum:
             raise UserError(f"momentum={self.momentum} with adamw: momentum is SGD's; remove it or choose sgd")
 

@@ -153,12 +153,20 @@ def folder_config(name: str) -> dict[str, Any] | None:
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f'model "{name}": its config.json is no configuration; fetch or save the folder again')
     found: dict[str, Any] = config
-    _refuse_code(name, found)
+    _refuse_what_is_not_read(name, found)
     return found
 
 
-def _refuse_code(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse an architecture that is code in the folder alone: nothing of it is run. Raises UserError."""
+def _refuse_what_is_not_read(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture that is code in the folder alone, of which nothing is run, and weights that are codes.
+
+    Raises UserError.
+    """
+    if config.get("quantization_config"):
+        raise UserError(
+            f'model "{name}": its weights are quantised already (quantization_config); give the model in full '
+            f'precision, and set model.quantised = "4-bit" or "8-bit"'
+        )
     if not config.get("auto_map"):
         return
     from transformers import CONFIG_MAPPING
@@ -271,6 +279,13 @@ def _read(
         raise UserError(
             f'model "{name}": {len(left)} of its weights are of layers that its config.json does not count, the first '
             f"is {left[0]}; fetch or save the folder again"
+        )
+    modules = {key.rpartition(".")[0] for key in model.state_dict()}
+    unread_parts = sorted(key for key in report["unexpected_keys"] if key.rpartition(".")[0] in modules)
+    if unread_parts:  # a bias or a scale, without which the module computes something else
+        raise UserError(
+            f'model "{name}": {len(unread_parts)} of its weights belong to modules that by its config.json have no '
+            f"such part, the first is {unread_parts[0]}; fetch or save the folder again, in full precision"
         )
     if unusable:
         raise UserError(
