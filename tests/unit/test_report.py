@@ -115,6 +115,14 @@ def test_a_name_in_any_script_is_drawn(tmp_path: Path) -> None:
     assert "問答 ☃" in report(tmp_path).text
 
 
+def test_rounds_that_are_no_numbers_are_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    events = tmp_path / "events.jsonl"
+    events.write_text(events.read_text().replace('"round": 1,', '"round": "1",').replace('"round":1,', '"round":"1",'))
+    with pytest.raises(UserError, match=r"events\.jsonl, line \d+ is damaged"):
+        write_report(tmp_path)
+
+
 def test_the_same_events_give_the_same_plots(tmp_path: Path) -> None:
     plots = []
     for name in ("a", "b"):

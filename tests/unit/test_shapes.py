@@ -163,6 +163,14 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "weight 0.5: give 0 or 1",
     ),
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [3]}]}, "a tool call has no"),
+    (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "f\ud800"}]}]},
+        "a tool or a call holds half of a character",
+    ),
+    (
+        {**chat(("user", "q"), ("assistant", "a")), "tools": [{"name": "f", "parameters": {"\udfff": 1}}]},
+        "a tool or a call holds half of a character",
+    ),
     ({"messages": [["user", "q"]]}, "message 1 is not an object"),
     ({"conversations": [{"from": "martian", "value": "q"}]}, "role 'martian' of a message is not one of"),
     ({"prompt": "q", "completion": ""}, 'column "completion" is empty'),

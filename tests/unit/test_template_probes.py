@@ -143,6 +143,13 @@ def test_what_stands_before_the_users_first_message_is_kept_or_counted(tmp_path:
     assert note.startswith("1 of 3 examples open with a message that is not the user's")
 
 
+def test_a_template_without_memory_is_said(tmp_path: Path) -> None:
+    template = made(tmp_path, EACH.replace("in messages", "in messages[-2:]"))
+    assert check(template, TOKENIZER, data(Example((ASK, REPLY), {})), 1000) == ()
+    (note,) = check(template, TOKENIZER, data(Example((ASK, REPLY, ASK, REPLY), {})), 1000)
+    assert note == "the chat template leaves out turns before the last question"
+
+
 def test_an_order_of_roles_that_fails_is_refused_before_work(tmp_path: Path) -> None:
     picky = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + EACH
     with pytest.raises(UserError, match="too long"):

@@ -14,7 +14,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.batches import TokenisedData
 from fedferret.data.encoded import EncodedData
-from fedferret.data.examples import Example, FederatedData, Turn
+from fedferret.data.examples import Example, FederatedData, Turn, instruction_example
 from fedferret.data.templates import template
 from fedferret.models.tiny import tiny_tokenizer
 
@@ -62,6 +62,13 @@ def test_a_text_file_is_a_template(tmp_path):
     assert _split(_dialogue("What is {input}?", "It"), str(path)) == ("Q: What is {input}? \nA: ", "It END<eos>")
 
 
+def test_a_text_file_without_a_place_for_the_input_has_it_after_the_instruction(tmp_path):
+    path = tmp_path / "template.txt"
+    path.write_text("\ufeffQ: {instruction}\nA: {response}", encoding="utf-8")
+    example = instruction_example("Add.", "1 and 2", "3", {})
+    assert _split(example, str(path)) == ("Q: Add.\n\n1 and 2\nA: ", "3<eos>")
+
+
 def test_a_jinja_file_is_a_chat_template(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
@@ -86,6 +93,8 @@ def test_a_prompt_that_opens_a_thinking_block_keeps_the_response(tmp_path):
     [
         ("a.txt", "{instruction}", "has no {response}"),
         ("a.txt", "{response} {instruction}", "has no {instruction}"),
+        ("a.txt", "{instruction} {Input} {response}", "has {Input}: write"),
+        ("a.txt", "{instruction} {response} {response}", "has {response} after {response}"),
         ("a.jinja", "{{ prompt }}", 'does not use "messages"'),
         ("a.txt", b"\xff\xfe", "is not UTF-8"),
     ],

@@ -39,6 +39,7 @@ class Habits:
     parts: bool = False  # content as a list of parts alone
     system: Literal["anywhere", "first", "nowhere"] = "anywhere"  # where a system turn may stand
     alternates: bool = False  # whether roles must alternate
+    earlier: bool = True  # whether it writes the turns before the last question
     tools: bool = True  # whether it writes the tools that are offered
     calls: Literal["objects", "texts", "none"] = "objects"  # how it reads the arguments of a call, if at all
 

@@ -183,7 +183,9 @@ def _parsed(text: str) -> object:
 def _plain(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The same value, made of JSON's types alone: it is hashed, and handed to templates."""
     try:
-        plain: Mapping[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        plain: Mapping[str, Any] = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         raise FaultyRow(f"{where}: a tool or a call holds values that JSON has not") from None
+    text_in(text, f"{where}: a tool or a call")  # refuses half of a character
     return plain

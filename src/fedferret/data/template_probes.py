@@ -68,6 +68,8 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     twice = (Turn("user", "zqfirst"), _USER, _ASSISTANT), (_USER, Turn("assistant", "zqfirst"), _ASSISTANT, *_LATER)
     if not all(_shows(chat, tokenizer, *turns) for turns in twice):
         chat = _with(chat, alternates=True)
+    if not _shows(chat, tokenizer, _USER, _ASSISTANT, *_LATER):
+        chat = _with(chat, earlier=False)
     tools = _shows(chat, tokenizer, _USER, _ASSISTANT, words=("zqname", "zqtool"), tools=True)
     return _with(chat, tools=tools, calls=_calls(chat, tokenizer))
 
@@ -182,6 +184,10 @@ def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
         turn.role == "system" for example in examples for turn in example.turns[moved:]
     ):
         notes.append("the chat template takes no such system turn: its text goes before the next turn of the user")
+    if not chat.habits.earlier and any(
+        "assistant" in (turn.role for turn in example.turns[:-1]) for example in examples
+    ):
+        notes.append("the chat template leaves out turns before the last question")
     if chat.habits.alternates and any(
         left.role == right.role != "tool" for example in examples for left, right in pairwise(example.turns[:-1])
     ):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
 @dataclass(frozen=True)
 class Text(Template):
     """Plain text around the instruction, the input and the response."""
@@ -31,7 +34,8 @@ class Text(Template):
     without_input: str | None = None  # instead of ``before`` for examples without input
 
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-        given = str(example.metadata.get("input", ""))
+        apart = "{input}" in self.before  # without a place for it, the input follows the instruction, as in a chat
+        given = str(example.metadata.get("input", "")) if apart else ""
         instruction = str(example.metadata["instruction"]) if given else _transcript(turns)
         text = self.before if given or self.without_input is None else self.without_input
         return _fill(text, {"instruction": instruction, "input": given})
@@ -70,7 +74,7 @@ def template(name: str) -> Template:
     if not path.is_file():
         raise UserError(f'there is no template "{name}": give "chat", "alpaca" or the path of a template file')
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a prompt
     except UnicodeDecodeError:
         raise UserError(f'template "{name}" is not UTF-8 text') from None
     if path.suffix in (".jinja", ".jinja2", ".j2"):
@@ -83,6 +87,13 @@ def template(name: str) -> Template:
             raise UserError(
                 f'template "{name}" has no {placeholder}: write {{instruction}}, {{input}} if wanted, then {{response}}'
             )
+    unknown = [*(set(_PLACEHOLDER.findall(before)) - {"instruction", "input"}), *_PLACEHOLDER.findall(after)]
+    if unknown:
+        place = " after {response}" if f"{{{unknown[0]}}}" in after else ""
+        raise UserError(
+            f'template "{name}" has {{{unknown[0][:40]}}}{place}: write {{instruction}}, {{input}} if wanted, then '
+            f"{{response}} once, and other words without braces"
+        )
     return Text(before=before, after=after.rstrip("\n"))
 
 

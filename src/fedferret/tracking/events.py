@@ -219,10 +219,11 @@ def read(folder: Path) -> Run:
 
     try:
         run = replay(counted())
+        fault = _fault(run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder / FILE}, line {line} is damaged ({reason}): {RESTORE}") from None
-    if fault := _fault(run):
+    if fault:
         raise UserError(f"{folder / FILE} is damaged ({fault}): {RESTORE}")
     return run
 
