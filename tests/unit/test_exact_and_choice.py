@@ -117,6 +117,13 @@ def test_all_choices_of_an_example_have_the_same_prompt() -> None:
     assert len(seen) == 2 and seen[0] == seen[1] and len(seen[0]) == 20
 
 
+def test_choices_that_are_equal_once_they_are_cut_are_not_told_apart() -> None:
+    language_model = models.load("tiny")
+    alike = ("a" * 300 + "b", "a" * 300 + "c")
+    for right in (0, 1):
+        assert scores(language_model, [question(1, alike, right)], max_tokens=64)["choice"] == 0.0
+
+
 def test_examples_without_choices_are_left_out() -> None:
     plain = Example((Turn("user", "Why?"), Turn("assistant", "So.")))
     language_model = models.load("tiny")
@@ -137,6 +144,14 @@ def test_choices_come_from_a_column(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"row 1: the choices .* are not a list of texts that includes the response"
         ):
+            Files(path=str(file), client_column="who").load(Key.of(1))
+    for wrong, message in (
+        ('["2", "2"]', "two choices are the same text"),
+        ('["2", "\\ud800"]', "a choice holds half of a character"),
+        ('["2", null]', "a choice holds null, not a text"),
+    ):
+        file.write_text((row % "a").replace('["1", "2"]', wrong))
+        with pytest.raises(UserError, match=message):
             Files(path=str(file), client_column="who").load(Key.of(1))
     file.write_text(row % "a")
     with pytest.raises(UserError, match=r'has no column "options" \(data.choices_column\)'):

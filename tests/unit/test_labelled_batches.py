@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.examples import Example, Image, Turn
-from fedferret.data.labelled_batches import LabelledImages, LabelledTexts
+from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, cut_texts
 from fedferret.models.tiny import tiny_tokenizer
 
 CLASSES = ("sport", "politics", "weather")
@@ -105,6 +105,10 @@ def test_a_text_is_cut_at_the_end_and_special_tokens_stay():
     (batch,) = LabelledTexts.of([text("a b c a", "sport"), text("b", "sport")], tokenizer, 4, CLASSES).batches(2, None)
     assert batch.input_ids.tolist() == [[1, 3, 4, 2], [1, 4, 2, 0]]
     assert tokenizer.truncation_side == "left"
+    parts = [[text("a b c a", "sport"), text("b", "sport")], [text("a b", "sport")]]
+    (note,) = cut_texts(parts, tokenizer, 4)
+    assert note == "text.max_tokens=4 cuts, of all 3 texts, 1 at the end (33% of their tokens are lost)"
+    assert cut_texts(parts, tokenizer, 6) == ()
 
 
 def test_an_image_has_as_many_pixels_as_its_shape_says():

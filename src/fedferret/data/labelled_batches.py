@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fedferret.core.keys import Key
 
 
+_SAMPLE = 400  # texts that are tokenised before work
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """B texts, padded on the right to the longest of T tokens; int64. ``attention_mask`` is 1 on tokens."""
@@ -269,3 +272,32 @@ def labels_of(examples: Sequence[Example], classes: Sequence[str], *, images: bo
         rows = "1 row" if count == 1 else f"{count:,} rows"
         raise UserError(f'label "{printable(label, 60)}" ({rows}) is no class: {nearest(label, classes)}')
     return [index[example.response] for example in examples]
+
+
+def cut_texts(
+    parts: Sequence[Sequence[Example]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[str, ...]:
+    """Find out what ``max_tokens`` cuts off texts.
+
+    Args:
+        parts: of all clients and held-out sets, each with an example.
+        tokenizer: the model's.
+        max_tokens: tokens per text, special tokens included.
+
+    Returns:
+        A line for the user on all texts, or on a sample; none where all fit.
+    """
+    total, passed = sum(map(len, parts)), 0
+    step = max(1, -(-total // _SAMPLE))
+    lengths: list[int] = []
+    for part in parts:
+        texts = [part[index].prompt for index in range(-passed % step, len(part), step)]
+        lengths += map(len, tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+        passed += len(part)
+    cut = [length for length in lengths if length > max_tokens]
+    if not cut:
+        return ()
+    of = f"all {total:,} texts" if step == 1 else f"{len(lengths):,} of {total:,} texts"
+    lost = 1 - len(cut) * max_tokens / sum(cut)
+    how = f"{len(cut):,} at the end ({lost:.0%} of their tokens are lost)"
+    return (f"text.max_tokens={max_tokens} cuts, of {of}, {how}",)

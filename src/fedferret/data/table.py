@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, FederatedData, check_at_least, check_fraction
 from fedferret.data.faulty_rows import FaultyRow, FaultyRows, records, text_in, text_of
+from fedferret.data.messages import shown
 from fedferret.data.partition import Partition, client_names
 from fedferret.data.rows import Row
 from fedferret.data.shapes import Shape, require, shape_of, unused
@@ -227,6 +228,10 @@ def _trained_too(training: Iterable[int], held_out: Sequence[int]) -> tuple[str,
 
 
 def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or response not in map(str, value):
-        raise FaultyRow(f"{where}: the choices {value!r:.60} are not a list of texts that includes the response")
-    return tuple(map(str, value))
+    listing = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    choices = tuple(text_in(choice, f"{where}: a choice", numbers=True) for choice in listing)
+    if response not in choices:
+        raise FaultyRow(f"{where}: the choices {shown(value)} are not a list of texts that includes the response")
+    if len(set(choices)) < len(choices):
+        raise FaultyRow(f"{where}: two choices are the same text; give each once")
+    return choices

@@ -83,9 +83,15 @@ def choice_scores(
         choices = choices_of(example)
         sums = [next(losses) for _ in choices]
         by_length = [total / max(1, len(choice)) for total, choice in zip(sums, choices, strict=True)]
-        right += choices[sums.index(min(sums))] == example.response
-        right_by_length += choices[by_length.index(min(by_length))] == example.response
+        own = choices.index(example.response)
+        right += _alone_lowest(sums, own)
+        right_by_length += _alone_lowest(by_length, own)
     return {"choice": right / len(asked), "choice-by-length": right_by_length / len(asked)}
+
+
+def _alone_lowest(losses: Sequence[float], own: int) -> bool:
+    """Whether one loss is below all others: choices that are equal once they are cut are not told apart."""
+    return all(losses[own] < loss for number, loss in enumerate(losses) if number != own)
 
 
 @torch.no_grad()

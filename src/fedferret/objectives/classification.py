@@ -32,7 +32,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.data.examples import Example, FederatedData
 from fedferret.data.label_checks import check_labels
-from fedferret.data.labelled_batches import LabelledImages, LabelledTexts
+from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, cut_texts
 from fedferret.data.text import TextSettings
 from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
@@ -212,6 +212,13 @@ class Classification(ModelObjective):
             return texts
 
         return encode
+
+    def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
+        """Say how much of the texts ``max_tokens`` cuts off."""
+        if loaded.tokenizer is None:
+            return ()
+        parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
+        return cut_texts([part for part in parts if part], loaded.tokenizer, text.max_tokens)
 
     def reads_every_token(self, loaded: Loaded) -> bool:
         """Compare the tokenizer with the embedding."""
