@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedferret.tracking.environment import environment
+
 ROWS = 200_000
 RECIPE = """
 rounds = 1
@@ -97,7 +99,8 @@ def main() -> None:
     if given.save:
         path = Path(__file__).parent / "results" / "rows.json"
         saved = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**saved, given.name: figures}, indent=1) + "\n")
+        machine = {"machine": environment()}
+        path.write_text(json.dumps({**saved, given.name: {**figures, **machine}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

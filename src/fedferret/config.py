@@ -341,11 +341,9 @@ def build_algorithm(name: str, table: Mapping[str, Any]) -> Algorithm[Any, Any, 
             raise UserError(f'algorithm.preset="{preset}": there is no such preset; {allowed}')
         settings = merged(presets[preset], settings)
     algorithm = build(kind, settings, "algorithm")
-    rate, momentum = getattr(algorithm, "server_learning_rate", 1.0), getattr(algorithm, "server_momentum", 0.0)
+    rate = getattr(algorithm, "server_learning_rate", 1.0)
     if not rate > 0:
         raise UserError(f"algorithm.server_learning_rate={rate}: must be greater than 0")
-    if not 0 <= momentum < 1:
-        raise UserError(f"algorithm.server_momentum={momentum}: must be from 0 to below 1")
     return algorithm
 
 

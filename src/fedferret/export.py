@@ -29,6 +29,7 @@ from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.task import Task
+from fedferret.core.text import plain_line
 from fedferret.experiment import begun_recipe, check_start
 from fedferret.export_dtype import chosen_dtype, round_to, widen
 from fedferret.models.adapters import adapter_of
@@ -112,7 +113,7 @@ class TunedDelta:
                 objective.pop(word, None)
             return build_objective(name, objective), train, build_algorithm(self.method, dict(settings))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = plain_line(f"{type(error).__name__}: {error}")
             raise UserError(f"the log of {self.method} cannot be applied, its settings are none ({reason})") from None
 
     def base(self, name: str) -> ModelSettings:
@@ -248,7 +249,7 @@ def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.M
     except (UserError, RunError):
         raise
     except Exception as error:  # whatever a log brings that was not written for this method and model
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = plain_line(f"{type(error).__name__}: {error}")
         raise RunError(
             f"the log of {delta.method} cannot be applied to {base.name} ({reason}): nothing was written"
         ) from None

@@ -7,6 +7,7 @@ the client, the category, the number of examples and a hash, some forty bytes. O
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,7 +124,29 @@ class StoredRecords(Sequence[Any]):
         return tuple(chain.from_iterable(self._kept[number].examples for number in chosen))
 
 
-class StoredExamples(Sequence[Example]):
+class ExamplesByNumber(Sequence[Example]):
+    """Examples that are made when they are asked for; a slice of them is a tuple."""
+
+    @abstractmethod
+    def example(self, number: int) -> Example:
+        """Make an example.
+
+        Args:
+            number: from 0 to below the length.
+        """
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        numbers = range(len(self))[index]
+        return self.example(numbers) if isinstance(numbers, int) else tuple(map(self.example, numbers))
+
+
+class StoredExamples(ExamplesByNumber):
     """Examples of many rows; one that is asked for is made of its row."""
 
     def __init__(self, records: StoredRecords, chosen: array[int]) -> None:
@@ -140,22 +163,14 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._chosen) if self._ends is None else self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
-        if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        index = range(len(self))[index]
+    def example(self, number: int) -> Example:
+        """See ``ExamplesByNumber``."""
         if self._ends is None:
-            example: Example = self._records[self._chosen[index]].examples[0]
+            example: Example = self._records[self._chosen[number]].examples[0]
             return example
-        place = bisect_right(self._ends, index)
+        place = bisect_right(self._ends, number)
         examples: tuple[Example, ...] = self._records[self._chosen[place]].examples
-        return examples[index - self._ends[place]]  # from the end of the record's examples
+        return examples[number - self._ends[place]]  # from the end of the record's examples
 
     def __iter__(self) -> Iterator[Example]:
         for number in self._chosen:
@@ -201,7 +216,7 @@ def taken(examples: Sequence[Example], numbers: Iterable[int]) -> Sequence[Examp
     return tuple(examples[number] for number in numbers)
 
 
-class Chosen(Sequence[Example]):
+class Chosen(ExamplesByNumber):
     """Some of many examples, by number."""
 
     def __init__(self, examples: Sequence[Example], numbers: Iterable[int]) -> None:
@@ -216,13 +231,6 @@ class Chosen(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
-        if isinstance(index, slice):
-            return tuple(self._examples[number] for number in self._numbers[index])
-        return self._examples[self._numbers[index]]
+    def example(self, number: int) -> Example:
+        """See ``ExamplesByNumber``."""
+        return self._examples[self._numbers[number]]

@@ -10,6 +10,7 @@ For the same reason the embedding's ``padding_idx`` is cleared: torch gives that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fedferret.core.errors import UserError
 from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
+from fedferret.core.pooling import within
 from fedferret.models.catalogue import IMAGE_MODELS, PACKAGED, TINY_ENCODER
 from fedferret.models.devices import resolve_device
 from fedferret.models.folders import build_folder
@@ -187,8 +189,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
     for parameter, weight in model.named_parameters():
         if type(weight.data) is not Tensor or not weight.is_floating_point():  # held in few bits
             continue
-        # NaN and infinity survive into the sum, which needs no mask of the tensor's size; there, large numbers overflow
-        if not weight.detach().sum().isfinite() and not weight.isfinite().all():
+        if not within(weight, math.inf):
             raise UserError(
                 f'model "{name}": its weights {parameter} hold NaN or infinity; fetch or save the model again'
             )

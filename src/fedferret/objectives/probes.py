@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.core.text import printable
+from fedferret.core.text import plain_line, printable
 from fedferret.data.batches import IGNORED, Batch, TokenisedData
 from fedferret.data.templates import Tokens
 from fedferret.models.adapters import prefix_of, transformer_of
@@ -76,7 +76,7 @@ def check_language_model(name: str, model: nn.Module, scored: Scored, packed: bo
     except UserError:
         raise
     except Exception as error:  # whatever an architecture raises for inputs that it does not take
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = plain_line(f"{type(error).__name__}: {error}", 200)
         prompt = " behind a learned prompt" if prefix_of(model, 1) is not None else ""
         raise UserError(f'model "{name}": {kind} cannot read a row of tokens{prompt} ({reason})') from error
     if packed:

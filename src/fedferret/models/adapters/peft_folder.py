@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fedferret.core import tree
 from fedferret.core.errors import UserError
+from fedferret.core.pooling import within
+from fedferret.core.text import plain_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -78,7 +81,7 @@ class PeftFolder:
         found = {}
         for name, tensor in _opened(self.folder, lambda file, name: file.get_tensor(name)):
             found[name] = tensor.float()
-            if not found[name].isfinite().all():
+            if not within(found[name], math.inf):
                 raise UserError(f"algorithm.adapter: {self.folder / WEIGHTS}: {name} holds NaN or infinity")
         return found
 
@@ -166,7 +169,7 @@ def _config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"algorithm.adapter: {path} is missing: give a folder that peft has written") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_line(str(error), 200)
         raise UserError(f"algorithm.adapter: {path} cannot be read ({reason})") from None
     if not isinstance(config, dict):
         raise UserError(f"algorithm.adapter: {path} holds no settings")
@@ -204,7 +207,7 @@ def _opened(folder: Path, read: Any) -> Iterator[tuple[str, Any]]:
                     raise UserError(f"algorithm.adapter: {path}: {name[:200]} is no name of peft's")
                 yield name.removeprefix(_PREFIX), read(file, name)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_line(str(error), 200)
         raise UserError(f"algorithm.adapter: {path} cannot be read ({reason})") from None
 
 
