@@ -165,6 +165,19 @@ def test_data_that_is_mended_before_the_first_round_is_accepted(tmp_path: Path) 
     assert run(tiny_recipe(tmp_path, rounds=1), out, silent)["status"] == "finished"
 
 
+def test_a_start_that_is_refused_after_it_wrote_leaves_nothing(tmp_path: Path) -> None:
+    """Recipe, events and first evaluation are on disk when round 1 begins."""
+    out = tmp_path / "runs" / "one"
+
+    def refuse(client: str) -> None:
+        assert (out / "recipe.toml").exists() and (out / "events.jsonl").exists()
+        raise UserError("no client takes part")
+
+    with pytest.raises(UserError, match="no client takes part"):
+        run(tiny_recipe(tmp_path), out, silent, on_client=refuse)
+    assert not out.parent.exists()
+
+
 def test_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     out, root = tmp_path / "run", tmp_path
     run(tiny_recipe(tmp_path, rounds=1), out, silent)
