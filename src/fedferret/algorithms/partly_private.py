@@ -65,13 +65,14 @@ class PartlyPrivate(FedAvg):
             public: the public state after the round before.
 
         Returns:
-            Names in the model's order; in this base class ``shares`` of all tuned weights. A subclass whose choice
-            depends on ``public`` replaces ``wire_cost`` too, which knows no public state.
+            Names in the model's order; in this base class ``shares`` of all tuned weights. A subclass in which
+            ``public`` decides replaces ``wire_cost`` too, which knows no public state.
         """
         return self.shares(public.weights)
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """At least one weight must be shared."""
+        super().check(model, rounds)
         if not self.shares(tree.parameters(model)):
             raise UserError(
                 f"{self.name}: of what it tunes in this model nothing would be shared; choose other modules"
