@@ -68,6 +68,13 @@ METHODS: dict[str, AnyAlgorithm] = {
         _ferret, keys="per-client", server_momentum=0.5, error_feedback=True, scale="shrunk", server_learning_rate=0.5
     ),
     "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
+    "ferret-over-lora": Ferret(
+        over={"name": "fedit", "rank": 2, "alpha": 4, "modules": ["0", "2"]},
+        coordinates=8,
+        group_size=8,
+        server_learning_rate=0.5,
+        training=_adam,
+    ),
     "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
     "ferret-published": FerretPublished(
         coordinates=12, server_learning_rate=0.5, training=replace(TRAINING, learning_rate=0.02, steps=3)

@@ -168,5 +168,5 @@ def test_a_rank_above_a_matrixs_is_refused_before_work() -> None:
     for kind in kinds:
         fits, above = (kind(**{**SETTINGS, "modules": ("0",), "rank": rank}) for rank in (4, 5))
         fits.check(fits.prepare(toy_model(), Key(1)), 1)
-        with pytest.raises(UserError, match=r"algorithm\.rank=5: 0 has 16 x 4 weights.* set rank=4 or less"):
+        with pytest.raises(UserError, match=r"^rank=5: 0 has 16 x 4 weights.* set rank=4 or less"):
             above.check(above.prepare(toy_model(), Key(1)), 1)

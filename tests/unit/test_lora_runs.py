@@ -12,7 +12,7 @@ from fedferret import models
 from fedferret.build import check
 from fedferret.core.errors import UserError
 from fedferret.experiment import Experiment
-from fedferret.export import export_folder
+from fedferret.export import apply_delta, export_delta, export_folder, read_delta
 from fedferret.runner import run
 from tiny_runs import silent, tiny_recipe
 from unit.tiny_adapters import batch
@@ -51,3 +51,18 @@ def test_fedsa_lora_has_the_figures_of_its_clients_and_no_model_to_export(tmp_pa
     assert summary["eval_loss"][-1] < summary["eval_loss"][0] - 0.05
     with pytest.raises(UserError, match="fedsa-lora has no global model"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)
+
+
+def test_ferret_over_fedit_sends_a_projection_and_its_adapter_is_exported(tmp_path: Path) -> None:
+    training = {"learning_rate": 0.3, "steps": 3, "clip": "none"}
+    algorithm = {"name": "ferret", "over": {"name": "fedit", "rank": 4}, "coordinates": 512, "training": training}
+    summary = run(tiny_recipe(tmp_path, rounds=3, algorithm=algorithm), tmp_path / "run", silent)
+    assert summary["eval_loss"][-1] < summary["eval_loss"][0] - 0.05
+    export_folder(tmp_path / "run", tmp_path / "adapter", silent, adapter_alone=True)
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    export_folder(tmp_path / "run", tmp_path / "model", silent)
+    export_delta(tmp_path / "run", tmp_path / "delta", silent)
+    assert (
+        apply_delta("tiny", tmp_path / "delta", tmp_path / "again", silent)
+        == read_delta(tmp_path / "delta").fingerprint
+    )

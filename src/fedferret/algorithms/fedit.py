@@ -92,7 +92,7 @@ class FedIT(FedAvg):
             most = min(a.shape[1], b.shape[0])
             if self.rank is not None and self.rank > most:
                 raise UserError(
-                    f"algorithm.rank={self.rank}: {name} has {b.shape[0]} x {a.shape[1]} weights, so a product of "
+                    f"rank={self.rank}: {name} has {b.shape[0]} x {a.shape[1]} weights, so a product of "
                     f"factors has at most rank {most}; set rank={most} or less, or leave such modules out of modules"
                 )
 

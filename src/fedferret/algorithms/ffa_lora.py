@@ -1,4 +1,4 @@
-"""FFA-LoRA: FedIT whose matrices A keep their first values, so that the mean of the factors is the mean of the models.
+"""FFA-LoRA: FedIT with the matrices A frozen, so that the mean of the factors is the mean of the models.
 
 Sun, Li, Li, Ding. "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, arXiv 2403.12313.
 
