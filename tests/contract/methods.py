@@ -10,15 +10,18 @@ from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
 from fedferret.algorithms.fedavg_top_k import FedAvgTopK
+from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.algorithms.fedsa_lora import FedSALoRA
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -65,6 +68,13 @@ METHODS: dict[str, AnyAlgorithm] = {
         _ferret, keys="per-client", server_momentum=0.5, error_feedback=True, scale="shrunk", server_learning_rate=0.5
     ),
     "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
+    "ferret-over-lora": Ferret(
+        over={"name": "fedit", "rank": 2, "alpha": 4, "modules": ["0", "2"]},
+        coordinates=8,
+        group_size=8,
+        server_learning_rate=0.5,
+        training=_adam,
+    ),
     "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
     "ferret-published": FerretPublished(
         coordinates=12, server_learning_rate=0.5, training=replace(TRAINING, learning_rate=0.02, steps=3)
@@ -84,6 +94,9 @@ METHODS: dict[str, AnyAlgorithm] = {
         rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
     ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
+    "ffa-lora": FFALoRA(rank=2, alpha=8, modules=("0", "2"), training=_adam),
+    "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
+    "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},

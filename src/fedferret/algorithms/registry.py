@@ -26,6 +26,9 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedmezo": ("fedmezo", "FedMeZO", "FedAvg of clients that train by forward passes alone, with central differences"),
     "fedit": ("fedit", "FedIT", "LoRA, first-order steps, megabytes: the mean of the clients' factors"),
     "fedit-sgd": ("fedit", "FedITSGD", "FedIT with plain gradient steps"),
+    "ffa-lora": ("ffa_lora", "FFALoRA", "FedIT with the factors A frozen: half the bytes, and the mean is exact"),
+    "fedsa-lora": ("fedsa_lora", "FedSALoRA", "LoRA with the factors A averaged, and B each client's own"),
+    "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
 }

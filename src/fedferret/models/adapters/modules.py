@@ -96,9 +96,12 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
         chosen, missing = _selected(names, given)
     if missing:
         known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        where = f'algorithm.modules="{missing[0]}"'
+        if given == ALL_LINEAR:
+            raise UserError(f"{where}: this model has no linear module but its output head; name it: {known}")
         raise UserError(
-            f'algorithm.modules="{missing[0]}": no linear module is called so; this model has {known}; '
-            f"give some of these, or leave the setting out"
+            f"{where}: no linear module is called so; this model has {known}; give some of these, set "
+            f'modules = "{ALL_LINEAR}", or leave modules out'
         )
     return chosen
 
