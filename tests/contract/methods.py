@@ -18,6 +18,7 @@ from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedsa_lora import FedSALoRA
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
@@ -98,6 +99,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
+    "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(

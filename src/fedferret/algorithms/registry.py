@@ -30,6 +30,11 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedsa-lora": ("fedsa_lora", "FedSALoRA", "LoRA with the factors A averaged, and B each client's own"),
     "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
+    "fedptuning-v2": (
+        "fedptuning_v2",
+        "FedPTuningV2",
+        "keys and values that every attention layer reads first: the mean of the clients'",
+    ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
 }
 
