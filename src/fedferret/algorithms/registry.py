@@ -28,6 +28,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedit-sgd": ("fedit", "FedITSGD", "FedIT with plain gradient steps"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
+    "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 
 

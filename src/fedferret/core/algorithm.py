@@ -82,7 +82,6 @@ class Pooled(Generic[Sum]):
     sums: tuple[Sum, ...]
     weights: tuple[float, ...]  # one per client, in client order
     clients: tuple[str, ...] = ()  # their names, from the round loop: what a server keeps per client is found by these
-    population: int = 0  # clients that the cohort was sampled from
 
     @property
     def only(self) -> Sum:
