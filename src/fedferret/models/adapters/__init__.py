@@ -15,7 +15,7 @@ from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, 
 from fedferret.models.adapters.lora import LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.peft_folder import read_peft_folder
-from fedferret.models.adapters.prefix import Prefix, only_prefixes, prefix_layers, without_prefixes
+from fedferret.models.adapters.prefix import Prefix, prefix_layers, without_prefixes
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "default_modules",
     "factors",
     "linear_modules",
-    "only_prefixes",
     "prefix_layers",
     "prefix_of",
     "read_peft_folder",

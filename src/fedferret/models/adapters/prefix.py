@@ -12,7 +12,7 @@ transformers draws embeddings: a prefix of nearly zero takes some attention and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch
+from fedferret.models.adapters.attention import KEY, VALUE, attention_layers, switch
 from fedferret.models.adapters.drawing import no_trace, standard_normal
 from fedferret.models.adapters.interface import Adapter
 from fedferret.models.classifiers import Classifier, TextClassifier
@@ -97,28 +97,6 @@ def without_prefixes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         switch(model, True)
-
-
-@contextmanager
-def only_prefixes(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
-    """Within this context attention layers that are not named read no prefix; backward passes belong into it too.
-
-    Args:
-        model: what ``Prefix.attach`` returned.
-        layers: full names of attention layers.
-
-    Returns:
-        A context in which prefixes that are not read get no gradient.
-    """
-    modules = {name.removesuffix(f".{KEY}") for name, _ in prefix_layers(model)} - set(layers)
-    unread = [model.get_submodule(name) for name in sorted(modules)]
-    for module in unread:
-        setattr(module, UNREAD, True)
-    try:
-        yield
-    finally:
-        for module in unread:
-            delattr(module, UNREAD)
 
 
 def _transformer(model: nn.Module) -> Any:
