@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.ferret import Ferret
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
@@ -198,7 +199,7 @@ def sentences(rows: Rows) -> Batch:
 
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
-    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPepTAO)
+    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO)
     blocks = 3 if isinstance(algorithm, FedPepTAO) else 1  # it chooses among them
     model = toy_language_model(blocks) if language else toy_model()
     if algorithm:

@@ -17,6 +17,7 @@ from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
@@ -87,6 +88,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
+    "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedpeptao": FedPepTAO(layers=0.6, virtual_tokens=3, server_rate=0.2, training=_prefixes),
     "fedpeptao-all-layers": FedPepTAO(layers=1.0, virtual_tokens=3, server_rate=0.0, training=_prefixes),

@@ -45,7 +45,10 @@ def method(request: pytest.FixtureRequest) -> AnyAlgorithm:
     return METHODS[request.param]
 
 
-@pytest.mark.parametrize(("name", "count"), [("fedit", 12_712_960), ("fedptuning", 30_793_600), ("fedprompt", 64_000)])
+SIZES = {"fedit": 12_712_960, "fedptuning": 30_793_600, "fedptuning-v2": 20 * 26 * 2 * 3200, "fedprompt": 64_000}
+
+
+@pytest.mark.parametrize(("name", "count"), SIZES.items())
 def test_the_sizes_on_open_llama_3b_are_the_published_ones(name: str, count: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -100,6 +100,8 @@ def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finish
         ("tiny", {"name": "fedprox", "training": TRAINING}),
         ("tiny", {"name": "ferret", "training": {"learning_rate": 0.3, "steps": 5, "batch_size": 4}}),
         ("tiny-encoder", {"name": "fedkseed", "training": {"steps": 5}}),
+        ("tiny", {"name": "fedprompt", "training": TRAINING}),
+        ("tiny-encoder", {"name": "fedptuning-v2", "training": TRAINING}),
     ],
 )
 def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: Path) -> None:
@@ -212,7 +214,6 @@ def test_images_train_and_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"algorithm": {"name": "fedprompt"}}, 'fedprompt cannot take objective "classification", only next-token'),
         ({"model": {"name": "lenet5"}}, 'model "lenet5": it reads images, and the data are texts'),
         ({"objective": {"classes": ["food", "sky"]}}, "sport"),
         ({"objective": {"classes": ["food"]}}, "name at least two"),
@@ -222,6 +223,10 @@ def test_images_train_and_export(tmp_path: Path) -> None:
         ({"evaluation": {"metrics": ["rouge-l"]}}, "generates no answers"),
         ({"clients": {"held_out": 1.0}}, "held_out=1.0"),
         ({"objective": {"classes": [*WORDS, "war"]}}, "war"),
+        (
+            {"text": {"max_tokens": 500}, "model": {"name": "tiny-encoder"}, "algorithm": {"name": "fedprompt"}},
+            "has 512 positions, 20 of which a learned prompt takes; set max_tokens to at most 492",
+        ),
         ({"model": {"name": "tiny", "train": "head"}, "algorithm": {"name": "fedit"}}, 'model.train="head": fedit'),
         ({"algorithm": {"name": "fedit", "modules": ["head"]}}, 'modules="head": no linear module'),
     ],

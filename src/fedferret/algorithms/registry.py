@@ -27,6 +27,11 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedit": ("fedit", "FedIT", "LoRA, first-order steps, megabytes: the mean of the clients' factors"),
     "fedit-sgd": ("fedit", "FedITSGD", "FedIT with plain gradient steps"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
+    "fedptuning-v2": (
+        "fedptuning_v2",
+        "FedPTuningV2",
+        "keys and values that every attention layer reads first: the mean of the clients'",
+    ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }

@@ -34,7 +34,9 @@ from fedferret.data.examples import Example, FederatedData
 from fedferret.data.label_checks import check_labels
 from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, cut_texts
 from fedferret.data.text import TextSettings
+from fedferret.models.adapters import prefix_of
 from fedferret.models.catalogue import IMAGE_MODELS
+from fedferret.models.positions import check_positions
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 from fedferret.objectives.probes import check_tokens, has_every_token
 
@@ -181,6 +183,12 @@ class Classification(ModelObjective):
         super().check(model, text)
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
+
+    def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
+        """Refuse texts that do not fit behind a learned prompt. Raises UserError."""
+        prompt = prefix_of(model, 1)
+        if prompt is not None:
+            check_positions(name, model.encoder, text.max_tokens, prompt.shape[1])  # type: ignore[arg-type]
 
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images where the model reads text, the reverse, and labels that are no classes. Raises UserError."""

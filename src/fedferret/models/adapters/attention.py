@@ -54,7 +54,7 @@ def attention_layers(model: nn.Module, transformer: Any) -> list[AttentionLayer]
     """Which modules attend by the interface, in the order in which a row passes them.
 
     Args:
-        model: whose names are given; without an adapter, on any device, the meta device included.
+        model: names modules; without an adapter, on any device, the meta device included.
         transformer: the transformers model in it, which reads a row of three tokens.
 
     Returns:
@@ -72,6 +72,8 @@ def attention_layers(model: nn.Module, transformer: Any) -> list[AttentionLayer]
     device = next(transformer.parameters()).device
     if device.type == "meta":  # where maps of many experts are known in bf16 alone
         probe = copy.deepcopy(transformer).bfloat16()
+        for config in _configs(probe):
+            config.pad_token_id = None  # some look for it in the row, to warn
         names |= {new: names[old] for old, new in zip(transformer.modules(), probe.modules(), strict=True)}
     try:
         switch(probe, True)
