@@ -95,7 +95,14 @@ def test_without_prefixes_a_model_is_its_base_to_the_bit_and_others_never_read_t
     assert not torch.equal(expected, behind)
     with adapters.without_prefixes(model):
         assert torch.equal(model(input_ids=IDS).logits, expected)
+        with adapters.without_prefixes(model, {1}):
+            pass
+        assert torch.equal(model(input_ids=IDS).logits, expected)
     assert torch.equal(model(input_ids=IDS).logits, behind)
+    with adapters.without_prefixes(model, {1}):
+        model(input_ids=IDS).logits.sum().backward()
+    read = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert read == list(adapters.prefix_layers(model)[0])
     assert torch.equal(plain(input_ids=IDS).logits, expected)
     kept = plain.state_dict().keys()
     assert torch.equal(adapters.released(model)(input_ids=IDS).logits, expected) and model.state_dict().keys() == kept

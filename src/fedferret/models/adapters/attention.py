@@ -25,6 +25,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
 
 KEY, VALUE = "prefix_key", "prefix_value"  # a layer's parameters, shape (p, heads * width of a head)
+UNREAD = "prefix_unread"  # a layer's attribute: whether its prefix is left out for now
 _NAMES = {"sdpa": "fedferret_prefix_sdpa", "eager": "fedferret_prefix_eager"}  # by what the model had
 _PROBE = 3  # tokens; their numbers are 1, 2, 3
 
@@ -155,7 +156,7 @@ def _attend(
         seen.setdefault(module, (key.shape[1], key.shape[3], value.shape[3]))
         return query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[3]), None
     prefix = getattr(module, KEY, None)
-    if prefix is None:
+    if prefix is None or module.__dict__.get(UNREAD, False):
         return attend(module, query, key, value, attention_mask, **options)
     if plain == "sdpa" and attention_mask is None:
         attention_mask = _implied(module, query, key, options.get("is_causal"))

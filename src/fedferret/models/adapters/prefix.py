@@ -12,7 +12,7 @@ transformers draws embeddings: a prefix of nearly zero takes some attention and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.models.adapters.attention import KEY, VALUE, attention_layers, switch
+from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch
 from fedferret.models.adapters.drawing import no_trace, standard_normal
 from fedferret.models.adapters.interface import Adapter
 from fedferret.models.classifiers import Classifier, TextClassifier
@@ -83,20 +83,27 @@ def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def without_prefixes(model: nn.Module) -> Iterator[None]:
-    """Within this context a model reads no prefixes; backward passes belong into it too.
+def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Within this context some layers read no prefix; backward passes belong into it too.
 
     Args:
         model: what ``Prefix.attach`` returned.
+        layers: numbers of attention layers, in the order of ``prefix_layers``, from 0; None: all.
 
     Returns:
-        A context in which the model computes what it does without an adapter, to the bit.
+        A context in which these layers attend as without an adapter. Without any prefix, the model computes what it
+        does without an adapter, to the bit.
     """
-    switch(model, False)
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
+    chosen = modules if layers is None else [modules[layer] for layer in sorted(layers)]
+    before = {module: module.__dict__.get(UNREAD, False) for module in chosen}
     try:
+        for module in chosen:
+            module.__dict__[UNREAD] = True
         yield
     finally:
-        switch(model, True)
+        for module, unread in before.items():
+            module.__dict__[UNREAD] = unread
 
 
 def _transformer(model: nn.Module) -> Any:
