@@ -14,6 +14,7 @@ from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
+from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
@@ -33,6 +34,7 @@ ROUNDS = 4
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
+_prefixes = replace(_adam, learning_rate=0.1)
 
 
 def _preset(name: str, **settings: object) -> AnyAlgorithm:
@@ -101,6 +103,17 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
+    "fedpeptao": FedPepTAO(layers=0.6, virtual_tokens=3, server_rate=0.2, training=_prefixes),
+    "fedpeptao-all-layers": FedPepTAO(layers=1.0, virtual_tokens=3, server_rate=0.0, training=_prefixes),
+    "fedpeptao-spectrum": FedPepTAO(
+        personal=False,
+        virtual_tokens=3,
+        warm_up_rounds=1,
+        lanczos_steps=8,
+        server_rate=0.2,
+        server_formula="paper-code",
+        training=_prefixes,
+    ),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

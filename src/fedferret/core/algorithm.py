@@ -81,6 +81,7 @@ class Pooled(Generic[Sum]):
 
     sums: tuple[Sum, ...]
     weights: tuple[float, ...]  # one per client, in client order
+    clients: tuple[str, ...] = ()  # their names, from the round loop: what a server keeps per client is found by these
 
     @property
     def only(self) -> Sum:
