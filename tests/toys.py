@@ -85,6 +85,10 @@ class Failing(ToyData):
         yield next(super().batches(size, key))
         raise OSError("the disk is gone")
 
+    def take(self, rows: Sequence[int]) -> Failing:
+        """Some rows, which break too."""
+        return Failing(self.x[list(rows)], self.y[list(rows)], self.shuffled)
+
 
 def normal(key: Key, *shape: int) -> Tensor:
     """Sums of twelve uniforms: normal to the eye, the same bits everywhere."""

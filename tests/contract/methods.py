@@ -24,6 +24,7 @@ from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
+from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -100,6 +101,16 @@ METHODS: dict[str, AnyAlgorithm] = {
     "ffa-lora": FFALoRA(rank=2, alpha=8, modules=("0", "2"), training=_adam),
     "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
+    "fibecfed": FibecFed(rank=2, alpha=4, modules=("0", "2"), refresh=1, training=_adam),
+    "fibecfed-all-layers": FibecFed(
+        rank=2,
+        alpha=4,
+        modules=("0", "2"),
+        layers=1,
+        kept_neurons=0.4,
+        refresh=2,
+        training=replace(TRAINING, epochs=1, steps=None),
+    ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),

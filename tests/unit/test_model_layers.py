@@ -11,7 +11,7 @@ from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.models import classifiers, images, tiny
-from fedferret.models.layers import by_layer, layers_of
+from fedferret.models.layers import by_layer, layers_named, layers_of
 from toys import toy_language_model, toy_model
 from unit.tiny_architectures import ARCHITECTURES, tiny_configuration
 
@@ -42,7 +42,9 @@ def test_the_layers_of_every_architecture_are_its_blocks(architecture: str) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration)  # type: ignore[no-untyped-call]
     assert len(layers_of(model)) == configuration.num_hidden_layers
-    *layers, rest = by_layer([name for name, _ in model.named_parameters()], model)
+    names = [name for name, _ in model.named_parameters()]
+    *layers, rest = by_layer(names, model)
+    assert layers_named(names) == dict(zip(layers_of(model), layers, strict=True))
     assert all(layers) and any(model.get_input_embeddings().weight is model.get_parameter(name) for name in rest)
 
 
@@ -57,12 +59,13 @@ def test_the_layers_of_every_architecture_are_its_blocks(architecture: str) -> N
         (FedIT(modules=("linear1",)).prepare(lenet5(), KEY), LENET5),
         (toy_model(), ["0", "2"]),
         (FedIT(modules=("0",)).prepare(toy_model(), KEY), ["0", "2"]),
-        (TABLES_FIRST, ["blocks.0", "blocks.1"]),
     ],
 )
 def test_an_adapter_a_wrapper_and_a_head_change_no_layer(model: nn.Module, expected: list[str]) -> None:
     assert list(layers_of(model)) == expected
     assert all(model.get_submodule(name) is layer for name, layer in layers_of(model).items())
+    *layers, _ = by_layer([name for name, _ in model.named_parameters()], model)
+    assert layers_named(name for name, _ in model.named_parameters()) == dict(zip(expected, layers, strict=True))
 
 
 def test_names_are_grouped_by_layer_and_the_others_come_last() -> None:
@@ -71,6 +74,10 @@ def test_names_are_grouped_by_layer_and_the_others_come_last() -> None:
     first, second, rest = by_layer(names, model)
     assert [name.replace(".layer.0.", ".layer.1.") for name in first] == second
     assert rest == ["head.weight", "head.bias"] and first + second + rest == names
+
+
+def test_of_several_lists_the_one_with_most_weights_has_the_layers() -> None:
+    assert list(layers_of(TABLES_FIRST)) == ["blocks.0", "blocks.1"]
 
 
 def test_a_model_of_one_module_has_no_layers() -> None:

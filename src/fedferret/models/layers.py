@@ -64,6 +64,29 @@ def by_layer(names: Iterable[str], model: nn.Module) -> list[list[str]]:
     return groups
 
 
+def layers_named(names: Iterable[str]) -> dict[str, list[str]]:
+    """The layers that names of parameters tell of, for what sees no model, such as formulas of costs.
+
+    Args:
+        names: of parameters of one model.
+
+    Returns:
+        For each layer that has any of ``names``, by the layer's full name, those names; in the order of ``names``. A
+        layer ends with the first number of a name; where no name has one, it is a top-level module other than a
+        classifier's head. A name in no layer is left out.
+    """
+    words = {name: name.split(".") for name in names}
+    numbered = any(word.isdigit() for each in words.values() for word in each)
+    found: dict[str, list[str]] = {}
+    for name, each in words.items():
+        place = next((place for place, word in enumerate(each) if word.isdigit()), None)
+        if not numbered and each[0] != "head":
+            place = int(each[0] == "body")
+        if place is not None:
+            found.setdefault(".".join(each[: place + 1]), []).append(name)
+    return found
+
+
 def _blocks(name: str, module: nn.ModuleList, lists: dict[str, nn.ModuleList]) -> dict[str, nn.Module]:
     """The entries of a list that lies in no entry of another; of a list of lists, the entries of all."""
     if any(name.startswith(f"{other}.") for other in lists):
