@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.ssf import SSF
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
 from fedferret.core.clients import ClientChanges
@@ -197,7 +198,7 @@ def sentences(rows: Rows) -> Batch:
 
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
-    language = isinstance(algorithm, FedPrompt | FedPTuning)
+    language = isinstance(algorithm, FedPrompt | FedPTuning | SSF)
     model = toy_language_model() if language else toy_model()
     if algorithm:
         model = algorithm.prepare(model, Key.of(7, "prepare"))

@@ -19,6 +19,7 @@ from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -84,6 +85,10 @@ METHODS: dict[str, AnyAlgorithm] = {
         rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
     ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
+    "ssf": SSF(training=_adam),
+    "ssf-pushed-private-norms": SSF(
+        initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
+    ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},

@@ -65,8 +65,8 @@ class PartlyPrivate(FedAvg):
             public: the public state after the round before.
 
         Returns:
-            Names in the model's order; in this base class ``shares`` of all tuned weights. A subclass whose choice
-            depends on ``public`` replaces ``wire_cost`` too, which knows no public state.
+            Names in the model's order; in this base class ``shares`` of all tuned weights. A subclass in which
+            ``public`` decides replaces ``wire_cost`` too, which knows no public state.
         """
         return self.shares(public.weights)
 

@@ -1,6 +1,7 @@
 """Adapters: a few new weights in or around a frozen model, behind one interface.
 
     LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W, or exported
+    ScaleShift       y = γ ⊙ f(x) + β  for linear modules and norms                      merged into weights and biases
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
 
@@ -15,13 +16,18 @@ from fedferret.models.adapters.lora import LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
+from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
     "ALL_LINEAR",
+    "NORM",
     "Adapter",
     "EncodedPrompt",
+    "Initial",
     "LearnedPrompt",
     "LoRA",
+    "ScaleShift",
+    "Shift",
     "adapter_of",
     "continued",
     "default_modules",
