@@ -18,6 +18,7 @@ from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.ssf import SSF
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
 from fedferret.core.clients import ClientChanges
@@ -203,7 +204,7 @@ def sentences(rows: Rows) -> Batch:
 
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
-    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO)
+    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF)
     blocks = 3 if isinstance(algorithm, FedPepTAO) else 1  # it chooses among them
     model = toy_language_model(blocks) if language else toy_model()
     if algorithm:

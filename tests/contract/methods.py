@@ -25,6 +25,7 @@ from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -110,6 +111,9 @@ METHODS: dict[str, AnyAlgorithm] = {
         kept_neurons=0.4,
         refresh=2,
         training=replace(TRAINING, epochs=1, steps=None),
+    "ssf": SSF(training=_adam),
+    "ssf-pushed-private-norms": SSF(
+        initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
     ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),

@@ -30,6 +30,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedsa-lora": ("fedsa_lora", "FedSALoRA", "LoRA with the factors A averaged, and B each client's own"),
     "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
     "fibecfed": ("fibecfed", "FibecFed", "FedIT of the most sensitive layers, of some rows, on easy examples first"),
+    "ssf": ("ssf", "SSF", "scales and shifts of features, first-order steps, hundreds of kilobytes: the clients' mean"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedptuning-v2": (
         "fedptuning_v2",
