@@ -19,6 +19,8 @@ from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.slora import SLoRA
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -84,6 +86,20 @@ METHODS: dict[str, AnyAlgorithm] = {
         rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
     ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
+    "slora": SLoRA(
+        sparse_rounds=2, density=0.3, rank=2, alpha=4, modules=("0",), sparse_training=_adam, training=_adam
+    ),
+    "sa-fedlora": SAFedLoRA(
+        full_rounds=1,
+        heating_rounds=1,
+        annealing_rounds=1,
+        max_rank=3,
+        min_rank=1,
+        alpha=4,
+        modules=("0",),
+        full_training=TRAINING,
+        training=_adam,
+    ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     **{method.name: method for method in UNLIKE},

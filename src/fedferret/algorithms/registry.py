@@ -26,6 +26,8 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedmezo": ("fedmezo", "FedMeZO", "FedAvg of clients that train by forward passes alone, with central differences"),
     "fedit": ("fedit", "FedIT", "LoRA, first-order steps, megabytes: the mean of the clients' factors"),
     "fedit-sgd": ("fedit", "FedITSGD", "FedIT with plain gradient steps"),
+    "slora": ("slora", "SLoRA", "a hundredth of the weights, then LoRA from the factors of what they learned"),
+    "sa-fedlora": ("sa_fedlora", "SAFedLoRA", "all weights for a start, then LoRA of a falling rank"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
 }
