@@ -1,9 +1,10 @@
 """What one stage of a method leaves to the next.
 
-on every node     the hand-over runs inside ``apply``, from public facts alone: no byte crosses the wire. It must
-                  have the same bits on every machine, so it copies and adds, and calls no matrix library
-at the server     the result is the entry of the stage's last round, in place of the stage's own entry. So it may
-                  be a decomposition, whose last bits depend on machine and number of threads
+    on every node     the hand-over runs inside ``apply``, from public facts alone: no byte crosses the wire
+    at the server     the result is the entry of the stage's last round, in place of the stage's own entry
+
+On every node it must have the same bits on every machine, so it copies and adds, and calls no matrix library. At the
+server it may be a decomposition: the last bits of one depend on the machine and its number of threads.
 """
 
 from __future__ import annotations
