@@ -26,6 +26,8 @@ from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.algorithms.ssf import SSF
+from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.slora import SLoRA
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -114,6 +116,19 @@ METHODS: dict[str, AnyAlgorithm] = {
     "ssf": SSF(training=_adam),
     "ssf-pushed-private-norms": SSF(
         initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
+    "slora": SLoRA(
+        sparse_rounds=2, density=0.3, rank=2, alpha=4, modules=("0",), sparse_training=_adam, training=_adam
+    ),
+    "sa-fedlora": SAFedLoRA(
+        full_rounds=1,
+        heating_rounds=1,
+        annealing_rounds=1,
+        max_rank=3,
+        min_rank=1,
+        alpha=4,
+        modules=("0",),
+        full_training=TRAINING,
+        training=_adam,
     ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),

@@ -31,6 +31,8 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
     "fibecfed": ("fibecfed", "FibecFed", "FedIT of the most sensitive layers, of some rows, on easy examples first"),
     "ssf": ("ssf", "SSF", "scales and shifts of features, first-order steps, hundreds of kilobytes: the clients' mean"),
+    "slora": ("slora", "SLoRA", "a hundredth of the weights, then LoRA from the factors of what they learned"),
+    "sa-fedlora": ("sa_fedlora", "SAFedLoRA", "all weights for a start, then LoRA of a falling rank"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedptuning-v2": (
         "fedptuning_v2",
