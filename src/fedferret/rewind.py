@@ -54,7 +54,8 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
         if now is None:
             raise UserError(f"{out}: no round is finished yet, so there is nothing to rewind")
         check_begun(out)
-        check_events(out, events.read(out), now.round), read_summary(out)  # damage is found while nothing is changed
+        check_events(out, events.read(out), now.round)  # damage is found now, while nothing is changed
+        read_summary(out)
         rewinding.log_rewind(out)  # an earlier command may have been killed in the middle
         then = rewinding.past_progress(out, now, to, recipe.execution.history)
         if without is not None:
