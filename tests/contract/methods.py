@@ -113,9 +113,11 @@ METHODS: dict[str, AnyAlgorithm] = {
         kept_neurons=0.4,
         refresh=2,
         training=replace(TRAINING, epochs=1, steps=None),
+    ),
     "ssf": SSF(training=_adam),
     "ssf-pushed-private-norms": SSF(
         initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
+    ),
     "slora": SLoRA(
         sparse_rounds=2, density=0.3, rank=2, alpha=4, modules=("0",), sparse_training=_adam, training=_adam
     ),
