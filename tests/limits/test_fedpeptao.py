@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedpeptao_messages import LayerScores
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.core.algorithm import Pooled
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
-from fedferret.models import adapters
 from toys import HELD_OUT, LastWord, Rows, Simulation, ToyData, simulate, toy_clients, toy_language_model, toy_task
 
 ADAM = FirstOrder(optimizer="adamw", learning_rate=0.1, steps=2, clip=None)
 PLAIN = FedPepTAO(layers=1.0, virtual_tokens=3, server_rate=0.0, training=ADAM)
 STEPPING = replace(PLAIN, server_rate=1.0, weighting="equal")
+V2 = FedPTuningV2(virtual_tokens=3, training=ADAM)
 CHOOSING = replace(PLAIN, layers=0.34)
 
 
@@ -31,9 +31,8 @@ def largest_gap(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> floa
     return max(float((left[name] - value).abs().max()) for name, value in right.items())
 
 
-def test_without_the_servers_step_and_with_all_layers_fedpeptao_is_fedavg_of_prefixes_to_the_bit() -> None:
-    prefixed = adapters.Prefix(tokens=3).attach(toy_language_model(3), Key.of(7, "prepare"))
-    theirs = simulate(FedAvg(training=ADAM), 3, task=Task.of(prefixed, LastWord(), 3))
+def test_without_the_servers_step_and_with_all_layers_fedpeptao_is_fedptuning_v2_to_the_bit() -> None:
+    theirs = simulate(V2, 3, task=Task.of(V2.prepare(toy_language_model(3), Key.of(7, "prepare")), LastWord(), 3))
     ours = simulate(PLAIN, 3)
     assert all(
         torch.equal(ours.state.public.weights[name], weight) for name, weight in theirs.state.public.weights.items()

@@ -89,5 +89,5 @@ class PartialPrefixes(PartlyPrivate):
         """Layers that are not shared read no prefix, unless the prefixes are each client's own."""
         if self.personal:
             return nullcontext()
-        groups = zip(prefix_groups(public.weights), public.chosen.tolist(), strict=True)
-        return adapters.only_prefixes(task.model, [layer for layer, on in groups if on])
+        left_out = (public.chosen == 0).nonzero().flatten().tolist()
+        return adapters.without_prefixes(task.model, left_out)
