@@ -50,6 +50,7 @@ class Contender:
         training: of the clients, without the rate.
         trainings: the keys of the method's settings that hold it.
         settings: further ones of the method.
+        short: those that differ in the few rounds in which rates are found.
         model: further settings of the model.
         like: whose rate is taken, of a variant of a method; empty where its own is found.
     """
@@ -59,16 +60,36 @@ class Contender:
     training: Mapping[str, Any] = field(default_factory=lambda: ADAMW)
     trainings: tuple[str, ...] = ("training",)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    short: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     like: str = ""
 
 
 LORA_RATES = (1e-3, 3e-3, 1e-2)
+STAGES = ("sparse_training", "training")
+FULL = {"full_training": {**SGD, "learning_rate": 0.3}}  # FedAvg's rate
 CONTENDERS: Mapping[str, Contender] = {
     "fedavg": Contender("fedavg", (0.1, 0.3, 1.0), SGD),
     "linear-probe": Contender("fedavg", (0.3, 1.0, 3.0), SGD, model={"train": "head"}),
     "fedit": Contender("fedit", LORA_RATES),
     "ferret": Contender("ferret", (0.1, 0.3, 1.0), SGD),
+    "ssf": Contender("ssf", (3e-3, 1e-2, 3e-2)),
+    "slora": Contender("slora", LORA_RATES, trainings=STAGES, short={"sparse_rounds": 2}),
+    "fibecfed": Contender("fibecfed", LORA_RATES),
+    "sa-fedlora": Contender(
+        "sa-fedlora", LORA_RATES, settings=FULL, short={"heating_rounds": 1, "annealing_rounds": 2}
+    ),
+    "fedprompt": Contender("fedprompt", (3e-3, 1e-2, 3e-2)),
+    "fedpeptao": Contender("fedpeptao", (3e-3, 1e-2, 3e-2)),
+    "ferret-over-fedit": Contender("ferret", (0.3, 1.0, 3.0), SGD, settings={"over": "fedit"}),
+    "fibecfed-random": Contender("fibecfed", settings={"order": "random"}, like="fibecfed"),
+    "fibecfed-hard-first": Contender("fibecfed", settings={"order": "hard-first"}, like="fibecfed"),
+    "fibecfed-all-layers": Contender("fibecfed", settings={"layers": 1.0}, like="fibecfed"),
+    "fedpeptao-all-layers": Contender("fedpeptao", settings={"layers": 1.0}, like="fedpeptao"),
+    "fedit-rank-4": Contender("fedit", settings={"rank": 4}, like="fedit"),
+    "ffa-lora": Contender("ffa-lora", like="fedit"),
+    "fedsa-lora": Contender("fedsa-lora", like="fedit"),
+    "fedex-lora": Contender("fedex-lora", like="fedit"),
 }
 
 
@@ -88,6 +109,7 @@ def settings(contender: Contender, task: str, alpha: float | None, clients: int,
     if alpha is not None:
         partition = {"kind": "dirichlet", "alpha": alpha, "clients": clients, "min_examples": 2}
     training = {**contender.training, "learning_rate": rate}
+    own = {**contender.settings, **(contender.short if task == TUNED_ON else {})}
     return recipe(
         seed=seed,
         rounds=rounds,
@@ -95,7 +117,7 @@ def settings(contender: Contender, task: str, alpha: float | None, clients: int,
         data={**made["data"], "partition": partition},
         text=made["text"],
         clients={"per_round": made["cohort"]},
-        algorithm={"name": contender.name, **contender.settings, **dict.fromkeys(contender.trainings, training)},
+        algorithm={"name": contender.name, **own, **dict.fromkeys(contender.trainings, training)},
         evaluation={"every": 5, "batch_size": 64, "local_only_clients": 0},
     )
 
@@ -197,7 +219,7 @@ def main() -> None:
             continue
         found = best_rate(rows, name)
         if not asked.tune and found is None:
-            print(f"{name}: run --tune first; not all of its rates are there", file=sys.stderr)
+            print(f"{name}: run --tune first; not all rates are there", file=sys.stderr)
             continue
         for rate in contender.rates if asked.tune else (found,):
             assert rate is not None
