@@ -315,10 +315,9 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
         return folder
-    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import cached_file
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else folder  # a folder that does not exist holds no files
+    return Path(cached_file(name, "config.json", local_files_only=True) or folder).parent
 
 
 def _described(config: Mapping[str, Any]) -> str:

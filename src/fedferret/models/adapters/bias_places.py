@@ -5,7 +5,7 @@
     readers     a norm's shift moves into the biases of the linear modules that read the norm: W (x + β) = W x + W β
 
 The second is asked of the architecture: a model is made on the meta device with each key about biases reversed, and its
-parameters are compared. The third holds for architectures whose blocks are known, by the table below.
+parameters are compared. The third holds for architectures with known blocks, by the table below.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BiasPlaces:
     """What a model's architecture can hold.
 
     Attributes:
-        model: whose places these are.
+        model: that has these places.
         biased: full names of the modules that have a bias.
         keys: settings of the configuration that give biases when reversed: their shapes, by the module's full name.
     """
@@ -49,7 +49,7 @@ class BiasPlaces:
         return name in self.biased or any(name in given for given in self.keys.values())
 
     def readers(self, norm: str) -> tuple[str, ...]:
-        """The linear modules whose biases can take a norm's shift.
+        """The linear modules that can take a norm's shift in their biases.
 
         Args:
             norm: the norm's full name.
