@@ -107,24 +107,38 @@ def check_start(run: Path, base: str, round: int) -> None:
         round: that the checkpoint has reached.
 
     Raises:
-        RunError: a file of the folder does not belong to the others, or to this base.
+        UserError: the run began from another base.
+        RunError: a file of the folder does not belong to the others.
     """
     path = run / events.FILE
     if not path.exists():
         raise RunError(f"{path} is missing, which says what the run began from: {RESTORE}")
     known = events.read(run)
     if known.start.get("base", base) != base:
-        raise RunError(
+        raise UserError(
             f"{run} began from a base with SHA-256 {str(known.start['base'])[:12]}…, and this one has {base[:12]}…: "
             f"give it the weights, and the algorithm.adapter if there is one, that it began from"
         )
     recipe = recipe_fingerprint(run)
     if known.start.get("recipe", recipe) != recipe:
         raise RunError(f"{run / 'recipe.toml'} is not the one that the run in {path} began with: {RESTORE}")
+    check_events(run, known, round)
+
+
+def check_events(run: Path, known: events.Run, round: int) -> None:
+    """Refuse events that end before a run's checkpoint.
+
+    Args:
+        run: the run's folder.
+        known: the events.
+        round: that the checkpoint has reached.
+
+    Raises:
+        RunError: rounds are missing.
+    """
     if known.done < round:
-        raise RunError(
-            f"{path} ends with round {known.done}, and {run / 'state' / 'run.state'} is of round {round}: {RESTORE}"
-        )
+        state = run / "state" / "run.state"
+        raise RunError(f"{run / events.FILE} ends with round {known.done}, and {state} is of round {round}: {RESTORE}")
 
 
 @dataclass

@@ -279,8 +279,10 @@ def _write_folder(
         adapter = adapter_of(model)
         if adapter_alone and adapter is None:
             raise UserError(f"{delta.method} tunes the model's own weights: there is no adapter to write; use --to")
-        if adapter_alone and isinstance(public, StagedPublic) and public.weights:
-            raise UserError(f"{delta.method} tuned weights under the adapter in an earlier stage; use --to")
+        if adapter_alone and (algorithm.changes_base or (isinstance(public, StagedPublic) and public.weights)):
+            raise UserError(
+                f"{delta.method} changes the weights under its adapter too, which no adapter holds; use --to"
+            )
         if adapter is not None and (adapter_alone or not adapter.merges):
             if dtype is not None:
                 raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")

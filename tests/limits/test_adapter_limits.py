@@ -12,12 +12,23 @@ from torch import nn
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedit import FedIT, FedITSGD, product_gap
 from fedferret.algorithms.fedprompt import FedPrompt
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.core import tree
 from fedferret.core.keys import Key
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import adapter_of, factors, released
-from toys import TRAINING, Simulation, SquaredError, simulate, toy_clients, toy_language_model, toy_model, toy_task
+from toys import (
+    TRAINING,
+    Simulation,
+    SquaredError,
+    held_out_loss,
+    simulate,
+    toy_clients,
+    toy_language_model,
+    toy_model,
+    toy_task,
+)
 
 if TYPE_CHECKING:
     import peft
@@ -56,6 +67,18 @@ def test_fedprompt_is_fedavg_on_a_prompt_to_the_bit() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     task = by_hand(fedprompt, toy_language_model(), config)
     assert simulate(FedAvg(training=ADAM), 2, task=task).memory == simulate(fedprompt, 2).memory
+
+
+def test_fedptuning_v2_is_fedavg_on_a_model_with_prefixes_to_the_bit() -> None:
+    v2 = FedPTuningV2(virtual_tokens=3, training=ADAM)
+    assert simulate(FedAvg(training=ADAM), 3, task=toy_task(3, v2)).memory == simulate(v2, 3).memory
+    assert simulate(replace(v2, virtual_tokens=2), 3).loss() != simulate(v2, 3).loss() < toy_loss()
+
+
+def toy_loss() -> float:
+    """The language model's, before it is tuned."""
+    with torch.no_grad():
+        return held_out_loss(toy_task(1, FedPTuningV2()), toy_language_model())
 
 
 def test_fedit_sgd_is_fedit_with_sgd_to_the_bit() -> None:

@@ -8,11 +8,17 @@ from fedferret import models
 from fedferret.algorithms.fedit import FedIT
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.data.batches import Batch, TokenisedData
 from fedferret.data.templates import Tokens
 from toys import AnyAlgorithm
 
-METHODS: dict[str, AnyAlgorithm] = {"fedit": FedIT(), "fedptuning": FedPTuning(), "fedprompt": FedPrompt()}
+METHODS: dict[str, AnyAlgorithm] = {
+    "fedit": FedIT(),
+    "fedptuning": FedPTuning(),
+    "fedptuning-v2": FedPTuningV2(),
+    "fedprompt": FedPrompt(),
+}
 
 
 def base() -> nn.Module:

@@ -9,8 +9,11 @@ ICASSP 2023, arXiv 2208.12268. Prompt tuning: Lester, Al-Rfou, Constant, EMNLP 2
 
 Wire: 4 V h bytes up per client and round, 4 V h down, with h the model's width.
 
-Deviations: the paper tunes encoders and T5 on classification, with a verbaliser; here, as in the baselines of FedKSeed
-and Ferret, a causal model's vectors are tuned on the loss of the response.
+A classifier's head is trained and sent beside them.
+
+Deviations: the paper tunes encoders and T5 on classification, with a verbaliser; here a class is read off pooled
+features by a linear head, and a causal model's vectors are tuned on the loss of the response, as in the baselines of
+FedKSeed and Ferret.
 """
 
 from __future__ import annotations
@@ -43,11 +46,6 @@ class FedPrompt(FedAvg):
     def __post_init__(self) -> None:
         if self.virtual_tokens < 1:
             raise UserError(f"virtual_tokens={self.virtual_tokens}: must be at least 1")
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """A prompt stands before the tokens of a causal model."""
-        return ("next-token",)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model behind a prompt."""

@@ -48,11 +48,6 @@ class FedPTuning(FedAvg):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
 
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """A prompt stands before the tokens of a causal model."""
-        return ("next-token",)
-
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model behind a prompt and the prompt's encoder."""
         return adapters.EncodedPrompt(tokens=self.virtual_tokens, width=self.encoder_width).attach(model, key)

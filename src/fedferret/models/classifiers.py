@@ -8,8 +8,11 @@ Features of a text are pooled from the hidden states of its tokens:
     "mean"   the mean over tokens
     "last"   the last token's
 
-A token is padding where the attention mask is 0, whatever its number. Features of an image are what the body makes of
-the resized and normalised pixels, so that data stay raw. Features are fp32. Buffers never change.
+A token is padding where the attention mask is 0, whatever its number. Vectors of a learned prompt stand before the text
+and take the first positions; no pooling reads them: "cls" reads the text's own first token.
+
+Features of an image are what the body makes of the resized and normalised pixels, so that data stay raw. Features are
+fp32. Buffers never change.
 """
 
 from __future__ import annotations
@@ -83,7 +86,13 @@ class Classifier(nn.Module, ABC):
 
 
 class TextClassifier(Classifier):
-    """A transformer without output head, a pooling, and a linear head."""
+    """A transformer without output head, a pooling, and a linear head.
+
+    Attributes:
+        encoder: the transformer.
+        pooling: "cls", "mean" or "last".
+        prompt: makes the V vectors, shape (V, E), that stand before every text's embeddings; None: there are none.
+    """
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: str) -> None:
         """Join the parts.
@@ -97,6 +106,7 @@ class TextClassifier(Classifier):
         parts: Any = encoder
         if pooling != "cls" and getattr(parts, "pooler", None) is not None:
             parts.pooler = None  # weights that no gradient reaches
+        self.prompt: nn.Module | None = None
         self.encoder, self.pooling, self.head = encoder, pooling, head
         # a cache of keys and values is of use to generation alone
         cached = "use_cache" in inspect.signature(encoder.forward).parameters
@@ -112,12 +122,12 @@ class TextClassifier(Classifier):
             Features, fp32, shape (N, H), on the model's device.
         """
         ids_NT, mask_NT = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        output = self.encoder(input_ids=ids_NT, attention_mask=mask_NT, **self._options)
+        output = self.encoder(**self._inputs(ids_NT, mask_NT), **self._options)
         pooled = getattr(output, "pooler_output", None)
         if self.pooling == "cls" and pooled is not None:
-            features_NH: Tensor = pooled
+            features_NH: Tensor = pooled if self.prompt is None else self._pooled(output.last_hidden_state, ids_NT)
             return features_NH.float()
-        hidden_NTH: Tensor = output.last_hidden_state.float()
+        hidden_NTH: Tensor = output.last_hidden_state[:, -ids_NT.shape[1] :].float()
         if self.pooling == "mean":
             mask_NT1: Tensor = mask_NT[:, :, None].to(hidden_NTH.dtype)
             return (hidden_NTH * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1).clamp(min=1)
@@ -126,6 +136,25 @@ class TextClassifier(Classifier):
             last_N = (mask_NT * places_T).argmax(dim=1)
             return hidden_NTH[torch.arange(len(last_N), device=self.device), last_N]
         return hidden_NTH[:, 0]
+
+    def _inputs(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, Tensor]:
+        """The tokens, or the V vectors and the tokens' embeddings."""
+        if self.prompt is None:
+            return {"input_ids": ids_NT, "attention_mask": mask_NT}
+        encoder: Any = self.encoder
+        embeddings_NTE: Tensor = encoder.get_input_embeddings()(ids_NT)
+        prompt_VE: Tensor = self.prompt()
+        prompt_NVE = prompt_VE.to(embeddings_NTE.dtype).expand(len(ids_NT), -1, -1)
+        return {
+            "inputs_embeds": torch.cat((prompt_NVE, embeddings_NTE), dim=1),
+            "attention_mask": torch.cat((mask_NT.new_ones(prompt_NVE.shape[:2]), mask_NT), dim=1),
+        }
+
+    def _pooled(self, hidden_NTH: Tensor, ids_NT: Tensor) -> Tensor:
+        """What the architecture's pooler makes of the text without the prompt."""
+        pooler: Any = self.encoder.pooler
+        pooled_NH: Tensor = pooler(hidden_NTH[:, -ids_NT.shape[1] :])
+        return pooled_NH
 
 
 class ImageClassifier(Classifier):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fedferret.core.errors import UserError
+
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -39,3 +41,24 @@ def packed_limit(model: nn.Module) -> int | None:
     """
     masks = (each for each in model.buffers() if each.ndim >= 2 and each.shape[-1] == each.shape[-2] > 1)
     return min((each.shape[-1] for each in masks), default=None)
+
+
+def check_positions(name: str, model: nn.Module, max_tokens: int, taken: int) -> None:
+    """Refuse texts that are longer than a model's positions.
+
+    Args:
+        name: the model's, for the error.
+        model: of transformers, on any device, the meta device included.
+        max_tokens: of a text.
+        taken: positions of a learned prompt's vectors.
+
+    Raises:
+        UserError: says how many tokens a text may have.
+    """
+    limit = position_limit(model)
+    if limit is not None and max_tokens + taken > limit:
+        behind = f", {taken:,} of which a learned prompt takes" if taken else ""
+        raise UserError(
+            f'text.max_tokens={max_tokens}: model "{name}" has {limit:,} positions{behind}; set max_tokens to '
+            f"at most {max(0, limit - taken):,}"
+        )

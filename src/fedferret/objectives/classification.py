@@ -34,7 +34,9 @@ from fedferret.data.examples import Example, FederatedData
 from fedferret.data.label_checks import check_labels
 from fedferret.data.labelled_batches import LabelledImages, LabelledTexts, cut_texts
 from fedferret.data.text import TextSettings
+from fedferret.models.adapters import prefix_of
 from fedferret.models.catalogue import IMAGE_MODELS
+from fedferret.models.positions import check_positions
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 from fedferret.objectives.probes import check_tokens, has_every_token
 
@@ -176,11 +178,21 @@ class Classification(ModelObjective):
         pooling: Any = models.own_pooling(model) if self.pooling is None else self.pooling
         return replace(self, pooling=pooling)
 
+    def text_settings(self, model: str) -> frozenset[str]:
+        """The length of a text; an image has none."""
+        return frozenset() if model in IMAGE_MODELS else super().text_settings(model)
+
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse an unknown model, a pooling that it cannot have, and packed batches. Raises UserError."""
-        super().check(model, text)
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
+        super().check(model, text)
+
+    def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
+        """Refuse texts that do not fit behind a learned prompt. Raises UserError."""
+        prompt = prefix_of(model, 1)
+        if prompt is not None:
+            check_positions(name, model.encoder, text.max_tokens, prompt.shape[1])  # type: ignore[arg-type]
 
     def check_examples(self, model: str, data: FederatedData, complete: bool = True) -> None:
         """Refuse images where the model reads text, the reverse, and labels that are no classes. Raises UserError."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,7 +32,7 @@ from fedferret.data.template_probes import check, fitted, has_prompts
 from fedferret.data.templates import NO_CHAT_TEMPLATE, Chat, Template, template, template_of
 from fedferret.data.text import TextSettings
 from fedferret.models.adapters import prefix_of, transformer_of
-from fedferret.models.positions import packed_limit, position_limit
+from fedferret.models.positions import check_positions, packed_limit
 from fedferret.objectives.interface import Encode, Loaded, ModelObjective
 from fedferret.objectives.probes import check_language_model, check_tokens, has_every_token
 
@@ -124,9 +124,17 @@ class NextToken(ModelObjective):
         """Refuse an unknown model. Raises UserError."""
         models.check(model)
 
+    def text_settings(self, model: str) -> frozenset[str]:
+        """All."""
+        return frozenset(setting.name for setting in fields(TextSettings))
+
     def check(self, model: str, text: TextSettings) -> None:
-        """Refuse an unknown model or template. Raises UserError."""
+        """Refuse an unknown model or template, and a date for a template that writes none. Raises UserError."""
         super().check(model, text)
+        if text.date is not None and not isinstance(template(text.template), Chat):
+            raise UserError(
+                f'text.date="{text.date}": template "{text.template}" writes no date, a chat template may; leave it out'
+            )
         template(text.template)
 
     def check_template(self, model: str, text: TextSettings, data: FederatedData) -> None:
@@ -140,13 +148,7 @@ class NextToken(ModelObjective):
     def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
         """Refuse texts longer than the model's positions, and packed rows longer than its masks. Raises UserError."""
         causal, prefix = transformer_of(model), prefix_of(model, 1)
-        limit, taken = position_limit(causal), 0 if prefix is None else prefix.shape[1]
-        if limit is not None and text.max_tokens + taken > limit:
-            behind = f", {taken:,} of which a learned prompt takes" if taken else ""
-            raise UserError(
-                f'text.max_tokens={text.max_tokens}: model "{name}" has {limit:,} positions{behind}; set max_tokens to '
-                f"at most {max(0, limit - taken):,}"
-            )
+        check_positions(name, causal, text.max_tokens, 0 if prefix is None else prefix.shape[1])
         widest = packed_limit(causal)
         if text.packed and widest is not None and longest > widest:
             raise UserError(

@@ -1,8 +1,10 @@
 """Adapters: a few new weights in or around a frozen model, behind one interface.
 
     LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W, or exported
+    ScaleShift       y = γ ⊙ f(x) + β  for linear modules and norms                      merged into weights and biases
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
+    Prefix           p keys and values before each attention layer's own                 likewise
 
 An adapter's weights alone require a gradient after ``attach``, so they alone are trained, sent and saved. They follow
 from a key: peft draws from the global generator, which is put back, and the values are drawn again.
@@ -14,21 +16,30 @@ from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, 
 from fedferret.models.adapters.lora import LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.peft_folder import read_peft_folder
+from fedferret.models.adapters.prefix import Prefix, prefix_layers, without_prefixes
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
+from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
     "ALL_LINEAR",
+    "NORM",
     "Adapter",
     "EncodedPrompt",
+    "Initial",
     "LearnedPrompt",
     "LoRA",
+    "Prefix",
+    "ScaleShift",
+    "Shift",
     "adapter_of",
     "continued",
     "default_modules",
     "factors",
     "linear_modules",
+    "prefix_layers",
     "prefix_of",
     "read_peft_folder",
     "released",
     "transformer_of",
+    "without_prefixes",
 ]

@@ -57,14 +57,27 @@ def draw_magnitudes(model: nn.Module) -> None:
                 magnitude.copy_(rows.square().sum(1).sqrt())
 
 
+def standard_normal(count: int, key: Key) -> Tensor:
+    """Values of mean 0 and variance 1.
+
+    Args:
+        count: how many.
+        key: draws them.
+
+    Returns:
+        Sums of twelve uniforms, float64, shape (count,).
+    """
+    values = torch.full((count,), -6.0, dtype=torch.float64)
+    for number in range(12):  # one after the other: the order of additions decides the bits
+        values += key.fold(number).uniform(count)
+    return values
+
+
 def _initial(path: str, module: nn.Module, count: int, key: Key) -> Tensor:
     """``count`` first values, float64, of a parameter of ``module``."""
     if ".lora_B." in path:
         return torch.zeros(count, dtype=torch.float64)
     if isinstance(module, nn.Embedding):
-        values = torch.full((count,), -6.0, dtype=torch.float64)
-        for number in range(12):  # one after the other: the order of additions decides the bits
-            values += key.fold(number).uniform(count)
-        return values
+        return standard_normal(count, key)
     assert isinstance(module, nn.Linear), f"{path}: no adapter of this project has such a part"
     return (2 * key.uniform(count) - 1) / math.sqrt(module.in_features)

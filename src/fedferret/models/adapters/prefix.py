@@ -1,0 +1,117 @@
+"""Per-layer prefixes (P-tuning v2): every attention layer of a frozen model reads p learned keys and values first.
+
+Liu et al. "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally and Across Scales and Tasks", ACL
+2022, arXiv 2110.07602; after Li, Liang, "Prefix-Tuning", ACL 2021, arXiv 2101.00190. Without the network that may make
+the prefixes.
+
+A prefix takes no position: an example's tokens keep the positions that they have without it, and a prefix's keys are
+not rotated. So a prefix uses up none of the model's positions, and examples that share a packed row each see it as they
+do alone. A module that several layers share (ALBERT) has one prefix. Values begin normal with deviation 0.02, as
+transformers draws embeddings: a prefix of nearly zero takes some attention and adds nearly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fedferret.core.errors import UserError
+from fedferret.core.keys import Key
+from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch
+from fedferret.models.adapters.drawing import no_trace, standard_normal
+from fedferret.models.adapters.interface import Adapter
+from fedferret.models.classifiers import Classifier, TextClassifier
+
+_DEVIATION = 0.02  # of the first values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Adapter):
+    """Keys and values, of shape (p, heads * width of a head), in each attention layer of a transformer."""
+
+    merges: ClassVar[bool] = False
+    tokens: int  # p
+
+    def export(self, model: nn.Module, base: str, folder: Path) -> str:
+        """Refused: prefixes have no folder yet."""
+        raise UserError("prefixes are not exported yet")
+
+    def _attach(self, model: nn.Module, key: Key) -> nn.Module:
+        transformer = _transformer(model)
+        with no_trace():
+            layers = attention_layers(model, transformer)
+        model.requires_grad_(False)
+        for layer in layers:
+            module = model.get_submodule(layer.name)
+            for name, width in ((KEY, layer.key_width), (VALUE, layer.value_width)):
+                shape = (self.tokens, layer.heads * width)
+                values = torch.empty(shape, device=next(model.parameters()).device)
+                if not values.is_meta:
+                    drawn = standard_normal(values.numel(), key.fold(f"{layer.name}.{name}"))
+                    values = (_DEVIATION * drawn).float().view(shape).to(values.device)
+                module.register_parameter(name, nn.Parameter(values))
+        switch(model, True)
+        return model
+
+    def _detach(self, model: nn.Module) -> nn.Module:
+        switch(model, False)
+        for module in model.modules():
+            for name in (KEY, VALUE):
+                if name in module._parameters:
+                    del module._parameters[name]
+        return model
+
+
+def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """The names of a model's prefixes.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+
+    Returns:
+        The names of keys and values of each attention layer, in the model's order.
+    """
+    return [
+        (name, f"{name.removesuffix(KEY)}{VALUE}") for name, _ in model.named_parameters() if name.split(".")[-1] == KEY
+    ]
+
+
+@contextmanager
+def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Within this context some layers read no prefix; backward passes belong into it too.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+        layers: numbers of attention layers, in the order of ``prefix_layers``, from 0; None: all.
+
+    Returns:
+        A context in which these layers attend as without an adapter. Without any prefix, the model computes what it
+        does without an adapter, to the bit.
+    """
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
+    chosen = modules if layers is None else [modules[layer] for layer in sorted(layers)]
+    before = {module: module.__dict__.get(UNREAD, False) for module in chosen}
+    try:
+        for module in chosen:
+            module.__dict__[UNREAD] = True
+        yield
+    finally:
+        for module, unread in before.items():
+            module.__dict__[UNREAD] = unread
+
+
+def _transformer(model: nn.Module) -> Any:
+    """What has attention layers: the model, or a text classifier's encoder."""
+    if isinstance(model, TextClassifier):
+        return model.encoder
+    if isinstance(model, Classifier):
+        raise UserError("prefixes are read by attention layers, and this model reads images; choose another method")
+    if not hasattr(model, "config"):
+        raise UserError(f"prefixes need a transformers model, not a {type(model).__name__}")
+    return model
