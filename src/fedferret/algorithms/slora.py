@@ -28,7 +28,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fedferret.algorithms.lora_stage import A, B, LoRAStage, adam, figures
+from fedferret.algorithms.fedit import adam
+from fedferret.algorithms.lora_stage import A, B, LoRAStage, figures
 from fedferret.algorithms.sparse_fedavg import Masks, SparseFedAvg, is_dense
 from fedferret.bases.low_rank import Split, of_matrix
 from fedferret.core.algorithm import AnyAlgorithm, Shapes, Weighting
