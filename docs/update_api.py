@@ -26,6 +26,7 @@ CHAPTERS = {
         "core.tree",
         "core.keys",
         "core.stages",
+        "core.hand_over",
     ),
     "A node and a round": (
         "core.node",

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.ssf import SSF
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
 from fedferret.core.clients import ClientChanges
@@ -83,6 +85,10 @@ class Failing(ToyData):
         """One good batch, then none."""
         yield next(super().batches(size, key))
         raise OSError("the disk is gone")
+
+    def take(self, rows: Sequence[int]) -> Failing:
+        """Some rows, which break too."""
+        return Failing(self.x[list(rows)], self.y[list(rows)], self.shuffled)
 
 
 def normal(key: Key, *shape: int) -> Tensor:
@@ -173,14 +179,14 @@ class LastWord:
         return self.next_token.scores(model, sentences(rows))
 
 
-def toy_language_model() -> nn.Module:
-    """A Llama of one block, eight weights wide, that knows eight words."""
+def toy_language_model(blocks: int = 1) -> nn.Module:
+    """A Llama of few blocks, eight weights wide, that knows eight words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": WORDS, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 16}
     key = Key.of(7, "language model")
     with torch.random.fork_rng(devices=[]):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, num_attention_heads=2, **sizes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -198,8 +204,9 @@ def sentences(rows: Rows) -> Batch:
 
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
-    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2)
-    model = toy_language_model() if language else toy_model()
+    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF)
+    blocks = 3 if isinstance(algorithm, FedPepTAO) else 1  # it chooses among them
+    model = toy_language_model(blocks) if language else toy_model()
     if algorithm:
         model = algorithm.prepare(model, Key.of(7, "prepare"))
     objective: Objective = LastWord() if language else SquaredError()

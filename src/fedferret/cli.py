@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedferret.command_errors import one_line_errors
+from fedferret.command_errors import Commands, one_line_errors
 from fedferret.core.imports import quick_imports
 from fedferret.core.text import printable_lines
 from fedferret.pki_cli import pki
@@ -17,6 +17,7 @@ from fedferret.sites_cli import sites
 
 app = typer.Typer(
     name="fedferret",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

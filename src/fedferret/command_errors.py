@@ -10,11 +10,14 @@ Any other exception is a defect of ours, and shows its traceback.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import in_words
@@ -23,6 +26,21 @@ from fedferret.core.text import plain_line
 
 PATH_ERRORS = ("embedded null", "Symlink loop")  # of pathlib, which raises ValueError and RuntimeError for such paths
 LONGEST = 1000  # characters of a line: it names a file, and a file's name has 255
+_EMPTY = re.compile(r"(--[\w-]+=)?\s*")
+
+
+class Commands(TyperGroup):
+    """The commands. An empty argument is refused: as a path, it would be the working folder."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line. Raises Exit where a value is empty, such as that of a variable that is not set."""
+        for place, word in enumerate(args):
+            if _EMPTY.fullmatch(word):
+                option = word.rstrip("= ") or (args[place - 1] if place else "")
+                after = f" after {option}" if option else ""
+                with one_line_errors():
+                    raise UserError(f"there is an empty value{after}: give one, or leave the option out")
+        return super().parse_args(ctx, args)
 
 
 @contextmanager

@@ -239,8 +239,11 @@ def written(tables: Mapping[str, Any]) -> Recipe:
 
     They spell every setting out; one that is missing did not exist yet, and gets the value that means the same.
     """
-    text = tables.get("text", {})
-    return from_tables({**tables, "text": {"cut": BEFORE_CUT, **text}} if isinstance(text, Mapping) else tables)
+    text, chosen = tables.get("text", {}), tables.get("objective", {})
+    plain = isinstance(text, Mapping) and isinstance(chosen, Mapping)
+    if not plain or chosen.get("name", DEFAULT_OBJECTIVE) != DEFAULT_OBJECTIVE:  # nothing else has a response to cut
+        return from_tables(tables)
+    return from_tables({**tables, "text": {"cut": BEFORE_CUT, **text}})
 
 
 def from_tables(tables: Mapping[str, Any]) -> Recipe:

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -59,6 +60,7 @@ class Estimate:
     history: int  # rounds that can be rewound
     memory: float  # bytes
     seconds: float
+    by_rounds: tuple[tuple[str, float, float], ...]  # where rounds differ: which, and a client's bytes up and down
 
     def __str__(self) -> str:
         states = as_bytes(self.client_state_bytes)
@@ -68,6 +70,7 @@ class Estimate:
                 f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
                 f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
+                *(f"#   {which:<26}  {as_bytes(up)} up, {as_bytes(down)} down" for which, up, down in self.by_rounds),
                 f"# framing of a message        up to {as_bytes(self.framing)} more: names and lengths",
                 f"# disk, log                   {as_bytes(self.log_bytes)} at most, {self.history} past rounds kept",
                 *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),
@@ -152,7 +155,18 @@ def estimate(recipe: Recipe) -> Estimate:
         history,
         held + gradients * activations * width / 4 + 0.5e9,  # half a GB of libraries
         _seconds(recipe, data, training, skeleton, tuned),
+        _by_rounds([(cost.up_most, cost.down_most) for cost in costs]),
     )
+
+
+def _by_rounds(costs: Sequence[tuple[float, float]]) -> tuple[tuple[str, float, float], ...]:
+    """Rounds of equal costs, in words, with their costs; nothing where all are equal."""
+    found, first = [], 1
+    for cost, group in groupby(costs):
+        last = first + len(list(group)) - 1
+        found.append((f"round {first}" if first == last else f"rounds {first} to {last}", *cost))
+        first = last + 1
+    return tuple(found) if len(found) > 1 else ()
 
 
 def _base_bytes(recipe: Recipe, model: nn.Module, width: int) -> float:

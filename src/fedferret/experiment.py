@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe, written
@@ -21,7 +21,7 @@ from fedferret.core.files import inside, read_intact
 from fedferret.core.keys import Key
 from fedferret.core.log import RESTORE, Log
 from fedferret.core.rounds import Engine, RoundRecord, RunState
-from fedferret.core.task import added_scores
+from fedferret.core.task import Replica, added_scores
 from fedferret.core.weighting import weights_of
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import ClientStore, FolderClientStore
@@ -107,24 +107,38 @@ def check_start(run: Path, base: str, round: int) -> None:
         round: that the checkpoint has reached.
 
     Raises:
-        RunError: a file of the folder does not belong to the others, or to this base.
+        UserError: the run began from another base.
+        RunError: a file of the folder does not belong to the others.
     """
     path = run / events.FILE
     if not path.exists():
         raise RunError(f"{path} is missing, which says what the run began from: {RESTORE}")
     known = events.read(run)
     if known.start.get("base", base) != base:
-        raise RunError(
+        raise UserError(
             f"{run} began from a base with SHA-256 {str(known.start['base'])[:12]}…, and this one has {base[:12]}…: "
             f"give it the weights, and the algorithm.adapter if there is one, that it began from"
         )
     recipe = recipe_fingerprint(run)
     if known.start.get("recipe", recipe) != recipe:
         raise RunError(f"{run / 'recipe.toml'} is not the one that the run in {path} began with: {RESTORE}")
+    check_events(run, known, round)
+
+
+def check_events(run: Path, known: events.Run, round: int) -> None:
+    """Refuse events that end before a run's checkpoint.
+
+    Args:
+        run: the run's folder.
+        known: the events.
+        round: that the checkpoint has reached.
+
+    Raises:
+        RunError: rounds are missing.
+    """
     if known.done < round:
-        raise RunError(
-            f"{path} ends with round {known.done}, and {run / 'state' / 'run.state'} is of round {round}: {RESTORE}"
-        )
+        state = run / "state" / "run.state"
+        raise RunError(f"{run / events.FILE} ends with round {known.done}, and {state} is of round {round}: {RESTORE}")
 
 
 @dataclass
@@ -351,18 +365,19 @@ class Experiment(Parts):
         return sorted(clients)
 
     def local_only(
-        self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None
+        self, base: Mapping[str, Tensor], on_progress: Callable[[], None] = lambda: None, model: nn.Module | None = None
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The local-only baseline: some clients train alone from the base for as many rounds as the federation.
 
         Args:
             base: the weights before tuning.
             on_progress: called after each client's round.
+            model: to train, with the weights of ``base``; None: the run's own.
 
         Returns:
             By client, its loss on the main held-out set, and its figures on what it holds out itself.
         """
-        recipe, model = self.recipe, self.model
+        recipe, model = self.recipe, model or self.model
         training = getattr(recipe.algorithm, "training", None)
         count = min(recipe.evaluation.local_only_clients, len(self.data.clients)) if training else 0
         if not self.trains_here or not self.data.held_out:
@@ -374,7 +389,8 @@ class Experiment(Parts):
             tree.copy_(tree.parameters(model), base)
             for number in range(1, recipe.rounds + 1):
                 assert training is not None
-                task, key = replace(self.task, round=number), Key.of(recipe.seed, "local-only", number, client)
+                task = replace(self.task, replica=Replica(model), round=number)
+                key = Key.of(recipe.seed, "local-only", number, client)
                 training.train(task, self.examples[client], key)
                 on_progress()
             losses[client] = self.evaluator.figures(model, main)["loss"]

@@ -28,6 +28,7 @@ from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.messages import message
 from fedferret.core.node import Node
+from fedferret.core.stages import StagedPublic
 from fedferret.core.task import Task
 from fedferret.core.text import plain_line
 from fedferret.experiment import begun_recipe, check_start
@@ -162,7 +163,7 @@ def export_delta(run: Path, path: Path, log: Callable[[str], None] = print, base
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
     delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
-    with _tuned(base, delta) as (_, model):
+    with _tuned(base, delta) as (_, _, model):
         delta = replace(delta, fingerprint=tree.fingerprint(tree.parameters(model)))
     write_atomically(path, codec.encode(delta))
     return delta
@@ -239,8 +240,8 @@ def _read_run(run: Path, base_name: str | None) -> tuple[Recipe, Log]:
 
 
 @contextmanager
-def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.Module]]:
-    """The method, and the base's model with the method's adapter if it has one and the delta's log applied."""
+def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, Any, nn.Module]]:
+    """The method, its public state, and the base's model with the method's adapter, if any, and the log applied."""
     try:
         objective, _, algorithm = delta.parts()
         task = Task.of(prepare(algorithm, base.model, delta.seed), objective, delta.rounds)
@@ -256,7 +257,7 @@ def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, nn.M
     with algorithm.model(task, node.public) as model:
         if model is None:
             raise UserError(f"{delta.method} has no global model: there is nothing to export")
-        yield algorithm, model
+        yield algorithm, node.public, model
 
 
 def _write_folder(
@@ -268,7 +269,7 @@ def _write_folder(
     adapter_alone: bool = False,
     base_name: str | None = None,
 ) -> str:
-    with _tuned(base, delta) as (algorithm, model):
+    with _tuned(base, delta) as (algorithm, public, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
         if delta.fingerprint and fingerprint != delta.fingerprint:
             raise RunError(
@@ -278,6 +279,10 @@ def _write_folder(
         adapter = adapter_of(model)
         if adapter_alone and adapter is None:
             raise UserError(f"{delta.method} tunes the model's own weights: there is no adapter to write; use --to")
+        if adapter_alone and (algorithm.changes_base or (isinstance(public, StagedPublic) and public.weights)):
+            raise UserError(
+                f"{delta.method} changes the weights under its adapter too, which no adapter holds; use --to"
+            )
         if adapter is not None and (adapter_alone or not adapter.merges):
             if dtype is not None:
                 raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")

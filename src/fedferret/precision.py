@@ -52,6 +52,11 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
                 f"{asked.quantised.replace('-', ' ')}s take no small steps; leave quantised out, or choose a method "
                 f"that tunes an adapter, such as fedit"
             )
+        if method.changes_base:
+            raise UserError(
+                f'model.quantised="{asked.quantised}": {method.name} changes the weights under its adapter too, and '
+                f"codes take no small steps; leave quantised out, or choose fedit"
+            )
         _check_adapter(asked.quantised, tuned)
         check_installed(asked.quantised)
 

@@ -15,7 +15,7 @@ from fedferret.config import Recipe
 from fedferret.core.errors import UserError
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import FolderClientStore, held
-from fedferret.experiment import begun_recipe
+from fedferret.experiment import begun_recipe, check_events
 from fedferret.run_folder import alone, check_begun, lost_files_in_a_line
 from fedferret.sites.members import Members, check_left
 from fedferret.sites.supervisor import alone_in
@@ -54,7 +54,8 @@ def rewind(out: Path, to: int, without: str | None = None, log: Callable[[str], 
         if now is None:
             raise UserError(f"{out}: no round is finished yet, so there is nothing to rewind")
         check_begun(out)
-        events.read(out), read_summary(out)  # damage is found now, while nothing is changed
+        check_events(out, events.read(out), now.round)  # damage is found now, while nothing is changed
+        read_summary(out)
         rewinding.log_rewind(out)  # an earlier command may have been killed in the middle
         then = rewinding.past_progress(out, now, to, recipe.execution.history)
         if without is not None:

@@ -26,6 +26,7 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.core.signals import Stopped, code_of
+from fedferret.core.stages import Staged, stage_note
 from fedferret.data.pinned import pins
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.disk import log_room
@@ -187,6 +188,9 @@ class Run:
                     self._log_event("saved", flushed=False, round=record.round, seconds=record.seconds_saving)
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
+                    if note := stage_note(recipe.algorithm, state.public):
+                        progress.message(note)
+                        self._log_event("notice", round=record.round, client="server", note=note)
                     if self._due(record.round):
                         self._evaluate(state, engine, progress)
                     write_summary(self.out)
@@ -332,9 +336,11 @@ class Run:
             self.recipe.seed,
         )
         base = MappedTree(self.out / "state", tree.parameters(untuned))
+        # a run of several stages ends in a model with the last stage's adapter, and clients train as the first begins
+        model = untuned.to(self.experiment.task.device) if isinstance(recipe.algorithm, Staged) else None
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:
-            losses, own = self.experiment.local_only(base, on_progress)
+            losses, own = self.experiment.local_only(base, on_progress, model)
         if losses:
             mean, objective = sum(losses.values()) / len(losses), self.experiment.objective
             primary = {client: each[objective.primary] for client, each in own.items()}

@@ -10,16 +10,24 @@ from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
 from fedferret.algorithms.fedavg_top_k import FedAvgTopK
+from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
+from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
+from fedferret.algorithms.fedsa_lora import FedSALoRA
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.ffa_lora import FFALoRA
+from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.slora import SLoRA
+from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -30,6 +38,7 @@ ROUNDS = 4
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
+_prefixes = replace(_adam, learning_rate=0.1)
 
 
 def _preset(name: str, **settings: object) -> AnyAlgorithm:
@@ -66,6 +75,13 @@ METHODS: dict[str, AnyAlgorithm] = {
         _ferret, keys="per-client", server_momentum=0.5, error_feedback=True, scale="shrunk", server_learning_rate=0.5
     ),
     "ferret-columns": replace(_ferret, basis="truncated-normal", scale="shrunk"),
+    "ferret-over-lora": Ferret(
+        over={"name": "fedit", "rank": 2, "alpha": 4, "modules": ["0", "2"]},
+        coordinates=8,
+        group_size=8,
+        server_learning_rate=0.5,
+        training=_adam,
+    ),
     "ferret-paper": _preset("paper", coordinates=60, server_learning_rate=0.5),
     "ferret-published": FerretPublished(
         coordinates=12, server_learning_rate=0.5, training=replace(TRAINING, learning_rate=0.02, steps=3)
@@ -85,9 +101,51 @@ METHODS: dict[str, AnyAlgorithm] = {
         rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
     ),
     "fedit-sgd": FedITSGD(rank=2, alpha=4, modules=r"[02]", training=TRAINING),
+    "ffa-lora": FFALoRA(rank=2, alpha=8, modules=("0", "2"), training=_adam),
+    "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
+    "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
+    "fibecfed": FibecFed(rank=2, alpha=4, modules=("0", "2"), refresh=1, training=_adam),
+    "fibecfed-all-layers": FibecFed(
+        rank=2,
+        alpha=4,
+        modules=("0", "2"),
+        layers=1,
+        kept_neurons=0.4,
+        refresh=2,
+        training=replace(TRAINING, epochs=1, steps=None),
+    ),
+    "ssf": SSF(training=_adam),
+    "ssf-pushed-private-norms": SSF(
+        initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
+    ),
+    "slora": SLoRA(
+        sparse_rounds=2, density=0.3, rank=2, alpha=4, modules=("0",), sparse_training=_adam, training=_adam
+    ),
+    "sa-fedlora": SAFedLoRA(
+        full_rounds=1,
+        heating_rounds=1,
+        annealing_rounds=1,
+        max_rank=3,
+        min_rank=1,
+        alpha=4,
+        modules=("0",),
+        full_training=TRAINING,
+        training=_adam,
+    ),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
+    "fedpeptao": FedPepTAO(layers=0.6, virtual_tokens=3, server_rate=0.2, training=_prefixes),
+    "fedpeptao-all-layers": FedPepTAO(layers=1.0, virtual_tokens=3, server_rate=0.0, training=_prefixes),
+    "fedpeptao-spectrum": FedPepTAO(
+        personal=False,
+        virtual_tokens=3,
+        warm_up_rounds=1,
+        lanczos_steps=8,
+        server_rate=0.2,
+        server_formula="paper-code",
+        training=_prefixes,
+    ),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

@@ -8,7 +8,8 @@ from typing import ClassVar
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedit import FedIT
 from fedferret.core.algorithm import AnyAlgorithm
-from fedferret.core.stages import HandOver, Stage, Staged, tuned_weights
+from fedferret.core.hand_over import HandOver, Stage, tuned_weights
+from fedferret.core.stages import Staged
 
 
 @dataclass(frozen=True, kw_only=True)

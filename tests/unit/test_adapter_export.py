@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedferret import models
-from fedferret.core.errors import RunError, UserError
+from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
@@ -100,7 +100,7 @@ def test_another_base_is_refused_although_the_log_would_fit(tmp_path: Path) -> N
         lambda: export_folder(run_folder, tmp_path / "model", silent),
         lambda: export_delta(run_folder, tmp_path / "delta", silent),
     ):
-        with pytest.raises(RunError, match=r"began from a base with SHA-256 .*, and this one has .*: give it"):
+        with pytest.raises(UserError, match=r"began from a base with SHA-256 .*, and this one has .*: give it"):
             refuse()
     with pytest.raises(UserError, match="belongs to the base"):
         apply_delta(str(tmp_path / "base"), tmp_path / "before", tmp_path / "model", silent)

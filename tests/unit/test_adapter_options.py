@@ -20,14 +20,14 @@ from fedferret.algorithms.fedit import FedIT
 from fedferret.build import check
 from fedferret.cli import app
 from fedferret.core import tree
-from fedferret.core.errors import RunError, UserError
+from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.data.sites import SiteFile
 from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
 from fedferret.local.first_order import FirstOrder
 from fedferret.models import adapters
-from fedferret.resident.site import Site, adapted, work
+from fedferret.resident.site import Site, adapted, pins_of, work
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_experiment, tiny_recipe
@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
     other = exported(tmp_path / "adapter", dora=True, modules_to_save=("norm",))
     with pytest.raises(UserError, match="belongs to the base"):
         apply_delta("tiny", tmp_path / "delta", tmp_path / "third", silent, other)
-    with pytest.raises(RunError, match="began from a base"):
+    with pytest.raises(UserError, match="began from a base"):
         Experiment.load(recipe, tmp_path / "second", silent).initial_state()
     # a site has it where its own settings say
     site = Site(name="Ann", data=SiteFile(path="rows.jsonl"))
@@ -137,6 +137,9 @@ def test_a_run_goes_on_from_an_adapter_and_every_node_must_have_the_same(tmp_pat
         adapted(site, recipe)
     moved = Site(name="Ann", data=SiteFile(path=str(tmp_path / "rows.jsonl")), adapter=str(tmp_path / "moved"))
     assert work(moved, None, recipe.identity_toml(), None).base == start["base"]
+    # and pins it
+    pinned = pins_of(moved, tmp_path, adapted(moved, recipe))["adapter"]
+    assert sorted(pinned) == ["moved/adapter_config.json", "moved/adapter_model.safetensors"]
 
 
 def change_config(**settings: Any) -> Callable[[Path], None]:

@@ -148,9 +148,9 @@ def test_modules_that_are_not_there_are_refused_before_weights_are_read(
     recipe = tiny_recipe(tmp_path, algorithm={"name": "fedit", "modules": modules})
     with pytest.raises(UserError) as raised:
         check(recipe)
-    assert f'modules="{named}": no linear module is called so; this model has q_proj, k_proj, v_proj' in str(
-        raised.value
-    )
+    said = str(raised.value)
+    assert f'modules="{named}": no linear module is called so; this model has q_proj, k_proj, v_proj' in said
+    assert said.endswith('set modules = "all-linear", or leave modules out')
 
 
 def test_other_bad_settings_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -79,6 +79,24 @@ def with_a_bias(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_codes(folder: Path, name: str = "model.layers.0.mlp.up_proj.weight") -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = (1000 * weights[name]).int()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_codes_without_a_prefix(folder: Path) -> None:
+    weights = {name.removeprefix("model."): each for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with_codes(folder, "layers.0.mlp.up_proj.weight")
+
+
+def with_codes_in_torchs_format(folder: Path) -> None:
+    with_codes(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def without_a_layer(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=1)
 
@@ -132,6 +150,9 @@ def saved_by_torch(folder: Path) -> None:
         (with_small_embedding, "and the embedding has 100 rows; give the tokenizer that belongs to the model"),
         (without_a_layer, "9 of its weights are of layers that its config.json does not count"),
         (with_a_bias, "1 of its weights belong to modules that by its config.json have no such part"),
+        (with_codes, "its weights model.layers.0.mlp.up_proj.weight (i32) are whole numbers, so codes of a quantised"),
+        (with_codes_without_a_prefix, "its weights layers.0.mlp.up_proj.weight (i32) are whole numbers"),
+        (with_codes_in_torchs_format, "its weights model.layers.0.mlp.up_proj.weight (int32) are whole numbers"),
         (code_in_the_tokenizer, "no such code is run"),
         (lambda folder: edit(folder / "config.json", quantization_config=[]), "has another form than transformers"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 
 from fedferret import recipe
 from fedferret.build import check, load_data
-from fedferret.config import Recipe
+from fedferret.config import Recipe, written
 from fedferret.core import rounds
 from fedferret.core.errors import UserError
 from fedferret.core.exchanges import ClientScores, Reply
 from fedferret.core.keys import Key
+from fedferret.data.text import TextSettings
 from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
+from fedferret.objectives.next_token import NextToken
 from fedferret.runner import run
 from fedferret.tracking.events import read
 from fedferret.tracking.report import write_report
@@ -235,12 +238,20 @@ def test_images_train_and_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": {"name": "lenet5"}}, 'model "lenet5": it reads images, and the data are texts'),
+        (
+            {"model": {"name": "lenet5"}, "text": {"max_tokens": 256}},
+            'model "lenet5": it reads images, and the data are texts',
+        ),
         ({"objective": {"classes": ["food", "sky"]}}, "sport"),
         ({"objective": {"classes": ["food"]}}, "name at least two"),
         ({"objective": {"name": "clasification"}}, 'no objective is called "clasification"'),
         ({"objective": {"pooling": "cls"}}, "pooling"),
         ({"text": {"packed": True}}, "text.packed=true"),
+        ({"text": {"template": "alpaca"}}, 'text.template=\'alpaca\': objective "classification" on model "tiny"'),
+        ({"text": {"train_on": "all"}}, "text.train_on='all'"),
+        ({"text": {"cut": "prompt"}}, "text.cut='prompt'"),
+        ({"text": {"date": "2026-11-28"}}, "text.date='2026-11-28'"),
+        ({"model": {"name": "lenet5"}, "text": {"max_tokens": 64}}, "text.max_tokens=64"),
         ({"evaluation": {"metrics": ["rouge-l"]}}, "generates no answers"),
         ({"clients": {"held_out": 1.0}}, "held_out=1.0"),
         ({"objective": {"classes": [*WORDS, "war"]}}, "war"),
@@ -258,6 +269,22 @@ def test_what_cannot_be_is_one_line_before_any_work(changes: dict[str, Any], rea
         check(settings)
         load_data(settings)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_site_is_told_of_a_recipe_for_texts_to_classify_holds_no_setting_that_is_not_read(
+    tmp_path: Path,
+) -> None:
+    settings = resolved(tmp_path)
+    told = written(tomllib.loads(settings.identity_toml()))
+    check(told)
+    assert told.text == settings.text and told.identity() == settings.identity()
+
+
+def test_a_date_for_a_template_that_writes_none_is_refused() -> None:
+    text = TextSettings(template="alpaca", date="2026-11-28")
+    with pytest.raises(UserError, match='template "alpaca" writes no date'):
+        NextToken().check("tiny", text)
+    NextToken().check("tiny", TextSettings(date="2026-11-28"))
 
 
 def test_a_language_model_has_no_head_to_train_alone(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ MAY = {
     "adapters": {"core", "models"},
     "objectives": {"core", "data", "models"},
     "data": {"core"},
-    "algorithms": {"core", "bases", "local", "models"},
+    "algorithms": {"core", "bases", "local", "models", "settings"},
     "engines": {"core", "wire"},
     "evaluation": {"core", "data", "models", "objectives"},
     "tracking": {"core", "wire", "data"},

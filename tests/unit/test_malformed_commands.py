@@ -112,3 +112,23 @@ def test_a_recipe_that_is_no_toml_is_one_line(root: Path, text: str) -> None:
     path.write_text(text)
     for words in (["run", path, "--out", root / "out"], ["compare", path, "--out", root / "out"]):
         refused(root, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", ""],
+        ["report", ""],
+        ["export", "run", "--to", ""],
+        ["export", "run", "--delta="],
+        ["compare", "grid.toml", "--out", " ", "--table-only"],
+        ["join", "127.0.0.1:1", "--name", "a", "--insecure", "--data", ""],
+        ["pki", "issue", "x", "--pki", ""],
+        ["sites", "list", ""],
+    ],
+)
+def test_an_empty_value_is_never_the_working_folder(
+    root: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    assert "there is an empty value after " in refused(root, *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 
 from contract.methods import METHODS, reference
+from contract.staged_methods import TwoStages
+from contract.unlike_methods import Hermit, Hermits
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.core import rounds
-from fedferret.core.algorithm import ClientReply
+from fedferret.core.algorithm import AnyAlgorithm, ClientReply
 from fedferret.core.errors import RunError
 from fedferret.core.exchanges import ClientScores, Failure, Score, Train
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.node import Diverged, MissingRecords, Node
-from fedferret.core.task import Task
+from fedferret.core.task import Examples, Task
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
 from fedferret.wire import codec
@@ -111,20 +114,22 @@ def test_a_private_state_that_was_read_from_a_file_lies_on_the_device_that_compu
 HELD_OUT = {name: toy_rows(Key.of(8, name), 5 + 3 * place) for place, name in enumerate("abc")}
 
 
+def at_toy_sites(algorithm: AnyAlgorithm, data: Mapping[str, Examples], folder: Path) -> Remote:
+    """An engine over sites that hold examples out."""
+    trainers = {
+        site: toy_trainer(algorithm, 4, {site: rows}, folder / site, site, held_out=HELD_OUT)
+        for site, rows in data.items()
+    }
+    return Remote(Direct(trainers), codec, recipe=RECIPE, base=BASE, deadline=60.0)
+
+
 def scored(name: str, tmp_path: Path | None) -> tuple[bytes, list[dict[str, dict[str, float]]]]:
     """A run that scores at its clients after every round: what it tuned, and the sums."""
     algorithm, data, found = METHODS[name], toy_clients(), []
     node, server = Node.start(toy_task(4, algorithm), algorithm, 3, codec)
     state = rounds.RunState(node, server, Log())
     engine: Any
-    if tmp_path is None:
-        engine = InProcess(data, codec, held_out=HELD_OUT)
-    else:
-        trainers = {
-            site: toy_trainer(algorithm, 4, {site: rows}, tmp_path / site, site, held_out=HELD_OUT)
-            for site, rows in data.items()
-        }
-        engine = Remote(Direct(trainers), codec, recipe=RECIPE, base=BASE, deadline=60.0)
+    engine = InProcess(data, codec, held_out=HELD_OUT) if tmp_path is None else at_toy_sites(algorithm, data, tmp_path)
     for _ in rounds.run(engine, list(data), state, rounds.Plan(3, 4, 3, fingerprint_every=1)):
         sums, failures, moved = rounds.score(engine, list(data), state, 4)
         assert not failures and set(moved) == set(data) and min(moved.values()) > 0
@@ -163,5 +168,32 @@ def test_a_client_that_holds_nothing_out_is_a_failure_of_one_line() -> None:
 
 def test_a_personal_model_is_scored_before_its_client_has_trained_and_that_trains_nothing() -> None:
     run = reference("hermits")
-    reply, private = run.state.node.handle(Score(4, 4), "newcomer", None, HELD_OUT["a"])
+    reply, private = run.state.node.handle(Score(4, 4), "newcomer", None, HELD_OUT["a"], lambda: toy_clients()["a"])
     assert isinstance(reply, ClientScores) and private is None and reply.sums["count"] == 5.0
+
+
+@pytest.mark.parametrize("at_sites", [False, True])
+def test_a_first_private_state_is_made_from_training_rows_for_scoring_too(at_sites: bool, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watching(Hermits):
+        def init_client(self, task: Any, public: Any, data: Any, key: Key) -> Hermit:
+            seen.append(len(data))
+            return super().init_client(task, public, data, key)
+
+    data = toy_clients()
+    node, server = Node.start(toy_task(4, Watching()), Watching(), 3, codec)
+    engine = at_toy_sites(Watching(), data, tmp_path) if at_sites else InProcess(data, codec, held_out=HELD_OUT)
+    sums, _, _ = rounds.score(engine, list(data), rounds.RunState(node, server, Log()), 4)
+    assert sorted(seen) == [len(rows) for rows in data.values()] == [9, 12, 15]
+    assert [each["count"] for each in sums.values()] == [5.0, 8.0, 11.0]
+
+
+def test_a_client_with_the_private_state_of_an_earlier_stage_alone_is_scored_with_a_first_one_of_this_stage() -> None:
+    method = TwoStages(first=METHODS["ferret-error-feedback"], second=Hermits(), first_rounds=1)
+    data = toy_clients()
+    node, server = Node.start(toy_task(3, method), method, 3, codec)
+    state, engine = rounds.RunState(node, server, Log()), InProcess(data, codec, held_out=HELD_OUT)
+    next(rounds.run(engine, list(data), state, rounds.Plan(3, 3, 3)))
+    sums, failures, _ = rounds.score(engine, list(data), state, 4)
+    assert list(sums) == list(data) and not failures

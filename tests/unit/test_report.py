@@ -176,3 +176,25 @@ def test_a_folder_without_a_run_is_refused_and_not_changed(tmp_path: Path) -> No
     with pytest.raises(UserError, match="is not a run folder"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_without_a_start_has_no_report(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    with pytest.raises(UserError, match=r"events\.jsonl has no start of a run"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
+
+
+def test_data_that_was_accepted_as_changed_is_shown_by_file_and_round(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    start(log, files={"data": {"rows.jsonl": "a" * 64}}, data_fingerprint="d" * 64)
+    log.write("round", **round_fields(record(1)))
+    log.write("round", **round_fields(record(2)))
+    log.write("resume", round=2)
+    assert "Changed data" not in report(tmp_path).text
+    log.write("resume", round=2, files={"data": {"rows.jsonl": "b" * 64}}, data_fingerprint="e" * 64)
+    assert "2 rows.jsonl was edited (SHA-256 aaaaaaaaaaaa… then, bbbbbbbbbbbb… now)" in report(tmp_path).text
+    log.write("resume", round=1, files={"data": {"rows.jsonl": "b" * 64}}, data_fingerprint="f" * 64)
+    text = report(tmp_path).text
+    assert "1 rows.jsonl was edited" in text  # the rounds after round 1 are those with the changed data now
+    assert "1 the examples are others (SHA-256 eeeeeeeeeeee… then, ffffffffffff… now)" in text

@@ -209,3 +209,11 @@ def test_a_folder_that_a_run_or_a_server_holds_is_left_alone(lock: str, reason: 
     with FileLock(out / lock / ".lock"), pytest.raises(UserError, match=reason):
         rewind(out, 3, log=silent)
     rewind(out, 3, log=silent)
+
+
+def test_events_that_end_before_the_checkpoint_are_refused(copy: tuple[Recipe, Path]) -> None:
+    _, out = copy
+    (out / events.FILE).write_text("")
+    with pytest.raises(RunError, match=rf"ends with round 0, and .*run\.state is of round {ROUNDS}"):
+        rewind(out, 2, None, silent)
+    assert checkpoint.saved_round(out) == ROUNDS and len(list((out / "log").glob("*.record"))) == ROUNDS

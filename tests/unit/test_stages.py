@@ -20,10 +20,11 @@ from fedferret.config import from_tables
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import UserError
+from fedferret.core.hand_over import Stage
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.node import Node
-from fedferret.core.stages import Stage, Staged
+from fedferret.core.stages import Staged
 from fedferret.export import apply_delta, export_delta, export_folder
 from fedferret.local.first_order import FirstOrder
 from fedferret.runner import run

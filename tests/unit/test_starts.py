@@ -105,6 +105,8 @@ def test_a_file_that_was_read_is_a_file_that_is_pinned(tmp_path: Path) -> None:
     assert command(*resume)[0] == 2
     code, output, _ = command(*resume, ACCEPT)
     assert code == 0 and "The data is not what the run began with" in output
+    page = (out / "report.html").read_text()
+    assert "Changed data" in page and f"{rows} was edited" in page
     assert command("export", out, "--delta", tmp_path / "tuned.delta")[0] == 0
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedferret import models
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.data.batches import IGNORED, TokenisedData
+from fedferret.data.chat_template import Chat
 from fedferret.data.encoding import Template
 from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
 from fedferret.data.template_probes import check, fitted
@@ -195,7 +198,7 @@ def test_all_of_a_text_alone_has_labels(language_model: models.LanguageModel, pa
 def test_a_turn_of_weight_0_has_no_labels_whatever_is_trained_on(language_model: models.LanguageModel) -> None:
     unlearned = Turn("assistant", "no", TurnExtra(trained=False))
     for turns, expected in (
-        ((ASK, unlearned, ASK, REPLY), "so.<eos>"),
+        ((ASK, unlearned, ASK, REPLY), "user\nwhy?<eos>\n<bos>user\nwhy?<eos>\n<bos>assistant\nso.<eos>"),
         ((ASK, REPLY), "user\nwhy?<eos>\n<bos>assistant\nso.<eos>"),
     ):
         assert labelled(language_model, Example(turns), train_on="all") == expected
@@ -209,3 +212,69 @@ def test_texts_alone_need_no_template_and_have_no_answers_to_score() -> None:
     check_metrics(("loss",), alone.clients)
     with pytest.raises(UserError, match='metric "exact-match" needs examples with a prompt and a text to write'):
         check_metrics(("exact-match",), alone.clients)
+
+
+UNLEARNED = Turn("assistant", "no no", TurnExtra(trained=False))
+
+
+@pytest.mark.parametrize(
+    ("source", "unlabelled"),
+    [
+        (EACH, "<assistant>no no</s>"),
+        (ALTERNATES, "<assistant>no no</s>"),
+        ("<s>" + EACH + "{{ messages | length }}", None),  # no turn ends where the text of the first turns does
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_of_weight_0_are_no_targets_and_those_around_them_are(
+    tmp_path: Path, source: str, unlabelled: str | None, packed: bool
+) -> None:
+    """A turn ends where the prompt's text begins with the text of the turns up to it; else no turn is a target."""
+    template, others = made(tmp_path, source, train_on="all"), Example((ASK, REPLY))
+    example = Example((ASK, UNLEARNED, ASK, REPLY))
+    tokens = [template.encode(each, TOKENIZER, 1000) for each in (others, example)]
+    data = TokenisedData(tokens, packed, train_on_prompts=True)
+    prompt = tokens[1].response_start
+    spans = tokens[1].untrained
+    lost = [TOKENIZER.decode(tokens[1].ids[start:end]) for start, end in spans]
+    assert lost == [TOKENIZER.decode(tokens[1].ids[:prompt]) if unlabelled is None else unlabelled]
+    expected = [*tokens[0].ids[1:], *(each for at, each in enumerate(tokens[1].ids) if at and not _within(at, spans))]
+    for whole in (data, data.take([1, 0])):
+        labels = torch.cat([batch.labels.flatten() for batch in whole.batches(4, Key(1))])
+        assert sorted(labels[labels != IGNORED].tolist()) == sorted(expected)
+        assert whole.num_response_tokens == len(expected)
+    assert template.encode(others, TOKENIZER, 1000).untrained == ()
+    assert made(tmp_path, source).encode(example, TOKENIZER, 1000).untrained == ()  # only responses are targets then
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])  # the first turns are cut off whole, or token by token
+def test_what_is_cut_off_a_prompt_shifts_the_tokens_of_weight_0(tmp_path: Path, role: str) -> None:
+    example = Example((ASK, UNLEARNED, Turn(role, "and then what?"), REPLY))
+    template = made(tmp_path, EACH, train_on="all", cut="prompt")
+    whole = template.encode(example, TOKENIZER, 1000)
+    later = [id for at, id in enumerate(whole.ids[: whole.response_start]) if not _within(at, whole.untrained)]
+    for lost in range(whole.response_start):
+        cut = template.encode(example, TOKENIZER, len(whole.ids) - lost)
+        targets = [id for at, id in enumerate(cut.ids[: cut.response_start]) if not _within(at, cut.untrained)]
+        assert targets == later[len(later) - len(targets) :]
+        assert all(0 <= start <= end <= cut.response_start for start, end in cut.untrained)
+
+
+def test_a_transcript_in_a_text_template_has_turns_of_weight_0_too() -> None:
+    template = template_of(TextSettings(template="alpaca", train_on="all"))
+    tokens = template.encode(Example((ASK, UNLEARNED, ASK, REPLY)), TOKENIZER, 1000)
+    (span,) = tokens.untrained
+    assert TOKENIZER.decode(tokens.ids[slice(*span)]) == "\nAssistant: no no"
+
+
+def test_a_template_is_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[object] = []
+    render = Chat.render
+    monkeypatch.setattr(Chat, "render", lambda *given, **kinds: rendered.append(given) or render(*given, **kinds))
+    first = made(tmp_path, EACH + "{# once #}")
+    count = len(rendered)
+    assert count > 5 and made(tmp_path, EACH + "{# once #}") == first and len(rendered) == count
+
+
+def _within(at: int, spans: tuple[tuple[int, int], ...]) -> bool:
+    return any(start <= at < end for start, end in spans)

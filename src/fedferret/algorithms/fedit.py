@@ -42,7 +42,7 @@ _DEFAULTS: Mapping[str, Any] = {"rank": 8, "alpha": 16, "rslora": False, "dora":
 _ONE_BY_ONE = {"batch_size": 1, "epochs": 1}  # how Ferret's paper trains all first-order baselines
 
 
-def _adam() -> FirstOrder:
+def adam() -> FirstOrder:
     """As the authors have it; the learning rate is the Ferret paper's for Natural Instructions too (3e-5 for Dolly)."""
     return FirstOrder(optimizer="adamw", learning_rate=3e-4, clip=None)
 
@@ -73,7 +73,7 @@ class FedIT(FedAvg):
     dora: bool | None = None  # magnitudes of the weights' rows are trained too, and travel
     modules_to_save: tuple[str, ...] | None = None  # modules that are trained densely beside the factors, and travel
     adapter: str | None = None  # peft's folder of an adapter to go on from; the settings above are the adapter's
-    training: FirstOrder = field(default_factory=_adam)
+    training: FirstOrder = field(default_factory=adam)
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
@@ -84,6 +84,17 @@ class FedIT(FedAvg):
             for name, default in _DEFAULTS.items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
+
+    def check(self, model: nn.Module, rounds: int) -> None:
+        """No rank above a tuned matrix's: such factors say no more, and weigh more than the matrix."""
+        super().check(model, rounds)
+        for name, (a, b) in adapters.factors(model).items():
+            most = min(a.shape[1], b.shape[0])
+            if self.rank is not None and self.rank > most:
+                raise UserError(
+                    f"rank={self.rank}: {name} has {b.shape[0]} x {a.shape[1]} weights, so a product of "
+                    f"factors has at most rank {most}; set rank={most} or less, or leave such modules out of modules"
+                )
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with LoRA factors."""

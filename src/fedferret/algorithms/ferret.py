@@ -16,8 +16,7 @@ client's key.
 Deviations from the paper, each a field: the top-1 code, fewer bits, the allocation, sign buckets, shared keys (linear:
 payloads add up), weights by number of examples, the server's learning rate, schedule and momentum. The preset ``paper``
 turns all of them off; ``one-bit`` sends every coordinate, on shared keys; ``private`` does so in full precision, for
-sums under a guard. The published code's choices are ``ferret_published.py``. The shrunk scale is 1/(1 + error energy):
-K/(K+d) of dense columns, K/d of buckets.
+sums under a guard. The published code's choices are ``ferret_published.py``. ``over.py``: an adapter in place of w.
 """
 
 from __future__ import annotations
@@ -44,12 +43,13 @@ from fedferret.algorithms.ferret_messages import (
 )
 from fedferret.algorithms.ferret_presets import PRESETS
 from fedferret.algorithms.full_model import check_finite, loaded, step_
+from fedferret.algorithms.over import OverAdapter
 from fedferret.bases.blocks import decode_norms, encode_norms, pack
 from fedferret.bases.coding import Coding
 from fedferret.bases.projector import Allocation, Projector, Scale, Step
 from fedferret.bases.registry import basis
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
+from fedferret.core.algorithm import ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.pooling import NotFinite
@@ -61,7 +61,7 @@ Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, FerretReply]):
+class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, FerretReply]):
     """Projected updates on shared random directions. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "ferret"
@@ -71,7 +71,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
     allocation: Allocation = "norm-squared"  # the same error in every weight: where gradients are long, so is curvature
     keys: Literal["shared", "per-client"] = "per-client"  # per client: allocation by own norms, from round 1 on
-    scale: Scale = "unbiased"
+    scale: Scale = "unbiased"  # "shrunk": times 1/(1 + error energy), K/(K+d) of dense columns, K/d of buckets
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
     group_size: Literal[1, 8, 128] = 128  # coordinates for one that travels, as place and sign: less than a bit each
     entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
@@ -83,6 +83,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
     training: FirstOrder = field(default_factory=FirstOrder)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.server_momentum < 1:
             raise UserError(f"server_momentum={self.server_momentum}: must lie in [0, 1)")
         if not self.server_learning_rate > 0:
@@ -91,10 +92,8 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
             given = f"group_size={self.group_size}, bits={self.bits}"
             raise UserError(f"{given}: a top-1 coordinate travels as place and sign; set group_size=1, or bits=1")
         if self.group_size > 1 and self.error_feedback:
-            raise UserError(
-                f"error_feedback=true, group_size={self.group_size}: what a client keeps back would grow without "
-                f"bound, as top-1 coordinates overshoot; set group_size=1"
-            )
+            given = f"error_feedback=true, group_size={self.group_size}: what a client keeps would grow without bound"
+            raise UserError(f"{given}, as top-1 coordinates overshoot; set group_size=1")
 
     @property
     def pooling(self) -> Pooling:
@@ -108,6 +107,7 @@ class Ferret(Algorithm[FerretPublic, FerretServer, FerretClient, FerretEntry, Fe
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """At least one coordinate per block and at most one per weight."""
+        super().check(model, rounds)
         sizes = tree.sizes(tree.parameters(model))
         total, blocks = sum(sizes.values()), len(pack(sizes))
         if self.error_feedback and self.scale == "unbiased" and 2 * self.coordinates < total:

@@ -26,6 +26,13 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedmezo": ("fedmezo", "FedMeZO", "FedAvg of clients that train by forward passes alone, with central differences"),
     "fedit": ("fedit", "FedIT", "LoRA, first-order steps, megabytes: the mean of the clients' factors"),
     "fedit-sgd": ("fedit", "FedITSGD", "FedIT with plain gradient steps"),
+    "ffa-lora": ("ffa_lora", "FFALoRA", "FedIT with the factors A frozen: half the bytes, and the mean is exact"),
+    "fedsa-lora": ("fedsa_lora", "FedSALoRA", "LoRA with the factors A averaged, and B each client's own"),
+    "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
+    "fibecfed": ("fibecfed", "FibecFed", "FedIT of the most sensitive layers, of some rows, on easy examples first"),
+    "ssf": ("ssf", "SSF", "scales and shifts of features, first-order steps, hundreds of kilobytes: the clients' mean"),
+    "slora": ("slora", "SLoRA", "a hundredth of the weights, then LoRA from the factors of what they learned"),
+    "sa-fedlora": ("sa_fedlora", "SAFedLoRA", "all weights for a start, then LoRA of a falling rank"),
     "fedptuning": ("fedptuning", "FedPTuning", "a prompt's encoder, first-order steps: the mean of the clients'"),
     "fedptuning-v2": (
         "fedptuning_v2",
@@ -33,6 +40,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
         "keys and values that every attention layer reads first: the mean of the clients'",
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
+    "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 
 

@@ -81,6 +81,7 @@ class Pooled(Generic[Sum]):
 
     sums: tuple[Sum, ...]
     weights: tuple[float, ...]  # one per client, in client order
+    clients: tuple[str, ...] = ()  # their names, from the round loop: what a server keeps per client is found by these
 
     @property
     def only(self) -> Sum:
@@ -132,6 +133,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
     holds_bf16: ClassVar[bool] = False  # whether updates are unrounded and ``apply`` rounds bf16 weights at random
+    changes_base: ClassVar[bool] = False  # whether the weights under its adapter change too: no adapter holds these
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     @property

@@ -9,7 +9,7 @@ exporting own one each. The in-process engine uses the server's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -220,7 +220,14 @@ class Node:
         shapes = tree.shapes(tree.parameters(self.task.model))
         return self.algorithm.wire_cost(shapes, 1, round).client_state_bytes > 0
 
-    def handle(self, body: Body, client: str, private: Any | None, data: Examples) -> tuple[Any, Any | None]:
+    def handle(
+        self,
+        body: Body,
+        client: str,
+        private: Any | None,
+        data: Examples,
+        training: Callable[[], Examples] | None = None,
+    ) -> tuple[Any, Any | None]:
         """Answer one body for one client.
 
         Args:
@@ -228,6 +235,7 @@ class Node:
             client: the client's name.
             private: the client's private state after its last counted round; None before the first.
             data: for Train the client's examples, for Score those that the client holds out.
+            training: for Score: gives the client's examples, from which a first private state is made.
 
         Returns:
             The reply, a message, and the client's private state from now on.
@@ -238,7 +246,7 @@ class Node:
         if isinstance(body, Score):
             if self.guards:
                 raise ValueError("clients' scores would tell what the guards of this run hide")
-            return self._score(body, client, private, data), private
+            return self._score(body, client, private, data, training), private
         if isinstance(body, Train):
             return self._train(body, client, private, data)
         exchange = exchange_for(self.guards, body)
@@ -268,14 +276,21 @@ class Node:
             return Masked(sum, modulus)
         return payload if sum is given else payload.encoded(sum, key.fold("guarded"))
 
-    def _score(self, body: Score, client: str, private: Any | None, data: Examples) -> ClientScores:
+    def _score(
+        self,
+        body: Score,
+        client: str,
+        private: Any | None,
+        data: Examples,
+        training: Callable[[], Examples] | None,
+    ) -> ClientScores:
         if not len(data):
             raise ValueError("the client holds no example out")
         if private is not None:
             private = on_device(private, self.task.device)
         sums = self._scores(body, private, data)
-        if sums is None and private is None:  # a method of personal models, and a client that has not trained yet
-            sums = self._scores(body, self._private(client, None, data), data)
+        if sums is None and training:  # personal models alone, and a client that has none yet, or none of this stage
+            sums = self._scores(body, self._private(client, None, training()), data)
         if sums is None:
             raise ValueError(f"{self.algorithm.name} gives client {client} no model to score")
         return ClientScores(sums)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from fedferret.core.task import Task
 
 
@@ -19,7 +21,7 @@ def restore_tensors(task: Task, public: Any) -> Any:
     Returns:
         A new state of the same form.
     """
-    if isinstance(public, Mapping):
+    if isinstance(public, Mapping) and all(isinstance(value, Tensor) for value in public.values()):
         return task.store(public)
     if dataclasses.is_dataclass(public) and not isinstance(public, type):
         parts = {field.name: restore_tensors(task, getattr(public, field.name)) for field in dataclasses.fields(public)}

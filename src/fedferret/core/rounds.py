@@ -257,6 +257,7 @@ def _round(
         for pooled_sum in pooled.sums:
             algorithm.accept_sum(task, node.public, pooled_sum)
             _check(pooled_sum, LARGEST * len(answered), f"round {number}: the sum of {', '.join(answered)}")
+    pooled = replace(pooled, clients=tuple(answered))
     server, entry = algorithm.server_update(
         task, node.public, state.server, pooled, Key.of(plan.seed, "update", number)
     )

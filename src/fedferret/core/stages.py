@@ -1,7 +1,8 @@
 """Methods of several stages: each stage is a method, and the next begins from what the one before hands over.
 
     rounds 1 .. n_1                 stage 1
-    hand over                       on every node, inside ``apply``, from public facts alone: no byte crosses the wire
+    hand over                       inside ``apply``: computed there by every node, or once by the server, and then the
+                                    entry of the stage's last round (``core/hand_over.py``)
     rounds n_1 + 1 .. n_1 + n_2     stage 2, and so on
 
 A staged method is an ordinary method; its fields are TOML. A stage's adapter is attached when the stage begins and
@@ -17,20 +18,20 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, AnyAlgorithm, ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
+from fedferret.core.hand_over import HandedOver, Stage, all_weights
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
+from fedferret.core.restore import restore_tensors
 from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
-
-HandOver: TypeAlias = Callable[[Task, Tree, AnyAlgorithm, Any, Key], Mapping[str, Tensor]]
 
 
 @state
@@ -41,6 +42,7 @@ class StagedPublic:
     round: int  # finished rounds of this stage
     key: int  # seeds the stages to come
     weights: Tree  # frozen weights under this stage, by their plain names; empty where they are the checkpoint's
+    figures: dict[str, float]  # of the hand-over to this stage, where it reports any
     public: Any
 
 
@@ -58,38 +60,6 @@ class StagedClient:
 
     stage: int
     client: Any
-
-
-def tuned_weights(task: Task, base: Tree, finished: AnyAlgorithm, public: Any, key: Key) -> dict[str, Tensor]:
-    """Hand over the finished stage's model, adapters merged: the usual hand-over.
-
-    Args:
-        task: with the finished stage's model; its weights may be overwritten.
-        base: the weights that the finished stage stood on.
-        finished: the stage's method.
-        public: the stage's public state.
-        key: for hand-overs that draw.
-
-    Returns:
-        Weights that the next stage begins from, by name: plain ones, and where given the next adapter's first values.
-
-    Raises:
-        UserError: the finished stage's method has no global model.
-    """
-    with finished.model(task, public) as model:
-        if model is None:
-            raise UserError(f"{finished.name} has no global model to hand over to the next stage")
-        plain = finished.release(copy.deepcopy(model))
-    return {name: weight for name, weight in _all_weights(plain).items() if name in base}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage: a method, how many rounds it has (None: all that are left), and what it hands to the next."""
-
-    algorithm: AnyAlgorithm
-    rounds: int | None = None
-    hand_over: HandOver = tuned_weights
 
 
 class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
@@ -206,14 +176,18 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         return of_round
 
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
-        """The stage's of that round; ``shapes`` are those of that round too."""
-        algorithm, round = self._in(round)
-        return algorithm.wire_cost(shapes, cohort, round)
+        """The stage's of that round; ``shapes`` are those of that round too. A hand-over that is sent is the entry."""
+        stage, number = self._in(round)
+        cost = stage.algorithm.wire_cost(shapes, cohort, number)
+        if stage.sent is None or number != stage.rounds:
+            return cost
+        down = 4.0 * stage.sent(shapes)
+        return replace(cost, down_least=down, down_most=down)
 
     def sum_values(self, shapes: Shapes, round: int) -> int:
         """The stage's of that round."""
-        algorithm, round = self._in(round)
-        return algorithm.sum_values(shapes, round)
+        stage, number = self._in(round)
+        return stage.algorithm.sum_values(shapes, number)
 
     def update_norm(self, task: Task, public: StagedPublic, payload: Any) -> float | None:
         """The present stage's."""
@@ -232,7 +206,7 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         task.replica.stage = 0
         stage, first = self._stage(task, 0)
         public, server = stage.algorithm.init(first, key)
-        return StagedPublic(0, 0, key.fold("stages").value, {}, public), StagedServer(0, server)
+        return StagedPublic(0, 0, key.fold("stages").value, {}, {}, public), StagedServer(0, server)
 
     def init_client(self, task: Task, public: StagedPublic, data: Examples, key: Key) -> StagedClient | None:
         """The present stage's private state."""
@@ -266,22 +240,32 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         self, task: Task, public: StagedPublic, server: StagedServer, pooled: Pooled[Any], key: Key
     ) -> tuple[StagedServer, Any]:
         """The present stage's step; a later stage's server state is made in the stage's first round."""
-        stage, task = self._enter(task, public)
+        stage, present = self._enter(task, public)
         own = server.server
         if server.stage != public.stage:
-            with stage.algorithm.model(task, public.public):
-                _, own = stage.algorithm.init(task, _staged(Key(public.key), public.stage))
-        own, entry = stage.algorithm.server_update(task, public.public, own, pooled, key)
+            with stage.algorithm.model(present, public.public):
+                _, own = stage.algorithm.init(present, _staged(Key(public.key), public.stage))
+        own, entry = stage.algorithm.server_update(present, public.public, own, pooled, key)
+        if stage.sent is not None and self._hands_over(task, public):
+            finished = restore_tensors(task, public.public)  # a copy
+            stage.algorithm.apply(present, finished, entry)
+            entry = self._computed(present, public, finished)
         return StagedServer(public.stage, own), entry
 
     def apply(self, task: Task, public: StagedPublic, entry: Any) -> None:
         """The present stage's entry; after the stage's last round, the hand-over."""
-        stage, own = self._enter(task, public)
-        stage.algorithm.apply(own, public.public, entry)
+        stage, present = self._enter(task, public)
+        last = self._hands_over(task, public)
+        if isinstance(entry, HandedOver) != (last and stage.sent is not None):
+            raise ValueError(f"a {type(entry).__name__} is no entry of this round of {self.name}")
+        if isinstance(entry, HandedOver):
+            self._hand_over(task, public, {**public.weights, **entry.weights}, entry.figures)
+            return
+        stage.algorithm.apply(present, public.public, entry)
         public.round += 1
-        planned = self.planned(task.rounds)
-        if public.round == planned[public.stage][1] and public.stage + 1 < len(planned):
-            self._hand_over(task, public)
+        if last:
+            handed = self._computed(present, public, public.public)
+            self._hand_over(task, public, handed.weights, handed.figures)
 
     @contextmanager
     def model(self, task: Task, public: StagedPublic, client: StagedClient | None = None) -> Iterator[nn.Module | None]:
@@ -291,11 +275,11 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         with stage.algorithm.model(task, public.public, private) as model:
             yield model
 
-    def _in(self, round: int) -> tuple[AnyAlgorithm, int]:
-        """The method of a round of the run, and that round's number in the stage."""
+    def _in(self, round: int) -> tuple[Stage, int]:
+        """The stage of a round of the run, and that round's number in the stage."""
         for stage in self.stages():
             if stage.rounds is None or round <= stage.rounds:
-                return stage.algorithm, round
+                return stage, round
             round -= stage.rounds
         raise UserError(f"{self.name} has no stage in that round")
 
@@ -332,33 +316,61 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         replica, planned = task.replica, self.planned(task.rounds)
         plain = planned[replica.stage][0].algorithm.release(replica.model)
         assert replica.base is not None
-        for name, weight in _all_weights(plain).items():
+        for name, weight in all_weights(plain).items():
             weight.copy_(weights[name] if name in weights else replica.base[name])
         replica.model = planned[number][0].algorithm.prepare(_trainable(plain), _staged(key, number))
         replica.stage = number
 
-    def _hand_over(self, task: Task, public: StagedPublic) -> None:
-        number, replica = public.stage, task.replica
-        stage, own = self._stage(task, number)
-        base = replica.base
+    def _hands_over(self, task: Task, public: StagedPublic) -> bool:
+        """Whether the round at hand is its stage's last, and a stage follows; ``task`` is the run's, not a stage's."""
+        planned = self.planned(task.rounds)
+        return public.round + 1 == planned[public.stage][1] and public.stage + 1 < len(planned)
+
+    def _computed(self, present: Task, public: StagedPublic, finished: Any) -> HandedOver:
+        """What the present stage leaves to the next, from the stage's public state after its last round."""
+        stage, base = self._at(public), present.replica.base
         assert base is not None
         stood_on = {**dict(base.items()), **dict(public.weights.items())} if public.weights else base
-        key = _staged(Key(public.key), number + 1)
-        handed = stage.hand_over(own, stood_on, stage.algorithm, public.public, key.fold("hand-over"))
-        plain = {name: weight for name, weight in handed.items() if name in base}
-        self._switch(task, number + 1, plain, Key(public.key))
+        key = _staged(Key(public.key), public.stage + 1)
+        handed = stage.hand_over(present, stood_on, stage.algorithm, finished, key.fold("hand-over"))
+        return handed if isinstance(handed, HandedOver) else HandedOver(dict(handed), {})
+
+    def _hand_over(
+        self, task: Task, public: StagedPublic, weights: Mapping[str, Tensor], figures: Mapping[str, float]
+    ) -> None:
+        """Begin the next stage from plain weights and an adapter's first values."""
+        number, replica = public.stage + 1, task.replica
+        assert replica.base is not None
+        plain = {name: weight for name, weight in weights.items() if name in replica.base}
+        self._switch(task, number, plain, Key(public.key))
         for name, weight in tree.parameters(replica.model).items():
-            if name in handed and name not in plain:
-                weight.copy_(handed[name])
-        following, then = self._stage(task, number + 1)
-        public.public, _ = following.algorithm.init(then, key)
+            if name in weights and name not in plain:
+                weight.copy_(weights[name])
+        following, then = self._stage(task, number)
+        public.public, _ = following.algorithm.init(then, _staged(Key(public.key), number))
         public.weights = task.store(plain) if plain else {}
-        public.stage, public.round = number + 1, 0
+        public.stage, public.round, public.figures = number, 0, dict(figures)
 
     def _plain_weights(self, task: Task, number: int) -> dict[str, Tensor]:
         """Every weight of the base, by its plain name, with the adapter of stage ``number`` left out."""
         plain = self.planned(task.rounds)[number][0].algorithm.release(copy.deepcopy(task.model))
-        return _all_weights(plain)
+        return all_weights(plain)
+
+
+def stage_note(algorithm: AnyAlgorithm, public: Any) -> str | None:
+    """Say that a stage has begun.
+
+    Args:
+        algorithm: the method.
+        public: the public state after a round.
+
+    Returns:
+        A line, with the hand-over's figures, after the last round of a stage that another one follows; else None.
+    """
+    if not (isinstance(algorithm, Staged) and isinstance(public, StagedPublic) and public.stage and not public.round):
+        return None
+    figures = "".join(f", {name} {value:.4g}" for name, value in public.figures.items())
+    return f"stage {public.stage + 1} of {algorithm.name} begins: {algorithm._at(public).algorithm.name}{figures}"
 
 
 def shapes_by_round(algorithm: AnyAlgorithm, model: nn.Module, rounds: int) -> Callable[[int], Shapes]:
@@ -381,11 +393,6 @@ def shapes_by_round(algorithm: AnyAlgorithm, model: nn.Module, rounds: int) -> C
 def _staged(key: Key, number: int) -> Key:
     """The key of a stage: the first stage's is the run's own, so that one stage alone has the bits of its method."""
     return key.fold("stage", number) if number else key
-
-
-def _all_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, frozen ones too, tied ones once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _trainable(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Tokens to tensors: compact storage, and batches of similar length (``data/order.py``), which need little padding.
 
-Storage: 4 bytes per token and 12 bytes per example.
+Storage: 4 bytes per token and 12 bytes per example; 1 byte more per token where a target has weight 0.
 """
 
 from __future__ import annotations
@@ -46,15 +46,22 @@ class TokenisedData:
         Args:
             examples: tokenised examples.
             packed: whether each training batch is one packed row.
-            train_on_prompts: whether all tokens from ``labels_start`` on have labels; else the response alone.
+            train_on_prompts: whether all tokens have labels but those of turns of weight 0; else the response alone.
         """
         self._packed = packed
         self._ids = torch.tensor([token for each in examples for token in each.ids], dtype=torch.int32)
         self._lengths = torch.tensor([len(each.ids) for each in examples], dtype=torch.int32)
         # the first token has no predecessor, so no label
-        starts = [each.labels_start if train_on_prompts else each.response_start for each in examples]
+        starts = [1 if train_on_prompts else each.response_start for each in examples]
         self._response_starts = torch.tensor(starts, dtype=torch.int32)
         self._ends = self._lengths.cumsum(0)
+        self._untrained: Tensor | None = None  # which tokens after the start of the labels have none, bool
+        if train_on_prompts and any(each.untrained for each in examples):
+            self._untrained = torch.zeros(len(self._ids), dtype=torch.bool)
+            for each, after in zip(examples, self._ends.tolist(), strict=True):
+                first = after - len(each.ids)
+                for start, end in each.untrained:
+                    self._untrained[first + max(1, start) : first + end] = True
         self.num_cut = sum(each.response_cut for each in examples)  # responses that max_tokens cut
 
     def __len__(self) -> int:
@@ -79,7 +86,8 @@ class TokenisedData:
     @property
     def num_response_tokens(self) -> int:
         """Number of tokens that have a label."""
-        return int((self._lengths - self._response_starts).sum())
+        without = 0 if self._untrained is None else int(self._untrained.sum())
+        return int((self._lengths - self._response_starts).sum()) - without
 
     @property
     def largest_token(self) -> int:
@@ -97,8 +105,11 @@ class TokenisedData:
         """
         chosen = object.__new__(TokenisedData)
         chosen._packed, chosen.num_cut = self._packed, self.num_cut
-        pieces = [self._ids[int(self._ends[row]) - int(self._lengths[row]) : int(self._ends[row])] for row in rows]
-        chosen._ids = torch.cat(pieces) if pieces else self._ids[:0]
+        places = [slice(int(self._ends[row]) - int(self._lengths[row]), int(self._ends[row])) for row in rows]
+        chosen._ids = torch.cat([self._ids[place] for place in places]) if places else self._ids[:0]
+        chosen._untrained = None
+        if self._untrained is not None and places:
+            chosen._untrained = torch.cat([self._untrained[place] for place in places])
         index = torch.tensor(list(rows), dtype=torch.int64)
         chosen._lengths, chosen._response_starts = self._lengths[index], self._response_starts[index]
         chosen._ends = chosen._lengths.cumsum(0)
@@ -137,6 +148,8 @@ class TokenisedData:
             ids = self._ids[end - length : end].long()
             scored = ids.clone()
             scored[: max(1, response_start)] = IGNORED  # the token before the first is another example's
+            if self._untrained is not None:
+                scored[self._untrained[end - length : end]] = IGNORED
             input_ids.append(ids)
             labels.append(scored)
             position_ids.append(torch.arange(length))
@@ -153,4 +166,6 @@ class TokenisedData:
             input_ids[place, :length] = ids
             attention_mask[place, :length] = 1
             labels[place, response_start:length] = ids[response_start:]
+            if self._untrained is not None:
+                labels[place, :length][self._untrained[end - length : end]] = IGNORED
         return Batch(input_ids, attention_mask, labels)

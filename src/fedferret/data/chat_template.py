@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedferret.core.errors import UserError
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 NO_CHAT_TEMPLATE = 'this model has no chat template: set template = "alpaca" or give a template file'
 _RESPONSE = "zqresponse"  # stands for the response where the text around it is asked for
 _DRAWS = re.compile(r"\|\s*random\b|\bmap\(\s*['\"]random['\"]|\blipsum\s*\(")
+
+
+@lru_cache(maxsize=8)  # a template is long, and is rendered for every example
+def _draws(source: str) -> bool:
+    return bool(_DRAWS.search(source))
 
 
 class TemplateFailure(UserError):
@@ -60,6 +66,14 @@ class Chat(Template):
         if self._joins(turns, example):
             return self._around(turns, tokenizer, tools)[0]
         return self.render(turns, tokenizer, generate=True, tools=tools)
+
+    def beginning(
+        self, example: Example, turns: Sequence[Turn], count: int, tokenizer: PreTrainedTokenizerBase
+    ) -> str | None:
+        try:
+            return self.render(turns[:count], tokenizer, generate=False, tools=example.metadata.get("tools", ()))
+        except TemplateFailure:  # such as a template that takes no end with this role
+            return None
 
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         newest, tools = contexts_of(example.turns[:-1])[0], example.metadata.get("tools", ())
@@ -120,7 +134,7 @@ class Chat(Template):
         messages = [self._message(turn) for turn in self._put(turns)]
         try:
             source = tokenizer.get_chat_template(self.jinja, offered)
-            if _DRAWS.search(source):
+            if _draws(source):
                 raise UserError('the chat template draws at random: take that out, or set template = "alpaca"')
             if "strftime_now" in source:
                 return self._dated(source, tokenizer, messages, offered, generate)

@@ -7,6 +7,8 @@
    (opening system turns stay), then tokens from the left.
 3. The response ends with the chat template's end-of-turn mark, or with the end-of-text token where there is no mark.
 4. A text alone has no template: its prompt is one token, begin of text or end of text.
+5. Where prompts are trained on too, tokens of turns of weight 0 are named: those between the text of the turns before
+   and the text of the turns up to there, where the prompt's text begins with both. Else the span is wider.
 
 Cost of ``encode``: O(max_tokens log turns).
 """
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, Turn
-from fedferret.data.text import Cut
+from fedferret.data.text import Cut, TrainOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ class Tokens:
     response_cut: bool  # whether max_tokens cut it
     response_lost: int = 0  # how many tokens of the response max_tokens cut off
     prompt_cut: bool = False  # whether max_tokens cut the prompt
-    labels_start: int = 1  # where targets begin if prompts are trained on too
+    untrained: tuple[tuple[int, int], ...] = ()  # spans of turns of weight 0, where prompts are trained on too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Template(ABC):
     """Turns an example into tokens; a subclass gives the texts of the prompt and of the response."""
 
     cut: Cut = "response"
+    train_on: TrainOn = "completions"
 
     @abstractmethod
     def prompt_text(self, example: Example, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,6 +72,22 @@ class Template(ABC):
             tokenizer: the model's.
         """
 
+    def beginning(
+        self, example: Example, turns: Sequence[Turn], count: int, tokenizer: PreTrainedTokenizerBase
+    ) -> str | None:
+        """The text of the first turns of a prompt.
+
+        Args:
+            example: of which this is the prompt.
+            turns: of the prompt.
+            count: of turns, from 1.
+            tokenizer: the model's.
+
+        Returns:
+            Text with which the prompt's text begins, if the template writes one turn after the other; None: not known.
+        """
+        return None
+
     def includes_bos(self) -> bool:
         """Whether the prompt's text contains the begin-of-text token where the model needs one."""
         return False
@@ -85,11 +104,13 @@ class Template(ABC):
             return _whole_text(example.response, tokenizer, max_tokens)
         response = _ids(self.response_text(example, tokenizer), tokenizer)
         share = 1 if self.cut == "prompt" else max(1, max_tokens // PROMPT_SHARE)
-        prompt, prompt_cut = self._prompt(example, tokenizer, max(max_tokens - len(response), share))
+        prompt, prompt_cut, turns = self._prompt(example, tokenizer, max(max_tokens - len(response), share))
         kept = response[: max_tokens - len(prompt)]
         lost = len(response) - len(kept)
-        untrained = not all(turn.trained for turn in example.turns)
-        return Tokens(prompt + kept, len(prompt), lost > 0, lost, prompt_cut, len(prompt) if untrained else 1)
+        untrained: tuple[tuple[int, int], ...] = ()
+        if self.train_on == "all" and not all(turn.trained for turn in turns):
+            untrained = self._untrained(example, turns, len(prompt), tokenizer)
+        return Tokens(prompt + kept, len(prompt), lost > 0, lost, prompt_cut, untrained)
 
     def prompt(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[int, ...]:
         """The tokens of the prompt, from which a response is generated.
@@ -103,8 +124,8 @@ class Template(ABC):
 
     def _prompt(
         self, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-    ) -> tuple[tuple[int, ...], bool]:
-        """The tokens of the prompt, and whether it was cut."""
+    ) -> tuple[tuple[int, ...], bool, Sequence[Turn]]:
+        """The tokens of the prompt, whether it was cut, and the turns that are left of it."""
         contexts = contexts_of(example.turns[:-1])
 
         @cache
@@ -121,7 +142,34 @@ class Template(ABC):
         kept = max(bisect_right(counts, room, key=lambda count: len(ids(count))), 1)
         whole = ids(kept)
         left = (bos + whole[max(len(whole) - room, 0) :])[-max_tokens:]
-        return left, kept < len(contexts) or len(left) < len(bos) + len(whole)
+        return left, kept < len(contexts) or len(left) < len(bos) + len(whole), contexts[kept - 1]
+
+    def _untrained(
+        self, example: Example, turns: Sequence[Turn], length: int, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[tuple[int, int], ...]:
+        """The spans of turns of weight 0 in the prompt's last ``length`` tokens; tokens that two turns share count."""
+        text = self.prompt_text(example, turns, tokenizer)
+        ids, ends = _ids(text, tokenizer), {0: 0, len(turns): len(text)}
+        for count in range(1, len(turns) + 1):
+            beginning = self.beginning(example, turns, count, tokenizer)
+            if beginning is not None and text.startswith(beginning):
+                ends[count] = len(beginning)
+        spans = []
+        for index, turn in enumerate(turns):
+            if turn.trained:
+                continue
+            start = ends[max(count for count in ends if count <= index)]
+            end = ends[min(count for count in ends if count > index)]
+            before = _in_common(_ids(text[:start], tokenizer), ids)
+            after = _in_common(_ids(text[end:], tokenizer)[::-1], ids[::-1])
+            shift = length - len(ids)
+            spans.append((max(0, before + shift), max(0, len(ids) - after + shift)))
+        return tuple(spans)
+
+
+def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:

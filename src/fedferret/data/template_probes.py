@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, dropwhile, pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -47,8 +48,12 @@ def fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
         UserError: a chat template that fails on a question and its answer, writes none of their words, draws at random,
             or writes a date that no setting gives.
     """
-    if not isinstance(template, Chat):
-        return template
+    return _fitted(template, tokenizer, str(tokenizer.chat_template)) if isinstance(template, Chat) else template
+
+
+@lru_cache(maxsize=8)  # check, training and answers ask for the same one
+def _fitted(template: Chat, tokenizer: PreTrainedTokenizerBase, own: str) -> Chat:
+    """As ``fitted``; ``own`` is the tokenizer's chat template, which may be replaced."""
     plain = replace(template, habits=Habits())
     chat = next(
         (each for each in (plain, _with(plain, parts=True)) if _shows(each, tokenizer, _USER, _ASSISTANT)), None

@@ -40,6 +40,12 @@ class Text(Template):
         text = self.before if given or self.without_input is None else self.without_input
         return _fill(text, {"instruction": instruction, "input": given})
 
+    def beginning(
+        self, example: Example, turns: Sequence[Turn], count: int, tokenizer: PreTrainedTokenizerBase
+    ) -> str | None:
+        text = self.before if self.without_input is None else self.without_input
+        return text.partition("{instruction}")[0] + "\n".join(_lines(turns)[:count])
+
     def response_text(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         return example.response + self.after + (tokenizer.eos_token or "")
 
@@ -57,7 +63,8 @@ ALPACA = Text(
 def template_of(text: TextSettings) -> Template:
     """The template that the settings name, with the settings. Raises UserError."""
     chosen = template(text.template)
-    return replace(chosen, cut=text.cut, **({"date": text.date} if isinstance(chosen, Chat) else {}))
+    dated = {"date": text.date} if isinstance(chosen, Chat) else {}
+    return replace(chosen, cut=text.cut, train_on=text.train_on, **dated)
 
 
 def template(name: str) -> Template:
@@ -99,9 +106,13 @@ def template(name: str) -> Template:
 
 def _transcript(turns: Sequence[Turn]) -> str:
     """The content of a single turn; several turns as a transcript with roles."""
+    return "\n".join(_lines(turns))
+
+
+def _lines(turns: Sequence[Turn]) -> list[str]:
     if len(turns) == 1:
-        return turns[0].content
-    return "\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
+        return [turns[0].content]
+    return [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
 
 
 def _fill(text: str, fields: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from fedferret.core.errors import UserError
 
 Cut: TypeAlias = Literal["response", "prompt"]
+TrainOn: TypeAlias = Literal["completions", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class TextSettings:
     )
     date: str | None = None  # "2026-11-28": today, to chat templates that write the date
     packed: bool = False  # training batches end to end in one row, attention kept apart: no padding at all
-    train_on: Literal["completions", "all"] = "completions"  # all: prompts too, to pre-train a model
+    train_on: TrainOn = "completions"  # all: prompts too, to pre-train a model; never turns of weight 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 8:

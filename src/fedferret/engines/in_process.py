@@ -100,7 +100,7 @@ class InProcess:
         Returns:
             The client's reply, a message, and the client's private state from now on; None where it has none.
         """
-        return state.node.handle(body, client, self._store.get(client), data)
+        return state.node.handle(body, client, self._store.get(client), data, lambda: self._data[client])
 
     def failed(self, body: Body, client: str, stage: str, error: Exception) -> Failure:
         """Turn an error into an outcome: here, the round goes on without the client.

@@ -29,6 +29,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,13 @@ class Trainer:
         if request.client not in holdings:
             raise RunError(f"there is no data here for {request.client}")
         before, begun_anew = self._private(request, node, notes)
-        examples = holdings[request.client]
-        if self._longest_round is not None:
-            examples = TimedExamples(examples, self._longest_round)
-        reply, private = node.handle(request.body, request.client, before, examples)
+
+        def examples(holdings: Mapping[str, Examples]) -> Examples:
+            held, longest = holdings[request.client], self._longest_round
+            return held if longest is None else TimedExamples(held, longest)
+
+        training = partial(examples, replica.work.data)
+        reply, private = node.handle(request.body, request.client, before, examples(holdings), training)
         trains = isinstance(request.body, Train)
         kept = trains and private is not None
         folder = self._run_folder(request.run)

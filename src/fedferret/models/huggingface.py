@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fedferret.core.errors import UserError
 from fedferret.models.quiet import quiet_transformers
+from fedferret.models.stored_integers import integer_weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -273,6 +274,11 @@ def _read(
             f'model "{name}": its pooler has no weights ({unusable[0]}), so pooling "cls" cannot be used; '
             f'give pooling = "mean"'
         )
+    if whole := integer_weight(_folder(name), (parameter for parameter, _ in model.named_parameters())):
+        raise UserError(
+            f'model "{name}": its weights {whole} are whole numbers, so codes of a quantised model; give the model in '
+            f"full precision"
+        )
     numberless = {_without_numbers(key) for key in model.state_dict()}
     left = sorted(key for key in report["unexpected_keys"] if _without_numbers(key) in numberless)
     if left:
@@ -302,6 +308,17 @@ def _without_numbers(key: str) -> str:
 def _source(name: str) -> str:
     folder = Path(name).expanduser()
     return str(folder) if folder.exists() else name
+
+
+def _folder(name: str) -> Path:
+    """Where a model's files are, once it was read."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else folder  # a folder that does not exist holds no files
 
 
 def _described(config: Mapping[str, Any]) -> str:

@@ -178,11 +178,15 @@ class Classification(ModelObjective):
         pooling: Any = models.own_pooling(model) if self.pooling is None else self.pooling
         return replace(self, pooling=pooling)
 
+    def text_settings(self, model: str) -> frozenset[str]:
+        """The length of a text; an image has none."""
+        return frozenset() if model in IMAGE_MODELS else super().text_settings(model)
+
     def check(self, model: str, text: TextSettings) -> None:
         """Refuse an unknown model, a pooling that it cannot have, and packed batches. Raises UserError."""
-        super().check(model, text)
         if text.packed:
             raise UserError("text.packed=true: a class is read off one row per text; set packed=false")
+        super().check(model, text)
 
     def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
         """Refuse texts that do not fit behind a learned prompt. Raises UserError."""

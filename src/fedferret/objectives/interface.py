@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -93,8 +94,16 @@ class ModelObjective(ABC):
     def check_model(self, model: str) -> None:
         """Refuse a model that cannot be, without reading weights. Raises UserError."""
 
+    def text_settings(self, model: str) -> frozenset[str]:
+        """Name the settings of [text] that have an effect; others are refused.
+
+        Args:
+            model: its name.
+        """
+        return frozenset({"max_tokens"})
+
     def check(self, model: str, text: TextSettings) -> None:
-        """Refuse a model or text settings that cannot be, without reading weights.
+        """Refuse a model or text settings that cannot be, or have no effect, without reading weights.
 
         Args:
             model: its name.
@@ -104,6 +113,14 @@ class ModelObjective(ABC):
             UserError: with one line.
         """
         self.check_model(model)
+        read = self.text_settings(model)
+        for setting in fields(text):
+            value = getattr(text, setting.name)
+            if setting.name not in read and value != setting.default:
+                raise UserError(
+                    f'text.{setting.name}={value!r}: objective "{self.name}" on model "{model}" reads no such setting; '
+                    f"leave it out"
+                )
 
     def check_tuned(self, name: str, model: nn.Module, text: TextSettings, longest: int) -> None:
         """Refuse what cannot be read by the model that is tuned, without weights.

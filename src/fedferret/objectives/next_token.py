@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -124,9 +124,17 @@ class NextToken(ModelObjective):
         """Refuse an unknown model. Raises UserError."""
         models.check(model)
 
+    def text_settings(self, model: str) -> frozenset[str]:
+        """All."""
+        return frozenset(setting.name for setting in fields(TextSettings))
+
     def check(self, model: str, text: TextSettings) -> None:
-        """Refuse an unknown model or template. Raises UserError."""
+        """Refuse an unknown model or template, and a date for a template that writes none. Raises UserError."""
         super().check(model, text)
+        if text.date is not None and not isinstance(template(text.template), Chat):
+            raise UserError(
+                f'text.date="{text.date}": template "{text.template}" writes no date, a chat template may; leave it out'
+            )
         template(text.template)
 
     def check_template(self, model: str, text: TextSettings, data: FederatedData) -> None:

@@ -4,6 +4,7 @@
     "ward-7.jsonl" = "9f2c…"      # SHA-256 when this site first read it
     [files.model]                 # of the model's folder what is not weights
     [files.template]              # the file that a recipe's text.template names
+    [files.adapter]               # of the folder that ``adapter`` names
 
 The tables are written by the trainer and follow everything else in the file. Whoever deletes a line accepts the file.
 """

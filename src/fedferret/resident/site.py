@@ -126,7 +126,8 @@ def pins_of(site: Site, folder: Path, recipe: Recipe | None = None) -> Pins:
         UserError: a file cannot be read.
     """
     model, template = (recipe.model.name, recipe.text.template) if recipe else (site.model or "", "chat")
-    return pins(site.data, model, template, near=[folder])
+    goes_on = recipe is None or getattr(recipe.algorithm, "adapter", None) is not None
+    return pins(site.data, model, template, site.adapter if goes_on else None, near=[folder])
 
 
 def check_data(site: Site, log: Callable[[str], None] = lambda line: None) -> Sequence[Example]:

@@ -29,6 +29,8 @@ from fedferret.core.files import flush, inside, read_intact
 from fedferret.core.log import RESTORE
 from fedferret.core.rounds import RoundRecord
 from fedferret.tracking.client_lists import ClientList
+from fedferret.tracking.run_facts import ChangedData
+from fedferret.tracking.run_facts import Rewind as Rewind
 from fedferret.wire.ledger import Ledger
 
 FILE = "events.jsonl"
@@ -147,18 +149,6 @@ class Round:
     bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
 
 
-@dataclass(frozen=True)
-class Rewind:
-    """The run went back to ``round``, into a new epoch."""
-
-    round: int
-    epoch: int  # above that of the rewinding before; seconds since 1970
-    discarded: tuple[int, ...]  # rounds that are run again
-    bytes: int  # that were sent for them, both ways, evaluation included
-    retired: tuple[str, ...]  # clients that are sampled no more from then on
-    begun_anew: tuple[str, ...]  # clients with a private state of that round that is no longer held
-
-
 @dataclass
 class Run:
     """A run as its event log has it, finished or not."""
@@ -168,6 +158,7 @@ class Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
     rewinds: list[Rewind] = field(default_factory=list)
+    changed_data: list[ChangedData] = field(default_factory=list)
     lists: list[ClientList] = field(default_factory=list)  # by round, where another list of clients began
     notices: list[tuple[int, str, str]] = field(default_factory=list)  # round, client, the client's words
     status: str = "in progress"  # "finished", "interrupted", "rewound"
@@ -251,6 +242,9 @@ def replay(events: Iterable[Event]) -> Run:
             case "resume":
                 _cut(run, event["round"])
                 run.status = "in progress"
+                if "data_fingerprint" in event:
+                    before = run.changed_data[-1].event if run.changed_data else run.start
+                    run.changed_data.append(ChangedData.of(before, event))
             case "rewind":
                 _rewind(run, event)
             case "clients":
@@ -288,6 +282,7 @@ def _cut(run: Run, last: int) -> None:
     run.evaluations = {number: entry for number, entry in run.evaluations.items() if number <= last}
     run.lists = [each for each in run.lists if each.round <= last]
     run.notices = [notice for notice in run.notices if notice[0] <= last]
+    run.changed_data = [replace(each, round=min(each.round, last)) for each in run.changed_data]  # it stays so
 
 
 def _rewind(run: Run, event: Event) -> None:

@@ -23,6 +23,7 @@ from fedferret.core.files import inside, read_intact, write_atomically
 from fedferret.core.log import RESTORE
 from fedferret.core.text import printable_lines, shortened
 from fedferret.tracking import environment
+from fedferret.tracking.events import FILE as FILE_OF_EVENTS
 from fedferret.tracking.events import Evaluation, Run, read
 from fedferret.tracking.figures import extra_metrics, headline
 from fedferret.tracking.summary import read_summary, summarise
@@ -57,6 +58,8 @@ def write_report(folder: Path) -> Path:
     from fedferret.tracking.plots import DARK, LIGHT, draw
 
     run = read(folder)
+    if not run.start:
+        raise UserError(f"{folder / FILE_OF_EVENTS} has no start of a run, so there is nothing to report: {RESTORE}")
     summary = {**read_summary(folder), **summarise(run)}
     plots = draw(run)
     for plot in plots:
@@ -75,6 +78,7 @@ def write_report(folder: Path) -> Path:
         bounded=[(number, client) for number, entry in sorted(run.rounds.items()) for client in entry.bounded],
         lists=[(str(each.round), ", ".join(each.added), ", ".join(each.retired)) for each in run.lists],
         rewinds=_rewinds(run),
+        changed_data=[(str(each.round), each.what) for each in run.changed_data],
         notices=sorted(run.notices),
         clients=_clients(run),
         owners=_owners(run),

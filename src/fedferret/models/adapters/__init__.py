@@ -1,6 +1,7 @@
 """Adapters: a few new weights in or around a frozen model, behind one interface.
 
     LoRA             y = W x + (α / r) B A x  for linear modules                         merged into W, or exported
+    ScaleShift       y = γ ⊙ f(x) + β  for linear modules and norms                      merged into weights and biases
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
     Prefix           p keys and values before each attention layer's own                 likewise
@@ -21,14 +22,19 @@ from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prefix import Prefix
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 from fedferret.models.adapters.read import read_adapter
+from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
     "ALL_LINEAR",
+    "NORM",
     "Adapter",
     "EncodedPrompt",
+    "Initial",
     "LearnedPrompt",
     "LoRA",
     "Prefix",
+    "ScaleShift",
+    "Shift",
     "adapter_of",
     "continued",
     "default_modules",

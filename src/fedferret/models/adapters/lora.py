@@ -216,7 +216,8 @@ def _without_layers(model: nn.Module, merged: bool) -> nn.Module:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             if merged:
-                layer.merge(safe_merge=True)
+                base: Any = layer.get_base_layer()
+                layer.merge(safe_merge=not base.weight.is_meta)  # on the meta device no value can be looked at
             model.set_submodule(name, layer.get_base_layer())
     untyped: Any = model
     if hasattr(untyped, "peft_config"):

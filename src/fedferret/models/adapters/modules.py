@@ -66,7 +66,7 @@ def default_modules(model: nn.Module) -> str | tuple[str, ...]:
     names = linear_modules(model)
     config: Any = getattr(_transformer(model), "config", None)
     for found in (LLAMA, KNOWN.get(getattr(config, "model_type", ""), ())):
-        if found and not _selected(names, found if isinstance(found, str) else tuple(found))[1]:
+        if found and not selected(names, found if isinstance(found, str) else tuple(found))[1]:
             return found if isinstance(found, str) else tuple(found)
     return ALL_LINEAR
 
@@ -93,12 +93,15 @@ def chosen_modules(model: nn.Module, modules: str | Sequence[str] | None) -> lis
         chosen = [name for name in names if model.get_submodule(name) is not head]
         missing = [] if chosen else [ALL_LINEAR]
     else:
-        chosen, missing = _selected(names, given)
+        chosen, missing = selected(names, given)
     if missing:
         known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        where = f'algorithm.modules="{missing[0]}"'
+        if given == ALL_LINEAR:
+            raise UserError(f"{where}: this model has no linear module but its output head; name it: {known}")
         raise UserError(
-            f'algorithm.modules="{missing[0]}": no linear module is called so; this model has {known}; '
-            f"give some of these, or leave the setting out"
+            f"{where}: no linear module is called so; this model has {known}; give some of these, set "
+            f'modules = "{ALL_LINEAR}", or leave modules out'
         )
     return chosen
 
@@ -124,8 +127,19 @@ def read_as_given(model: nn.Module) -> Iterator[None]:
             model.config = config
 
 
-def _selected(names: Sequence[str], modules: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those of ``names`` that ``modules`` means, and what of ``modules`` means none of them."""
+def selected(names: Sequence[str], modules: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Find the modules that a setting names.
+
+    Args:
+        names: full names of the modules that can be meant.
+        modules: ends of names, or one pattern for a whole name.
+
+    Returns:
+        Those of ``names`` that ``modules`` means, in order, and what of ``modules`` means none of them.
+
+    Raises:
+        UserError: the pattern is no regular expression.
+    """
     if isinstance(modules, str):
         try:
             chosen = {name for name in names if re.fullmatch(modules, name)}

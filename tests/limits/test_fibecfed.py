@@ -1,0 +1,276 @@
+"""FibecFed becomes FedIT, and each of its parts is what its definition says."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.methods import reference
+from fedferret.algorithms.fedit import FedIT
+from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.fibecfed_messages import ChosenLayers, Sensitivities, factors_of
+from fedferret.core import tree
+from fedferret.core.algorithm import Pooled
+from fedferret.core.errors import UserError
+from fedferret.core.exchanges import ClientUpdate, Failure, Reply
+from fedferret.core.intake import Intake
+from fedferret.core.keys import Key
+from fedferret.core.log import Log, Record
+from fedferret.core.node import Node
+from fedferret.core.pooling import leaves
+from fedferret.core.rounds import Plan, RunState
+from fedferret.core.task import Task
+from fedferret.data.labelled_batches import LabelledTexts
+from fedferret.engines.client_store import ClientStore
+from fedferret.local.curriculum import ordered, prefix, share_at
+from fedferret.local.first_order import FirstOrder
+from fedferret.local.fisher import fisher, neuron_masks
+from fedferret.local.sensitivity import sensitivities
+from fedferret.models.classifiers import TextClassifier
+from fedferret.models.layers import layers_of
+from fedferret.models.tiny import tiny_encoder
+from fedferret.objectives.classification import Classification
+from fedferret.wire import codec
+from fuzz.mutations import mutated
+from toys import Given, Simulation, SquaredError, ToyData, bits, simulate, toy_clients, toy_rows, toy_task, weights
+
+ADAM = FirstOrder(optimizer="adamw", learning_rate=0.05, epochs=1, batch_size=4, weight_decay=0.1)
+SAME: dict[str, Any] = {"rank": 2, "alpha": 4, "modules": ("0", "2"), "training": ADAM}
+FIBECFED = FibecFed(**SAME, refresh=1)
+WHOLE = replace(FIBECFED, layers=1, kept_neurons=1, curriculum_start=1)
+
+
+def fresh() -> Simulation:
+    """A run before its first round."""
+    data = toy_clients()
+    task = toy_task(4, FIBECFED)
+    node, server = Node.start(task, FIBECFED, 3, codec)
+    return Simulation(FIBECFED, task, None, ClientStore(), RunState(node, server, Log(None, 10)), [], data, 3)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Sixty texts of six tokens; the class says which four tokens they are made of."""
+
+    ids: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+@cache
+def told_apart() -> tuple[Task, Texts]:
+    """A BERT of two layers that has learned the classes, with factors; and the texts."""
+    drawn = (Key.of(1).uniform(60 * 6) * 4).int().view(60, 6)
+    labels = torch.arange(60) % 4
+    texts = Texts((drawn + 4 * labels[:, None] + 3).int().flatten(), torch.full((60,), 6), labels)
+    model: nn.Module = TextClassifier(tiny_encoder(Key.of(2)), nn.Linear(64, 4), "mean")
+    nn.init.zeros_(model.head.weight)  # type: ignore[arg-type,union-attr]
+    objective = Classification(classes=("a", "b", "c", "d"))
+    data = LabelledTexts(texts.ids, texts.lengths, texts.labels)
+    training = FirstOrder(optimizer="adamw", learning_rate=3e-3, epochs=2, batch_size=10)
+    training.train(Task.of(model, objective, 1), data, Key.of(3))
+    model = FibecFed(modules="all-linear").prepare(model, Key.of(4))
+    return Task.of(model, objective, 2), texts
+
+
+def test_fibecfed_of_all_layers_rows_and_examples_is_fedit_to_the_bit() -> None:
+    run, fedit = simulate(WHOLE, 4), simulate(FedIT(**SAME), 4)
+    assert bits(weights(run)) == bits(weights(fedit))
+    told = [[(record.metrics, record.bytes_up) for record in each.history()] for each in (run, fedit)]
+    assert told[0] == told[1]
+    assert all(run.store.get(client) is None for client in run.data)
+    for change in ({"layers": 0.5}, {"kept_neurons": 0.5}, {"curriculum_start": 0.2}):
+        assert bits(weights(simulate(replace(WHOLE, **change), 4))) != bits(weights(fedit))
+
+
+def test_scoring_layers_that_are_all_chosen_costs_a_round_and_so_is_refused() -> None:
+    for change, words in (({"layers": 0.9}, "these are all"), ({"layers": 0.5, "modules": ("0",)}, "these are all")):
+        method = replace(FIBECFED, **change)
+        with pytest.raises(UserError, match=words):
+            method.check(toy_task(4, method).model, 4)
+    with pytest.raises(UserError, match="the first round scores layers"):
+        FIBECFED.check(toy_task(4, FIBECFED).model, 1)
+    for wrong in ({"layers": 0.0}, {"layers": 1.5}, {"kept_neurons": 0.0}, {"curriculum_end": 0.0}, {"refresh": 0}):
+        with pytest.raises(UserError, match="="):
+            replace(FIBECFED, **wrong)
+
+
+# --- Fisher information
+
+
+def trained_factors() -> Task:
+    """The toy task with factors that are not 0."""
+    task = toy_task(2, FIBECFED)
+    tree.copy_(tree.parameters(task.model), {n: w + 0.1 for n, w in tree.parameters(task.model).items()})
+    return task
+
+
+def branching(model: Any, rows: Any) -> Tensor:
+    """The toy's loss, with a branch that vmap cannot follow."""
+    loss = SquaredError().loss(model, rows)
+    return loss if float(loss.detach()) >= 0 else -loss
+
+
+@pytest.mark.parametrize("loss", [SquaredError().loss, branching])
+def test_fisher_information_is_the_trace_of_outer_products_of_single_gradients(loss: Any) -> None:
+    task, data = trained_factors(), toy_rows(Key.of(1), 7)
+    task = replace(task, objective=Given(loss))
+    names = factors_of(tree.parameters(task.model))
+    found = fisher(task, data, names, at_once=3)
+    outer = []
+    for row in range(7):
+        task.model.zero_grad()
+        loss(task.model, next(iter(data.take([row]).batches(1, None)))).backward()
+        flat = torch.cat([task.model.get_parameter(name).grad.flatten() for name in names]).double()  # type: ignore[union-attr]
+        outer.append(torch.outer(flat, flat))
+    assert torch.allclose(found.by_example, torch.stack([each.trace() for each in outer]), rtol=1e-5)
+    diagonal = torch.stack(outer).mean(0).diagonal()
+    pieces = diagonal.split([task.model.get_parameter(name).numel() for name in names])
+    for name, piece in zip(names, pieces, strict=True):
+        expected = piece.view_as(task.model.get_parameter(name)).sum(1)
+        assert torch.allclose(found.by_neuron[name].double(), expected, rtol=1e-5), name
+    assert not torch.allclose(found.by_example, fisher(task, data, names[:1]).by_example)
+
+
+def test_rows_with_most_information_are_kept_and_a_factor_that_has_none_trains_whole() -> None:
+    masks = neuron_masks({"b": torch.tensor([1.0, 5.0, 0.0, 5.0, 2.0]), "a": torch.zeros(4)}, 0.4)
+    assert masks["b"].tolist() == [0, 1, 0, 1, 0] and masks["a"].tolist() == [1, 1, 1, 1]
+
+
+def test_rows_that_are_not_kept_stay_to_the_bit() -> None:
+    """AdamW with weight decay and clipping, in the first rounds and after the rows were chosen again."""
+    before, after = (simulate(replace(FIBECFED, layers=1), 4, until=until) for until in (2, 3))
+    for client in before.data:
+        state = after.store.get(client)
+        reply = after.algorithm.client_update(
+            replace(after.task, round=4), after.state.public, state, after.data[client], Key.of(1)
+        )
+        assert any(".lora_A." in name and not rows.all() for name, rows in reply.client.rows.items())
+        for name, rows in reply.client.rows.items():
+            delta = reply.payload.delta[name]
+            assert delta[rows == 0].count_nonzero() == 0 and delta[rows == 1].count_nonzero() > 0, name
+
+
+def test_examples_with_flipped_labels_are_harder() -> None:
+    """On a BERT of two layers that has learned to tell which of four tokens a text is made of."""
+    task, clean = told_apart()
+    flipped = torch.arange(60) % 5 == 0
+    labels = torch.where(flipped, (clean.labels + 1) % 4, clean.labels)
+    names = factors_of(tree.parameters(task.model))
+    hard = fisher(task, LabelledTexts(clean.ids, clean.lengths, labels), names).by_example
+    above = (hard[flipped][:, None] > hard[~flipped][None, :]).double().mean()
+    assert above > 0.9  # the area under the curve
+
+
+# --- curriculum
+
+
+def test_the_prefix_grows_to_all_of_the_data_in_the_datas_own_order() -> None:
+    data, difficulties = toy_rows(Key.of(1), 10), torch.tensor([3.0, 1, 2, 1, 9, 8, 7, 6, 5, 4])
+    order = ordered(difficulties, "easy-first", Key.of(1))
+    assert sorted(order.tolist()) == list(range(10)) and order.tolist()[:4] == [1, 3, 2, 0]
+    assert ordered(difficulties, "hard-first", Key.of(1)).tolist()[:2] == [4, 5]
+    assert ordered(difficulties, "random", Key.of(1)).tolist() != ordered(difficulties, "random", Key.of(2)).tolist()
+    shares = [share_at(t, 10, 0.2, 0.8) for t in range(1, 11)]
+    assert shares == sorted(shares) and shares[0] == pytest.approx(0.3) and shares[7:] == [1, 1, 1]
+    assert torch.equal(prefix(data, order, 0.35).x, data.x[[0, 1, 2, 3]])  # type: ignore[attr-defined]
+    assert prefix(data, order, 1.0) is data
+
+
+def test_a_client_trains_on_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    class Watched(ToyData):
+        def batches(self, size: int, key: Key | None) -> Any:
+            taken.append(len(self)) if key else None
+            return super().batches(size, key)
+
+        def take(self, rows: Any) -> Any:
+            return Watched(self.x[list(rows)], self.y[list(rows)])
+
+    rows: Any = toy_rows(Key.of(1), 20)
+    simulate(replace(FIBECFED, curriculum_end=1.0), 5, data={"a": Watched(rows.x, rows.y)})
+    assert taken == [8, 12, 16, 20]  # of 20, in the four rounds after the one that scores layers
+
+
+# --- layers
+
+
+def test_sensitivity_is_the_relative_change_under_noise_of_a_given_size() -> None:
+    """On linear layers with a tanh between, written out."""
+    task, data = toy_task(2), toy_rows(Key.of(1), 5)
+    first, second = layers_of(task.model).values()
+    found, loss = sensitivities(task, first, [first, second], data, 0.1, 5, Key.of(2))
+    signs = 1 - 2 * (Key.of(2).fold(0).bits(20) & 1).view(5, 4)
+    noisy = data.x + 0.1 * data.x.norm(dim=1, keepdim=True) / 2 * signs
+    assert torch.allclose((noisy - data.x).norm(dim=1), 0.1 * data.x.norm(dim=1))
+    outputs = [(first(x), second(torch.tanh(first(x)))) for x in (data.x, noisy)]
+    expected = [((b - a).norm(dim=1) / a.norm(dim=1)).mean() for a, b in zip(*outputs, strict=True)]
+    assert torch.allclose(found, torch.stack(expected).double(), rtol=1e-5)
+    assert loss == pytest.approx(SquaredError().loss(task.model, next(data.batches(5, None))).item())
+
+
+def test_padding_does_not_count_in_the_sensitivity_of_a_text() -> None:
+    task, data = told_apart()
+    texts = LabelledTexts(data.ids[:9], torch.tensor([3, 6]), data.labels[:2])
+    layers = list(layers_of(task.model).values())
+    together, alone = (sensitivities(task, layers[0], layers, texts, 0.01, size, Key.of(1))[0] for size in (2, 1))
+    assert torch.allclose(together, alone, rtol=0.3)  # the noise differs
+
+
+def test_factors_of_layers_that_were_not_chosen_never_travel() -> None:
+    """A snapshot of the public state has their first values, and each client goes on with its own."""
+    run = reference("fibecfed")
+    (chosen,) = run.state.public.chosen
+    kept = f"{2 - 2 * chosen}."
+    for encoded in run.state.log.since(0).records:
+        record = codec.decode(encoded)
+        assert isinstance(record, Record)
+        assert not [path for path, _ in leaves(codec.decode(record.entry)) if kept in path.replace("[", ".")]
+    begun = tree.parameters(toy_task(4, run.algorithm).model)
+    states = [run.store.get(client) for client in run.data]
+    for name, weight in run.state.public.weights.items():
+        assert torch.equal(weight, begun[name]) == name.startswith(kept)
+        assert (name in states[0].weights) == name.startswith(kept)
+    assert not any(torch.equal(states[0].weights[name], states[1].weights[name]) for name in states[0].weights)
+
+
+def test_the_server_chooses_the_layers_with_the_largest_mean() -> None:
+    run = fresh()
+    for shares, expected in (((0.2, 0.8), [1]), ((0.6, 0.4), [0]), ((0.5, 0.5), [0])):
+        pooled = Pooled((Sensitivities(torch.tensor(shares)),), (1.0,))
+        _, entry = FIBECFED.server_update(run.task, run.state.public, None, pooled, Key.of(1))
+        assert isinstance(entry, ChosenLayers) and entry.layers.tolist() == expected
+
+
+def test_a_client_that_comes_late_scores_its_examples_and_no_layers() -> None:
+    run = simulate(FIBECFED, 4, until=2, data=toy_clients(2))
+    late = toy_rows(Key.of(9), 8)
+    state = FIBECFED.init_client(run.task, run.state.public, late, Key.of(1))
+    assert state is not None and sorted(state.order.tolist()) == list(range(8)) and not state.weights
+    reply = FIBECFED.client_update(replace(run.task, round=3), run.state.public, state, late, Key.of(2))
+    assert list(reply.payload.delta) == FIBECFED.shared(run.task, run.state.public)
+
+
+def test_a_mutated_score_of_layers_is_one_failure_or_a_distribution() -> None:
+    run, refused = fresh(), 0
+    payload = FIBECFED.client_update(run.task, run.state.public, None, run.data["b"], Key.of(1)).payload
+    choose = random.Random(5).randrange
+    for _ in range(200):
+        intake = Intake(run.state.node, Plan(3, 9, 3), 1e6)
+        try:
+            update = codec.decode(codec.encode(ClientUpdate(mutated(payload, choose), 9, {})))
+        except ValueError:
+            refused += 1
+            continue
+        outcome = intake.take(Reply("b", update, 100))
+        refused += isinstance(outcome, Failure)
+        if isinstance(outcome, Reply):
+            assert 0 <= float(outcome.body.payload.shares.min()) <= float(outcome.body.payload.shares.max()) <= 1.001
+    assert 50 < refused < 200
