@@ -286,7 +286,7 @@ def _write_folder(
         if adapter is not None and (adapter_alone or not adapter.merges):
             if dtype is not None:
                 raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")
-            log(adapter.export(model, base.name, folder))
+            log(adapter.export(model, base.name, folder, getattr(delta.parts()[0], "classes", ())))
         else:
             objective, how = delta.parts()[0], json.loads(delta.objective)
             dtype = chosen_dtype(dtype, objective, delta.base(base.name), log)

@@ -118,6 +118,27 @@ def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: 
     assert len(found.per_client) == 4 and found.results["rows"]["examples"] == 19
 
 
+@pytest.mark.parametrize("name", ["fedptuning", "fedptuning-v2"])
+def test_an_adapter_that_does_not_merge_is_exported_with_the_head_and_read_again(name: str, tmp_path: Path) -> None:
+    algorithm = {"name": name, "training": {**TRAINING, "steps": 1}}
+    recipe = resolved(tmp_path, rounds=1, model={"name": "tiny-encoder"}, algorithm=algorithm, evaluation={"every": 1})
+    run(recipe, tmp_path / "run", silent)
+    export_folder(tmp_path / "run", tmp_path / "first", silent)
+    export_delta(tmp_path / "run", tmp_path / "delta", silent)
+    apply_delta("tiny-encoder", tmp_path / "delta", tmp_path / "again", silent)
+    first, again = (tmp_path / folder / "adapter.safetensors" for folder in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    loaded: dict[str, Any] = {"texts": ["the soup", "the moon and the star"], "folder": tmp_path / "first"}
+    example = (tmp_path / "first" / "README.md").read_text()
+    assert 'in the order of the logits: ["food", "sky", "sport"]' in example
+    exec(example.split("```python")[1].split("```")[0], loaded)  # as a reader would
+    experiment = Experiment.load(recipe, tmp_path / "run", silent)
+    state = experiment.initial_state()
+    with recipe.algorithm.model(experiment.task, state.public) as model, torch.no_grad():
+        assert model is not None
+        torch.testing.assert_close(loaded["logits"], model(loaded["batch"]), rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_leaves_the_head_dense_and_trains_it(tmp_path: Path) -> None:
     algorithm = {"name": "fedit", "modules": "all-linear", "training": TRAINING}
     experiment = Experiment.load(resolved(tmp_path, algorithm=algorithm), log=silent)
