@@ -321,7 +321,7 @@ def _check(value: Any, most: float, what: str) -> None:
 
 
 def _missing_bytes(state: RunState, held: Mapping[str, int]) -> dict[str, int]:
-    """The bytes of the log that each client is missing after the version that it holds; the log is read once per version."""
+    """The bytes of the log after the version that each client holds; the log is read once per version."""
     sizes = {version: state.log.since(version).size for version in set(held.values())}
     return {client: sizes[version] for client, version in held.items()}
 
