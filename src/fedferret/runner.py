@@ -159,6 +159,8 @@ class Run:
         self._announce(state)
         known = events.read(self.out)
         self.clients = client_lists.clients_at(known.lists, state.round, experiment.data.clients)
+        for number, evaluation in sorted(known.evaluations.items()):  # what clients were sent to score
+            state.held |= dict.fromkeys(evaluation.moved, number)
         sent = known.ledger()
         if recipe.execution.tensorboard:
             from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import

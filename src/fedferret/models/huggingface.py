@@ -312,12 +312,11 @@ def _source(name: str) -> str:
 
 def _folder(name: str) -> Path:
     """Where a model's files are, once it was read."""
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return folder
     from transformers.utils.hub import cached_file
 
-    return Path(cached_file(name, "config.json", local_files_only=True) or folder).parent
+    found = cached_file(_source(name), "config.json", local_files_only=True)
+    assert found is not None  # it raises otherwise
+    return Path(found).parent
 
 
 def _described(config: Mapping[str, Any]) -> str:
