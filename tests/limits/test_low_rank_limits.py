@@ -138,13 +138,13 @@ def test_factors_are_as_near_as_eckart_and_young_say_and_no_nearer(split: Split)
         low = of_matrix(matrix, rank, 1.5, split, KEY)
         off, kept = math.hypot(*values[rank:]) if rank < 8 else 0.0, math.hypot(*values[:rank]) ** 2
         assert float((matrix - product(low, 1.5)).norm()) == pytest.approx(off, rel=1e-5, abs=1e-5)
-        assert (low.kept, low.energy) == pytest.approx((kept, math.hypot(*values) ** 2), rel=1e-9)
+        assert (low.retained, low.energy) == pytest.approx((kept, math.hypot(*values) ** 2), rel=1e-9)
         by_row = low.a.norm(dim=1), low.b.norm(dim=0)
         torch.testing.assert_close(by_row[0], torch.ones(rank) if split == "b" else by_row[1], rtol=1e-5, atol=1e-6)
         lower = of_product(low.a, low.b, 1.5, 0.5, max(1, rank - 1), split, KEY)
         again = of_matrix(product(low, 1.5), max(1, rank - 1), 0.5, split, KEY)
         torch.testing.assert_close(product(lower, 0.5), product(again, 0.5), rtol=1e-5, atol=1e-5)
-        assert (lower.kept, lower.energy) == pytest.approx((again.kept, again.energy), rel=1e-5)
+        assert (lower.retained, lower.energy) == pytest.approx((again.retained, again.energy), rel=1e-5)
 
 
 @pytest.mark.parametrize("split", SPLITS)
