@@ -23,6 +23,7 @@ from fedferret.bases.masks import drawn_positions, num_drawn
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
+from fedferret.core.mapped import MappedTree
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import factors, released
@@ -250,6 +251,12 @@ def test_the_server_alone_decomposes_and_every_node_has_its_bits(
     assert len(calls) == (1 if method is SLORA else 2) and not any(record.failures for record in run.records)
     calls.clear()
     assert simulate(method, 5).public == run.public
+
+
+@pytest.mark.parametrize("method", [SLORA, FALLING], ids=["slora", "sa-fedlora"])
+def test_weights_that_wait_in_a_file_are_handed_over_to_the_same_bits(method: Any, tmp_path: Path) -> None:
+    lean = Task.of(toy_task(5, method).model, SquaredError(), 5, lambda weights: MappedTree(tmp_path, weights))
+    assert simulate(method, 5, task=lean).state.node.fingerprint() == simulate(method, 5).state.node.fingerprint()
 
 
 def test_a_transposed_matrix_is_handed_over_as_the_module_holds_it() -> None:
