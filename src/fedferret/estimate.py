@@ -70,7 +70,7 @@ class Estimate:
                 f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
                 f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
-                *(f"#   {which:<26}  {as_bytes(up)} up, {as_bytes(down)} down" for which, up, down in self.by_rounds),
+                *(f"#   {which:<24}  {as_bytes(up)} up, {as_bytes(down)} down" for which, up, down in self.by_rounds),
                 f"# framing of a message        up to {as_bytes(self.framing)} more: names and lengths",
                 f"# disk, log                   {as_bytes(self.log_bytes)} at most, {self.history} past rounds kept",
                 *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),

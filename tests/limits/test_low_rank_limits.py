@@ -23,6 +23,7 @@ from fedferret.bases.masks import drawn_positions, num_drawn
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
+from fedferret.core.mapped import MappedTree
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import factors, released
@@ -138,13 +139,13 @@ def test_factors_are_as_near_as_eckart_and_young_say_and_no_nearer(split: Split)
         low = of_matrix(matrix, rank, 1.5, split, KEY)
         off, kept = math.hypot(*values[rank:]) if rank < 8 else 0.0, math.hypot(*values[:rank]) ** 2
         assert float((matrix - product(low, 1.5)).norm()) == pytest.approx(off, rel=1e-5, abs=1e-5)
-        assert (low.kept_energy, low.energy) == pytest.approx((kept, math.hypot(*values) ** 2), rel=1e-9)
+        assert (low.retained, low.energy) == pytest.approx((kept, math.hypot(*values) ** 2), rel=1e-9)
         by_row = low.a.norm(dim=1), low.b.norm(dim=0)
         torch.testing.assert_close(by_row[0], torch.ones(rank) if split == "b" else by_row[1], rtol=1e-5, atol=1e-6)
         lower = of_product(low.a, low.b, 1.5, 0.5, max(1, rank - 1), split, KEY)
         again = of_matrix(product(low, 1.5), max(1, rank - 1), 0.5, split, KEY)
         torch.testing.assert_close(product(lower, 0.5), product(again, 0.5), rtol=1e-5, atol=1e-5)
-        assert (lower.kept_energy, lower.energy) == pytest.approx((again.kept_energy, again.energy), rel=1e-5)
+        assert (lower.retained, lower.energy) == pytest.approx((again.retained, again.energy), rel=1e-5)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -250,6 +251,12 @@ def test_the_server_alone_decomposes_and_every_node_has_its_bits(
     assert len(calls) == (1 if method is SLORA else 2) and not any(record.failures for record in run.records)
     calls.clear()
     assert simulate(method, 5).public == run.public
+
+
+@pytest.mark.parametrize("method", [SLORA, FALLING], ids=["slora", "sa-fedlora"])
+def test_weights_that_wait_in_a_file_are_handed_over_to_the_same_bits(method: Any, tmp_path: Path) -> None:
+    lean = Task.of(toy_task(5, method).model, SquaredError(), 5, lambda weights: MappedTree(tmp_path, weights))
+    assert simulate(method, 5, task=lean).state.node.fingerprint() == simulate(method, 5).state.node.fingerprint()
 
 
 def test_a_transposed_matrix_is_handed_over_as_the_module_holds_it() -> None:

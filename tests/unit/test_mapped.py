@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedferret.core import tree
@@ -41,6 +42,14 @@ def test_changes_in_place_last_beyond_the_tensor_that_made_them(tmp_path: Path) 
     assert tree.fingerprint(mapped) == tree.fingerprint(ordinary)
     mapped["one"] = torch.tensor([7.0])
     assert mapped["one"].item() == 7
+
+
+def test_asking_for_a_name_that_is_not_there_leaves_the_others(tmp_path: Path) -> None:
+    mapped = MappedTree(tmp_path, tensors())
+    assert "odd" in mapped and "even" not in mapped
+    with pytest.raises(KeyError):
+        mapped["even"]
+    assert torch.equal(mapped["odd"], tensors()["odd"])
 
 
 def test_leaves_no_file_behind(tmp_path: Path) -> None:

@@ -38,4 +38,4 @@ def figures(found: Sequence[LowRank]) -> dict[str, float]:
         "energy kept": the share of the sum of all squares, at most 1; nothing where all matrices are zero.
     """
     energy = sum(each.energy for each in found)
-    return {"energy kept": sum(each.kept_energy for each in found) / energy} if energy else {}
+    return {"energy kept": sum(each.retained for each in found) / energy} if energy else {}

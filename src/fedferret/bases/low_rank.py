@@ -30,13 +30,13 @@ class LowRank:
     Attributes:
         a: shape (r, inputs), fp32.
         b: shape (outputs, r), fp32.
-        kept_energy: the approximation's energy, Σ_{j<=r} S_j².
+        retained: the approximation's energy, Σ_{j<=r} S_j².
         energy: the matrix's, Σ_j S_j².
     """
 
     a: Tensor
     b: Tensor
-    kept_energy: float
+    retained: float
     energy: float
 
 

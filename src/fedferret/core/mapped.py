@@ -45,11 +45,14 @@ class MappedTree(MutableMapping[str, Tensor]):
             file.flush()
             self._mapping = mmap.mmap(file.fileno(), 0)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def __getitem__(self, name: str) -> Tensor:
+        offset, shape, dtype = self._places[name]
         if self._last is not None and self._last != name:
             self._let_go(self._last)
         self._last = name
-        offset, shape, dtype = self._places[name]
         if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._mapping, dtype=dtype, count=shape.numel(), offset=offset).view(shape)
