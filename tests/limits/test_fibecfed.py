@@ -201,6 +201,22 @@ def test_a_client_trains_on_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [8, 12, 16, 20]  # of 20, in the four rounds after the one that scores layers
 
 
+def test_the_order_is_measured_again_where_asked_for_and_where_a_client_has_other_examples() -> None:
+    rows: Any = toy_rows(Key.of(1), 20)
+    orders: dict[bool, list[list[int]]] = {}
+    for reorder in (False, True):
+        method = replace(FIBECFED, layers=1, reorder=reorder, refresh=2)
+        runs = [simulate(method, 5, data={"a": rows}, until=until) for until in (1, 2, 3)]
+        orders[reorder] = [run.store.get("a").order.tolist() for run in runs]
+    assert orders[False][0] == orders[False][1] == orders[False][2]
+    assert orders[True][0] == orders[True][1] != orders[True][2]  # measured with the weights of two rounds
+    run = runs[0]
+    reply = method.client_update(
+        replace(run.task, round=2), run.state.public, run.store.get("a"), toy_rows(Key.of(1), 7), Key.of(1)
+    )
+    assert reply.client is not None and sorted(reply.client.order.tolist()) == list(range(7))
+
+
 # --- layers
 
 

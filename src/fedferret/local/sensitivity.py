@@ -27,8 +27,8 @@ def sensitivities(
 
     Args:
         task: model and objective.
-        first: the module whose input is changed; its first argument is a tensor of examples.
-        layers: the L modules whose outputs are compared.
+        first: the module that gets the noise; its first argument is a tensor of examples.
+        layers: the L modules with the outputs that are compared.
         data: at least one example.
         noise: ρ, above 0.
         batch_size: examples at a time.
@@ -100,4 +100,5 @@ def _relative_change(clean: Tensor, noisy: Tensor, mask: Tensor | None) -> Tenso
     if mask is not None and mask.shape == before.shape[:2]:
         before, change = (each * mask.cpu()[:, :, None] for each in (before, change))
     before_B, change_B = (torch.linalg.vector_norm(each.flatten(1), dim=1) for each in (before, change))
-    return change_B / before_B.clamp(min=torch.finfo(torch.float32).tiny)
+    relative_B: Tensor = change_B / before_B.clamp(min=torch.finfo(torch.float32).tiny)
+    return relative_B
