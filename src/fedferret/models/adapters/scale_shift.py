@@ -49,7 +49,7 @@ class ScaleShift(Adapter):
     shift: Shift = "auto"
     modules: str | Sequence[str] | None = None
 
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
         """Refused: no other program reads scales and shifts alone."""
         raise UserError("no other program reads scales and shifts alone: they are merged into the model; use --to")
 
