@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from fedferret.begun import begun_recipe, check_start
 from fedferret.build import load_base, prepare
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
@@ -31,7 +32,6 @@ from fedferret.core.node import Node
 from fedferret.core.stages import StagedPublic
 from fedferret.core.task import Task
 from fedferret.core.text import plain_line
-from fedferret.experiment import begun_recipe, check_start
 from fedferret.export_dtype import chosen_dtype, round_to, widen
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled

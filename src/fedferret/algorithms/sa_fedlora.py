@@ -26,8 +26,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fedferret.algorithms.fedit import adam
 from fedferret.algorithms.fedprox import FedProx
-from fedferret.algorithms.lora_stage import A, B, LoRAStage, adam, figures
+from fedferret.algorithms.lora_stage import A, B, LoRAStage, figures
 from fedferret.bases.low_rank import of_product
 from fedferret.core.algorithm import AnyAlgorithm, Shapes, Weighting
 from fedferret.core.errors import UserError

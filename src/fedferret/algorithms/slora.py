@@ -13,7 +13,7 @@ of ΔW's energy that it keeps is reported. With no first round it is FedIT, to t
 FedAvg of the matrices, and the method is the paper's Primed-LoRA. The first stage is ``sparse_fedavg.py``.
 
 Wire: rounds 1 .. R1: 4 Σ round(density · rows · columns) bytes up and down; from then on 4 Σ r (rows + columns), which
-is the download of round R1 too, whose entry is the factors. A head adds 4 bytes a weight both ways.
+is the download of round R1 too: its entry is the factors. A head adds 4 bytes a weight both ways.
 
 Deviations: a mask has exactly its share of ones. The paper's text was not at hand; masked are the matrices that LoRA
 tunes, since ΔW elsewhere would be lost with W0. Defects of the third-party code (FederatedScope's FlexLoRA) are left
@@ -28,7 +28,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fedferret.algorithms.lora_stage import A, B, LoRAStage, adam, figures
+from fedferret.algorithms.fedit import adam
+from fedferret.algorithms.lora_stage import A, B, LoRAStage, figures
 from fedferret.algorithms.sparse_fedavg import Masks, SparseFedAvg, is_dense
 from fedferret.bases.low_rank import Split, of_matrix
 from fedferret.core.algorithm import AnyAlgorithm, Shapes, Weighting

@@ -48,7 +48,7 @@ class SparseFedAvg(FedAvg):
     holds_bf16: ClassVar[bool] = False
     density: float = 0.01  # SLoRA's abstract
     mask: Masks = "fixed"
-    modules: str | tuple[str, ...] | None = None  # whose weights are tuned, as in FedIT
+    modules: str | tuple[str, ...] | None = None  # that are tuned, as in FedIT
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

@@ -30,13 +30,13 @@ class LowRank:
     Attributes:
         a: shape (r, inputs), fp32.
         b: shape (outputs, r), fp32.
-        kept: the approximation's energy, Σ_{j<=r} S_j².
+        kept_energy: the approximation's energy, Σ_{j<=r} S_j².
         energy: the matrix's, Σ_j S_j².
     """
 
     a: Tensor
     b: Tensor
-    kept: float
+    kept_energy: float
     energy: float
 
 

@@ -46,7 +46,7 @@ def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int = 16) 
         task: model and objective.
         data: N examples, at least one.
         names: parameters that count; each has at least one dimension.
-        at_once: examples whose gradients are held together.
+        at_once: examples, the gradients of which are held together.
 
     Returns:
         The sums over the named parameters, on the CPU.
@@ -73,7 +73,7 @@ def gradients_by_example(
         task: model and objective.
         data: the examples.
         weights: of the model, by name.
-        at_once: examples whose gradients are held together.
+        at_once: examples, the gradients of which are held together.
 
     Yields:
         Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target

@@ -27,8 +27,8 @@ def sensitivities(
 
     Args:
         task: model and objective.
-        first: the module whose input is changed; its first argument is a tensor of examples.
-        layers: the L modules whose outputs are compared.
+        first: the module that gets a changed input; its first argument is a tensor of examples.
+        layers: the L modules that are compared by their outputs.
         data: at least one example.
         noise: ρ, above 0.
         batch_size: examples at a time.
