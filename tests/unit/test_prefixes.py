@@ -211,6 +211,11 @@ def test_prefixes_are_exported_as_pefts_where_peft_computes_the_same(tmp_path: P
         torch.testing.assert_close(logits(read), before, rtol=1e-4, atol=1e-5)
         assert torch.equal(logits(model), before), "the model goes on"
         assert [weight.requires_grad for weight in model.parameters()] == flags
+    model = prefixed(base())
+    with adapters.without_prefixes(model, {1}):
+        before = logits(model)
+        adapter.export(model, "base", tmp_path / "half")
+    torch.testing.assert_close(logits(adapters.read_adapter(base(), tmp_path / "half")), before)
     with pytest.raises(UserError, match=r"belongs to another model: model\.layers\.0\.self_attn\.prefix_key is odd"):
         adapters.read_adapter(base(), tmp_path / "gpt2")
     with pytest.raises(UserError, match="not an adapter of fedferret's"):

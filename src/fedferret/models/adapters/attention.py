@@ -137,7 +137,7 @@ def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) ->
         A context in which these layers attend as without an adapter. Without any prefix, the model computes what it
         does without an adapter, to the bit.
     """
-    modules = [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
+    modules = _prefixed(model)
     chosen = modules if layers is None else [modules[layer] for layer in sorted(layers)]
     before = {module: module.__dict__.get(UNREAD, False) for module in chosen}
     try:
@@ -147,6 +147,23 @@ def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) ->
     finally:
         for module, unread in before.items():
             module.__dict__[UNREAD] = unread
+
+
+def unread_layers(model: nn.Module) -> list[int]:
+    """The layers that read no prefix for now.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+
+    Returns:
+        Their numbers, in the order of ``prefix_layers``.
+    """
+    return [number for number, module in enumerate(_prefixed(model)) if module.__dict__.get(UNREAD, False)]
+
+
+def _prefixed(model: nn.Module) -> list[nn.Module]:
+    """The layers with a prefix."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

@@ -13,7 +13,7 @@ transformers draws embeddings: a prefix of nearly zero takes some attention and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from torch import nn
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.models.adapters.adapter_folder import write_adapter
-from fedferret.models.adapters.attention import KEY, VALUE, attention_layers, switch
+from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch, unread_layers
 from fedferret.models.adapters.drawing import no_trace, standard_normal
 from fedferret.models.adapters.interface import Adapter
 from fedferret.models.adapters.prefix_folder import peft_prefix
@@ -35,16 +35,23 @@ _DEVIATION = 0.02  # of the first values
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Adapter):
-    """Keys and values, of shape (p, heads * width of a head), in each attention layer of a transformer."""
+    """Keys and values, of shape (p, heads * width of a head), in each attention layer of a transformer.
+
+    Attributes:
+        tokens: p.
+        left_out: numbers of attention layers, from 0, that do not read their prefixes.
+    """
 
     merges: ClassVar[bool] = False
-    tokens: int  # p
+    tokens: int
+    left_out: Sequence[int] = ()
 
     def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
         """An adapter of peft's where peft computes the same with it; else a folder that ``read_adapter`` reads."""
-        made = None if isinstance(model, Classifier) else peft_prefix(model)
+        unread = unread_layers(model)  # peft has a prefix in each layer
+        made = None if unread or isinstance(model, Classifier) else peft_prefix(model)
         if made is None:
-            return write_adapter(self, model, base, folder, classes)
+            return write_adapter(replace(self, left_out=unread), model, base, folder, classes)
         build_folder(folder, lambda temporary: made.write(temporary, base))
         return f"{folder} holds prefixes, not a whole model: peft's PeftModel.from_pretrained(base, folder)"
 
@@ -62,6 +69,8 @@ class Prefix(Adapter):
                     drawn = standard_normal(values.numel(), key.fold(f"{layer.name}.{name}"))
                     values = (_DEVIATION * drawn).float().view(shape).to(values.device)
                 module.register_parameter(name, nn.Parameter(values))
+        for number in self.left_out:
+            model.get_submodule(layers[number].name).__dict__[UNREAD] = True
         switch(model, True)
         return model
 
@@ -71,6 +80,7 @@ class Prefix(Adapter):
             for name in (KEY, VALUE):
                 if name in module._parameters:
                     del module._parameters[name]
+            module.__dict__.pop(UNREAD, None)
         return model
 
 

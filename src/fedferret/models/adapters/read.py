@@ -40,10 +40,11 @@ def read_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["adapter"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
-        adapter = _KINDS[about["kind"]](**about["settings"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        attached = _KINDS[about["kind"]](**about["settings"]).attach(model, Key.of(0, "read"))
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: not an adapter of fedferret's ({plain_line(str(error), 200)})") from None
-    attached = adapter.attach(model, Key.of(0, "read"))
     tuned = tree.parameters(attached)
     odd = sorted(set(tuned) ^ set(weights)) or [name for name in tuned if tuned[name].shape != weights[name].shape]
     if odd:
