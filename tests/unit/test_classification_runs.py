@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fedferret import recipe
-from fedferret.build import check, load_data
+from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe, written
 from fedferret.core import rounds
 from fedferret.core.errors import UserError
@@ -279,6 +280,17 @@ def test_what_a_site_is_told_of_a_recipe_for_texts_to_classify_holds_no_setting_
     told = written(tomllib.loads(settings.identity_toml()))
     check(told)
     assert told.text == settings.text and told.identity() == settings.identity()
+
+
+def test_tools_beside_texts_to_classify_are_said_to_be_unread(tmp_path: Path) -> None:
+    settings = resolved(tmp_path)
+    data = load_data(settings)
+    assert Parts.over(settings, data, log=silent).notes == data.notes
+    (first, *others), *_ = data.clients.values()
+    offering = replace(first, metadata={**first.metadata, "tools": ({"name": "search"},)})
+    data = replace(data, clients={"c0": [offering, *others]})
+    (note,) = Parts.over(settings, data, log=silent).notes[len(data.notes) :]
+    assert note == "1 texts to classify come with tools, which are not read"
 
 
 def test_a_date_for_a_template_that_writes_none_is_refused() -> None:
