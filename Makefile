@@ -11,7 +11,8 @@ DIST   := dist
 TORCH  :=
 HASHES := requirements-hashes$(TORCH:%=-%).lock
 # Tests have one thread each: threads of more processes than cores wait for each other, and small pieces gain nothing.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
+# Where a test takes more, an idle thread sleeps: threads that wait in a loop cost ten times the work on busy cores.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 # Slow tests wait for processes, time-outs and sockets as much as they compute: a third process fills these waits.
 TOGETHER ?= 3
 

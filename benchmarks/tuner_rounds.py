@@ -32,7 +32,7 @@ class Compared:
     Attributes:
         name: of the contender.
         round: which is compared, from 1; those before it are of another stage, or score.
-        to: the contender whose second round is the measure.
+        to: the contender that is the measure, in its second round.
     """
 
     name: str

@@ -52,7 +52,7 @@ class Contender:
         settings: further ones of the method.
         short: those that differ in the few rounds in which rates are found.
         model: further settings of the model.
-        like: whose rate is taken, of a variant of a method; empty where its own is found.
+        like: the contender that a variant takes the rate of; empty where its own is found.
     """
 
     name: str

@@ -331,8 +331,9 @@ def join(
 def nodes(folder: RunFolder) -> None:
     """Show the sites of a served run: connected or not, time of the last reply, bytes."""
     with one_line_errors():
-        from fedferret.sites.status import nodes_table
-        from fedferret.tracking.console import plain_console
+        with quick_imports():
+            from fedferret.sites.status import nodes_table
+            from fedferret.tracking.console import plain_console
 
         plain_console().print(nodes_table(folder))
 
@@ -343,7 +344,8 @@ def status(
 ) -> None:
     """Show the state of a served run or of a site. DIR is its folder."""
     with one_line_errors():
-        from fedferret.sites.status import status as status_text
+        with quick_imports():
+            from fedferret.sites.status import status as status_text
 
         _log(status_text(folder))
 

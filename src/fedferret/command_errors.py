@@ -14,8 +14,8 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -32,7 +32,7 @@ _EMPTY = re.compile(r"(--[\w-]+=)?\s*")
 class Commands(TyperGroup):
     """The commands. An empty argument is refused: as a path, it would be the working folder."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line. Raises Exit where a value is empty, such as that of a variable that is not set."""
         for place, word in enumerate(args):
             if _EMPTY.fullmatch(word):

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from fedferret.begun import begun_recipe, check_start
 from fedferret.build import load_base, prepare
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
@@ -31,7 +32,6 @@ from fedferret.core.node import Node
 from fedferret.core.stages import StagedPublic
 from fedferret.core.task import Task
 from fedferret.core.text import plain_line
-from fedferret.experiment import begun_recipe, check_start
 from fedferret.export_dtype import chosen_dtype, round_to, widen
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
@@ -286,7 +286,7 @@ def _write_folder(
         if adapter is not None and (adapter_alone or not adapter.merges):
             if dtype is not None:
                 raise UserError(f"--dtype {dtype}: an adapter alone is exported in fp32; leave --dtype out")
-            log(adapter.export(model, base.name, folder))
+            log(adapter.export(model, base.name, folder, getattr(delta.parts()[0], "classes", ())))
         else:
             objective, how = delta.parts()[0], json.loads(delta.objective)
             dtype = chosen_dtype(dtype, objective, delta.base(base.name), log)

@@ -95,7 +95,9 @@ def put_on_device(settings: ModelSettings, model: Any, device: str) -> None:
 def _check_adapter(quantised: str, tuned: nn.Module) -> None:
     """Refuse an adapter that begins from weights which are quantised: an export finds the base before that."""
     adapter, head = adapter_of(tuned), transformer_of(tuned).get_output_embeddings()
-    if isinstance(adapter, LoRA) and adapter.dora and adapter.start is None:
+    if not isinstance(adapter, LoRA):
+        return
+    if adapter.dora and adapter.start is None:
         raise UserError(
             f'model.quantised="{quantised}": DoRA\'s magnitudes begin as the norms of the weights, and those of '
             f"quantised weights are others; set algorithm.dora=false, or leave quantised out"

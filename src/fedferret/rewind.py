@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from fedferret.begun import begun_recipe, check_events
 from fedferret.build import load_data
 from fedferret.config import Recipe
 from fedferret.core.errors import UserError
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import FolderClientStore, held
-from fedferret.experiment import begun_recipe, check_events
 from fedferret.run_folder import alone, check_begun, lost_files_in_a_line
 from fedferret.sites.members import Members, check_left
 from fedferret.sites.supervisor import alone_in

@@ -10,10 +10,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fedferret.begun import read_recipe
 from fedferret.config import Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.log import RESTORE
-from fedferret.experiment import read_recipe
 from fedferret.tracking import checkpoint, events
 from fedferret.tracking.report import write_report
 from fedferret.tracking.starts import SERVED, replaceable

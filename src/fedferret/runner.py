@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedferret.begun import recipe_fingerprint
 from fedferret.build import load_base, prepare
 from fedferret.config import Recipe
 from fedferret.core import tree
@@ -33,7 +34,7 @@ from fedferret.disk import log_room
 from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.per_client import spread
-from fedferret.experiment import Experiment, recipe_fingerprint
+from fedferret.experiment import Experiment
 from fedferret.local.first_order import observing_steps
 from fedferret.run_folder import alone, belongs, check_begun, finished_summary, lost_files_in_a_line
 from fedferret.tracking import client_lists, events, folder, rewinding
@@ -158,6 +159,8 @@ class Run:
         self._announce(state)
         known = events.read(self.out)
         self.clients = client_lists.clients_at(known.lists, state.round, experiment.data.clients)
+        for number, evaluation in sorted(known.evaluations.items()):  # what clients were sent to score
+            state.held |= dict.fromkeys(evaluation.moved, number)
         sent = known.ledger()
         if recipe.execution.tensorboard:
             from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import

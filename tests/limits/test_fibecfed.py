@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +201,22 @@ def test_a_client_trains_on_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [8, 12, 16, 20]  # of 20, in the four rounds after the one that scores layers
 
 
+def test_the_order_is_measured_again_where_asked_for_and_where_a_client_has_other_examples() -> None:
+    rows: Any = toy_rows(Key.of(1), 20)
+    orders: dict[bool, list[list[int]]] = {}
+    for reorder in (False, True):
+        method = replace(FIBECFED, layers=1, reorder=reorder, refresh=2)
+        runs = [simulate(method, 5, data={"a": rows}, until=until) for until in (1, 2, 3)]
+        orders[reorder] = [run.store.get("a").order.tolist() for run in runs]
+    assert orders[False][0] == orders[False][1] == orders[False][2]
+    assert orders[True][0] == orders[True][1] != orders[True][2]  # measured with the weights of two rounds
+    run = runs[0]
+    reply = method.client_update(
+        replace(run.task, round=2), run.state.public, run.store.get("a"), toy_rows(Key.of(1), 7), Key.of(1)
+    )
+    assert reply.client is not None and sorted(reply.client.order.tolist()) == list(range(7))
+
+
 # --- layers
 
 
@@ -216,12 +234,18 @@ def test_sensitivity_is_the_relative_change_under_noise_of_a_given_size() -> Non
     assert loss == pytest.approx(SquaredError().loss(task.model, next(data.batches(5, None))).item())
 
 
-def test_padding_does_not_count_in_the_sensitivity_of_a_text() -> None:
-    task, data = told_apart()
-    texts = LabelledTexts(data.ids[:9], torch.tensor([3, 6]), data.labels[:2])
-    layers = list(layers_of(task.model).values())
-    together, alone = (sensitivities(task, layers[0], layers, texts, 0.01, size, Key.of(1))[0] for size in (2, 1))
-    assert torch.allclose(together, alone, rtol=0.3)  # the noise differs
+def test_padding_does_not_count_in_the_sensitivity() -> None:
+    model, mask = nn.Sequential(nn.Linear(4, 4)), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    x = toy_rows(Key.of(1), 6).x.view(2, 3, 4)
+    batch = SimpleNamespace(x=x * (1 + 1e3 * (1 - mask))[:, :, None], attention_mask=mask)
+    data: Any = SimpleNamespace(batches=lambda size, key: [batch])
+    task = Task.of(model, Given(lambda model, rows: model(rows.x).sum()), 1)
+    (found,), _ = sensitivities(task, model[0], [model[0]], data, 0.1, 2, Key.of(2))
+    signs = 1 - 2 * (Key.of(2).fold(0).bits(24) & 1).view(2, 3, 4)
+    before = model(x) * mask[:, :, None]
+    change = model(x + 0.05 * x.norm(dim=2, keepdim=True) * signs) * mask[:, :, None] - before
+    expected = (change.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).mean()
+    assert float(found) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_factors_of_layers_that_were_not_chosen_never_travel() -> None:
@@ -274,3 +298,6 @@ def test_a_mutated_score_of_layers_is_one_failure_or_a_distribution() -> None:
         if isinstance(outcome, Reply):
             assert 0 <= float(outcome.body.payload.shares.min()) <= float(outcome.body.payload.shares.max()) <= 1.001
     assert 50 < refused < 200
+    for wrong in ([1.5, -0.5], [0.3, 0.3, 0.4], [math.nan, 1.0], [1e20, 1e20]):
+        with pytest.raises(ValueError, match="layers"):
+            FIBECFED.accept(run.task, run.state.public, Sensitivities(torch.tensor(wrong)))

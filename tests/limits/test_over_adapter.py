@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedferret.algorithms.fedit import FedIT
-from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.registry import method
 from fedferret.bases.blocks import decode_norms
 from fedferret.config import build_algorithm
 from fedferret.core import tree
@@ -35,18 +35,30 @@ def test_with_as_many_coordinates_as_weights_it_is_fedit(keys: Any) -> None:
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_with_as_many_coordinates_as_weights_it_is_fedprompt() -> None:
-    prompt = FedPrompt(virtual_tokens=3, training=ADAM)
-    given: dict[str, Any] = {"name": "fedprompt", "virtual_tokens": 3}
-    exact = replace(ONE_BIT, over=given, coordinates=24, bits=32, entry_bits=32, training=ADAM)
-    assert exact.objectives == prompt.objectives == ("next-token",)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("fedit-sgd", {"rank": 2, "modules_to_save": ("norm",)}),
+        ("ffa-lora", {"rank": 2}),
+        ("ssf", {}),
+        ("fedprompt", {"virtual_tokens": 3}),
+        ("fedptuning", {"virtual_tokens": 3}),
+        ("fedptuning-v2", {"virtual_tokens": 2}),
+    ],
+)
+def test_with_as_many_coordinates_as_weights_it_is_any_adapters_method(name: str, settings: dict[str, Any]) -> None:
+    theirs: Any = method(name)(training=ADAM, **settings)  # type: ignore[call-arg]
 
     def task(algorithm: AnyAlgorithm) -> Task:
         return Task.of(algorithm.prepare(toy_language_model(), Key.of(7, "prepare")), LastWord(), 2)
 
-    theirs = weights(simulate(prompt, 2, task=task(prompt)))
-    for name, weight in weights(simulate(exact, 2, task=task(exact))).items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+    size = tree.size(tree.parameters(task(theirs).model))
+    given = {"over": {"name": name, **settings}, "coordinates": size}
+    ours = replace(ONE_BIT, bits=32, entry_bits=32, training=ADAM, **given)  # type: ignore[arg-type]
+    assert ours.objectives == theirs.objectives
+    expected = weights(simulate(theirs, 2, task=task(theirs)))
+    for tensor, weight in weights(simulate(ours, 2, task=task(ours))).items():
+        torch.testing.assert_close(weight, expected[tensor], rtol=1e-5, atol=1e-6)
 
 
 def test_the_adapter_alone_is_tuned_and_is_merged_when_released() -> None:
@@ -89,6 +101,8 @@ def test_both_forms_of_over_are_one_run() -> None:
         ("fedavg", "fedavg tunes the model itself, as ferret does without over; leave over out"),
         ("ferret", "over an adapter, not over ferret"),
         ("fedsa-lora", "leaves weights with each client"),
+        ("fibecfed", "leaves weights with each client"),
+        ("slora", "has several stages, and no one adapter"),
         ("fedex-lora", "changes weights under its adapter"),
         ("fedlt", "no method is called"),
         ({"rank": 4}, "there is no name in it; name a method that tunes an adapter"),
@@ -111,5 +125,8 @@ def test_settings_that_do_not_fit_the_adapter_are_refused_before_work() -> None:
     few = Ferret(over={**LORA, "modules": ["0"]}, coordinates=1, group_size=1)
     with pytest.raises(UserError, match="coordinates=1: this model has 2 blocks and 40 weights, choose 2 to 40"):
         few.check(toy_task(1, few).model, 1)
+    private = Ferret(over={"name": "ssf", "private_norms": True}, coordinates=20, group_size=1)
+    with pytest.raises(UserError, match="ssf leaves weights with each client"):
+        private.check(private.prepare(toy_language_model(), Key(1)), 1)
     with pytest.raises(UserError, match="the published code has none of these"):
         FerretPublished(over="fedit")

@@ -27,6 +27,7 @@ from fedferret.evaluation.generation import generate
 from fedferret.experiment import Experiment
 from fedferret.export import TunedDelta, apply_delta
 from fedferret.local.first_order import FirstOrder
+from fedferret.models import adapters
 from fedferret.models.tiny import tiny_tokenizer
 from fedferret.objectives.next_token import NextToken
 from fedferret.wire import codec
@@ -40,6 +41,11 @@ pytestmark = pytest.mark.slow(seconds=60)
 NOT_PACKED = {
     *("opt", "opt-projected", "bloom", "falcon", "falcon-alibi", "mpt", "gpt_oss", "mamba", "mamba2", "falcon_mamba"),
     *("rwkv", "xglm", "recurrent_gemma", "lfm2", "bert-generation", "electra", "jamba", "qwen3_next"),
+}
+# What does not attend by transformers' interface, or not at all.
+NO_PREFIX = {
+    *("gpt_neo", "gptj", "codegen", "bloom", "falcon", "falcon-alibi", "mpt", "xglm"),
+    *("mamba", "mamba2", "falcon_mamba", "rwkv"),
 }
 OBJECTIVE = NextToken()
 KEY = Key.of(5, "prepare")
@@ -132,6 +138,25 @@ def test_answers_do_not_depend_on_the_batch_behind_a_learned_prompt_either(archi
     OBJECTIVE.loss(prompted, batch).backward()
     assert all(weight.grad.any() for weight in prompted.parameters() if weight.requires_grad)
     assert generate(prompted, asked, (), 5, batch_size=4) == [generate(prompted, [each], (), 5)[0] for each in asked]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_answers_do_not_depend_on_batch_or_cache_behind_prefixes_or_they_are_refused(architecture: str) -> None:
+    model: Any = tiny_instance(architecture).eval()
+    if architecture in NO_PREFIX:
+        with pytest.raises(UserError, match=f"{type(model).__name__} has no attention layer that reads a prefix"):
+            adapters.Prefix(tokens=3).attach(model, KEY)
+        return
+    adapters.Prefix(tokens=3).attach(model, KEY)
+    tree.copy_(tree.parameters(model), {name: 50 * each for name, each in tree.parameters(model).items()})
+    OBJECTIVE.check_loaded(loaded(architecture), model, TextSettings(packed=architecture not in NOT_PACKED))
+    asked, slow = [row.ids for row in rows()[:3]], []
+    for prompt in asked:
+        row = list(prompt)
+        for _ in range(4):
+            row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        slow.append(tuple(row[len(prompt) :]))
+    assert generate(model, asked, (), 4, batch_size=3) == slow
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fedferret import recipe
-from fedferret.build import check, load_data
+from fedferret.build import Parts, check, load_data
 from fedferret.config import Recipe, written
 from fedferret.core import rounds
 from fedferret.core.errors import UserError
@@ -101,6 +102,7 @@ def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finish
         ("tiny", {"name": "fedit", "training": TRAINING}),
         ("tiny-encoder", {"name": "fedit", "modules": "all-linear", "training": TRAINING}),
         ("tiny", {"name": "fedprox", "training": TRAINING}),
+        ("tiny-encoder", {"name": "fibecfed", "modules": "all-linear", "training": TRAINING}),
         ("tiny", {"name": "ferret", "training": {"learning_rate": 0.3, "steps": 5, "batch_size": 4}}),
         ("tiny-encoder", {"name": "fedkseed", "training": {"steps": 5}}),
         ("tiny", {"name": "fedprompt", "training": TRAINING}),
@@ -116,6 +118,27 @@ def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: 
     assert not [failure for record in records for failure in record.failures]
     found = experiment.score(state, engine)
     assert len(found.per_client) == 4 and found.results["rows"]["examples"] == 19
+
+
+@pytest.mark.parametrize("name", ["fedptuning", "fedptuning-v2"])
+def test_an_adapter_that_does_not_merge_is_exported_with_the_head_and_read_again(name: str, tmp_path: Path) -> None:
+    algorithm = {"name": name, "training": {**TRAINING, "steps": 1}}
+    recipe = resolved(tmp_path, rounds=1, model={"name": "tiny-encoder"}, algorithm=algorithm, evaluation={"every": 1})
+    run(recipe, tmp_path / "run", silent)
+    export_folder(tmp_path / "run", tmp_path / "first", silent)
+    export_delta(tmp_path / "run", tmp_path / "delta", silent)
+    apply_delta("tiny-encoder", tmp_path / "delta", tmp_path / "again", silent)
+    first, again = (tmp_path / folder / "adapter.safetensors" for folder in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    loaded: dict[str, Any] = {"texts": ["the soup", "the moon and the star"], "folder": tmp_path / "first"}
+    example = (tmp_path / "first" / "README.md").read_text()
+    assert 'in the order of the logits: ["food", "sky", "sport"]' in example
+    exec(example.split("```python")[1].split("```")[0], loaded)  # as a reader would
+    experiment = Experiment.load(recipe, tmp_path / "run", silent)
+    state = experiment.initial_state()
+    with recipe.algorithm.model(experiment.task, state.public) as model, torch.no_grad():
+        assert model is not None
+        torch.testing.assert_close(loaded["logits"], model(loaded["batch"]), rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_leaves_the_head_dense_and_trains_it(tmp_path: Path) -> None:
@@ -257,6 +280,17 @@ def test_what_a_site_is_told_of_a_recipe_for_texts_to_classify_holds_no_setting_
     told = written(tomllib.loads(settings.identity_toml()))
     check(told)
     assert told.text == settings.text and told.identity() == settings.identity()
+
+
+def test_tools_beside_texts_to_classify_are_said_to_be_unread(tmp_path: Path) -> None:
+    settings = resolved(tmp_path)
+    data = load_data(settings)
+    assert Parts.over(settings, data, log=silent).notes == data.notes
+    (first, *others), *_ = data.clients.values()
+    offering = replace(first, metadata={**first.metadata, "tools": ({"name": "search"},)})
+    data = replace(data, clients={"c0": [offering, *others]})
+    (note,) = Parts.over(settings, data, log=silent).notes[len(data.notes) :]
+    assert note == "1 texts to classify come with tools, which are not read"
 
 
 def test_a_date_for_a_template_that_writes_none_is_refused() -> None:

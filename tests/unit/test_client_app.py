@@ -25,7 +25,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.servicer.runtime import runtime_handlers as core_handlers
 from flwr.supernode.servicer.runtime import runtime_handlers as handlers
 
-from fedferret.engines.flower import content_of, records_of
+from fedferret.engines.flower_records import content_of, records_of
 from fedferret.sites import client_app
 from fedferret.sites.client_app import Superseded, Task, Tasks, carry_out
 from fedferret.sites.package import fingerprint, run_package

@@ -6,7 +6,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,18 @@ class Recorded(ToyData):
             yield rows
 
 
-REGISTERED = {method.name: method for method in reversed(METHODS.values()) if method.name in catalogue()}
+REGISTERED: dict[str, Any] = {
+    method.name: method for method in reversed(METHODS.values()) if method.name in catalogue()
+}
+# layers are scored on other batches, and a curriculum leaves examples out
+REGISTERED["fibecfed"] = replace(REGISTERED["fibecfed"], layers=1.0, curriculum_start=1.0)
 
 
 @pytest.mark.parametrize("name", catalogue())
 def test_seed_round_and_client_alone_determine_a_client_s_batches_for_every_method(name: str) -> None:
     rounds, size = 2, 4
     method = REGISTERED[name]
-    assert method.training.batch_size == size  # type: ignore[attr-defined]
+    assert method.training.batch_size == size
     clients: dict[str, Any] = {client: Recorded(data.x, data.y) for client, data in toy_clients().items()}  # type: ignore[attr-defined]
     simulate(method, rounds, data=clients, seed=3)
     for client, data in clients.items():

@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 
 from federation import write_recipe
 from fedferret.cli import app
-from fedferret.engines.flower import GRACE, REPEATS, SENDINGS, FlowerTransport, Roster, Traffic, content_of, records_of
+from fedferret.engines.flower import GRACE, REPEATS, SENDINGS, FlowerTransport, Roster, Traffic
 from fedferret.engines.flower_link import Announced, Unavailable
+from fedferret.engines.flower_records import content_of, records_of
 from fedferret.engines.flower_relay import deliver
 from fedferret.engines.flower_reply import Malformed, read_reply
 from fedferret.sites import join as joining

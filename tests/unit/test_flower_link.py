@@ -14,8 +14,9 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.run import RunNotRunningException
 
-from fedferret.engines.flower import SENDINGS, Roster, content_of
+from fedferret.engines.flower import SENDINGS, Roster
 from fedferret.engines.flower_link import PATIENCE, Announced, Link, LinkError, Unavailable
+from fedferret.engines.flower_records import content_of
 
 pytestmark = pytest.mark.usefixtures("task_identity")
 

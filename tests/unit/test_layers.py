@@ -96,13 +96,24 @@ def test_no_module_is_in_a_circle_of_imports_lazy_ones_included() -> None:
 
 
 def test_build_makes_the_parts_of_a_recipe_and_imports_no_engine() -> None:
-    seen, waiting = set(), ["fedferret.build"]
+    assert not {module for module in needed("fedferret.build") if layer(module) in ("engines", "resident", "sites")}
+
+
+@pytest.mark.parametrize("module", ["fedferret.sites.client_app", "fedferret.sites.serve"])
+def test_what_only_passes_messages_on_imports_no_database_of_flowers_server(module: str) -> None:
+    for each in needed(module):
+        assert "flwr.superlink.grid" not in set(imported(each)), each
+
+
+def needed(module: str) -> set[str]:
+    """The modules of ours that are imported with this one, lazily or not."""
+    seen, waiting = set(), [module]
     while waiting:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
             waiting += [name for name in imported(module) if name in MODULES]
-    assert not {module for module in seen if layer(module) in ("engines", "resident", "sites")}
+    return seen
 
 
 def test_only_the_node_calls_a_methods_functions() -> None:

@@ -26,6 +26,7 @@ from fedferret.core.task import Examples, Task
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.remote import Remote
 from fedferret.wire import codec
+from fedferret.wire.ledger import Ledger
 from toy_sites import BASE, RECIPE, Direct, toy_trainer
 from toys import TRAINING, SquaredError, bits, simulate, toy_clients, toy_rows, toy_task
 
@@ -114,13 +115,16 @@ def test_a_private_state_that_was_read_from_a_file_lies_on_the_device_that_compu
 HELD_OUT = {name: toy_rows(Key.of(8, name), 5 + 3 * place) for place, name in enumerate("abc")}
 
 
-def at_toy_sites(algorithm: AnyAlgorithm, data: Mapping[str, Examples], folder: Path) -> Remote:
-    """An engine over sites that hold examples out."""
+def at_toy_sites(
+    algorithm: AnyAlgorithm, data: Mapping[str, Examples], folder: Path, messages: list[Mapping[str, Any]] | None = None
+) -> Remote:
+    """An engine over sites that hold examples out; it lists its messages."""
     trainers = {
         site: toy_trainer(algorithm, 4, {site: rows}, folder / site, site, held_out=HELD_OUT)
         for site, rows in data.items()
     }
-    return Remote(Direct(trainers), codec, recipe=RECIPE, base=BASE, deadline=60.0)
+    heard = [] if messages is None else messages
+    return Remote(Direct(trainers), codec, recipe=RECIPE, base=BASE, deadline=60.0, on_message=heard.append)
 
 
 def scored(name: str, tmp_path: Path | None) -> tuple[bytes, list[dict[str, dict[str, float]]]]:
@@ -144,6 +148,33 @@ def test_a_round_with_score_equals_one_without_in_every_engine(name: str, tmp_pa
     there, sums_at_sites = scored(name, tmp_path)
     assert there == here and sums_at_sites == sums
     assert {client: each["count"] for client, each in sums[-1].items()} == {"a": 5.0, "b": 8.0, "c": 11.0}
+
+
+@pytest.mark.parametrize(("name", "cohort"), [("ferret", 3), ("ferret", 2), ("fedavg", 2)])
+def test_what_a_site_was_sent_to_score_it_is_not_sent_again_and_every_byte_is_booked_once(
+    name: str, cohort: int, tmp_path: Path
+) -> None:
+    method, data, downs = METHODS[name], toy_clients(), []
+    for scores in (True, False):
+        node, server = Node.start(toy_task(4, method), method, 3, codec)
+        state = rounds.RunState(node, server, Unfolded() if name == "ferret" else Log())
+        messages: list[Mapping[str, Any]] = []
+        engine, ledger, up = at_toy_sites(method, data, tmp_path / str(scores), messages), Ledger(1), 0
+        for record in rounds.run(engine, list(data), state, rounds.Plan(3, 4, cohort, fingerprint_every=1)):
+            ledger.add(record.round, record.bytes_up, record.bytes_down, record.brought)
+            for _ in range(2 if scores else 0):  # who asks twice sends the log once
+                sums, failures, moved = rounds.score(engine, list(data), state, 4)
+                assert not failures and len(sums) == len(data)
+                ledger.scores.setdefault(record.round, dict.fromkeys(data, 0))
+                for client in data:
+                    ledger.scores[record.round][client] += moved[client]
+                up += sum(codec.size(ClientScores(each)) for each in sums.values())
+        assert ledger.up + ledger.down + ledger.evaluation == sum(each["payload_bytes"] for each in messages)
+        assert Ledger.from_dict(ledger.to_dict()) == ledger
+        if scores and cohort == len(data):  # no training needed the last entry
+            assert ledger.evaluation == up + len(data) * state.log.since(3).size
+        downs.append(ledger.down_by_round)
+    assert downs[0] == downs[1]
 
 
 def test_the_sums_of_clients_are_the_sums_over_all_their_data() -> None:

@@ -21,10 +21,10 @@ from fedferret.core.task import Task, added_scores
 from fedferret.data.examples import Example, Turn
 from fedferret.evaluation.per_client import spread
 from fedferret.experiment import Experiment
-from fedferret.runner import run
+from fedferret.runner import Interrupted, run
 from fedferret.tracking.events import read
 from fedferret.tracking.report import write_report
-from tiny_runs import NAMES, tiny_experiment, tiny_recipe
+from tiny_runs import NAMES, silent, tiny_experiment, tiny_recipe
 from toys import TRAINING
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -114,6 +114,22 @@ def test_the_report_shows_all_figures(measured: tuple[Path, dict[str, Any]]) -> 
     losses = read(out).evaluations[3].per_client
     assert f"The loss of each of the {len(losses)} clients on what it holds out" in page
     assert all(f"{loss:.3f}" in page for loss in losses.values())
+
+
+def test_a_run_that_is_resumed_books_what_scoring_brought_as_one_that_is_not(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, evaluation={"per_client": True, "local_only_clients": 0, "every": 2}, rounds=4)
+    whole = run(recipe, tmp_path / "whole", silent)
+
+    def stop(client: str) -> None:
+        if 2 in read(tmp_path / "run").evaluations:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "run", silent, on_client=stop)
+    stopped = run(recipe, tmp_path / "run", silent)
+    names = ("bytes_up", "bytes_down_by_round", "bytes_evaluation", "eval_loss")
+    assert [stopped[name] for name in names] == [whole[name] for name in names]
+    assert any(read(tmp_path / "run").rounds[3].brought.values())
 
 
 def test_metrics_besides_the_loss_change_no_weight(measured: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

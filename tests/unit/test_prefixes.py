@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -185,3 +186,37 @@ def test_what_is_tuned_is_known_without_weights(architecture: str) -> None:
         model = adapters.Prefix(tokens=3).attach(tiny_instance(architecture).to(device), KEY)
         shapes.append({name: weight.shape for name, weight in tree.parameters(model).items()})
     assert shapes[0] == shapes[1] and len(shapes[0]) == 4
+
+
+def logits(model: Any) -> Tensor:
+    """Of one row."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def test_prefixes_are_exported_as_pefts_where_peft_computes_the_same(tmp_path: Path) -> None:
+    """Keys are written rotated by the p positions that peft adds. Learned positions cannot be turned back."""
+    for name, plain in {"llama": base, "gpt2": lambda: tiny_instance("gpt2").eval()}.items():
+        model, folder = prefixed(plain()), tmp_path / name
+        before, flags = logits(model), [weight.requires_grad for weight in model.parameters()]
+        adapter: Any = adapters.adapter_of(model)
+        said = adapter.export(model, "base", folder)
+        if name == "llama":
+            assert "peft's PeftModel.from_pretrained(base, folder)" in said
+            read: Any = peft.PeftModel.from_pretrained(plain(), folder)
+        else:
+            assert "in fedferret's form" in said and "models.load('base')" in (folder / "README.md").read_text()
+            read = adapters.read_adapter(plain(), folder)
+        torch.testing.assert_close(logits(read), before, rtol=1e-4, atol=1e-5)
+        assert torch.equal(logits(model), before), "the model goes on"
+        assert [weight.requires_grad for weight in model.parameters()] == flags
+    model = prefixed(base())
+    with adapters.without_prefixes(model, {1}):
+        before = logits(model)
+        adapter.export(model, "base", tmp_path / "half")
+    torch.testing.assert_close(logits(adapters.read_adapter(base(), tmp_path / "half")), before)
+    with pytest.raises(UserError, match=r"belongs to another model: model\.layers\.0\.self_attn\.prefix_key is odd"):
+        adapters.read_adapter(base(), tmp_path / "gpt2")
+    with pytest.raises(UserError, match="not an adapter of fedferret's"):
+        adapters.read_adapter(base(), tmp_path / "llama")

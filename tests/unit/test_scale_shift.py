@@ -20,7 +20,6 @@ from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder
 from fedferret.models import adapters
 from fedferret.models.loading import hold_in_bf16
-from fedferret.models.quantised import quantise
 from fedferret.runner import run
 from tiny_runs import silent, tiny_recipe
 from unit.tiny_adapters import base
@@ -154,16 +153,28 @@ def test_first_values_are_the_papers_and_follow_from_the_key() -> None:
         assert 0.017 < float(values.std()) < 0.023
 
 
-def test_a_quantised_base_is_trained_unmerged_and_its_codes_are_not_scaled() -> None:
-    model = base()
-    quantise(model, "4-bit")
-    plain = logits(model)
-    attached = adapters.ScaleShift(shift="none").attach(model, KEY)
-    assert torch.equal(logits(attached), plain)
-    logits(attached).square().mean().backward()
-    assert all(each.grad.any() for each in attached.parameters() if each.requires_grad)
+def test_a_quantised_base_is_trained_unmerged_and_its_codes_are_not_scaled(tmp_path: Path) -> None:
+    """An export merges into the checkpoint's own weights."""
+    from transformers import AutoModelForCausalLM
+
+    algorithm = {"name": "ssf", "training": {"learning_rate": 0.05, "steps": 2}}
+    model = {"quantised": "4-bit", "dtype": "bf16"}
+    recipe = tiny_recipe(tmp_path, rounds=1, algorithm=algorithm, model=model)
+    losses = run(recipe, tmp_path / "run", silent)["eval_loss"]
+    assert losses[-1] < losses[0]
+    experiment = Experiment.load(recipe, tmp_path / "run", silent)
+    weights = experiment.initial_state().public.weights
+    assert {each.dtype for each in weights.values()} == {torch.float32}
     with pytest.raises(UserError, match="are quantised, and merging would round them again"):
-        adapters.released(attached)
+        recipe.algorithm.release(experiment.model)
+    export_folder(tmp_path / "run", tmp_path / "model", silent, dtype="fp32")
+    plain = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32").named_parameters())
+    own = base()
+    hold_in_bf16(own)
+    name = "model.layers.1.mlp.down_proj"
+    scaled = weights[f"{name}.ssf_scale"][:, None] * own.get_parameter(f"{name}.weight").float()
+    torch.testing.assert_close(plain[f"{name}.weight"].detach(), scaled)
+    assert torch.equal(plain[f"{name}.bias"].detach(), weights[f"{name}.ssf_shift"])
 
 
 def test_a_shift_without_a_place_is_refused_rather_than_dropped() -> None:

@@ -9,7 +9,8 @@ al., ACL 2022, arXiv 2110.07602.
     server:    their mean, weighted by examples
 
 Wire: 4 d bytes up per client and round, 4 d down, with d = p Σ_l (widths of l's keys and of its values, all heads);
-2 p L h in a transformer of L layers of width h whose heads each have keys of their own.
+2 p L h in a transformer of L layers of width h with as many heads of keys as of queries. A classifier's head is trained
+and sent beside them.
 
 Deviations: prefixes take no position, where the official codes count the tokens behind them from p on; no dropout on
 them; the first values have deviation 0.02, not 1; a classifier has a linear head and no verbaliser.

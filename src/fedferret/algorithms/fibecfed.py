@@ -23,11 +23,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
 from fedferret.algorithms.fedit import FedIT
+from fedferret.algorithms.fibecfed_client import FisherCurriculum
 from fedferret.algorithms.fibecfed_messages import (
     ChosenLayers,
     FibecFedClient,
@@ -44,37 +44,27 @@ from fedferret.core.algorithm import ClientReply, Pooled, Shapes, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
-from fedferret.local.curriculum import Order, ordered, part_of, prefix, share_at
-from fedferret.local.first_order import TrainingRefused
-from fedferret.local.fisher import fisher, neuron_masks
+from fedferret.local.curriculum import part_of
 from fedferret.local.sensitivity import sensitivities
 from fedferret.models.layers import layers_named, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class FibecFed(PartlyPrivate, FedIT):
+class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
     """LoRA of chosen layers, of chosen rows, on easy examples first. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fibecfed"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     layers: float = 0.5  # q: halves the bytes; the paper's own rule is not public
-    order: Order = "easy-first"  # the paper's; the others are there for comparison
-    curriculum_start: float = 0.2  # β: enough examples for some steps
-    curriculum_end: float = 0.8  # α: the last fifth of the rounds has all examples
-    kept_neurons: float = 0.5  # share of the rows of each factor that train; 1: all, and none is scored
-    fisher_momentum: float = 0.9  # γ: common for running means
-    refresh: int = 5  # R: one more pass over the examples in five rounds
     noise: float = 0.01  # ρ: small beside the hidden states, large beside fp32's rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "curriculum_start", "curriculum_end", "kept_neurons"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be a share above 0 and at most 1")
-        if not 0 <= self.fisher_momentum < 1:
-            raise UserError(f"fisher_momentum={self.fisher_momentum}: must be at least 0 and below 1")
-        if self.refresh < 1 or not 0 < self.noise < math.inf:
-            raise UserError(f"refresh={self.refresh}, noise={self.noise}: give at least 1, and a number above 0")
+        self.check_shares()
+        if not 0 < self.layers <= 1:
+            raise UserError(f"layers={self.layers}: must be a share above 0 and at most 1")
+        if not 0 < self.noise < math.inf:
+            raise UserError(f"noise={self.noise}: must be above 0 and finite")
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """There must be layers to choose among, and a round beside the one that scores them."""
@@ -137,17 +127,9 @@ class FibecFed(PartlyPrivate, FedIT):
         self, task: Task, public: FibecFedPublic, data: Examples, key: Key
     ) -> FibecFedClient | None:
         """Score the client's examples and rows, whenever it joins; None where nothing is to be kept."""
-        if not len(data):
-            raise TrainingRefused("the client holds no example")
-        grows, masked = self.curriculum_start < 1, self.kept_neurons < 1
-        difficulties, scores = torch.zeros(len(data)), {}
-        if masked or (grows and self.order != "random"):
-            with loaded(task, public.weights):
-                found = fisher(task, data, factors_of(public.weights))
-            difficulties, scores = found.by_example, found.by_neuron if masked else {}
-        order = ordered(difficulties if grows else difficulties[:0], self.order, key.fold("order"))
-        kept = grows or masked or self.layers < 1
-        return FibecFedClient({}, order, scores, neuron_masks(scores, self.kept_neurons)) if kept else None
+        with loaded(task, public.weights):
+            measured = self.first_measured(task, data, key)
+        return measured if self.measures or self.layers < 1 else None
 
     def client_update(  # type: ignore[override]
         self, task: Task, public: FibecFedPublic, client: FibecFedClient | None, data: Examples, key: Key
@@ -158,13 +140,10 @@ class FibecFed(PartlyPrivate, FedIT):
         shared, private = set(self.shared(task, public)), self.private_of(task, public, client)
         before, scoring = {**public.weights, **private}, int(self.layers < 1)
         with loaded(task, before):
-            if client is not None and len(client.order):
-                number, rounds = task.round - scoring, task.rounds - scoring
-                share = share_at(number, rounds, self.curriculum_start, self.curriculum_end)
-                data = prefix(data, client.order, share)
-            if client is not None and client.fisher and client.trained == self.refresh:
-                scores = fisher(task, data, client.fisher).by_neuron
-                client = client.measured(scores, self.fisher_momentum, self.kept_neurons)
+            if client is not None:
+                share = self.share(task.round - scoring, task.rounds - scoring)
+                client = self.refreshed(task, client, data, share, key)
+                data = self.part(client, data, share)
             mask = client.mask(before) if client else None
             trained = self.training.train(task, data, key.fold("train"), mask=mask)
             delta = Delta({name: change for name, change in deltas(before, trained) if name in shared})

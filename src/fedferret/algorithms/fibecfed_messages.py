@@ -43,20 +43,21 @@ class FibecFedClient(PrivateWeights):
     rows: Tree  # by factor, uint8, 1 for a row that trains
     trained: int = 0  # rounds since the rows were chosen
 
-    def measured(self, scores: Tree, momentum: float, kept: float) -> FibecFedClient:
+    def measured(self, scores: Tree, momentum: float, kept: float, order: Tensor) -> FibecFedClient:
         """Take newly measured scores in, and choose the rows.
 
         Args:
             scores: by factor, one value per row.
             momentum: γ, of the scores of before.
             kept: share of the rows of each factor.
+            order: of the examples.
 
         Returns:
             A new state.
         """
         old = self.fisher
         mixed = {name: momentum * old[name].cpu() + (1 - momentum) * new for name, new in scores.items()}
-        return FibecFedClient(self.weights, self.order, mixed, neuron_masks(mixed, kept))
+        return FibecFedClient(self.weights, order, mixed, neuron_masks(mixed, kept))
 
     def mask(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The rows as a mask for training.

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedferret.algorithms.partly_private import PartlyPrivate
 from fedferret.algorithms.registry import method
+from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, AnyAlgorithm, Client, Entry, Public, Server, Up
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -46,9 +47,12 @@ class OverAdapter(Algorithm[Public, Server, Client, Entry, Up], Generic[Public, 
         return self._tuner.objectives if self._tuner else None
 
     def check(self, model: nn.Module, rounds: int) -> None:
-        """The adapter must be possible."""
+        """The adapter must be possible, and all of it shared."""
         if self._tuner:
             self._tuner.check(model, rounds)
+            names = list(tree.parameters(model))
+            if isinstance(self._tuner, PartlyPrivate) and self._tuner.shares(names) != names:
+                raise UserError(_leaves_weights(self.name, self._tuner.name))
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with the adapter, as its method attaches it."""
@@ -95,7 +99,11 @@ def _refuse_unfit(outer: str, name: str, kind: type[AnyAlgorithm]) -> None:
         raise UserError(f'over="{name}": {name} has several stages, and no one adapter; {_CHOOSE}')
     if kind.prepare is Algorithm.prepare:
         raise UserError(f'over="{name}": {name} tunes the model itself, as {outer} does without over; leave over out')
-    if issubclass(kind, PartlyPrivate):
-        raise UserError(f'over="{name}": {name} leaves weights with each client, and {outer} shares all; {_CHOOSE}')
+    if issubclass(kind, PartlyPrivate) and not (kind.shared is PartlyPrivate.shared and kind.has_global_model):
+        raise UserError(_leaves_weights(outer, name))
     if kind.changes_base:
         raise UserError(f'over="{name}": {name} changes weights under its adapter, and {outer} does not; {_CHOOSE}')
+
+
+def _leaves_weights(outer: str, name: str) -> str:
+    return f'over="{name}": {name} leaves weights with each client, and {outer} shares all; {_CHOOSE}'

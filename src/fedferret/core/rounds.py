@@ -44,7 +44,8 @@ class RunState:
         server: the server's own state.
         log: the entries.
         round: the last finished round.
-        versions: the log's version that each client is known to hold; 0 is the base.
+        versions: the log's version before the last round in which each client was counted; 0 is the base.
+        held: the log's version that each client scored its model at last; see ``holds``.
         changes: to the list of clients, since the run began.
     """
 
@@ -54,6 +55,18 @@ class RunState:
     round: int = 0
     versions: dict[str, int] = field(default_factory=dict)
     changes: ClientChanges = field(default_factory=ClientChanges)
+    held: dict[str, int] = field(default_factory=dict)
+
+    def holds(self, client: str) -> int | None:
+        """The log's version that a client is known to hold, by training or by scoring.
+
+        Args:
+            client: its name.
+
+        Returns:
+            0 is the base; None: it never replied.
+        """
+        return max((books[client] for books in (self.versions, self.held) if client in books), default=None)
 
     @property
     def public(self) -> Any:
@@ -107,7 +120,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in a round. Byte counts per client include catching up."""
+    """What happened in a round. Byte counts per client include catching up, and do not depend on scoring."""
 
     round: int
     cohort: tuple[str, ...]
@@ -120,6 +133,7 @@ class RoundRecord:
     seconds_local: float  # spent in clients' training passes
     bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
     seconds_saving: float = 0.0  # spent in writing events, checkpoint and clients' states
+    brought: Mapping[str, int] = field(default_factory=dict)  # of ``bytes_down``, what scoring had brought already
 
 
 def run(
@@ -158,19 +172,20 @@ def run(
 def score(
     engine: Engine, clients: Sequence[str], state: RunState, batch_size: int, trusted: bool = False
 ) -> tuple[dict[str, dict[str, float]], list[Failure], dict[str, int]]:
-    """Score clients' models on what the clients hold out, after the last committed round; changes nothing.
+    """Score clients' models on what the clients hold out, after the last committed round; no round depends on it.
 
     Args:
         engine: where clients run.
         clients: whom to ask.
-        state: of the run.
+        state: of the run; ``held`` is brought up to date.
         batch_size: examples scored at once.
         trusted: whether clients are simulated here: what is not finite then shows in the figures.
 
     Returns:
         The sums of each client that scored, the failures, and bytes per client, both ways.
     """
-    bodies, missing = bodies_of(Score(state.round, batch_size), list(clients)), _missing_bytes(state, clients)
+    bodies = bodies_of(Score(state.round, batch_size), list(clients))
+    missing = _missing_bytes(state, {client: state.holds(client) or 0 for client in clients})
     sums: dict[str, dict[str, float]] = {}
     failures: list[Failure] = []
     moved: dict[str, int] = {}
@@ -180,8 +195,8 @@ def score(
             failures.append(outcome)
         else:
             sums[outcome.client] = dict(outcome.body.sums)
-            # the books stay as they are: what a client is sent in the next round does not depend on scoring
             moved[outcome.client] = outcome.bytes_up + missing[outcome.client]
+            state.held[outcome.client] = state.log.version  # what it was sent to score, it is not sent again to train
     return sums, failures, moved
 
 
@@ -213,7 +228,8 @@ def _round(
     node = state.node
     task, algorithm, codec = node.task, node.algorithm, node.codec
     cohort = Key.of(plan.seed, "cohort", number).sample(sorted(clients), plan.per_round)
-    bytes_down = _missing_bytes(state, cohort)
+    bytes_down = _missing_bytes(state, {client: state.versions.get(client, 0) for client in cohort})
+    sent = _missing_bytes(state, {client: state.holds(client) or 0 for client in cohort})
     intake = Intake(node, plan, longest_update(node, len(cohort), number), len(cohort))
     alive, received = list(cohort), {}
     exchanged: dict[str, int] = {}
@@ -280,6 +296,7 @@ def _round(
         time.perf_counter() - started,
         sum(update.metrics.get("seconds", 0.0) for update in intake.accepted.values()),
         intake.bounded(),
+        brought={client: count - sent[client] for client, count in bytes_down.items() if count != sent[client]},
     )
 
 
@@ -304,9 +321,8 @@ def _check(value: Any, most: float, what: str) -> None:
         raise RunError(f"{what} is not kept: {error}; lower the method's learning rates") from None
 
 
-def _missing_bytes(state: RunState, clients: Sequence[str]) -> dict[str, int]:
-    """The bytes of the log that each client has not been sent, by the books; the log is read once per version."""
-    held = {client: state.versions.get(client, 0) for client in clients}
+def _missing_bytes(state: RunState, held: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of the log after the version that each client holds; the log is read once per version."""
     sizes = {version: state.log.since(version).size for version in set(held.values())}
     return {client: sizes[version] for client, version in held.items()}
 

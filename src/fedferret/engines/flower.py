@@ -24,15 +24,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.app import Message, MessageType, RecordDict
 
 from fedferret.core.text import shortened
 from fedferret.engines.flower_inbox import Inbox, Unwatched, Watch
 from fedferret.engines.flower_link import PATIENCE, Link, LinkError
-from fedferret.engines.flower_reply import LOST, RECORD, Reply
+from fedferret.engines.flower_records import framed_bytes, records_of
+from fedferret.engines.flower_reply import Reply
 from fedferret.engines.transport import Received
 
 SENDINGS = 3  # of one message in one exchange: a site that reconnects may still reply; one that crashes does not
@@ -242,27 +241,3 @@ def train_message(content: bytes, node: int, seconds: float) -> Message:
         seconds: until expiry.
     """
     return Message(records_of(content), node, MessageType.TRAIN, ttl=seconds)
-
-
-def records_of(content: bytes) -> RecordDict:
-    """Return Flower's records for the bytes of a message of ours."""
-    return RecordDict({RECORD: ConfigRecord({RECORD: content})})
-
-
-def content_of(message: Message) -> tuple[bytes | None, str]:
-    """Return the content of a Flower message that a site received.
-
-    Returns:
-        The bytes and "", or None and the reason.
-    """
-    if message.has_error():
-        code = message.error.code
-        return None, "connection lost" if code in LOST else str(message.error.reason or f"Flower's error {code}")
-    record: Any = message.content.get(RECORD)
-    content = record.get(RECORD) if isinstance(record, ConfigRecord) else None
-    return (content, "") if isinstance(content, bytes) else (None, "the reply holds no message")
-
-
-def framed_bytes(message: Message) -> int:
-    """Return the bytes of a message as Flower stores and sends it, with records, metadata and headers."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())

@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedferret.core.text import plain_line
-from fedferret.engines.flower import content_of, records_of
+from fedferret.engines.flower_records import content_of, records_of
 from fedferret.engines.relay import UNLISTED, call
 
 SENDINGS = 3  # of one message to trainers that end: then the message itself is the cause

@@ -5,7 +5,7 @@
 
 An object is "KIND CHILD,CHILD LENGTH", a zero byte and the body. Flower's own reader (`inflate_object_from_contents`)
 makes whatever kind an object claims to be and raises whatever goes wrong on the way. This reader expects exactly the
-three objects that `flower.records_of` makes, checks every length before it parses, and has one exception.
+three objects that `flower_records.records_of` makes, checks every length before it parses, and has one exception.
 """
 
 from __future__ import annotations

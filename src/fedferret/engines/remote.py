@@ -234,7 +234,7 @@ class _Exchange:
         if self.engine.workers:  # a worker not heard from yet has nothing; a client's request brings nothing
             held = self.engine.held.get(name) if name in self.engine.workers else self.state.log.version
         else:
-            held = self.state.versions.get(name)
+            held = self.state.holds(name)
         return Missing(held or 0, recipe=held is None)
 
     def _bring_up_workers(self) -> None:

@@ -5,7 +5,8 @@
 
 Gradients are of one example each: the square of a batch's gradient is another number. Examples of one shape go through
 ``torch.func.vmap`` together; a model or an objective that it cannot follow has one backward pass per example, with the
-same gradients up to rounding. Memory: the gradients of ``at_once`` examples.
+same gradients up to rounding. Memory: the gradients of at most 16 examples, and of fewer where these would be more than
+2^25 values (128 MiB).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.func import functional_call, grad, vmap
 from fedferret.core.task import Examples, Objective, Task
 from fedferret.local.curriculum import part_of
 
+_EXAMPLES, _VALUES = 16, 1 << 25  # held at once: a batch's activations, and what a small machine has room for
 Gradients = dict[str, Tensor]  # by parameter, shape (B, *the parameter's)
 
 
@@ -39,23 +41,24 @@ class Fisher:
     by_neuron: dict[str, Tensor]
 
 
-def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int = 16) -> Fisher:
+def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int | None = None) -> Fisher:
     """Measure the Fisher information of ``task.model`` as it stands; dropout is off.
 
-    Args:
-        task: model and objective.
-        data: N examples, at least one.
-        names: parameters that count; each has at least one dimension.
-        at_once: examples whose gradients are held together.
-
-    Returns:
-        The sums over the named parameters, on the CPU.
+        Args:
+            task: model and objective.
+            data: N examples, at least one.
+            names: parameters that count; each has at least one dimension.
+                at_once: examples with gradients that are held together; None: as many as fit.
+    
+        Returns:
+            The sums over the named parameters, on the CPU.
     """
     task.model.eval()
     by_example = torch.zeros(len(data), dtype=torch.float64)
     weights = {name: task.model.get_parameter(name) for name in names}
     rows = {name: torch.zeros(len(weight), dtype=torch.float64) for name, weight in weights.items()}
-    for places, gradients in gradients_by_example(task, data, weights, at_once):
+    fitting = max(1, min(_EXAMPLES, _VALUES // max(1, sum(weight.numel() for weight in weights.values()))))
+    for places, gradients in gradients_by_example(task, data, weights, at_once or fitting):
         for name, each in gradients.items():
             squares_BR = each.square().flatten(2).sum(2) if each.dim() > 2 else each.square()
             squares_BR = squares_BR.cpu().double()
@@ -69,15 +72,15 @@ def gradients_by_example(
 ) -> Iterator[tuple[list[int], Gradients]]:
     """The gradient of each example's own loss.
 
-    Args:
-        task: model and objective.
-        data: the examples.
-        weights: of the model, by name.
-        at_once: examples whose gradients are held together.
-
-    Yields:
-        Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target
-        has gradients of 0.
+        Args:
+            task: model and objective.
+            data: the examples.
+            weights: of the model, by name.
+                at_once: examples with gradients that are held together.
+    
+        Yields:
+            Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target
+            has gradients of 0.
     """
     loss = _Loss(task.model, task.objective)
     followed = True  # by vmap, until it is not

@@ -312,13 +312,11 @@ def _source(name: str) -> str:
 
 def _folder(name: str) -> Path:
     """Where a model's files are, once it was read."""
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import cached_file
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else folder  # a folder that does not exist holds no files
+    found = cached_file(_source(name), "config.json", local_files_only=True)
+    assert found is not None  # it raises otherwise
+    return Path(found).parent
 
 
 def _described(config: Mapping[str, Any]) -> str:

@@ -226,11 +226,13 @@ class Classification(ModelObjective):
         return encode
 
     def check_encoding(self, loaded: Loaded, text: TextSettings, data: FederatedData) -> tuple[str, ...]:
-        """Say how much of the texts ``max_tokens`` cuts off."""
+        """Say how much of the texts ``max_tokens`` cuts off, and that tools are not read."""
         if loaded.tokenizer is None:
             return ()
-        parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
-        return cut_texts([part for part in parts if part], loaded.tokenizer, text.max_tokens)
+        parts = [part for part in (*data.clients.values(), *data.held_out.values(), *data.kept.values()) if part]
+        offering = sum("tools" in example.metadata for part in parts for example in part)
+        unread = (f"{offering:,} texts to classify come with tools, which are not read",) if offering else ()
+        return (*unread, *cut_texts(parts, loaded.tokenizer, text.max_tokens))
 
     def reads_every_token(self, loaded: Loaded) -> bool:
         """Compare the tokenizer with the embedding."""

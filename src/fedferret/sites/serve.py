@@ -36,7 +36,7 @@ from fedferret.sites.members import Members
 from fedferret.sites.nginx import Limits
 from fedferret.sites.package import fingerprint, run_package
 from fedferret.sites.proxy import Proxy, find_nginx
-from fedferret.sites.server_app import AGAIN
+from fedferret.sites.strikes import AGAIN
 from fedferret.sites.supervisor import HEALTHY, Part, Supervisor, alone_in, ended, terminable
 
 LOOK = 0.2  # seconds between two polls of the processes

@@ -48,12 +48,11 @@ from fedferret.sites.members import Members
 from fedferret.sites.nginx import upload_limit
 from fedferret.sites.runtime import authorised, client_of_task
 from fedferret.sites.signing import ServerSeal
-from fedferret.sites.strikes import CRASHED, NotingSeal, Reading
+from fedferret.sites.strikes import AGAIN, CRASHED, NotingSeal, Reading
 from fedferret.sites.supervisor import terminable
 from fedferret.tracking import events
 from fedferret.tracking.pins import check_files
 
-AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 FIRST_PAUSE = 5.0  # seconds before a round with too few replies is run again; doubled each time
 LONGEST_PAUSE = 60.0  # seconds; Flower accepts a site that lost its connection again after at most 62
 

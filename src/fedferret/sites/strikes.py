@@ -23,6 +23,7 @@ from fedferret.engines.transport import Seal
 from fedferret.sites import state
 
 STRIKES = 3  # messages of one site over which the ServerApp may end
+AGAIN = 75  # exit code EX_TEMPFAIL of sysexits.h: another try may succeed
 CRASHED = 70  # exit code EX_SOFTWARE of sysexits.h: an error that nobody foresaw
 _FAULTS = frozenset(  # SIGKILL is also what the kernel sends to a process that takes all of the memory
     {CRASHED}

@@ -147,6 +147,7 @@ class Round:
     seconds_overhead: float
     fingerprint: str
     bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
+    brought: Mapping[str, int] = field(default_factory=dict)  # of ``bytes_down``, what scoring had brought already
 
 
 @dataclass
@@ -188,7 +189,7 @@ class Run:
         """The bytes of all rounds, those of scoring at the clients, and those of discarded rounds."""
         ledger = Ledger(int(self.start.get("parameters", 0)), discarded=sum(each.bytes for each in self.rewinds))
         for number, entry in sorted(self.rounds.items()):
-            ledger.add(number, entry.bytes_up, entry.bytes_down)
+            ledger.add(number, entry.bytes_up, entry.bytes_down, entry.brought)
         for number, evaluation in sorted(self.evaluations.items()):
             ledger.add_scores(number, evaluation.moved)
         return ledger
@@ -290,7 +291,7 @@ def _rewind(run: Run, event: Event) -> None:
     later = [entry for number, entry in run.rounds.items() if number > event["round"]]
     scored = [entry for number, entry in run.evaluations.items() if number > event["round"]]
     sent = sum(sum(entry.bytes_up.values()) + sum(entry.bytes_down.values()) for entry in later)
-    sent += sum(sum(entry.moved.values()) for entry in scored)
+    sent += sum(sum(entry.moved.values()) for entry in scored) - sum(sum(entry.brought.values()) for entry in later)
     _cut(run, event["round"])
     discarded = tuple(sorted(entry.round for entry in later))
     names = tuple(event["retired"]), tuple(event["begun_anew"])
@@ -314,6 +315,7 @@ def round_fields(record: RoundRecord) -> dict[str, Any]:
         "seconds_overhead": max(0.0, record.seconds - record.seconds_local),
         "fingerprint": record.fingerprint,
         "bounded": list(record.bounded),
+        "brought": dict(record.brought),
     }
 
 
@@ -330,6 +332,7 @@ def _round(event: Event) -> Round:
         _seconds(event["seconds_overhead"]),
         event["fingerprint"],
         tuple(event.get("bounded", ())),
+        event.get("brought", {}),
     )
 
 

@@ -8,8 +8,9 @@ client and up from every client that returned an update,
 FedAvg's first download is included, as its clients receive the weights in every round.
 
 Scoring clients' own models moves bytes too: the log that a client is missing, and its sums. These are booked apart, as
-evaluation, and are in no total of the rounds. Rounds that a rewinding discarded were sent all the same: their bytes are
-a figure apart too.
+evaluation, and are in no total of the rounds. A round's bytes are those that it would have without scoring. What
+scoring brought of them already is sent once, and taken off evaluation: rounds and evaluation add up to what was sent.
+Rounds that a rewinding discarded were sent all the same: their bytes are a figure apart too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class RoundBytes:
 
     up: Mapping[str, int]  # from every client that returned an update
     down: Mapping[str, int]  # to every sampled client
+    brought: Mapping[str, int] = field(default_factory=dict)  # of ``down``, what scoring had brought already
 
 
 @dataclass
@@ -53,18 +55,21 @@ class Ledger:
         """
         ledger = cls(parameters)
         for record in records:
-            ledger.add(record.round, record.bytes_up, record.bytes_down)
+            ledger.add(record.round, record.bytes_up, record.bytes_down, record.brought)
         return ledger
 
-    def add(self, number: int, up: Mapping[str, int], down: Mapping[str, int]) -> None:
+    def add(
+        self, number: int, up: Mapping[str, int], down: Mapping[str, int], brought: Mapping[str, int] | None = None
+    ) -> None:
         """Record a round; a round that is run again after a crash replaces its first attempt.
 
         Args:
             number: of the round, from 1.
             up: bytes from each client that returned an update.
             down: bytes to each sampled client.
+            brought: of these, what scoring had brought already.
         """
-        self.rounds[number] = RoundBytes(dict(up), dict(down))
+        self.rounds[number] = RoundBytes(dict(up), dict(down), dict(brought or {}))
 
     def add_scores(self, number: int, moved: Mapping[str, int]) -> None:
         """Record what scoring at the clients moved after a round.
@@ -109,8 +114,9 @@ class Ledger:
 
     @property
     def evaluation(self) -> int:
-        """All bytes of scoring at the clients, both ways together."""
-        return sum(count for moved in self.scores.values() for count in moved.values())
+        """What scoring at the clients added to the bytes of rounds, both ways together."""
+        brought = sum(count for entry in self.rounds.values() for count in entry.brought.values())
+        return sum(count for moved in self.scores.values() for count in moved.values()) - brought
 
     @property
     def up_per_client_round(self) -> float:
@@ -126,10 +132,13 @@ class Ledger:
         """Write the ledger as plain values for JSON.
 
         Returns:
-            ``parameters``; ``rounds``: by the round's number as a string, bytes ``up`` and ``down`` by client;
+            ``parameters``; ``rounds``: by the round's number as a string, bytes ``up``, ``down``, ``brought``;
             ``scores``: likewise, bytes both ways by client; ``discarded``: bytes of rounds that were rewound.
         """
-        rounds = {str(number): {"up": dict(r.up), "down": dict(r.down)} for number, r in sorted(self.rounds.items())}
+        rounds = {
+            str(number): {"up": dict(entry.up), "down": dict(entry.down), "brought": dict(entry.brought)}
+            for number, entry in sorted(self.rounds.items())
+        }
         scores = {str(number): dict(moved) for number, moved in sorted(self.scores.items())}
         discarded = self.discarded
         return {"parameters": self.parameters, "rounds": rounds, "scores": scores, "discarded": discarded}
@@ -146,7 +155,7 @@ class Ledger:
         """
         ledger = cls(plain["parameters"], discarded=plain.get("discarded", 0))
         for number, entry in plain["rounds"].items():
-            ledger.add(int(number), entry["up"], entry["down"])
+            ledger.add(int(number), entry["up"], entry["down"], entry.get("brought"))
         for number, moved in plain.get("scores", {}).items():
             ledger.add_scores(int(number), moved)
         return ledger

@@ -6,18 +6,22 @@
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
     Prefix           p keys and values before each attention layer's own                 likewise
 
+What neither merges nor has a form of peft's is exported as a folder that ``read_adapter`` reads.
+
 An adapter's weights alone require a gradient after ``attach``, so they alone are trained, sent and saved. They follow
 from a key: peft draws from the global generator, which is put back, and the values are drawn again.
 """
 
 from __future__ import annotations
 
+from fedferret.models.adapters.attention import prefix_layers, without_prefixes
 from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
 from fedferret.models.adapters.lora import LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.peft_folder import read_peft_folder
-from fedferret.models.adapters.prefix import Prefix, prefix_layers, without_prefixes
+from fedferret.models.adapters.prefix import Prefix
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
+from fedferret.models.adapters.read import read_adapter
 from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "linear_modules",
     "prefix_layers",
     "prefix_of",
+    "read_adapter",
     "read_peft_folder",
     "released",
     "transformer_of",

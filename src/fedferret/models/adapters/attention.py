@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +109,61 @@ def switch(model: nn.Module, on: bool) -> None:
             raise UserError(f"prefixes need attention by {' or '.join(_NAMES)}, and the model has {plain}")
         _register(plain)
         config._attn_implementation_internal = _NAMES[plain] if on else plain
+
+
+def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """The names of a model's prefixes.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+
+    Returns:
+        The names of keys and values of each attention layer, in the model's order.
+    """
+    return [
+        (name, f"{name.removesuffix(KEY)}{VALUE}") for name, _ in model.named_parameters() if name.split(".")[-1] == KEY
+    ]
+
+
+@contextmanager
+def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Within this context some layers read no prefix; backward passes belong into it too.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+        layers: numbers of attention layers, in the order of ``prefix_layers``, from 0; None: all.
+
+    Returns:
+        A context in which these layers attend as without an adapter. Without any prefix, the model computes what it
+        does without an adapter, to the bit.
+    """
+    modules = _prefixed(model)
+    chosen = modules if layers is None else [modules[layer] for layer in sorted(layers)]
+    before = {module: module.__dict__.get(UNREAD, False) for module in chosen}
+    try:
+        for module in chosen:
+            module.__dict__[UNREAD] = True
+        yield
+    finally:
+        for module, unread in before.items():
+            module.__dict__[UNREAD] = unread
+
+
+def unread_layers(model: nn.Module) -> list[int]:
+    """The layers that read no prefix for now.
+
+    Args:
+        model: what ``Prefix.attach`` returned.
+
+    Returns:
+        Their numbers, in the order of ``prefix_layers``.
+    """
+    return [number for number, module in enumerate(_prefixed(model)) if module.__dict__.get(UNREAD, False)]
+
+
+def _prefixed(model: nn.Module) -> list[nn.Module]:
+    """The layers with a prefix."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

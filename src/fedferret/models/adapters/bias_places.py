@@ -5,7 +5,7 @@
     readers     a norm's shift moves into the biases of the linear modules that read the norm: W (x + β) = W x + W β
 
 The second is asked of the architecture: a model is made on the meta device with each key about biases reversed, and its
-parameters are compared. The third holds for architectures whose blocks are known, by the table below.
+parameters are compared. The third holds for the architectures in the table below.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 
 from fedferret.core.errors import UserError
 from fedferret.models.classifiers import Classifier
+from fedferret.models.quiet import quiet_transformers
 
 _PRE_NORM = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,7 +37,7 @@ class BiasPlaces:
     """What a model's architecture can hold.
 
     Attributes:
-        model: whose places these are.
+        model: that has these places.
         biased: full names of the modules that have a bias.
         keys: settings of the configuration that give biases when reversed: their shapes, by the module's full name.
     """
@@ -49,7 +50,7 @@ class BiasPlaces:
         return name in self.biased or any(name in given for given in self.keys.values())
 
     def readers(self, norm: str) -> tuple[str, ...]:
-        """The linear modules whose biases can take a norm's shift.
+        """The linear modules with biases that can take a norm's shift.
 
         Args:
             norm: the norm's full name.
@@ -76,7 +77,7 @@ class BiasPlaces:
         inner: Any = inner_transformer(self.model)[1]
         try:
             if keys:
-                with TemporaryDirectory() as folder:
+                with TemporaryDirectory() as folder, quiet_transformers():
                     _reversed(inner.config, keys).save_pretrained(folder)
                     type(inner.config).from_pretrained(folder)
         except Exception as error:  # whatever an architecture's own checks raise
@@ -160,7 +161,7 @@ def _settings(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def _shapes(model: Any, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The state of a model's architecture with settings reversed."""
-    with torch.device("meta"):
+    with torch.device("meta"), quiet_transformers():
         return {
             name: tuple(each.shape) for name, each in type(model)(_reversed(model.config, keys)).state_dict().items()
         }

@@ -51,7 +51,7 @@ def chosen_features(model: nn.Module, modules: str | Sequence[str] | None) -> di
 
 
 def _linear(model: nn.Module) -> list[str]:
-    """Linear modules inside the blocks, each with a weight of its own."""
+    """Linear modules inside the blocks, each with a weight that no other module shares."""
     shared = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     layers = layers_of(model)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,19 +84,20 @@ class Adapter(ABC):
         return tree.parameters(model)
 
     @abstractmethod
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
         """Write what was learned as a folder.
 
         Args:
             model: what ``attach`` returned.
             base: the base model's name, which the folder refers to.
             folder: to be made; must not hold anything.
+            classes: of a classifier, in the order of its logits.
 
         Returns:
             One line on how to load the folder.
 
         Raises:
-            UserError: the model is a classifier, or the folder is not empty.
+            UserError: the folder is not empty, or this kind of adapter is not written alone for such a model.
         """
 
     def transformer(self, model: Any) -> Any:

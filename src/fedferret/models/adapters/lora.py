@@ -76,7 +76,7 @@ class LoRA(Adapter):
                 a.requires_grad_(False)
         return model
 
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
         """An adapter of peft's; ``PeftModel.from_pretrained(model, folder)`` reads it."""
         if isinstance(model, Classifier):
             raise UserError("a classifier's adapter is merged: plain peft has no place for it; use --to")

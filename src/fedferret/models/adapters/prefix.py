@@ -12,9 +12,8 @@ transformers draws embeddings: a prefix of nearly zero takes some attention and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,24 +22,38 @@ from torch import nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch
+from fedferret.models.adapters.adapter_folder import write_adapter
+from fedferret.models.adapters.attention import KEY, UNREAD, VALUE, attention_layers, switch, unread_layers
 from fedferret.models.adapters.drawing import no_trace, standard_normal
 from fedferret.models.adapters.interface import Adapter
+from fedferret.models.adapters.prefix_folder import peft_prefix
 from fedferret.models.classifiers import Classifier, TextClassifier
+from fedferret.models.folders import build_folder
 
 _DEVIATION = 0.02  # of the first values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Adapter):
-    """Keys and values, of shape (p, heads * width of a head), in each attention layer of a transformer."""
+    """Keys and values, of shape (p, heads * width of a head), in each attention layer of a transformer.
+
+    Attributes:
+        tokens: p.
+        left_out: numbers of attention layers, from 0, that do not read their prefixes.
+    """
 
     merges: ClassVar[bool] = False
-    tokens: int  # p
+    tokens: int
+    left_out: Sequence[int] = ()
 
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
-        """Refused: prefixes have no folder yet."""
-        raise UserError("prefixes are not exported yet")
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
+        """An adapter of peft's where peft computes the same with it; else a folder that ``read_adapter`` reads."""
+        unread = unread_layers(model)  # peft has a prefix in each layer
+        made = None if unread or isinstance(model, Classifier) else peft_prefix(model)
+        if made is None:
+            return write_adapter(replace(self, left_out=unread), model, base, folder, classes)
+        build_folder(folder, lambda temporary: made.write(temporary, base))
+        return f"{folder} holds prefixes, not a whole model: peft's PeftModel.from_pretrained(base, folder)"
 
     def _attach(self, model: nn.Module, key: Key) -> nn.Module:
         transformer = _transformer(model)
@@ -56,6 +69,8 @@ class Prefix(Adapter):
                     drawn = standard_normal(values.numel(), key.fold(f"{layer.name}.{name}"))
                     values = (_DEVIATION * drawn).float().view(shape).to(values.device)
                 module.register_parameter(name, nn.Parameter(values))
+        for number in self.left_out:
+            model.get_submodule(layers[number].name).__dict__[UNREAD] = True
         switch(model, True)
         return model
 
@@ -65,45 +80,8 @@ class Prefix(Adapter):
             for name in (KEY, VALUE):
                 if name in module._parameters:
                     del module._parameters[name]
+            module.__dict__.pop(UNREAD, None)
         return model
-
-
-def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """The names of a model's prefixes.
-
-    Args:
-        model: what ``Prefix.attach`` returned.
-
-    Returns:
-        The names of keys and values of each attention layer, in the model's order.
-    """
-    return [
-        (name, f"{name.removesuffix(KEY)}{VALUE}") for name, _ in model.named_parameters() if name.split(".")[-1] == KEY
-    ]
-
-
-@contextmanager
-def without_prefixes(model: nn.Module, layers: Collection[int] | None = None) -> Iterator[None]:
-    """Within this context some layers read no prefix; backward passes belong into it too.
-
-    Args:
-        model: what ``Prefix.attach`` returned.
-        layers: numbers of attention layers, in the order of ``prefix_layers``, from 0; None: all.
-
-    Returns:
-        A context in which these layers attend as without an adapter. Without any prefix, the model computes what it
-        does without an adapter, to the bit.
-    """
-    modules = [model.get_submodule(name.rpartition(".")[0]) for name, _ in prefix_layers(model)]
-    chosen = modules if layers is None else [modules[layer] for layer in sorted(layers)]
-    before = {module: module.__dict__.get(UNREAD, False) for module in chosen}
-    try:
-        for module in chosen:
-            module.__dict__[UNREAD] = True
-        yield
-    finally:
-        for module, unread in before.items():
-            module.__dict__[UNREAD] = unread
 
 
 def _transformer(model: nn.Module) -> Any:

@@ -11,6 +11,7 @@ kept out of the pooled ones, which peft's classes for encoders do not see to.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.models.adapters.adapter_folder import write_adapter
 from fedferret.models.adapters.drawing import draw, no_trace
 from fedferret.models.adapters.interface import Adapter
 from fedferret.models.classifiers import Classifier, TextClassifier
@@ -42,8 +44,10 @@ class _Prompt(Adapter):
     def _encoder(self, config: Any) -> nn.Module:
         """Peft's module that makes the vectors from their numbers."""
 
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
-        """An adapter of peft's; ``PeftModel.from_pretrained(model, folder)`` reads it."""
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
+        """An adapter of peft's; for a classifier a folder that ``read_adapter`` reads."""
+        if isinstance(model, Classifier):
+            return write_adapter(self, model, base, folder, classes)
         wrapper: Any = model
 
         def build(temporary: Path) -> None:

@@ -40,7 +40,7 @@ class ScaleShift(Adapter):
     Attributes:
         initial: "identity" is γ = 1 and β = 0, so that the model begins as its base; "normal" is normal around these.
         shift: where β is trained. "auto": where the architecture has a place for it; "all": everywhere, refused where
-            there is no place; "pushed": as "auto", and at norms whose readers have a place; "none": nowhere.
+            there is no place; "pushed": as "auto", and at norms where all readers have a place; "none": nowhere.
         modules: ends of names, one pattern for a whole name, "all-linear", or None for all.
     """
 
@@ -49,7 +49,7 @@ class ScaleShift(Adapter):
     shift: Shift = "auto"
     modules: str | Sequence[str] | None = None
 
-    def export(self, model: nn.Module, base: str, folder: Path) -> str:
+    def export(self, model: nn.Module, base: str, folder: Path, classes: Sequence[str] = ()) -> str:
         """Refused: no other program reads scales and shifts alone."""
         raise UserError("no other program reads scales and shifts alone: they are merged into the model; use --to")
 
