@@ -44,14 +44,14 @@ class Fisher:
 def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int | None = None) -> Fisher:
     """Measure the Fisher information of ``task.model`` as it stands; dropout is off.
 
-        Args:
-            task: model and objective.
-            data: N examples, at least one.
-            names: parameters that count; each has at least one dimension.
-                at_once: examples with gradients that are held together; None: as many as fit.
-    
-        Returns:
-            The sums over the named parameters, on the CPU.
+    Args:
+        task: model and objective.
+        data: N examples, at least one.
+        names: parameters that count; each has at least one dimension.
+            at_once: examples with gradients that are held together; None: as many as fit.
+
+    Returns:
+        The sums over the named parameters, on the CPU.
     """
     task.model.eval()
     by_example = torch.zeros(len(data), dtype=torch.float64)
@@ -72,15 +72,15 @@ def gradients_by_example(
 ) -> Iterator[tuple[list[int], Gradients]]:
     """The gradient of each example's own loss.
 
-        Args:
-            task: model and objective.
-            data: the examples.
-            weights: of the model, by name.
-                at_once: examples with gradients that are held together.
-    
-        Yields:
-            Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target
-            has gradients of 0.
+    Args:
+        task: model and objective.
+        data: the examples.
+        weights: of the model, by name.
+            at_once: examples with gradients that are held together.
+
+    Yields:
+        Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target
+        has gradients of 0.
     """
     loss = _Loss(task.model, task.objective)
     followed = True  # by vmap, until it is not

@@ -25,17 +25,17 @@ def sensitivities(
 ) -> tuple[Tensor, float]:
     """Measure ``task.model`` as it stands; dropout is off.
 
-        Args:
-            task: model and objective.
-                first: the module that gets the noise; its first argument is a tensor of examples.
-            layers: the L modules with the outputs that are compared.
-                data: at least one example.
-            noise: ρ, above 0.
-            batch_size: examples at a time.
-            key: draws the signs; the same for clients that are to have the same noise.
+    Args:
+        task: model and objective.
+            first: the module that gets the noise; its first argument is a tensor of examples.
+        layers: the L modules with the outputs that are compared.
+            data: at least one example.
+        noise: ρ, above 0.
+        batch_size: examples at a time.
+        key: draws the signs; the same for clients that are to have the same noise.
 
-        Returns:
-            I_l, fp64, on the CPU, shape (L,); and the mean loss over the batches without noise.
+    Returns:
+        I_l, fp64, on the CPU, shape (L,); and the mean loss over the batches without noise.
     """
     task.model.eval()
     total = torch.zeros(len(layers), dtype=torch.float64)
