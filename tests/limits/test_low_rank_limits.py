@@ -21,12 +21,14 @@ from fedferret.bases import masks
 from fedferret.bases.low_rank import LowRank, Split, of_matrix, of_product
 from fedferret.bases.masks import drawn_positions, num_drawn
 from fedferret.core.errors import UserError
+from fedferret.core.hand_over import HandedOver
 from fedferret.core.keys import Key
 from fedferret.core.log import Log
 from fedferret.core.mapped import MappedTree
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from fedferret.models.adapters import factors, released
+from fedferret.wire import codec
 from toy_sites import simulate_sites, sites
 from toys import SHAPES, TRAINING, Simulation, SquaredError, bits, normal, shapes_of, simulate, toy_model, toy_task
 
@@ -251,6 +253,16 @@ def test_the_server_alone_decomposes_and_every_node_has_its_bits(
     assert len(calls) == (1 if method is SLORA else 2) and not any(record.failures for record in run.records)
     calls.clear()
     assert simulate(method, 5).public == run.public
+
+
+def test_an_entry_of_another_round_is_refused() -> None:
+    """Round 2 ends the sparse stage with factors; round 1 has an update."""
+    run = simulate(SLORA, 4, until=1)
+    update = codec.decode(codec.decode(run.state.log.since(0).records[0]).entry)
+    for entry in (update, HandedOver({}, {})):
+        with pytest.raises(ValueError, match="is no entry of this round of slora"):
+            run.state.node.apply(entry)
+        run = simulate(SLORA, 4, until=2)
 
 
 @pytest.mark.parametrize("method", [SLORA, FALLING], ids=["slora", "sa-fedlora"])
