@@ -27,7 +27,7 @@ import torch
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
 from fedferret.algorithms.fedpeptao_choice import ChosenPrefixes
-from fedferret.algorithms.fedpeptao_messages import ChosenLayers, FedPepTAOPublic, FedPepTAOServer, SteppedDelta
+from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic, FedPepTAOServer, SharedLayers, SteppedDelta
 from fedferret.algorithms.fedpeptao_server import Reply, directed
 from fedferret.algorithms.partly_private import PrivateWeights
 from fedferret.core.algorithm import ClientReply, Pooled, Pooling
@@ -97,11 +97,11 @@ class FedPepTAO(ChosenPrefixes):
 
     def server_update(  # type: ignore[override]
         self, task: Task, public: FedPepTAOPublic, server: FedPepTAOServer, pooled: Pooled[Any], key: Key
-    ) -> tuple[FedPepTAOServer, FedAvgEntry | ChosenLayers]:
+    ) -> tuple[FedPepTAOServer, FedAvgEntry | SharedLayers]:
         """In training, the mean and the server's step on top; in other rounds as without a step."""
         mean = pooled.only if len(pooled.sums) == 1 else mean_of(pooled.sums, pooled.weights)
         _, entry = super().server_update(task, public, None, replace(pooled, sums=(mean,)), key)
-        if not isinstance(mean, SteppedDelta) or isinstance(entry, ChosenLayers):
+        if not isinstance(mean, SteppedDelta) or isinstance(entry, SharedLayers):
             return server, entry
         total, names = sum(pooled.weights), pooled.clients or ("",) * len(pooled.sums)
         replies = [

@@ -20,7 +20,7 @@ from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
 from fedferret.algorithms.fedpeptao_layers import blocks_of, choice, in_range, measured, prefix_groups, rounded_count
-from fedferret.algorithms.fedpeptao_messages import ChosenLayers, FedPepTAOPublic, LayerScores
+from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic, LayerScores, SharedLayers
 from fedferret.algorithms.fedpeptao_prefixes import PartialPrefixes
 from fedferret.algorithms.full_model import loaded
 from fedferret.algorithms.partly_private import PrivateWeights
@@ -67,8 +67,9 @@ class ChosenPrefixes(PartialPrefixes):
             )
         before = self._scoring_round
         if rounds <= before:
+            given = '"spectrum"' if self._measured else self.layers
             raise UserError(
-                f"layers={self.layers!r} takes {before} rounds before training and the run has {rounds}; raise rounds, "
+                f"layers={given} takes {before} rounds before training and the run has {rounds}; raise rounds, "
                 f"lower warm_up_rounds, or set layers to a share, which takes 1, or to 1.0, which takes none"
             )
 
@@ -137,7 +138,7 @@ class ChosenPrefixes(PartialPrefixes):
 
     def server_update(  # type: ignore[override]
         self, task: Task, public: FedPepTAOPublic, server: Any, pooled: Pooled[Any], key: Key
-    ) -> tuple[Any, FedAvgEntry | ChosenLayers]:
+    ) -> tuple[Any, FedAvgEntry | SharedLayers]:
         """Choose layers in the scoring round; in others the mean is the entry."""
         mean = pooled.only
         if not isinstance(mean, LayerScores):
@@ -145,11 +146,11 @@ class ChosenPrefixes(PartialPrefixes):
         layers = len(public.chosen)
         share = float(mean.share) if self._measured else float(self.layers)
         count = min(max(1, rounded_count(share, layers)), layers)
-        return server, ChosenLayers(choice(mean.scores.tolist(), count, self.keep))
+        return server, SharedLayers(choice(mean.scores.tolist(), count, self.keep))
 
-    def apply(self, task: Task, public: FedPepTAOPublic, entry: FedAvgEntry | ChosenLayers) -> None:  # type: ignore[override]
+    def apply(self, task: Task, public: FedPepTAOPublic, entry: FedAvgEntry | SharedLayers) -> None:  # type: ignore[override]
         """Move the shared weights, or note which they are from now on."""
-        if isinstance(entry, ChosenLayers):
+        if isinstance(entry, SharedLayers):
             public.chosen = entry.chosen.clone()
         else:
             super().apply(task, public, entry)

@@ -48,7 +48,7 @@ class LayerScores(Payload["LayerScores"]):
 
 
 @message
-class ChosenLayers:
+class SharedLayers:
     """Which of the L layers are shared from now on: uint8, 1 or 0, shape (L,)."""
 
     chosen: Annotated[Tensor, Form(torch.uint8, rank=1)]
