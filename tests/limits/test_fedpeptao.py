@@ -16,6 +16,7 @@ from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.core.algorithm import Pooled
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.core.robust_pooling import PoolSettings
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from toys import HELD_OUT, LastWord, Rows, Simulation, ToyData, simulate, toy_clients, toy_language_model, toy_task
@@ -177,7 +178,7 @@ def test_the_formula_gives_the_papers_numbers_of_a_prefix() -> None:
         ({"layers": 0.1}, 20, "layers=0.1: 0 of 3 layers would be shared; give a share for 1 to 2 of them, or 1.0"),
         ({"layers": 0.9}, 20, "layers=0.9: 3 of 3 layers would be shared"),
         ({"layers": 0.5}, 1, "layers=0.5 takes 1 rounds before training and the run has 1"),
-        ({}, 11, "layers='spectrum' takes 11 rounds before training and the run has 11; raise rounds, lower warm_up"),
+        ({}, 11, 'layers="spectrum" takes 11 rounds before training and the run has 11; raise rounds, lower warm_up'),
         ({"server_rate": -1.0}, 20, "server_rate=-1.0: must be at least 0, which is no step"),
         ({"server_momentum": 1.0}, 20, "server_momentum=1.0: nothing new would count"),
         ({"server_decay": 1.5}, 20, "server_decay=1.5: must lie between 0 and 1"),
@@ -187,6 +188,15 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings: dict[str, A
     with pytest.raises(UserError, match=line):
         algorithm = FedPepTAO(**settings)
         algorithm.check(toy_task(rounds, algorithm).model.to("meta"), rounds)
+
+
+def test_without_the_servers_step_a_robust_pool_combines_scores_and_updates() -> None:
+    """Three clients, one of which is far off: the median is another's."""
+    run = simulate(CHOOSING, 2, pool=PoolSettings(name="median"))
+    assert run.state.server.controls == {} and [record.failures for record in run.records] == [(), ()]
+    assert run.loss() != simulate(CHOOSING, 2).loss()
+    with pytest.raises(UserError, match="the payloads of fedpeptao are not averaged"):
+        PoolSettings(name="median").check(replace(CHOOSING, server_rate=1.0).pooling, "fedpeptao", 3)
 
 
 def test_a_model_of_one_layer_leaves_no_choice() -> None:

@@ -107,6 +107,7 @@ def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finish
         ("tiny-encoder", {"name": "fedkseed", "training": {"steps": 5}}),
         ("tiny", {"name": "fedprompt", "training": TRAINING}),
         ("tiny-encoder", {"name": "fedptuning-v2", "training": TRAINING}),
+        ("tiny-encoder", {"name": "fedpeptao", "warm_up_rounds": 0, "lanczos_steps": 4, "training": TRAINING}),
     ],
 )
 def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: Path) -> None:

@@ -67,8 +67,9 @@ class ChosenPrefixes(PartialPrefixes):
             )
         before = self._scoring_round
         if rounds <= before:
+            given = '"spectrum"' if self._measured else self.layers
             raise UserError(
-                f"layers={self.layers!r} takes {before} rounds before training and the run has {rounds}; raise rounds, "
+                f"layers={given} takes {before} rounds before training and the run has {rounds}; raise rounds, "
                 f"lower warm_up_rounds, or set layers to a share, which takes 1, or to 1.0, which takes none"
             )
 
