@@ -23,7 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _seconds(item: pytest.Item) -> float:
     marker = item.get_closest_marker("slow")
-    return -1.0 if marker is None else float(marker.kwargs.get("seconds", 0))
+    if marker is None:
+        return -1.0
+    assert not marker.args, f"{item.nodeid}: write slow(seconds={marker.args[0]}), for its place in the order"
+    return float(marker.kwargs.get("seconds", 0))
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_a_run_with_too_few_clients_ends_resumable(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=45)
 def test_a_process_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     """By Ctrl-C; ``test_processes.py`` kills."""
     tables = tiny_tables(tmp_path, algorithm=METHODS["ferret"], rounds=12)

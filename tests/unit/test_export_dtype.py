@@ -67,7 +67,7 @@ def test_a_bf16_run_has_the_same_bits_however_it_is_carried_out_and_is_exported_
     assert tree.fingerprint(weights(tmp_path / "again")) == fingerprint
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(seconds=15)
 def test_workers_have_the_bf16_bits_of_one_process(tmp_path: Path) -> None:
     for engine in ("in-process", "processes"):
         changes: dict[str, Any] = {"algorithm": FEDAVG, "model": {"dtype": "bf16"}, "execution": {"engine": engine}}

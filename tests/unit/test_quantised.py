@@ -95,7 +95,7 @@ def test_a_prompt_is_tuned_over_a_4_bit_base_in_bf16(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(seconds=50)
 def test_a_4_bit_smollm2_learns_and_its_layers_take_an_eighth(tmp_path: Path) -> None:
     dense = models.load("packaged:smollm2").model
     layers = "model.layers"
