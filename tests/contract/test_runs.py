@@ -26,8 +26,6 @@ from fedferret.tracking.events import read
 from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
 
 

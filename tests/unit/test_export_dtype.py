@@ -20,8 +20,6 @@ from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 FEDAVG = {"name": "fedavg", "training": {"learning_rate": 0.02, "steps": 2}}
 
 

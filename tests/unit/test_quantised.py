@@ -19,8 +19,6 @@ from fedferret.runner import run
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 FEDIT = {"name": "fedit", "training": {"learning_rate": 0.02, "steps": 4}}
 
 
