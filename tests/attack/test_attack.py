@@ -33,7 +33,7 @@ from fedferret.sites.signing import SiteSeal
 from fedferret.tracking import events
 from fedferret.wire import codec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=70)
 
 FATAL = b"ends whoever reads it"
 FAULT = f"""

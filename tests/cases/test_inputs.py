@@ -62,7 +62,6 @@ def test_an_input_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.usefixtures("no_plots")
 def test_an_input_is_read_and_how_is_said(name: str, tmp_path: Path) -> None:
     settings, said = READ[name]
     code, printed, error = run(name, tmp_path / "run", settings)

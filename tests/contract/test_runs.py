@@ -26,8 +26,6 @@ from fedferret.tracking.events import read
 from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
 
 
@@ -171,7 +169,7 @@ def test_a_run_with_too_few_clients_ends_resumable(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=45)
 def test_a_process_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     """By Ctrl-C; ``test_processes.py`` kills."""
     tables = tiny_tables(tmp_path, algorithm=METHODS["ferret"], rounds=12)

@@ -20,8 +20,6 @@ from fedferret.runner import run
 from tiny_runs import silent, tiny_recipe
 from unit.tiny_adapters import METHODS, base, batch
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def finished(folder: Path, name: str, model: str = "tiny") -> Path:
     """The folder of a run that has ended, with factors that say something."""

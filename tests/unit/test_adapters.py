@@ -33,8 +33,6 @@ from tiny_runs import silent, tiny_experiment, tiny_recipe
 from toys import AnyAlgorithm
 from unit.tiny_adapters import METHODS, base, batch
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 KEY = Key.of(5, "prepare")
 HEAD = ("model.layers.1.mlp.down_proj",)
 

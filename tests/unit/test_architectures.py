@@ -34,7 +34,7 @@ from fedferret.wire import codec
 from tiny_runs import silent, tiny_recipe
 from unit.tiny_architectures import ARCHITECTURES, tiny_instance
 
-pytestmark = pytest.mark.slow(seconds=60)
+pytestmark = pytest.mark.slow(seconds=80)
 
 # What lets an example of a packed row see the one before: state-space, recurrent and convolutional layers, ALiBi,
 # positions counted over the row, masks of an architecture's own.

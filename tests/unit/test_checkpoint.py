@@ -18,8 +18,6 @@ from fedferret.tracking import checkpoint
 from tiny_runs import tiny_recipe
 from toys import simulate, toy_task
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 class PowerCut(BaseException):
     """Only the test catches this exception."""

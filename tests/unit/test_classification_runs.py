@@ -79,6 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return root / "run", run(settings, root / "run", silent)
 
 
+@pytest.mark.usefixtures("plots")
 def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finished: Any) -> None:
     out, summary = finished
     evaluations = read(out).evaluations

@@ -43,8 +43,6 @@ from unit.written_grid import (
 )
 from unit.written_run import downgrade
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @dataclass(frozen=True)
 class Recorded(ToyData):

@@ -129,7 +129,7 @@ def figures(recipe: Recipe, folder: Path) -> list[Any]:
     return [summary[name] for name in ("eval_loss", "train_loss_by_round", "bytes_up_by_round", "bytes_down_by_round")]
 
 
-@pytest.mark.slow(seconds=40)
+@pytest.mark.slow(seconds=120)
 def test_a_grid_gives_the_figures_of_its_recipes_and_continues_after_a_diverged_run(tmp_path: Path) -> None:
     hopeless = {"name": "fedavg", "training": {"learning_rate": 1e30, "clip": "none"}}
     grid = resolve(grid_tables(tmp_path, {"hopeless": hopeless, "A": FEDAVG, "B": FERRET}, seeds=[1]))
@@ -153,7 +153,7 @@ def test_a_grid_gives_the_figures_of_its_recipes_and_continues_after_a_diverged_
     assert changed == [bad] and len(json.loads(record_of(bad).read_text())["parts"]) == 2
 
 
-@pytest.mark.slow(seconds=40)
+@pytest.mark.slow(seconds=120)
 def test_after_ctrl_c_the_same_command_continues_the_grid(tmp_path: Path) -> None:
     grid = resolve(grid_tables(tmp_path, {"A": FEDAVG, "B": FERRET}, seeds=[1], rounds=12))
     path, out = save(grid, tmp_path), tmp_path / "out"
@@ -174,7 +174,7 @@ def test_after_ctrl_c_the_same_command_continues_the_grid(tmp_path: Path) -> Non
     assert figures(first.recipe, first.folder) == figures(first.recipe, tmp_path / "whole")
 
 
-@pytest.mark.slow(seconds=40)
+@pytest.mark.slow(seconds=120)
 @pytest.mark.parametrize("forks", [True, False])
 def test_a_worker_returns_the_outcome_of_a_run_even_of_a_killed_one(forks: bool, tmp_path: Path) -> None:
     worker = Worker(threads=1, forks=forks)

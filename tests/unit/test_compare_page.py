@@ -20,6 +20,8 @@ from unit.test_report import Reader
 from unit.written_grid import cell_of, write_cell, written_grid
 from unit.written_run import NASTY
 
+pytestmark = pytest.mark.usefixtures("plots")
+
 PLOTS = ("loss-by-round", "loss-by-bytes", "loss-by-seconds", "front")
 
 

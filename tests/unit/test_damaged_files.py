@@ -26,8 +26,6 @@ from tiny_runs import silent, tiny_recipe, tiny_tables
 from unit.written_grid import write_cell, written_grid
 from unit.written_run import write_run
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 Damage = Callable[[Path], object]
 RESTORE = "restore the folder of the run from a copy"
 

@@ -253,6 +253,7 @@ def test_an_incomplete_docstring_is_found(source: str, defects: list[str], tmp_p
     assert importlib.import_module("docs.update_api").problems(function) == defects
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_readme_takes_its_figures_from_a_run(tmp_path: Path) -> None:
     update = importlib.import_module("docs.update_readme").update
     run, readme = tmp_path / "run", tmp_path / "README.md"

@@ -17,8 +17,6 @@ from fedferret.runner import run
 from fedferret.wire import codec
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture(scope="module", params=["ferret", "fedavg"])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

@@ -20,8 +20,6 @@ from fedferret.tracking import checkpoint
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 FEDAVG = {"name": "fedavg", "training": {"learning_rate": 0.02, "steps": 2}}
 
 
@@ -67,7 +65,7 @@ def test_a_bf16_run_has_the_same_bits_however_it_is_carried_out_and_is_exported_
     assert tree.fingerprint(weights(tmp_path / "again")) == fingerprint
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(seconds=15)
 def test_workers_have_the_bf16_bits_of_one_process(tmp_path: Path) -> None:
     for engine in ("in-process", "processes"):
         changes: dict[str, Any] = {"algorithm": FEDAVG, "model": {"dtype": "bf16"}, "execution": {"engine": engine}}

@@ -25,7 +25,7 @@ def join(made: Federation, site: str, address: str, *more: str) -> None:
     made.start(site, "join", address, "--name", site, "--data", f"{site}.jsonl", *more)
 
 
-@pytest.mark.slow(seconds=110)
+@pytest.mark.slow(seconds=150)
 def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_killed(tmp_path: Path) -> None:
     """Two rounds undisturbed, which are measured; then every kind of process is killed. With certificates and over
     nginx the four hospitals run (``test_four_hospitals.py``).

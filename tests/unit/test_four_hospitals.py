@@ -22,7 +22,7 @@ from fedferret.tracking.events import read
 
 pytest.importorskip("flwr")
 pytest.importorskip("chitchat_dataset")
-pytestmark = pytest.mark.slow(seconds=210)
+pytestmark = pytest.mark.slow(seconds=240)
 
 # ward-2's trainer signs its first response wrongly, as whoever posed as ward-2 would
 FORGER = """

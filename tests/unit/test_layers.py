@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,8 +54,10 @@ def layer(module: str) -> str:
     return module.split(".")[1] if module.count(".") else ""
 
 
-def imported(module: str) -> Iterator[str]:
+@cache
+def imported(module: str) -> tuple[str, ...]:
     """Every module that this one imports at run time, inside functions too; not those for type checkers alone."""
+    found: list[str] = []
     waiting: list[ast.AST] = [ast.parse(MODULES[module].read_text())]
     while waiting:
         node = waiting.pop()
@@ -63,12 +65,13 @@ def imported(module: str) -> Iterator[str]:
             waiting.extend(node.orelse)
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module}: imports are absolute"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in MODULES else str(node.module) for name in whole)
+            found += [name if name in MODULES else str(node.module) for name in whole]
         waiting.extend(ast.iter_child_nodes(node))
+    return tuple(found)
 
 
 def test_imports_point_one_way() -> None:
@@ -102,7 +105,7 @@ def test_build_makes_the_parts_of_a_recipe_and_imports_no_engine() -> None:
 @pytest.mark.parametrize("module", ["fedferret.sites.client_app", "fedferret.sites.serve"])
 def test_what_only_passes_messages_on_imports_no_database_of_flowers_server(module: str) -> None:
     for each in needed(module):
-        assert "flwr.superlink.grid" not in set(imported(each)), each
+        assert "flwr.superlink.grid" not in imported(each), each
 
 
 def needed(module: str) -> set[str]:
@@ -135,7 +138,7 @@ def test_the_core_imports_torch_and_the_standard_library_alone() -> None:
 
 def test_nothing_imports_the_command_line() -> None:
     for module in MODULES:
-        assert module in ("fedferret.cli", "fedferret.__main__") or "fedferret.cli" not in set(imported(module)), module
+        assert module in ("fedferret.cli", "fedferret.__main__") or "fedferret.cli" not in imported(module), module
 
 
 def test_every_folder_of_modules_is_a_layer_with_rules() -> None:

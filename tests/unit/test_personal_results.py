@@ -27,8 +27,6 @@ from fedferret.tracking.report import write_report
 from tiny_runs import NAMES, silent, tiny_experiment, tiny_recipe
 from toys import TRAINING
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 MEASURED = {"metrics": ["rouge-l", "exact-match"], "generate_examples": 3, "max_new_tokens": 4, "per_client": True}
 FAIRNESS = ["client-mean", "worst-tenth", "deviation", "range"]
 

@@ -27,7 +27,7 @@ from fedferret.tracking.events import read
 from site_folders import FERRET, alive, log_of, processes, residents_in, sites_recipe, wait_until, write_sites
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = [pytest.mark.slow(seconds=150), pytest.mark.usefixtures("no_plots")]
+pytestmark = pytest.mark.slow(seconds=130)
 
 ROUNDS = 3
 

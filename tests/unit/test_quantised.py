@@ -19,8 +19,6 @@ from fedferret.runner import run
 from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 FEDIT = {"name": "fedit", "training": {"learning_rate": 0.02, "steps": 4}}
 
 
@@ -95,7 +93,7 @@ def test_a_prompt_is_tuned_over_a_4_bit_base_in_bf16(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(seconds=50)
 def test_a_4_bit_smollm2_learns_and_its_layers_take_an_eighth(tmp_path: Path) -> None:
     dense = models.load("packaged:smollm2").model
     layers = "model.layers"

@@ -62,7 +62,7 @@ def listening(processes: set[int]) -> set[str]:
     return {line.split()[3].rpartition(":")[0].removeprefix("[::ffff:").strip("[]") for line in lines}
 
 
-@pytest.mark.slow(seconds=60)
+@pytest.mark.slow(seconds=75)
 def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path,

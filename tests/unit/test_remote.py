@@ -256,7 +256,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_the_servers_memory_does_not_grow_with_the_number_of_replies() -> None:
     tests = str(Path(__file__).parents[1])
 

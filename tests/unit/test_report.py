@@ -13,6 +13,8 @@ from fedferret.tracking.events import EventLog, round_fields
 from fedferret.tracking.report import write_report
 from unit.written_run import NASTY, evaluate, record, start, write_run
 
+pytestmark = pytest.mark.usefixtures("plots")
+
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 

@@ -11,7 +11,7 @@ from fedferret.tracking.report import write_report
 from unit.browser import PHONE, Browser, assert_report_is_readable
 from unit.written_run import NASTY, start, write_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plots")]
 
 
 def test_the_report_of_a_run_is_readable(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedferret.config import from_tables
 from tiny_runs import tiny_tables
 from unit.browser import assert_report_is_readable
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plots")]
 
 
 def test_the_report_of_a_run_is_readable_on_a_desktop_and_on_a_phone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from docs import update_results
 from docs.behind import behind
 
@@ -27,6 +28,7 @@ def test_the_tables_of_the_results_match_the_comparisons(tmp_path: Path) -> None
     assert all(f"<!-- {path.name}:begin -->" in page.read_text() for path in (DOCS / "results").iterdir())
 
 
+@pytest.mark.usefixtures("plots")
 def test_a_comparison_becomes_a_table_of_the_results(tmp_path: Path) -> None:
     grid = written_grid(tmp_path / "two", ["A", "B"], seeds=[1])
     write_cell(cell_of(grid, tmp_path / "two", "A", 1), {0: 5.0, 2: 4.0}, each=1000)

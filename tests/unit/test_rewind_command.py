@@ -26,8 +26,6 @@ from unit.test_damaged_files import RECORD, STATE, cut, flip, lose, swap
 from unit.test_damaged_files import without as without_lines
 from unit.written_run import downgrade
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 ROUNDS, PAST = 4, "state/history/000002.state"
 
 

@@ -33,8 +33,6 @@ from tiny_runs import silent, tiny_tables
 from toy_sites import simulate_sites, sites
 from toys import ONE_BIT, SHAPES, TRAINING, bits, shapes_of, simulate, toy_clients, toy_task, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 FEDAVG = FedAvg(training=TRAINING)
 FERRET = replace(ONE_BIT, coordinates=60, bits=8)
 LORA = FedIT(rank=2, alpha=4, modules=("0", "2"), training=FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3))

@@ -108,7 +108,7 @@ def service() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.slow(6)
+@pytest.mark.slow(seconds=6)
 def test_a_known_vulnerability_is_refused_unless_it_has_a_reason(
     service: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_known_vulnerability_is_refused_unless_it_has_a_reason(
     assert "CVE-2000-1 in accepted.toml was not found" in run("good==2.0\n", 'CVE-2000-1 = "Reads nothing."', service)
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(seconds=8)
 def test_a_release_has_its_packages_lock_bill_of_materials_and_sums(tmp_path: Path) -> None:
     for tool in ("build", "cyclonedx_py"):
         pytest.importorskip(tool)
