@@ -72,6 +72,7 @@ def test_it_begins_as_the_base_and_is_merged_exactly(architecture: str, shift: a
         untuned = logits(model)
     attached = adapters.ScaleShift(shift=shift).attach(model, KEY)
     assert torch.equal(logits(attached), untuned)
+    assert all(".ssf_" in name for name in tree.parameters(attached))
     tuned = logits(moved(attached))
     tuned.square().mean().backward()  # type: ignore[no-untyped-call]
     assert [name for name, each in attached.named_parameters() if each.requires_grad and not each.grad.any()] == []
