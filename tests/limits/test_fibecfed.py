@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from contract.methods import reference
 from fedferret.algorithms.fedit import FedIT
 from fedferret.algorithms.fibecfed import FibecFed
-from fedferret.algorithms.fibecfed_messages import ChosenLayers, Sensitivities, factors_of
+from fedferret.algorithms.fibecfed_messages import ChosenLayers, FibecFedClient, Sensitivities, factors_of
 from fedferret.core import tree
 from fedferret.core.algorithm import Pooled
 from fedferret.core.errors import UserError
@@ -140,9 +140,12 @@ def test_fisher_information_is_the_trace_of_outer_products_of_single_gradients(l
     assert not torch.allclose(found.by_example, fisher(task, data, names[:1]).by_example)
 
 
-def test_rows_with_most_information_are_kept_and_a_factor_that_has_none_trains_whole() -> None:
+def test_rows_with_most_information_in_the_long_run_are_kept_and_a_factor_that_has_none_trains_whole() -> None:
     masks = neuron_masks({"b": torch.tensor([1.0, 5.0, 0.0, 5.0, 2.0]), "a": torch.zeros(4)}, 0.4)
     assert masks["b"].tolist() == [0, 1, 0, 1, 0] and masks["a"].tolist() == [1, 1, 1, 1]
+    state = FibecFedClient({}, torch.zeros(0, dtype=torch.int32), {"b": torch.tensor([4.0, 0.0])}, {}, trained=5)
+    after = state.measured({"b": torch.tensor([0.0, 8.0])}, 0.75, 0.5, state.order)
+    assert after.fisher["b"].tolist() == [3.0, 2.0] and after.rows["b"].tolist() == [1, 0] and after.trained == 0
 
 
 def test_rows_that_are_not_kept_stay_to_the_bit() -> None:

@@ -5,7 +5,7 @@
 
 Gradients are of one example each: the square of a batch's gradient is another number. Examples of one shape go through
 ``torch.func.vmap`` together; a model or an objective that it cannot follow has one backward pass per example, with the
-same gradients up to rounding. Memory: the gradients of at most 16 examples, and of fewer where these would be more than
+same gradients up to rounding. Memory: the gradients of at most 8 examples, and of fewer where these would be more than
 2^25 values (128 MiB).
 """
 
@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from fedferret.core.task import Examples, Objective, Task
 from fedferret.local.curriculum import part_of
 
-_EXAMPLES, _VALUES = 16, 1 << 25  # held at once: a batch's activations, and what a small machine has room for
+_EXAMPLES, _VALUES = 8, 1 << 25  # held at once: a batch's activations, and what a small machine has room for
 Gradients = dict[str, Tensor]  # by parameter, shape (B, *the parameter's)
 
 
