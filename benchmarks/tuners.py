@@ -73,7 +73,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "linear-probe": Contender("fedavg", (0.3, 1.0, 3.0), SGD, model={"train": "head"}),
     "fedit": Contender("fedit", LORA_RATES),
     "ferret": Contender("ferret", (0.1, 0.3, 1.0), SGD),
-    "ssf": Contender("ssf", (3e-3, 1e-2, 3e-2)),
+    "ssf": Contender("ssf", LORA_RATES),
     "slora": Contender("slora", LORA_RATES, trainings=STAGES, short={"sparse_rounds": 2}),
     "fibecfed": Contender("fibecfed", LORA_RATES),
     "sa-fedlora": Contender(

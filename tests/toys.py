@@ -205,7 +205,7 @@ def sentences(rows: Rows) -> Batch:
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
     language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF)
-    blocks = 3 if isinstance(algorithm, FedPepTAO) else 1  # it chooses among them
+    blocks = 3 if isinstance(algorithm, FedPepTAO) and algorithm.layers != 1 else 1  # it chooses among them
     model = toy_language_model(blocks) if language else toy_model()
     if algorithm:
         model = algorithm.prepare(model, Key.of(7, "prepare"))

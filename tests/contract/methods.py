@@ -38,7 +38,7 @@ ROUNDS = 4
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
-_prefixes = replace(_adam, learning_rate=0.1)
+_prefixes = replace(_adam, learning_rate=0.15, steps=2)
 
 
 def _preset(name: str, **settings: object) -> AnyAlgorithm:
@@ -144,7 +144,7 @@ METHODS: dict[str, AnyAlgorithm] = {
         lanczos_steps=8,
         server_rate=0.2,
         server_formula="paper-code",
-        training=_prefixes,
+        training=replace(_prefixes, learning_rate=0.1, steps=3),
     ),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
