@@ -103,5 +103,6 @@ def test_a_4_bit_smollm2_learns_and_its_layers_take_an_eighth(tmp_path: Path) ->
     assert sum(each.numel() * each.element_size() for each in state.values()) < before / 7  # codes, scales and norms
     changes = {"model": {"name": "packaged:smollm2", "quantised": "4-bit"}, "text": {"max_tokens": 48}}
     algorithm = {"name": "fedit", "training": {"learning_rate": 1e-3, "steps": 2, "batch_size": 2}}
-    losses = run(tiny_recipe(tmp_path, rounds=2, algorithm=algorithm, **changes), tmp_path / "run", silent)["eval_loss"]
-    assert losses[-1] < losses[0] - 0.1, json.dumps(losses)
+    recipe = tiny_recipe(tmp_path, rounds=1, clients={"per_round": 1}, algorithm=algorithm, **changes)
+    losses = run(recipe, tmp_path / "run", silent)["eval_loss"]
+    assert losses[-1] < losses[0] - 1, json.dumps(losses)
