@@ -312,7 +312,7 @@ def _source(name: str) -> str:
 
 def _folder(name: str) -> Path:
     """Where a model's files are, once it was read."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(_source(name), "config.json", local_files_only=True)
     assert found is not None  # it raises otherwise
