@@ -86,7 +86,7 @@ def handlers(folder: Path) -> list[Handler]:
         run = reference(name)
         updates.append(codec.encode(run.state.server))
         updates += run.state.log.since(run.state.round - 1).records
-    request = Request("a" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one",), 0, False, b"", Train(1), 7)
+    request = Request("a" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one",), 0, 0, False, b"", Train(1), 7)
     response = Response("a" * 64, 0, 1, "t", "a", "done", 0, "f", 1, codec.encode(ClientUpdate((), 1, {})), "", b"", 7)
     messages = [codec.encode(request), codec.encode(response)]
     authority = Authority.create(folder / "pki", ["127.0.0.1"])

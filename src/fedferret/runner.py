@@ -161,6 +161,7 @@ class Run:
         self.clients = client_lists.clients_at(known.lists, state.round, experiment.data.clients)
         for number, evaluation in sorted(known.evaluations.items()):  # what clients were sent to score
             state.held |= dict.fromkeys(evaluation.moved, number)
+        state.rewinds = [(each.round, each.epoch) for each in known.rewinds]
         sent = known.ledger()
         if recipe.execution.tensorboard:
             from fedferret.tracking.tensorboard import TensorBoard  # torch's writer takes a second to import

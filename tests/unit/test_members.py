@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,3 +360,19 @@ def test_a_running_server_admits_a_site_that_comes_and_no_longer_one_that_was_re
     with pytest.raises(UserError, match="is damaged"):
         (out / "server" / "sites.json").write_text(json.dumps({"added": [7]}))
         admitted()
+
+
+def test_copies_of_the_servers_folder_that_are_rewound_in_turn_never_mix_private_states(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    out = served.start(tmp_path / "out")
+    with pytest.raises(Interrupted):
+        served.run(out, stop=3)
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    rewind(out, 1, "cleo", silent)
+    served.run(out)  # rounds 2 and 3 again, without cleo: other states of ann and bo
+    time.sleep(1.1)  # an epoch is a second
+    rewind(copy, 2, None, silent)
+    served.run(copy)
+    assert events.read(copy).done == 3 and not events.read(copy).failures
+    line = "the private state of round 2 is damaged, or of another copy of the run: it is begun again"
+    assert sorted(events.read(copy).notices) == [(3, "ann", line), (3, "bo", line)]

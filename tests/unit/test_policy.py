@@ -49,7 +49,7 @@ def request(model: str = "tiny", base: str = BASE, **training: Any) -> bytes:
         algorithm={"name": "fedavg", "training": {"learning_rate": 0.1, "batch_size": 2, **(training or {"steps": 3})}},
     ).identity_toml()
     run = hashlib.sha256(plan.encode()).hexdigest()
-    return codec.encode(Request(run, 0, 1, "t", "w", plan, base, 0, "", b"", (), 0, False, b"", Train(1), 1))
+    return codec.encode(Request(run, 0, 1, "t", "w", plan, base, 0, "", b"", (), 0, 0, False, b"", Train(1), 1))
 
 
 def ask(folder: Path, message: bytes) -> Response:

@@ -35,7 +35,15 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def request(sequence: int, **changes: Any) -> bytes:
     """A request for the first round."""
     head = {"run": RUN, "epoch": 0, "round": 1, "ticket": "t", "client": "a", "recipe": RECIPE, "base": BASE}
-    state = {"version": 0, "fingerprint": "", "snapshot": b"", "records": (), "counted": 0, "rebuild": False}
+    state = {
+        "version": 0,
+        "fingerprint": "",
+        "snapshot": b"",
+        "records": (),
+        "counted": 0,
+        "counted_epoch": 0,
+        "rebuild": False,
+    }
     return codec.encode(Request(**{**head, **state, "private": b"", "body": Train(1), "sequence": sequence, **changes}))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,7 @@ class Server:
             snapshot=b"",
             records=self.log.since(since).records[: version - since],
             counted=version,
+            counted_epoch=0,
             rebuild=False,
             private=b"",
             body=Train(version + 1),
@@ -130,6 +132,38 @@ def test_a_site_says_what_it_lacks_and_is_content_with_that(server: Server, tmp_
     missed = ask(site, server.request(4, since=3, recipe=""))
     assert (missed.status, missed.reason, missed.version) == ("missing", "records", 2)
     assert ask(site, server.request(4, since=1, recipe="")).status == "done"  # records it has already do no harm
+
+
+def test_a_private_state_that_another_copy_of_the_run_left_is_begun_again_and_that_is_said(
+    server: Server, tmp_path: Path
+) -> None:
+    """Copies of the server's folder that are rewound in turn may each have run a round of that number."""
+    first = payload(ask(trainer(tmp_path), server.request(0, epoch=7)))
+    assert payload(ask(trainer(tmp_path / "plain"), server.request(0))) == first
+    goes_on = payload(ask(trainer(tmp_path / "plain"), server.request(1)))
+    for known in (7, -1):  # -1: the server does not know
+        copy = Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}{known}")))
+        done = ask(trainer(copy), server.request(1, epoch=9, counted_epoch=known))
+        assert payload(done) == goes_on and not done.reason
+    anew = ask(trainer(tmp_path), server.request(1, epoch=9, counted_epoch=0))
+    assert payload(anew) == payload(ask(trainer(tmp_path / "new"), server.request(1, counted=0)))
+    assert anew.reason == "the private state of round 1 is damaged, or of another copy of the run: it is begun again"
+
+
+def test_the_epoch_of_a_counted_round_follows_from_the_rewindings() -> None:
+    state = RunState(None, None, Unfolded(), versions={name: round - 1 for round, name in enumerate("abcdef", 1)})  # type: ignore[arg-type]  # no node is needed
+    assert state.counted("c") == (3, -1) and state.counted("stranger") == (0, -1)
+    for rewinds, epochs in (
+        ([], [0, 0, 0, 0, 0, 0]),
+        ([(4, 10)], [0, 0, 0, 0, 10, 10]),
+        ([(4, 10), (5, 20)], [0, 0, 0, 0, 10, 20]),
+        ([(4, 10), (5, 20), (2, 30)], [0, 0, 30, 30, 30, 30]),
+        ([(4, 10), (2, 20), (4, 30)], [0, 0, 20, 20, 30, 30]),
+        ([(4, 10), (4, 11)], [0, 0, 0, 0, 11, 11]),
+    ):
+        state.rewinds = rewinds
+        assert [state.counted(name) for name in "abcdef"] == list(enumerate(epochs, 1))
+    assert state.counted("stranger") == (0, 0)
 
 
 def test_a_private_state_is_the_one_of_the_round_that_was_counted(server: Server, tmp_path: Path) -> None:
@@ -376,7 +410,7 @@ def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
     ).identity_toml()
     site = open_trainer(folder)
     run = hashlib.sha256(plan.encode()).hexdigest()
-    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, False, b"", Train(1), 1)
+    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, 0, False, b"", Train(1), 1)
     base = ask(site, codec.encode(request))
     assert "the base model here has SHA-256" in base.reason
     from fedferret import models

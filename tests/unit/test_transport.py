@@ -23,7 +23,7 @@ from fedferret.engines.transport import Request
 from fedferret.resident.process import listen, take
 from fedferret.wire import codec
 
-REQUEST = Request("r" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one", b"two"), 0, False, b"", Train(1), 7)
+REQUEST = Request("r" * 64, 0, 1, "t", "a", "", "b", 0, "f", b"", (b"one", b"two"), 0, 0, False, b"", Train(1), 7)
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class RunState:
         round: the last finished round.
         versions: the log's version before the last round in which each client was counted; 0 is the base.
         held: the log's version that each client scored its model at last; see ``holds``.
+        rewinds: round and epoch of each rewinding; None: not known.
         changes: to the list of clients, since the run began.
     """
 
@@ -56,6 +57,21 @@ class RunState:
     versions: dict[str, int] = field(default_factory=dict)
     changes: ClientChanges = field(default_factory=ClientChanges)
     held: dict[str, int] = field(default_factory=dict)
+    rewinds: Sequence[tuple[int, int]] | None = None
+
+    def counted(self, client: str) -> tuple[int, int]:
+        """The last round in which a client was counted.
+
+        Args:
+            client: its name.
+
+        Returns:
+            The round, 0 before the first, and the epoch in which it was run; -1: not known.
+        """
+        round = self.versions[client] + 1 if client in self.versions else 0
+        if self.rewinds is None:
+            return round, -1
+        return round, max((epoch for to, epoch in self.rewinds if to < round), default=0)  # epochs only rise
 
     def holds(self, client: str) -> int | None:
         """The log's version that a client is known to hold, by training or by scoring.

@@ -30,7 +30,7 @@ class DamagedState(RunError):
 class ClientState:
     """What a file holds: a private state, and of whom and when."""
 
-    client: str
+    client: str  # and the epoch, see ``of_epoch``
     round: int
     state: Any
 
@@ -145,7 +145,17 @@ def held(folder: Path, client: str, round: int) -> bool:
     return _path(folder, client, round).exists()
 
 
-def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
+def of_epoch(client: str, epoch: int) -> str:
+    """The name of a client with the epoch in which its state was made; without it in the first, as of old.
+
+    Args:
+        client: its name, which has no line break.
+        epoch: 0 before the run was ever rewound.
+    """
+    return f"{client}\n{epoch}" if epoch else client
+
+
+def read_state(content: bytes, client: str, round: int, codec: Codec, epoch: int | None = None) -> Any:
     """The private state in the content of a file.
 
     Args:
@@ -153,15 +163,19 @@ def read_state(content: bytes, client: str, round: int, codec: Codec) -> Any:
         client: that it must be of.
         round: that it must be of.
         codec: of states.
+        epoch: that it must be of; None: any.
 
     Raises:
-        ValueError: the content is damaged, or of another client or round.
+        ValueError: the content is damaged, or of another client, round or epoch.
     """
     kept = codec.decode(content)
     if not isinstance(kept, ClientState):
         raise ValueError(f"it holds a {type(kept).__name__} and no private state")
-    if (kept.client, kept.round) != (client, round):
-        raise ValueError(f"it is that of {kept.client} in round {kept.round}")
+    owner, _, made = kept.client.partition("\n")
+    if (owner, kept.round) != (client, round):
+        raise ValueError(f"it is that of {owner} in round {kept.round}")
+    if epoch not in (None, int(made or 0)):
+        raise ValueError(f"it is of epoch {made or 0}, and the round that counts of epoch {epoch}")
     return kept.state
 
 

@@ -32,7 +32,7 @@ from fedferret.core.spool import Place, Spool
 from fedferret.core.text import plain_line
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.replay import Protection
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Received, Request, Response, Transport
+from fedferret.engines.transport import DONE, MISSING, REFUSED, Messages, Received, Request, Response, Transport
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
 ERRORS = 3  # errors of a site's processes that are not believed in an exchange: nobody signs them
@@ -124,24 +124,6 @@ def largest_response(bodies: Mapping[str, Body], state: RunState) -> int:
     return _FRAME + (_SUM * len(state.node.task.objective.sums) if isinstance(body, Score) else _GUARDS)
 
 
-class _Messages(Mapping[str, bytes]):
-    """Requests by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], bytes]) -> None:
-        self._names, self._make = dict.fromkeys(names), make
-
-    def __getitem__(self, name: str) -> bytes:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 class _Exchange:
     """One call of ``exchange``."""
 
@@ -194,7 +176,7 @@ class _Exchange:
     def _send(self, names: Sequence[str]) -> Iterator[Received]:
         self.tickets |= {name: secrets.token_hex(8) for name in names}
         self.numbers |= {name: self.engine.protection.numbers.next() for name in names}
-        return self.engine.transport.exchange(_Messages(names, self._message), max(0.0, self._left()))
+        return self.engine.transport.exchange(Messages(names, self._message), max(0.0, self._left()))
 
     def _message(self, name: str) -> bytes:
         engine, state = self.engine, self.state
@@ -202,6 +184,7 @@ class _Exchange:
         missing = self._missing(name)
         update = state.log.since(missing.since)
         private = self.store.get(client) if client and engine.workers else None
+        counted, counted_epoch = state.counted(client)
         message = engine.codec.encode(
             Request(
                 run=engine.run,
@@ -215,7 +198,8 @@ class _Exchange:
                 fingerprint=self.fingerprint,
                 snapshot=update.snapshot or b"",
                 records=update.records,
-                counted=state.versions[client] + 1 if client in state.versions else 0,
+                counted=counted,
+                counted_epoch=counted_epoch,
                 rebuild=missing.rebuild,
                 private=b"" if private is None else engine.codec.encode(private),
                 body=self.bodies[client] if client else None,

@@ -15,7 +15,7 @@ from typing import Any
 from fedferret.core.errors import RunError
 from fedferret.core.files import write_atomically
 from fedferret.core.log import Log, LogUpdate, Record, log_files
-from fedferret.engines.client_store import ClientState, read_state
+from fedferret.engines.client_store import ClientState, of_epoch, read_state
 from fedferret.wire import codec
 
 
@@ -109,14 +109,15 @@ class RunFolder:
         """The log is of no use: begin again. Private states stay, they are this site's alone."""
         shutil.rmtree(self._log, ignore_errors=True)
 
-    def private(self, client: str, round: int, oldest: int, notes: list[str]) -> Any | None:
+    def private(self, client: str, round: int, oldest: int, notes: list[str], epoch: int | None = None) -> Any | None:
         """The private state that a round left. States of later rounds are removed.
 
         Args:
             client: that works here.
             round: the last in which the client was counted; 0 before.
             oldest: the oldest round that the server may rewind to; states that only older rounds need are removed.
-            notes: gets a line where the state is damaged.
+            notes: gets a line where the state is damaged, or of another epoch.
+            epoch: in which the round was run; None: any.
 
         Returns:
             The state; None where it is to be begun anew. States of later rounds are removed.
@@ -128,15 +129,15 @@ class RunFolder:
         wanted, state = self._state(round), None
         try:
             if wanted.exists():
-                state = read_state(wanted.read_bytes(), f"{self.path.name}/{client}", round, codec)
+                state = read_state(wanted.read_bytes(), f"{self.path.name}/{client}", round, codec, epoch)
         except (OSError, ValueError) as error:
             notes.append(f"{wanted} is damaged ({error}): the private state is begun again")
             _remove(wanted)
         return state
 
-    def keep(self, client: str, round: int, private: Any) -> None:
+    def keep(self, client: str, round: int, private: Any, epoch: int = 0) -> None:
         """Write the state that ``round`` leaves beside the one before it: which of them counts, the server will say."""
-        kept = ClientState(f"{self.path.name}/{client}", round, private)
+        kept = ClientState(of_epoch(f"{self.path.name}/{client}", epoch), round, private)
         write_atomically(self._state(round), codec.encode(kept), private=True)
 
     @property

@@ -189,7 +189,7 @@ class Trainer:
         kept = trains and private is not None
         folder = self._run_folder(request.run)
         if folder and kept:
-            folder.keep(request.client, request.round, private)
+            folder.keep(request.client, request.round, private, request.epoch)
         carried = codec.encode(private) if kept and not folder else b""
         response = self._response(request, DONE, codec.encode(reply), begun_anew, carried)
         if folder:  # one client: a server that was killed meanwhile asks for the same again
@@ -283,10 +283,11 @@ class Trainer:
         if folder is None:
             return (codec.decode(request.private) if request.private else None), ""
         noted = len(notes)
-        state = folder.private(request.client, counted, request.version - self._history, notes)
+        epoch = None if request.counted_epoch < 0 else request.counted_epoch
+        state = folder.private(request.client, counted, request.version - self._history, notes, epoch)
         if state is not None or not counted or not node.leaves_state(counted):
             return state, ""
-        what = "damaged" if len(notes) > noted else "no longer held"
+        what = "damaged, or of another copy of the run" if len(notes) > noted else "no longer held"
         return None, f"the private state of round {counted} is {what}: it is begun again"
 
     def _run_folder(self, run: str) -> RunFolder | None:
@@ -371,11 +372,11 @@ def read_request(message: bytes) -> Request:
 def _unread(message: bytes) -> Request:
     """What is known of a message that cannot be read: its SHA-256, by which the server knows what it sent."""
     digest = hashlib.sha256(message).hexdigest()
-    return Request("", 0, 0, digest, "", "", "", 0, "", b"", (), 0, False, b"", None, 0)
+    return Request("", 0, 0, digest, "", "", "", 0, "", b"", (), 0, 0, False, b"", None, 0)
 
 
 def _same_work(one: Request, other: Request) -> bool:
     """Whether two requests ask for the same work, on whatever way they came."""
-    names = ("run", "epoch", "client", "round", "version", "fingerprint", "counted")
+    names = ("run", "epoch", "client", "round", "version", "fingerprint", "counted", "counted_epoch")
     same = all(getattr(one, name) == getattr(other, name) for name in names)
     return same and codec.encode(one.body) == codec.encode(other.body)

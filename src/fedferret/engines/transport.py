@@ -9,7 +9,7 @@ the bytes are; only the codec reads and writes them: the wire carries data, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,6 +92,30 @@ class NoSeal:
         return sealed
 
 
+class Messages(Mapping[str, bytes]):
+    """Requests by addressee, each encoded when it is asked for: a model's snapshot to many is never held many times."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], bytes]) -> None:
+        """Encode nothing yet.
+
+        Args:
+            names: of the addressees.
+            make: encodes the request to one of them.
+        """
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Transport(Protocol):
     """How messages reach sites."""
 
@@ -130,6 +154,7 @@ class Request:
     snapshot: bytes  # of the public state at the version that the records follow; b"": none
     records: tuple[bytes, ...]
     counted: int  # last round in which an update of this client was counted; its private state is that round's. 0: none
+    counted_epoch: int  # in which that round was run: copies of the server's folder may each have run it; -1: not known
     rebuild: bool  # the site's replica was found to differ: start again from the base
     private: bytes  # a simulated client's private state; a site keeps its clients', and this is b""
     body: Any  # Train, Score or a guard's; None: only come up to date
