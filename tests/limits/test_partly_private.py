@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from inspect import get_annotations
 
 import pytest
 import torch
 
 from fedferret.algorithms.fedavg import Delta, FedAvg
 from fedferret.algorithms.partly_private import PartlyPrivate
+from fedferret.algorithms.registry import catalogue, method
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -26,6 +28,16 @@ class Beginning(PartlyPrivate):
 
     def shares(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name.startswith(self.begins)]
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_a_setting_has_the_default_of_the_nearest_class_that_declares_it(name: str) -> None:
+    """A dataclass of several bases takes each field of the first base, those that this base inherits included."""
+    for setting in fields(method(name)):
+        declared = next(base for base in method(name).__mro__ if setting.name in get_annotations(base))
+        known = {each.name: each for each in fields(declared)}[setting.name]
+        for kind in ("default", "default_factory"):
+            assert getattr(setting, kind) == getattr(known, kind), f"{setting.name}: declared by {declared.__name__}"
 
 
 FIRST_LAYER = Beginning(training=TRAINING)

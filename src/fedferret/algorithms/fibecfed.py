@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
-from fedferret.algorithms.fedit import FedIT
+from fedferret.algorithms.fedit import FedIT, adam
 from fedferret.algorithms.fibecfed_client import FisherCurriculum
 from fedferret.algorithms.fibecfed_messages import (
     ChosenLayers,
@@ -45,6 +45,7 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.curriculum import part_of
+from fedferret.local.first_order import FirstOrder
 from fedferret.local.sensitivity import sensitivities
 from fedferret.models.layers import layers_named, layers_of
 
@@ -57,6 +58,7 @@ class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     layers: float = 0.5  # q: halves the bytes; the paper's own rule is not public
     noise: float = 0.01  # ρ: small beside the hidden states, large beside fp32's rounding
+    training: FirstOrder = field(default_factory=adam)  # FedIT's
 
     def __post_init__(self) -> None:
         super().__post_init__()
