@@ -189,6 +189,27 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings: dict[str, A
         algorithm.check(toy_task(rounds, algorithm).model.to("meta"), rounds)
 
 
+def test_scores_are_of_the_model_without_prefixes() -> None:
+    """Whatever the prefixes are, and the seed that drew them."""
+    scores = []
+    for tokens in (3, 5):
+        algorithm = replace(CHOOSING, virtual_tokens=tokens)
+        run = simulate(algorithm, 2, until=1)
+        public, _ = algorithm.init(run.task, Key(0))
+        data = run.data["b"]
+        scores.append(algorithm.client_update(run.task, public, None, data, Key.of(1)).payload.scores)
+    assert torch.equal(*scores) and len(scores[0]) == 2 and float(scores[0].min()) > 8
+    algorithm.accept(run.task, public, LayerScores(scores[0], torch.zeros(0)))
+    for wrong in (scores[0] * 0 + 0.5, scores[0] * 1e6, scores[0][:1]):  # B examples have at least B, at most 1e5 B
+        with pytest.raises(ValueError, match="scores"):
+            algorithm.accept(run.task, public, LayerScores(wrong, torch.zeros(0)))
+    measuring = replace(algorithm, layers="spectrum", warm_up_rounds=0)
+    measuring.accept(run.task, public, LayerScores(scores[0], torch.ones(1)))
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="no batch gives"):
+            measuring.accept(run.task, public, LayerScores(scores[0], torch.tensor([share])))
+
+
 def test_without_the_servers_step_a_robust_pool_combines_scores_and_updates() -> None:
     """Three clients, one of which is far off: the median is another's."""
     run = simulate(CHOOSING, 2, pool=PoolSettings(name="median"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedferret.core.keys import Key
 from fedferret.local.lanczos import Spectrum, hessian_product, plateau, spectrum
-from fedferret.local.similarity import SHIFT, zeta
+from fedferret.local.similarity import SHIFT, scored, zeta
 from toys import normal, sentences, toy_language_model, toy_rows
 
 
@@ -123,3 +123,17 @@ def test_a_score_does_not_depend_on_the_scale_of_an_example_and_of_one_example_i
     scales = torch.tensor([0.1, 1.0, 3.0, 50.0, 1000.0])[:, None]
     assert zeta(hidden * scales) == pytest.approx(zeta(hidden), rel=1e-6)
     assert zeta(hidden[:1]) == pytest.approx(zeta(100 * hidden[1:2]), rel=1e-12) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_padding_counts_for_nothing_in_a_score() -> None:
+    hidden = normal(Key.of(4), 3, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+    layers = [nn.Identity(), nn.Tanh()]
+    found = []
+    for padding in (0.0, 7.0):
+        with scored(layers, mask) as scores:
+            for layer in layers:
+                layer(torch.where(mask[:, :, None] == 1, hidden, torch.tensor(padding)))
+        found.append(scores)
+    assert found[0] == found[1] and found[0][0] == zeta((hidden * mask[:, :, None]).flatten(1)) != found[0][1]
+    assert not layers[0]._forward_hooks
