@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedferret.core.collection import no_collection
+
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
@@ -17,12 +19,10 @@ def quick_imports() -> Iterator[None]:
     Returns:
         A context manager; after it garbage is collected as before.
     """
-    enabled, known = gc.isenabled(), len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if len(sys.modules) > known:  # otherwise there may be garbage, and no module among it
-            gc.freeze()
-        if enabled:
-            gc.enable()
+    known = len(sys.modules)
+    with no_collection():
+        try:
+            yield
+        finally:
+            if len(sys.modules) > known:  # otherwise there may be garbage, and no module among it
+                gc.freeze()

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedferret.core.collection import no_collection
 from fedferret.core.errors import UserError, nearest
 from fedferret.core.files import build_atomically, cache_folder
 from fedferret.core.packages import download_source
@@ -63,6 +64,7 @@ class BigBenchNI:
         for name in ("max_input_characters", "min_examples", "max_examples", "max_held_out"):
             check_at_least(name, getattr(self, name), 1)
 
+    @no_collection()
     def load(self, key: Key) -> FederatedData:
         """Read the rows and split them; about three seconds once the file is in the cache.
 

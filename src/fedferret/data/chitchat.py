@@ -24,6 +24,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from fedferret.core.collection import no_collection
 from fedferret.core.errors import UserError
 from fedferret.data.examples import Example, FederatedData, Turn, at_most, check_at_least, check_fraction
 
@@ -70,6 +71,7 @@ class Chitchat:
         for name in ("min_messages", "max_messages", "num_clients", "max_held_out"):
             check_at_least(name, getattr(self, name), 1)
 
+    @no_collection()
     def load(self, key: Key) -> FederatedData:
         """Read the conversations and split them; about two seconds.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedferret.core.collection import no_collection
 from fedferret.core.errors import UserError
 from fedferret.data.examples import FederatedData
 from fedferret.data.paths import Paths, files_below, files_of
@@ -32,6 +33,7 @@ class Files(Table):
         """Whether the settings hold anything out."""
         return self.held_out_path is not None or super().holds_out
 
+    @no_collection()
     def load(self, key: Key) -> FederatedData:
         """Read the rows, check them, hold rows out and partition the others.
 
