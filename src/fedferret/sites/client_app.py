@@ -195,8 +195,8 @@ def refusal(given: str, expected: str) -> str:
     )
 
 
-def main() -> None:
-    """Run `python -m fedferret.sites.client_app --port PORT --secret FILE [--package SHA256]`."""
+def start() -> None:
+    """Run `python -m fedferret.sites client_app --port PORT --secret FILE [--package SHA256]`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--secret", type=Path, required=True)
@@ -208,7 +208,3 @@ def main() -> None:
 
 def _log(line: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -234,7 +234,7 @@ class Site:
         parts.append(Part("SuperNode", node, logs / "supernode.log", quiet))
         secret(flower)
         package = self.settings.package or fingerprint(run_package())
-        relay = [sys.executable, "-P", "-m", "fedferret.sites.client_app", "--port", str(self.port)]
+        relay = [sys.executable, "-P", "-m", "fedferret.sites", "client_app", "--port", str(self.port)]
         relay += ["--secret", str(flower / "secret"), "--package", package]
         return [*parts, Part("relay", relay, logs / "relay.log", quiet)]
 

@@ -286,7 +286,7 @@ class Server:
         }
 
     def _server_app(self, run_id: int) -> list[str]:
-        module = [sys.executable, "-P", "-m", "fedferret.sites.server_app", str(self.out)]
+        module = [sys.executable, "-P", "-m", "fedferret.sites", "server_app", str(self.out)]
         known = ["--run", str(run_id), "--port", str(self.port)]
         known += ["--pki", str(self.settings.credentials.folder)] if self.settings.credentials else []
         known += ["--left-out", self.left_out] if self.left_out else []

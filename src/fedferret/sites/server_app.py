@@ -193,7 +193,7 @@ def _log(line: str) -> None:
 
 
 def start() -> int:
-    """Run `python -m fedferret.sites.server_app FOLDER --run ID ...`; return `fedferret run`'s exit code, or AGAIN."""
+    """Run `python -m fedferret.sites server_app FOLDER --run ID ...`; return `fedferret run`'s exit code, or AGAIN."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", type=int, required=True)
@@ -234,7 +234,3 @@ def start() -> int:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}\n")
         _log(f"An error that nobody foresaw ({type(error).__name__}): see {log}.")
         return CRASHED
-
-
-if __name__ == "__main__":
-    raise SystemExit(start())
