@@ -90,8 +90,9 @@ def run(
             from fedferret.runner import run as run_recipe
 
         folder = out or Path("runs") / recipe.stem
-        run_recipe(from_tables(tables), folder, _log, accept_changed_data=accept_changed_data)
-        _log(_closing_lines(folder))
+        settings = from_tables(tables)
+        run_recipe(settings, folder, _log, accept_changed_data=accept_changed_data)
+        _log(_closing_lines(folder, settings.algorithm.has_global_model))
 
 
 @app.command("list")
@@ -373,11 +374,13 @@ def main() -> None:
     app()
 
 
-def _closing_lines(folder: Path) -> str:
+def _closing_lines(folder: Path, global_model: bool) -> str:
     """Where a finished run's files are, and how to export its model."""
+    files = f"Report:       {folder / 'report.html'}\nFigures:      {folder / 'summary.json'}\n"
+    if not global_model:
+        return f"{files}Tuned models: each client keeps its own; there is no global one to export"
     return (
-        f"Report:       {folder / 'report.html'}\n"
-        f"Figures:      {folder / 'summary.json'}\n"
+        f"{files}"
         f"Tuned model:  fedferret export {folder} --to FOLDER   (the whole model)\n"
         f"              fedferret export {folder} --delta FILE  (what was learned, to be applied to the base)"
     )

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, time
 from typing import Any, TypeVar
 
@@ -44,13 +44,16 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         # JSON's rules are TOML's: a list is a tuple, 1 is a float, "1" is neither
         return pydantic.TypeAdapter(kind).validate_json(plain, strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        cause = first.get("ctx", {}).get("error")
-        path = ".".join([where, *(str(part) for part in first["loc"])])
+        found = sorted(error.errors(include_url=False), key=lambda each: -len(each["loc"]))  # the nearest to the value
+        paths = [".".join([where, *_place(kind, each["loc"])]) for each in found]
+        cause = found[0].get("ctx", {}).get("error")
         if isinstance(cause, UserError):
-            raise UserError(f"{path}: {cause}") from None
-        given = json.dumps(first["input"], default=str)
-        raise UserError(f"{path}={given}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+            raise UserError(f"{paths[0]}: {cause}") from None
+        given = json.dumps(found[0]["input"], default=str)
+        # of a setting that may be of several kinds, one error each
+        words = [each["msg"] for each, path in zip(found, paths, strict=True) if path == paths[0]]
+        said = ", or ".join(dict.fromkeys(f"{each[0].lower()}{each[1:]}" for each in words))
+        raise UserError(f"{paths[0]}={given}: {said}") from None
     except TypeError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -73,6 +76,19 @@ def table_of(settings: Any) -> dict[str, Any]:
         elif field.default is not None:
             table[field.name] = "none"
     return table
+
+
+def _place(kind: Any, parts: Sequence[str | int]) -> list[str]:
+    """The path of a setting: pydantic's, without the members of unions that it tried."""
+    path = []
+    for part in parts:
+        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part in fields:
+            kind = fields[part]
+        elif fields or (isinstance(part, str) and typing.get_origin(kind) not in (dict, Mapping)):
+            continue
+        path.append(str(part))
+    return path
 
 
 def _spelt(value: object) -> str:

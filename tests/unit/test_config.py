@@ -99,6 +99,15 @@ def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:
             {"algorithm": {"name": "fedavg", "training": {"lr": 1}}},
             r"algorithm\.training\.lr: there is no such setting",
         ),
+        (
+            {"algorithm": {"name": "fedpeptao", "layers": "all"}},
+            r"algorithm\.layers=\"all\": input should be a valid number, or input should be 'spectrum'$",
+        ),
+        ({"algorithm": {"name": "ferret", "over": 7}}, r"algorithm\.over=7: input should be"),
+        (
+            {"algorithm": {"name": "fedit", "modules": ["q", 7]}},
+            r"algorithm\.modules\.1=7: input should be a valid string",
+        ),
         ({"algorithm": {"name": 3}}, r"algorithm\.name: this setting is missing or not a name"),
         ({"data": {"source": "chat"}}, r'no data source is called "chat": did you mean "chitchat"\?'),
         ({"data": {"pth": "x"}}, r'data\.pth: there is no such setting; did you mean "path"\?'),

@@ -78,8 +78,9 @@ class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
             raise UserError('fibecfed: no layer of this model has factors; set modules="all-linear", or layers=1')
         if part_of(len(found), self.layers) == len(found):
             raise UserError(
-                f"layers={self.layers}: of {len(found)} layers with factors these are all; give a smaller share, or "
-                f"layers=1, which needs no round to score them"
+                f"layers={self.layers}: of {len(found)} layers with factors these are all; "
+                + ("give a smaller share, or " if len(found) > 1 else "give ")
+                + "layers=1, which needs no round to score them"
             )
         if rounds < 2:
             raise UserError(f"rounds={rounds}: the first round scores layers; set rounds=2 or more, or layers=1")

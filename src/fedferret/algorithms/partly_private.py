@@ -44,7 +44,6 @@ class PartlyPrivate(FedAvg):
     """FedAvg of some weights. A subclass says which, by ``shares``; by ``shared`` where public facts decide."""
 
     holds_bf16: ClassVar[bool] = False  # private values would be rounded whenever the model is loaded
-    has_global_model: ClassVar[bool] = True  # False where the public values of private weights are of no use
 
     def shares(self, names: Iterable[str]) -> list[str]:
         """Select the weights that every client shares.

@@ -12,8 +12,8 @@ A classifier's head is tuned whole in both stages and kept. s B A is the best ap
 of ΔW's energy that it keeps is reported. With no first round it is FedIT, to the bit; with density 1 the first stage is
 FedAvg of the matrices, and the method is the paper's Primed-LoRA. The first stage is ``sparse_fedavg.py``.
 
-Wire: rounds 1 .. R1: 4 Σ round(density · rows · columns) bytes up and down; from then on 4 Σ r (rows + columns), which
-is the download of round R1 too: its entry is the factors. A head adds 4 bytes a weight both ways.
+Wire: rounds 1 .. R1: 4 Σ round(density · rows · columns), each at least 1, bytes up and down; from then on 4 Σ r (rows
++ columns), which is the download of round R1 too: its entry is the factors. A head adds 4 bytes a weight both ways.
 
 Deviations: a mask has exactly its share of ones. The paper's text was not at hand; masked are the matrices that LoRA
 tunes, since ΔW elsewhere would be lost with W0. Defects of the third-party code (FederatedScope's FlexLoRA) are left
@@ -60,6 +60,8 @@ class SLoRA(Staged):
     training: FirstOrder = field(default_factory=adam)  # of the second, FedIT's
 
     def __post_init__(self) -> None:
+        if self.sparse_rounds < 0:
+            raise UserError(f"sparse_rounds={self.sparse_rounds}: must not be negative; 0 is FedIT")
         self.stages()  # each refuses its settings
 
     def stages(self) -> tuple[Stage, ...]:
@@ -76,11 +78,12 @@ class SLoRA(Staged):
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """Both stages must be possible, and the second must have a round."""
-        super().check(model, rounds)
-        if self.sparse_rounds == rounds:
+        if self.sparse_rounds >= rounds:
             raise UserError(
-                f"sparse_rounds={rounds}: the run has {rounds} rounds, and none is left to LoRA; raise rounds"
+                f"sparse_rounds={self.sparse_rounds}: the run has {rounds} rounds, and none is left to LoRA; raise "
+                f"rounds or lower sparse_rounds"
             )
+        super().check(model, rounds)
 
 
 @dataclass(frozen=True)

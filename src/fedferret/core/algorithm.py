@@ -134,6 +134,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
     holds_bf16: ClassVar[bool] = False  # whether updates are unrounded and ``apply`` rounds bf16 weights at random
     changes_base: ClassVar[bool] = False  # whether the weights under its adapter change too: no adapter holds these
+    has_global_model: ClassVar[bool] = True  # False where every client has a model, and no other is of use
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of values for the fields
 
     @property
