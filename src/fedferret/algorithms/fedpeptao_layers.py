@@ -81,6 +81,8 @@ def measured(
     started = time.perf_counter()
     if not len(data):
         raise TrainingRefused("the client holds no example")
+    if len(data) < 2:
+        raise TrainingRefused("the client holds one example, by which every layer has the same score: it cannot score")
     rows = key.fold("examples").sample(range(len(data)), examples)
     batch = next(iter(data.take(rows).batches(examples, None)))  # in this order no rows are packed
     scores, loss = layer_scores(task, batch)
