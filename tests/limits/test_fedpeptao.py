@@ -17,7 +17,7 @@ from fedferret.core.algorithm import Pooled
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.robust_pooling import PoolSettings
-from fedferret.local.first_order import FirstOrder
+from fedferret.local.first_order import FirstOrder, TrainingRefused
 from toys import HELD_OUT, Rows, Simulation, ToyData, simulate, toy_clients, toy_language_model, toy_task
 
 ADAM = FirstOrder(optimizer="adamw", learning_rate=0.1, steps=2, clip=None)
@@ -208,6 +208,13 @@ def test_scores_are_of_the_model_without_prefixes() -> None:
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="no batch gives"):
             measuring.accept(run.task, public, LayerScores(scores[0], torch.tensor([share])))
+
+
+def test_a_client_with_one_example_has_no_scores() -> None:
+    run = simulate(CHOOSING, 2, until=1)
+    public, _ = CHOOSING.init(run.task, Key(0))
+    with pytest.raises(TrainingRefused, match="one example, by which every layer has the same score"):
+        CHOOSING.client_update(run.task, public, None, run.data["b"].take([0]), Key.of(1))
 
 
 def test_without_the_servers_step_a_robust_pool_combines_scores_and_updates() -> None:
