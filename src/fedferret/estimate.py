@@ -25,8 +25,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedferret.config import Recipe
-from fedferret.core.algorithm import framing_bytes
 from fedferret.core.keys import Key
+from fedferret.core.messages import framing_bytes
 from fedferret.tracking.units import as_bytes, as_count, as_duration
 
 if TYPE_CHECKING:

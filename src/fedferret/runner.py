@@ -27,7 +27,7 @@ from fedferret.core.mapped import MappedTree
 from fedferret.core.norms import limits_off
 from fedferret.core.rounds import Engine, RunState
 from fedferret.core.signals import Stopped, code_of
-from fedferret.core.stages import Staged, stage_note
+from fedferret.core.stages import Staged
 from fedferret.data.pinned import pins
 from fedferret.data.summary import plot_partition, summarise
 from fedferret.disk import log_room
@@ -187,12 +187,14 @@ class Run:
                 partial(self._sampled, progress),
             )
             progress.round(state.round + 1, recipe.clients.per_round)
+            note = recipe.algorithm.note(state.public)
             with observing_steps(lambda step, total: progress.step(step, total, self.loss)):
                 for record in records:
                     self._log_event("saved", flushed=False, round=record.round, seconds=record.seconds_saving)
                     moved += sum(record.bytes_up.values()) + sum(record.bytes_down.values())
                     progress.finished_round(record, moved)
-                    if note := stage_note(recipe.algorithm, state.public):
+                    before, note = note, recipe.algorithm.note(state.public)
+                    if note and note != before:
                         progress.message(note)
                         self._log_event("notice", round=record.round, client="server", note=note)
                     if self._due(record.round):

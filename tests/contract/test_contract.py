@@ -11,10 +11,11 @@ import torch
 
 from contract.methods import METHODS, reference, rounds_of
 from fedferret.algorithms.registry import catalogue
-from fedferret.core.algorithm import ClientReply, Pooled, Pooling, framing_bytes
+from fedferret.core.algorithm import ClientReply, Pooled, Pooling
 from fedferret.core.errors import RunError
 from fedferret.core.exchanges import Body, Failure
 from fedferret.core.keys import Key
+from fedferret.core.messages import framing_bytes
 from fedferret.core.node import Node
 from fedferret.core.pooling import basic_pool, tensors
 from fedferret.core.rounds import RunState

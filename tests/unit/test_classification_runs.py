@@ -118,6 +118,8 @@ def test_methods_run_unchanged(model: str, algorithm: dict[str, Any], tmp_path: 
     engine = experiment.engine(state)
     records = list(experiment.run_rounds(state, engine))
     assert not [failure for record in records for failure in record.failures]
+    note = settings.algorithm.note(state.public)
+    assert (note is not None) == (algorithm["name"] in ("fibecfed", "fedpeptao")), note  # these choose layers
     found = experiment.score(state, engine)
     assert len(found.per_client) == 4 and found.results["rows"]["examples"] == 19
 

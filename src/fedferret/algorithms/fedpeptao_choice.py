@@ -156,6 +156,13 @@ class ChosenPrefixes(PartialPrefixes):
             super().apply(task, public, entry)
         public.round += 1
 
+    def note(self, public: FedPepTAOPublic) -> str | None:  # type: ignore[override]
+        """Which layers are shared, where they were chosen."""
+        if self.layers == 1 or not self._trains_next(public):
+            return None
+        chosen = public.chosen.nonzero().flatten().tolist()
+        return f"of {len(public.chosen)} layers, counted from 0, these are shared: {', '.join(map(str, chosen))}"
+
     @property
     def _measured(self) -> bool:
         return self.layers == "spectrum"

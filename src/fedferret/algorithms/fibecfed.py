@@ -85,6 +85,13 @@ class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
         if rounds < 2:
             raise UserError(f"rounds={rounds}: the first round scores layers; set rounds=2 or more, or layers=1")
 
+    def note(self, public: FibecFedPublic) -> str | None:  # type: ignore[override]
+        """Which layers are averaged, where they were chosen."""
+        if public.chosen is None or self.layers == 1:
+            return None
+        names = list(public.layers)
+        return f"of {len(names)} layers these are averaged: {', '.join(names[number] for number in public.chosen)}"
+
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """Four bytes a layer in the scoring round, then four a shared weight; layers may differ in size."""
         layers, least, most, total = sent_values(shapes, self.layers)

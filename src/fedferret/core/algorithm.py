@@ -198,6 +198,17 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """
         return model
 
+    def note(self, public: Public) -> str | None:
+        """Say what users should know of a state: the stage, or the layers that were chosen.
+
+        Args:
+            public: the public state after a round.
+
+        Returns:
+            A line, which is shown and noted when it differs from that of the round before; None: nothing.
+        """
+        return None
+
     def start_fingerprint(self, base: str) -> str:
         """Name what a run begins from: every node of a run must have the same.
 
@@ -384,15 +395,3 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
 
 AnyAlgorithm: TypeAlias = Algorithm[Any, Any, Any, Any, Any]
-
-
-def framing_bytes(shapes: Shapes) -> int:
-    """The most bytes of a client's message beyond ``WireCost.up_most``: type names, lengths, tensors' names.
-
-    Args:
-        shapes: of the tensors that are tuned, by parameter name.
-
-    Returns:
-        512 bytes, plus 32 bytes and the length of the name for each tensor.
-    """
-    return 512 + sum(32 + len(name) for name in shapes)

@@ -8,6 +8,7 @@ nor one with a field of another kind than the annotation says (``core/fields.py`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar, dataclass_transform
 
@@ -64,3 +65,15 @@ def _register(cls: T) -> T:
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise TypeError(f"two message types are called {cls.__name__}: {known.__module__} and {cls.__module__}")
     return cls
+
+
+def framing_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The most bytes of a client's message beyond ``WireCost.up_most``: type names, lengths, tensors' names.
+
+    Args:
+        shapes: of the tensors that are tuned, by parameter name.
+
+    Returns:
+        512 bytes, plus 32 bytes and the length of the name for each tensor.
+    """
+    return 512 + sum(32 + len(name) for name in shapes)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedferret.core import tree
-from fedferret.core.algorithm import framing_bytes
 from fedferret.core.clients import ClientChanges
 from fedferret.core.errors import RunError, TooFewClients
 from fedferret.core.exchanges import Body, ClientScores, Failure, Reply, Score, Train, bodies_of
@@ -27,6 +26,7 @@ from fedferret.core.guard import TRAIN, Exchange, exchanges_after, exchanges_bef
 from fedferret.core.intake import Intake
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, Record
+from fedferret.core.messages import framing_bytes
 from fedferret.core.metrics import check_sums
 from fedferret.core.node import Node
 from fedferret.core.norms import FINITE, LARGEST, check_values

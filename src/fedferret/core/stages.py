@@ -152,6 +152,13 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
             model = stage.algorithm.release(model)
         return model
 
+    def note(self, public: StagedPublic) -> str | None:
+        """Which stage has begun, with the figures of the hand-over; the first stage is no news."""
+        if not public.stage:
+            return None
+        figures = "".join(f", {name} {value:.4g}" for name, value in public.figures.items())
+        return f"stage {public.stage + 1} of {self.name} begins: {self._at(public).algorithm.name}{figures}"
+
     def shapes(self, model: nn.Module, rounds: int) -> Callable[[int], Shapes]:
         """The shapes of the tensors that are tuned in each round.
 
@@ -355,22 +362,6 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         """Every weight of the base, by its plain name, with the adapter of stage ``number`` left out."""
         plain = self.planned(task.rounds)[number][0].algorithm.release(copy.deepcopy(task.model))
         return all_weights(plain)
-
-
-def stage_note(algorithm: AnyAlgorithm, public: Any) -> str | None:
-    """Say that a stage has begun.
-
-    Args:
-        algorithm: the method.
-        public: the public state after a round.
-
-    Returns:
-        A line, with the hand-over's figures, after the last round of a stage that another one follows; else None.
-    """
-    if not (isinstance(algorithm, Staged) and isinstance(public, StagedPublic) and public.stage and not public.round):
-        return None
-    figures = "".join(f", {name} {value:.4g}" for name, value in public.figures.items())
-    return f"stage {public.stage + 1} of {algorithm.name} begins: {algorithm._at(public).algorithm.name}{figures}"
 
 
 def shapes_by_round(algorithm: AnyAlgorithm, model: nn.Module, rounds: int) -> Callable[[int], Shapes]:
