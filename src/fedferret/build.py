@@ -188,8 +188,13 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
     if not data.held_out or not all(data.held_out.values()):
         raise UserError(nothing_held_out(data, getattr(recipe.data, "client_column", None)))
     check_metrics(recipe.evaluation.metrics, data.held_out)
-    if recipe.scores_clients and not at_sites and not data.client_held_out:
-        log("No client holds anything out, so no client scores the model: set clients.held_out, such as 0.2.")
+    scoring, global_model = len(data.client_held_out), recipe.algorithm.has_global_model
+    fewest = 1 if global_model else len(data.clients)  # without a global model these are all figures
+    if (recipe.scores_clients or not global_model) and not at_sites and scoring < fewest:
+        log(
+            f"Of {len(data.clients)} clients {scoring} hold anything out, and no other client scores a model: set "
+            f"clients.held_out, such as 0.2."
+        )
     recipe.objective.check_examples(recipe.model.name, data, complete=not at_sites)
     return data
 

@@ -160,6 +160,17 @@ def test_a_recipe_splits_off_what_clients_hold_out_before_training(tmp_path: Pat
         assert 0 < len(split.kept[client]) == len(rows) - len(split.clients[client])
 
 
+def test_clients_that_hold_nothing_out_are_counted_where_nothing_else_is_scored(tmp_path: Path) -> None:
+    personal = {"name": "fedsa-lora", "modules": "all-linear", "training": TRAINING}
+    for algorithm, share, said in (
+        (personal, 0.0, ["Of 4 clients 0 hold anything out, and no other client scores a model: set clients.held_out"]),
+        (personal, 0.2, []),
+    ):
+        lines: list[str] = []
+        load_data(resolved(tmp_path, algorithm=algorithm, clients={"held_out": share}), log=lines.append)
+        assert [line.partition(", such")[0] for line in lines if "hold anything out" in line] == said
+
+
 def test_scores_that_contradict_each_other_are_a_failure_of_their_client(tmp_path: Path) -> None:
     experiment = Experiment.load(resolved(tmp_path), log=silent)
     state = experiment.initial_state()
