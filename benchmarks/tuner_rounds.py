@@ -1,6 +1,6 @@
 """A round of each tuner against a round of what it stands on: FedIT for adapters, FedAvg for full-parameter stages.
 
-The model is MiniLM on BBC News, five clients of ten steps of 16 texts of 32 tokens. Compared are the seconds of the
+The model is MiniLM on BBC News, two clients of ten steps of 16 texts of 32 tokens. Compared are the seconds of the
 clients' training in a round in which nothing is scored; what a method scores beside (examples, layers, spectra) is its
 own work, and stands in the note with the peak memory of a process that has the model, the data and the run.
 
@@ -15,14 +15,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.measure import Figure, alternate, main
 from benchmarks.tuners import CONTENDERS, settings
 from fedferret.experiment import Experiment
 
-LIMIT, RATE, REPETITIONS = 1.1, 1e-3, 3
+LIMIT, RATE, REPETITIONS = 1.1, 1e-3, 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,20 @@ class Compared:
     to: str = "fedit"
 
 
-COMPARED = (Compared("ferret", to="fedavg"),)
+COMPARED = (
+    Compared("ferret", to="fedavg"),
+    Compared("slora", 2, to="fedavg"),
+    Compared("slora", 4),
+    Compared("sa-fedlora", 1, to="fedavg"),
+    Compared("sa-fedlora", 3),
+    Compared("ssf"),
+    Compared("fibecfed", 3),
+    Compared("fedpeptao", 3),
+    Compared("ferret-over-fedit"),
+    Compared("ffa-lora"),
+    Compared("fedsa-lora"),
+    Compared("fedex-lora"),
+)
 
 
 def figures_of(name: str, rounds: int) -> dict[str, Any]:
@@ -53,7 +66,9 @@ def figures_of(name: str, rounds: int) -> dict[str, Any]:
     Returns:
         By round the seconds in all and those of training; the peak memory of the process, in bytes.
     """
-    experiment = Experiment.load(settings(CONTENDERS[name], "bbc-news", 0.1, 20, 1, RATE), log=lambda line: None)
+    made = settings(CONTENDERS[name], "bbc-news", 0.1, 20, 1, RATE)
+    made = replace(made, clients=replace(made.clients, per_round=2, min_clients=1))
+    experiment = Experiment.load(made, log=lambda line: None)
     state = experiment.initial_state()
     seconds, local = [], []
     for record in experiment.run_rounds(state, experiment.engine(state)):

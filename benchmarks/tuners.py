@@ -80,10 +80,11 @@ CONTENDERS: Mapping[str, Contender] = {
         "sa-fedlora", LORA_RATES, settings=FULL, short={"heating_rounds": 1, "annealing_rounds": 2}
     ),
     "fedprompt": Contender("fedprompt", (3e-3, 1e-2, 3e-2)),
-    "fedpeptao": Contender("fedpeptao", (3e-3, 1e-2, 3e-2)),
+    "fedpeptao": Contender("fedpeptao", (3e-3, 1e-2, 3e-2), settings={"layers": 0.5}),
     "ferret-over-fedit": Contender("ferret", (0.3, 1.0, 3.0), SGD, settings={"over": "fedit"}),
     "fibecfed-random": Contender("fibecfed", settings={"order": "random"}, like="fibecfed"),
     "fibecfed-hard-first": Contender("fibecfed", settings={"order": "hard-first"}, like="fibecfed"),
+    "fibecfed-reorder": Contender("fibecfed", settings={"reorder": True, "refresh": 2}, like="fibecfed"),
     "fibecfed-all-layers": Contender("fibecfed", settings={"layers": 1.0}, like="fibecfed"),
     "fedpeptao-all-layers": Contender("fedpeptao", settings={"layers": 1.0}, like="fedpeptao"),
     "fedit-rank-4": Contender("fedit", settings={"rank": 4}, like="fedit"),
