@@ -134,6 +134,16 @@ def product(low: LowRank, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("split", SPLITS)
+def test_a_gate_of_one_output_has_factors_of_any_rank(split: Split) -> None:
+    gate = normal(KEY, 1, 8)
+    low = of_matrix(gate, 3, 1.5, split, KEY)
+    assert (low.a.shape, low.b.shape) == ((3, 8), (1, 3)) and low.a.norm(dim=1).min() > 0
+    torch.testing.assert_close(product(low, 1.5), gate.double(), rtol=1e-5, atol=1e-6)
+    lower = of_product(low.a, low.b, 1.5, 2.0, 2, split, KEY)
+    torch.testing.assert_close(product(lower, 2.0), gate.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_factors_are_as_near_as_eckart_and_young_say_and_no_nearer(split: Split) -> None:
     values = [8.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.1]
     matrix = spectrum(*values)

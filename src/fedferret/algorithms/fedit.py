@@ -86,11 +86,11 @@ class FedIT(FedAvg):
                     object.__setattr__(self, name, default)
 
     def check(self, model: nn.Module, rounds: int) -> None:
-        """No rank above a tuned matrix's: such factors say no more, and weigh more than the matrix."""
+        """No rank above a tuned matrix's, since it says no more and weighs more; a gate of one output is no matrix."""
         super().check(model, rounds)
         for name, (a, b) in adapters.factors(model).items():
             most = min(a.shape[1], b.shape[0])
-            if self.rank is not None and self.rank > most:
+            if self.rank is not None and self.rank > most > 1:
                 raise UserError(
                     f"rank={self.rank}: {name} has {b.shape[0]} x {a.shape[1]} weights, so a product of "
                     f"factors has at most rank {most}; set rank={most} or less, or leave such modules out of modules"

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedferret.core.keys import Key
 
@@ -45,7 +46,7 @@ def of_matrix(matrix: Tensor, rank: int, scale: float, split: Split, key: Key) -
 
     Args:
         matrix: shape (outputs, inputs), any float type and device.
-        rank: r, at most the smaller side.
+        rank: r.
         scale: s of the product s B A.
         split: which factor holds the singular values.
         key: draws rows of A where singular values are 0.
@@ -80,6 +81,9 @@ def of_product(a: Tensor, b: Tensor, before: float, scale: float, rank: int, spl
 
 def _split(u: Tensor, singular: Tensor, v: Tensor, rank: int, scale: float, split: Split, key: Key) -> LowRank:
     energies, inputs = singular.square(), v.shape[1]
+    if (missing := rank - len(singular)) > 0:  # of a gate of one output, say: the other terms are 0
+        u, singular, v = (pad(each, (0, missing)) for each in (u, singular, v.T))
+        v = v.T
     rounding = max(u.shape[0], inputs) * torch.finfo(torch.float64).eps * singular[0]
     kept = torch.where(singular > rounding, singular, 0.0)[:rank] / scale
     on_a = kept.sqrt() if split == "balanced" else torch.ones_like(kept)
