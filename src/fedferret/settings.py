@@ -52,6 +52,7 @@ def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         given = json.dumps(found[0]["input"], default=str)
         # of a setting that may be of several kinds, one error each
         words = [each["msg"] for each, path in zip(found, paths, strict=True) if path == paths[0]]
+        words = [each.replace("an object", "a table") for each in words]  # TOML's word for it
         said = ", or ".join(dict.fromkeys(f"{each[0].lower()}{each[1:]}" for each in words))
         raise UserError(f"{paths[0]}={given}: {said}") from None
     except TypeError as error:

@@ -96,7 +96,6 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedzo": FedZO(training=replace(_forward_only, difference="forward")),
     "fedmezo": FedMeZO(training=replace(_forward_only, weight_decay=0.1)),
     "fedit": FedIT(rank=2, alpha=4, modules=("0", "2"), training=_adam),
-    "fedit-frozen-a": FedIT(rank=2, alpha=8, modules="all-linear", freeze_a=True, training=_adam),
     "fedit-dora-dense": FedIT(
         rank=2, alpha=4, modules=("0",), rslora=True, dora=True, modules_to_save=("2",), training=_adam
     ),
@@ -105,15 +104,6 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fibecfed": FibecFed(rank=2, alpha=4, modules=("0", "2"), refresh=1, training=_adam),
-    "fibecfed-all-layers": FibecFed(
-        rank=2,
-        alpha=4,
-        modules=("0", "2"),
-        layers=1,
-        kept_neurons=0.4,
-        refresh=2,
-        training=replace(TRAINING, epochs=1, steps=None),
-    ),
     "ssf": SSF(training=_adam),
     "ssf-pushed-private-norms": SSF(
         initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)
@@ -136,12 +126,11 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedpeptao": FedPepTAO(layers=0.6, virtual_tokens=3, server_rate=0.2, training=_prefixes),
-    "fedpeptao-all-layers": FedPepTAO(layers=1.0, virtual_tokens=3, server_rate=0.0, training=_prefixes),
     "fedpeptao-spectrum": FedPepTAO(
         personal=False,
         virtual_tokens=3,
         warm_up_rounds=1,
-        lanczos_steps=8,
+        lanczos_steps=4,
         server_rate=0.2,
         server_formula="paper-code",
         training=replace(_prefixes, learning_rate=0.1, steps=3),

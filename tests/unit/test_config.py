@@ -103,6 +103,10 @@ def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:
             {"algorithm": {"name": "fedpeptao", "layers": "all"}},
             r"algorithm\.layers=\"all\": input should be a valid number, or input should be 'spectrum'$",
         ),
+        (
+            {"algorithm": {"name": "slora", "sparse_training": 3}},
+            r"algorithm\.sparse_training=3: input should be a table",
+        ),
         ({"algorithm": {"name": "ferret", "over": 7}}, r"algorithm\.over=7: input should be"),
         (
             {"algorithm": {"name": "fedit", "modules": ["q", 7]}},

@@ -1,4 +1,4 @@
-"""Ray actors: the same bits as one process, on loopback only; a lost worker's clients run again; rounds of hundreds."""
+"""Ray actors: the same bits as one process, on loopback only; a lost worker's clients run again; rounds of many."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
         tmp_path,
         data={"path": str(many_rows(tmp_path)), "held_out_fraction": 0.01},
         algorithm=SMALL_REPLIES,
-        clients={"per_round": 300},
+        clients={"per_round": 150},
     )
     run(recipe, tmp_path / "one", silent)
     several = replace(recipe, execution=replace(recipe.execution, engine="ray", workers=2, worker_cpus=0.5))
@@ -79,7 +79,7 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
     processes: set[int] = set()
     try:
         for record in experiment.run_rounds(state, engine):
-            assert record.failures == () and len(record.metrics) == 300
+            assert record.failures == () and len(record.metrics) == 150
             processes |= children(os.getpid())
             if record.round == 1:
                 assert listening(processes | {os.getpid()}) == {"127.0.0.1"}
@@ -99,13 +99,13 @@ def test_actors_have_the_bits_of_one_process_lose_one_and_listen_on_loopback(ray
 
 
 def many_rows(folder: Path) -> Path:
-    """Two rows for each of 300 people."""
+    """Two rows for each of 150 people."""
     path = folder / "many.jsonl"
     path.write_text(
         "".join(
             json.dumps({"who": f"person-{number // 2:03d}", "instruction": "The cup?", "response": f"Cup {number}."})
             + "\n"
-            for number in range(610)
+            for number in range(310)
         )
     )
     return path
