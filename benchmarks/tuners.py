@@ -11,7 +11,7 @@ Finished rows are appended to ``benchmarks/results/tuners.jsonl`` and never run 
 
 The work is that of ``benchmarks.classification``: 15 rounds of 5 of 20 clients, 10 steps of 16 texts of 32 tokens.
 Rates were found in a third of the rounds. Every method has the same steps, batches and clipping; full-parameter methods
-take plain gradient steps, adapters AdamW.
+take plain gradient steps, adapters AdamW; ``fedit-sgd`` is the control of Ferret over FedIT, which takes plain steps.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "fedavg": Contender("fedavg", (0.3,), SGD),  # of three rates the best in benchmarks.classification, on BBC News
     "linear-probe": Contender("fedavg", (0.3, 1.0, 3.0), SGD, model={"train": "head"}),
     "fedit": Contender("fedit", LORA_RATES),
+    "fedit-sgd": Contender("fedit-sgd", (0.3, 1.0, 3.0), SGD),
     "ferret": Contender("ferret", (0.1, 0.3, 1.0), SGD),
     "ssf": Contender("ssf", LORA_RATES),
     "slora": Contender("slora", LORA_RATES, trainings=STAGES, short={"sparse_rounds": 2}),
