@@ -13,7 +13,7 @@ is the same sum and lets the log hold entries; η (the server's learning rate, 1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -74,13 +74,13 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         """Refuse an update of other names, shapes or data types."""
         if not isinstance(payload, Delta):
             raise ValueError(f"a {type(payload).__name__} came where a Delta was expected")
-        check_tensors(public.weights, payload.delta, torch.float32)
+        check_tensors(self._sent(task, public), payload.delta, torch.float32)
 
     def accept_sum(self, task: Task, public: FedAvgPublic, sum: Delta) -> None:
         """Refuse a sum of other names or shapes."""
         if not isinstance(sum, Delta):
             raise ValueError(f"a sum of type {type(sum).__name__} came where a Delta was expected")
-        check_tensors(public.weights, sum.delta, None)
+        check_tensors(self._sent(task, public), sum.delta, None)
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: Delta) -> float:
         """η ‖Δ_j‖."""
@@ -124,10 +124,14 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
 
     def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
         """w <- w - η Δ, element by element."""
-        step_(public.weights, entry.delta, entry.learning_rate, task.rounding)
+        step_(self.tuned(task, public), entry.delta, entry.learning_rate, task.rounding)
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: None = None) -> Iterator[nn.Module]:
         """The one global model."""
         with loaded(task, public.weights) as model:
             yield model
+
+    def _sent(self, task: Task, public: FedAvgPublic) -> Mapping[str, Tensor]:
+        """Tensors with the names and shapes of a client's update."""
+        return self.tuned(task, public)

@@ -21,39 +21,21 @@ from torch import Tensor, nn
 
 from fedferret.algorithms.fedpeptao_layers import prefix_groups
 from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic
+from fedferret.algorithms.fedptuning_v2 import FedPTuningV2, prefix_training
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
 from fedferret.core import tree
-from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder, Trained
 from fedferret.models import adapters
 
 
-def _training() -> FirstOrder:
-    """FedPTuning-v2's, for comparison: the optimiser and the clipping are FedPepTAO's, the rate is ours: tune it."""
-    return FirstOrder(optimizer="adamw", learning_rate=1e-2, clip=1.0)
-
-
 @dataclass(frozen=True, kw_only=True)
-class PartialPrefixes(PartlyPrivate):
+class PartialPrefixes(PartlyPrivate, FedPTuningV2):
     """FedAvg of some layers' prefixes. See ``Algorithm`` for arguments and results."""
 
-    virtual_tokens: int = 20  # p, the code's for RoBERTa-large; it has 5 for GPT-2-large and LLaMA
     personal: bool = True  # the code's: in other layers each client has its own prefixes; False: none
-    training: FirstOrder = field(default_factory=_training)
-
-    def __post_init__(self) -> None:
-        if self.virtual_tokens < 1:
-            raise UserError(f"virtual_tokens={self.virtual_tokens}: must be at least 1")
-
-    def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """The model with prefixes in all layers."""
-        return adapters.Prefix(tokens=self.virtual_tokens).attach(model, key)
-
-    def release(self, model: nn.Module) -> nn.Module:
-        """The frozen model: prefixes have no place in the plain architecture."""
-        return adapters.released(model)
+    training: FirstOrder = field(default_factory=prefix_training)  # FedPTuning-v2's
 
     def init(self, task: Task, key: Key) -> tuple[FedPepTAOPublic, Any]:
         """All layers are shared."""

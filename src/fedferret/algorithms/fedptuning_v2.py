@@ -30,7 +30,7 @@ from fedferret.local.first_order import FirstOrder
 from fedferret.models import adapters
 
 
-def _training() -> FirstOrder:
+def prefix_training() -> FirstOrder:
     """FedPepTAO's optimiser, with its clipping and without its decay; the learning rate is ours: tune it."""
     return FirstOrder(optimizer="adamw", learning_rate=1e-2, clip=1.0)
 
@@ -41,7 +41,7 @@ class FedPTuningV2(FedAvg):
 
     name: ClassVar[str] = "fedptuning-v2"
     virtual_tokens: int = 20  # p, FedPepTAO's for RoBERTa-large; it has 5 for GPT-2-large and LLaMA
-    training: FirstOrder = field(default_factory=_training)
+    training: FirstOrder = field(default_factory=prefix_training)
 
     def __post_init__(self) -> None:
         if self.virtual_tokens < 1:

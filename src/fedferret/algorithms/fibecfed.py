@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fedferret.algorithms.fedavg import Delta, FedAvgEntry
+from fedferret.algorithms.fedavg import FedAvgEntry
 from fedferret.algorithms.fedit import FedIT, adam
 from fedferret.algorithms.fibecfed_client import FisherCurriculum
 from fedferret.algorithms.fibecfed_messages import (
@@ -37,8 +37,8 @@ from fedferret.algorithms.fibecfed_messages import (
     factors_of,
     sent_values,
 )
-from fedferret.algorithms.full_model import deltas, loaded
-from fedferret.algorithms.partly_private import PartlyPrivate
+from fedferret.algorithms.full_model import loaded
+from fedferret.algorithms.partly_private import PartlyPrivate, parted
 from fedferret.core import tree
 from fedferret.core.algorithm import ClientReply, Pooled, Shapes, WireCost
 from fedferret.core.errors import UserError
@@ -156,8 +156,7 @@ class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
                 data = self.part(client, data, share)
             mask = client.mask(before) if client else None
             trained = self.training.train(task, data, key.fold("train"), mask=mask)
-            delta = Delta({name: change for name, change in deltas(before, trained) if name in shared})
-            own = {name: trained.weights[name].detach().float().clone() for name in private}
+            delta, own = parted(before, trained, shared, private)
         after = client and replace(client, weights=own, trained=client.trained + 1)
         return ClientReply(delta, after, trained.metrics)
 

@@ -13,16 +13,15 @@ are shared it is FedAvg, to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.fedavg import Delta, FedAvg, FedAvgEntry, FedAvgPublic
-from fedferret.algorithms.full_model import check_tensors, deltas, loaded, step_
+from fedferret.algorithms.fedavg import Delta, FedAvg, FedAvgPublic
+from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.core import tree
 from fedferret.core.algorithm import ClientReply, Shapes, WireCost
 from fedferret.core.errors import UserError
@@ -30,6 +29,7 @@ from fedferret.core.keys import Key
 from fedferret.core.messages import state
 from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
+from fedferret.local.first_order import Trained
 
 
 @state
@@ -83,18 +83,6 @@ class PartlyPrivate(FedAvg):
         sent = 4 * sum(math.prod(shapes[name]) for name in self.shares(shapes))
         return WireCost.exact(sent, sent, total - sent)
 
-    def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
-        """Refuse an update of other names than the shared weights', or of other shapes or data types."""
-        if not isinstance(payload, Delta):
-            raise ValueError(f"a {type(payload).__name__} came where a Delta was expected")
-        check_tensors(self.tuned(task, public), payload.delta, torch.float32)
-
-    def accept_sum(self, task: Task, public: FedAvgPublic, sum: Delta) -> None:
-        """Refuse a sum of other names or shapes than the shared weights'."""
-        if not isinstance(sum, Delta):
-            raise ValueError(f"a sum of type {type(sum).__name__} came where a Delta was expected")
-        check_tensors(self.tuned(task, public), sum.delta, None)
-
     def tuned(self, task: Task, public: FedAvgPublic) -> Mapping[str, Tensor]:
         """The shared weights."""
         return {name: public.weights[name] for name in self.shared(task, public)}
@@ -112,13 +100,8 @@ class PartlyPrivate(FedAvg):
         before = {name: private.get(name, weight) for name, weight in public.weights.items()}
         with loaded(task, before):
             trained = self.train(task, public, data, key.fold("train"))
-            delta = Delta({name: change for name, change in deltas(before, trained) if name in shared})
-            own = {name: trained.weights[name].detach().float().clone() for name in private}
+            delta, own = parted(before, trained, shared, private)
         return ClientReply(delta, PrivateWeights(own) if own else None, trained.metrics)
-
-    def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
-        """w <- w - η Δ on the shared weights."""
-        step_(self.tuned(task, public), entry.delta, entry.learning_rate, task.rounding)
 
     @contextmanager
     def model(  # type: ignore[override]  # FedAvg's clients keep nothing
@@ -145,3 +128,24 @@ class PartlyPrivate(FedAvg):
         """
         shared, own = set(self.shared(task, public)), client.weights if client else {}
         return {name: own.get(name, weight) for name, weight in public.weights.items() if name not in shared}
+
+
+def parted(
+    before: Mapping[str, Tensor], trained: Trained, shared: Collection[str], private: Iterable[str]
+) -> tuple[Delta, dict[str, Tensor]]:
+    """Part what a client's training gave.
+
+    Args:
+        before: all weights that training began from, by name.
+        trained: the training from them.
+        shared: names of the weights that every client shares.
+        private: names of those that stay at the client.
+
+    Returns:
+        The update of the shared weights, and the private ones, fp32.
+
+    Raises:
+        UpdateRefused: an update holds NaN or infinity.
+    """
+    delta = Delta({name: change for name, change in deltas(before, trained) if name in shared})
+    return delta, {name: trained.weights[name].detach().float().clone() for name in private}

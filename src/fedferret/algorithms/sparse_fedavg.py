@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvg, FedAvgEntry, FedAvgPublic
-from fedferret.algorithms.full_model import check_tensors, deltas, loaded
+from fedferret.algorithms.full_model import deltas, loaded
 from fedferret.bases.masks import drawn_positions, num_drawn
 from fedferret.core.algorithm import ClientReply, Shapes, WireCost
 from fedferret.core.errors import UserError
@@ -87,18 +87,6 @@ class SparseFedAvg(FedAvg):
         public, _ = super().init(task, key)
         return SparsePublic(public.weights, key.fold("mask").value), None
 
-    def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
-        """Refuse an update of other names, lengths or data types."""
-        if not isinstance(payload, Delta):
-            raise ValueError(f"a {type(payload).__name__} came where a Delta was expected")
-        check_tensors(self._expected(public), payload.delta, torch.float32)
-
-    def accept_sum(self, task: Task, public: FedAvgPublic, sum: Delta) -> None:
-        """Refuse a sum of other names or lengths."""
-        if not isinstance(sum, Delta):
-            raise ValueError(f"a sum of type {type(sum).__name__} came where a Delta was expected")
-        check_tensors(self._expected(public), sum.delta, None)
-
     def client_update(
         self, task: Task, public: FedAvgPublic, client: None, data: Examples, key: Key
     ) -> ClientReply[None, Delta]:
@@ -133,8 +121,8 @@ class SparseFedAvg(FedAvg):
     def _length(self, name: str, size: int) -> int:
         return size if is_dense(name) else num_drawn(size, self.density)
 
-    def _expected(self, public: FedAvgPublic) -> dict[str, Tensor]:
-        """Tensors of a payload's shapes."""
+    def _sent(self, task: Task, public: FedAvgPublic) -> dict[str, Tensor]:
+        """The values at the masks, and a head."""
         return {
             name: weight if is_dense(name) else torch.empty(self._length(name, weight.numel()), device="meta")
             for name, weight in public.weights.items()

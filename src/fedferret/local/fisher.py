@@ -48,7 +48,7 @@ def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int | None
         task: model and objective.
         data: N examples, at least one.
         names: parameters that count; each has at least one dimension.
-            at_once: examples with gradients that are held together; None: as many as fit.
+        at_once: examples with gradients that are held together; None: as many as fit.
 
     Returns:
         The sums over the named parameters, on the CPU.
@@ -76,7 +76,7 @@ def gradients_by_example(
         task: model and objective.
         data: the examples.
         weights: of the model, by name.
-            at_once: examples with gradients that are held together.
+        at_once: examples with gradients that are held together.
 
     Yields:
         Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target

@@ -27,9 +27,9 @@ def sensitivities(
 
     Args:
         task: model and objective.
-            first: the module that gets the noise; its first argument is a tensor of examples.
+        first: the module that gets the noise; its first argument is a tensor of examples.
         layers: the L modules with the outputs that are compared.
-            data: at least one example.
+        data: at least one example.
         noise: ρ, above 0.
         batch_size: examples at a time.
         key: draws the signs; the same for clients that are to have the same noise.
