@@ -109,7 +109,7 @@ class FedExLoRA(FedIT):
         mean = {name: _mean([each[name] for each in entry.deltas], entry.shares) for name in public.weights}
         for name in public.base if len(entry.deltas) > 1 and not self.freeze_a else ():  # else there is no residual
             layer: Any = task.model.get_submodule(name)
-            b, a = (f"{name}.{part}.default.weight" for part in ("lora_B", "lora_A"))
+            b, a = name + adapters.FACTOR_B, name + adapters.FACTOR_A
             residual = _residual(
                 [(each[b] - mean[b], each[a] - mean[a]) for each in entry.deltas],
                 [layer.scaling["default"] * share for share in entry.shares],

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
-from fedferret.algorithms.fedpeptao_layers import blocks_of, choice, in_range, measured, prefix_groups, rounded_count
+from fedferret.algorithms.fedpeptao_layers import blocks_of, choice, in_range, measured, rounded_count
 from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic, LayerScores, SharedLayers
 from fedferret.algorithms.fedpeptao_prefixes import PartialPrefixes
 from fedferret.algorithms.full_model import loaded
@@ -28,6 +28,7 @@ from fedferret.core.algorithm import ClientReply, Pooled, Shapes, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.models.adapters.attention import prefix_groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,25 +17,8 @@ from fedferret.local import lanczos
 from fedferret.local.first_order import TrainingRefused
 from fedferret.local.similarity import SHIFT, scored
 from fedferret.models import adapters
-from fedferret.models.adapters.attention import KEY, VALUE
+from fedferret.models.adapters.attention import prefix_groups
 from fedferret.models.layers import layers_of
-
-
-def prefix_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of prefixes by the attention layer that reads them.
-
-    Args:
-        names: of tuned weights, in the model's order; a classifier's head is left out.
-
-    Returns:
-        The names of each layer's keys and values, by the layer's name, in the model's order.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        layer, _, kind = name.rpartition(".")
-        if kind in (KEY, VALUE):
-            groups.setdefault(layer, []).append(name)
-    return groups
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

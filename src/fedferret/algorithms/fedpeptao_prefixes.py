@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.fedpeptao_layers import prefix_groups
 from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2, prefix_training
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
@@ -28,6 +27,7 @@ from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder, Trained
 from fedferret.models import adapters
+from fedferret.models.adapters.attention import prefix_groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,8 @@ from fedferret.algorithms.fedit import FedIT, adam
 from fedferret.algorithms.partly_private import PartlyPrivate
 from fedferret.core.errors import UserError
 from fedferret.local.first_order import FirstOrder
-
-_FACTOR_B = ".lora_B.default.weight"
-_HEAD = "head."  # of a classifier, in which nothing else is called so
+from fedferret.models.adapters import FACTOR_B
+from fedferret.models.classifiers import HEAD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class FedSALoRA(PartlyPrivate, FedIT):
 
     def shares(self, names: Iterable[str]) -> list[str]:
         """All but the factors B, and a classifier's head unless it is shared."""
-        return [name for name in names if not (name.endswith(_FACTOR_B) or self._is_private_head(name))]
+        return [name for name in names if not (name.endswith(FACTOR_B) or self._is_private_head(name))]
 
     def _is_private_head(self, name: str) -> bool:
-        return self.private_head and name.startswith(_HEAD)
+        return self.private_head and name.startswith(HEAD)

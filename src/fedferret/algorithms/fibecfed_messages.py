@@ -18,6 +18,7 @@ from fedferret.core.tree import Tree
 from fedferret.local.curriculum import part_of
 from fedferret.local.first_order import TrainingRefused
 from fedferret.local.fisher import neuron_masks
+from fedferret.models.adapters import FACTOR_A, FACTOR_B
 from fedferret.models.layers import layers_named
 
 
@@ -148,4 +149,4 @@ def factors_of(names: Iterable[str]) -> list[str]:
     Returns:
         Those of A and B, in order; magnitudes and dense weights are left out.
     """
-    return [name for name in names if ".lora_A." in name or ".lora_B." in name]
+    return [name for name in names if name.endswith((FACTOR_A, FACTOR_B))]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from fedferret.algorithms.fedit import FedIT
 from fedferret.bases.low_rank import LowRank
 
-A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # what follows a module's name in that of a factor
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAStage(FedIT):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fedferret.algorithms.fedit import adam
 from fedferret.algorithms.fedprox import FedProx
-from fedferret.algorithms.lora_stage import A, B, LoRAStage, figures
+from fedferret.algorithms.lora_stage import LoRAStage, figures
 from fedferret.bases.low_rank import of_product
 from fedferret.core.algorithm import AnyAlgorithm, Shapes, Weighting
 from fedferret.core.errors import UserError
@@ -38,6 +38,7 @@ from fedferret.core.stages import Staged
 from fedferret.core.task import Task
 from fedferret.core.tree import Tree
 from fedferret.local.first_order import FirstOrder
+from fedferret.models.adapters import FACTOR_A, FACTOR_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +122,21 @@ class LowerRank:
         assert isinstance(finished, LoRAStage)
         handed, found, weights = dict[str, Tensor](), [], public.weights
         for name, weight in weights.items():
-            if name.endswith(A):
-                module, scales = name.removesuffix(A), (finished.scale, self.following.scale)
-                low = of_product(weight, weights[module + B], *scales, self.following.rank, "balanced", key.fold(name))
-                handed |= {name: low.a, module + B: low.b}
+            if name.endswith(FACTOR_A):
+                other, scales = name.removesuffix(FACTOR_A) + FACTOR_B, (finished.scale, self.following.scale)
+                low = of_product(weight, weights[other], *scales, self.following.rank, "balanced", key.fold(name))
+                handed |= {name: low.a, other: low.b}
                 found.append(low)
-            elif not name.endswith(B):
+            elif not name.endswith(FACTOR_B):
                 handed[name] = weight.cpu().clone()
         return HandedOver(handed, {"rank": float(self.following.rank), **figures(found)})
 
     def num_values(self, shapes: Shapes) -> int:
         """Values of the factors and of a head, from the shapes before."""
-        rank = self.following.rank
-        total = 0
+        rank, total = self.following.rank, 0
         for name, shape in shapes.items():
-            total += rank * shape[1] if name.endswith(A) else shape[0] * rank if name.endswith(B) else math.prod(shape)
+            if name.endswith((FACTOR_A, FACTOR_B)):
+                total += rank * shape[1 if name.endswith(FACTOR_A) else 0]
+            else:
+                total += math.prod(shape)
         return total

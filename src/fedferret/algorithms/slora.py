@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedit import adam
-from fedferret.algorithms.lora_stage import A, B, LoRAStage, figures
+from fedferret.algorithms.lora_stage import LoRAStage, figures
 from fedferret.algorithms.sparse_fedavg import Masks, SparseFedAvg, is_dense
 from fedferret.bases.low_rank import Split, of_matrix
 from fedferret.core.algorithm import AnyAlgorithm, Shapes, Weighting
@@ -40,6 +40,7 @@ from fedferret.core.stages import Staged
 from fedferret.core.task import Task
 from fedferret.core.tree import Tree
 from fedferret.local.first_order import FirstOrder
+from fedferret.models.adapters import FACTOR_A, FACTOR_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class IntoFactors:
             if not isinstance(task.model.get_submodule(module), nn.Linear):
                 update = update.T  # GPT-2's Conv1D holds its matrix transposed
             low = of_matrix(update, self.following.rank, self.following.scale, self.split, key.fold(name))
-            handed |= {module + A: low.a, module + B: low.b}
+            handed |= {module + FACTOR_A: low.a, module + FACTOR_B: low.b}
             found.append(low)
         return HandedOver(handed, figures(found))
 

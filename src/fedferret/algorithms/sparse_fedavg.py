@@ -28,7 +28,7 @@ from fedferret.core.messages import state
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import Trained
 from fedferret.models.adapters.modules import chosen_modules
-from fedferret.models.classifiers import Classifier
+from fedferret.models.classifiers import HEAD, Classifier
 
 Masks: TypeAlias = Literal["fixed", "per-round"]
 
@@ -145,7 +145,7 @@ def is_dense(name: str) -> bool:
     Returns:
         True for the weights of a classifier's head.
     """
-    return name.startswith("head.")
+    return name.startswith(HEAD)
 
 
 @lru_cache(maxsize=1)  # all clients of a round have the same

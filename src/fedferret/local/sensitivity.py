@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.local.layer_outputs import observing_outputs
 
 
 @torch.no_grad()
@@ -41,34 +42,16 @@ def sensitivities(
     total = torch.zeros(len(layers), dtype=torch.float64)
     losses, examples = [], 0
     for number, batch in enumerate(data.batches(batch_size, None)):
-        with _outputs(layers) as clean:
+        clean, noisy = dict[int, Tensor](), dict[int, Tensor]()
+        with observing_outputs(layers, clean.__setitem__):
             losses.append(float(task.objective.loss(task.model, batch)))
-        with _outputs(layers) as noisy, _noise(first, noise, key.fold(number)):
+        with observing_outputs(layers, noisy.__setitem__), _noise(first, noise, key.fold(number)):
             task.objective.loss(task.model, batch)
         mask = getattr(batch, "attention_mask", None)
         changes = [_relative_change(clean[layer], noisy[layer], mask) for layer in range(len(layers))]
         total += torch.stack([each.sum() for each in changes])
         examples += len(changes[0])
     return total / examples, sum(losses) / len(losses)
-
-
-@contextmanager
-def _outputs(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The output of each layer's last call within this context, by the layer's place."""
-    found: dict[int, Tensor] = {}
-
-    def keep(place: int, output: Any) -> None:
-        found[place] = output[0] if isinstance(output, tuple) else output
-
-    hooks = [
-        layer.register_forward_hook(lambda _, given, output, place=place: keep(place, output))
-        for place, layer in enumerate(layers)
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fedferret.local.layer_outputs import observing_outputs
 
 SHIFT = 1e-5  # the published code's; keeps the logarithm and the reciprocal finite
 
@@ -46,18 +47,10 @@ def scored(layers: Sequence[nn.Module], mask_BT: Tensor | None) -> Iterator[dict
     """
     scores: dict[int, float] = {}
 
-    def hook(place: int) -> Any:
-        def read(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden_BTH = output if isinstance(output, Tensor) else output[0]
-            if mask_BT is not None:
-                hidden_BTH = hidden_BTH * mask_BT[:, :, None].to(hidden_BTH)
-            scores[place] = zeta(hidden_BTH.flatten(1))
+    def score(place: int, hidden_BTH: Tensor) -> None:
+        if mask_BT is not None:
+            hidden_BTH = hidden_BTH * mask_BT[:, :, None].to(hidden_BTH)
+        scores[place] = zeta(hidden_BTH.flatten(1))
 
-        return read
-
-    handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
-    try:
+    with observing_outputs(layers, score):
         yield scores
-    finally:
-        for handle in handles:
-            handle.remove()

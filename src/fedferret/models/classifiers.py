@@ -28,6 +28,7 @@ from torch.nn import functional
 from fedferret.core.errors import UserError
 
 POOLINGS = ("cls", "mean", "last")
+HEAD = "head."  # begins the names of a classifier's head, and of nothing else in it
 _LUMA = (0.299, 0.587, 0.114)  # the brightness of red, green and blue (ITU-R BT.601)
 
 
@@ -219,3 +220,20 @@ class ImageClassifier(Classifier):
         if pixels_NCHW.shape[2:] != size:
             pixels_NCHW = functional.interpolate(pixels_NCHW, size, mode="bilinear", antialias=True)
         return ((pixels_NCHW - self.mean) / self.std).expand(-1, self.channels, -1, -1)
+
+
+def inner_transformer(model: nn.Module) -> tuple[str, nn.Module]:
+    """Look inside a classifier.
+
+    Args:
+        model: of any kind.
+
+    Returns:
+        The name within ``model``, with a dot where it is not empty, and the encoder or the body; ``model`` itself where
+        it is no classifier.
+    """
+    if isinstance(model, Classifier):
+        for name, child in model.named_children():
+            if child is not model.head:
+                return f"{name}.", child
+    return "", model

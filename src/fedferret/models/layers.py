@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fedferret.core.errors import UserError
-from fedferret.models.classifiers import Classifier
+from fedferret.models.classifiers import inner_transformer
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,9 +33,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     blocks = [found for name, module in lists.items() if (found := _blocks(name, module, lists))]
     if blocks:
         return max(blocks, key=lambda found: sum(_weights(module) for module in found.values()))
-    inner, prefix = model, ""
-    if isinstance(model, Classifier):
-        prefix, inner = next((f"{name}.", child) for name, child in model.named_children() if child is not model.head)
+    prefix, inner = inner_transformer(model)
     found = {f"{prefix}{name}": child for name, child in inner.named_children() if _weights(child)}
     if not found:
         raise UserError(f"a {type(inner).__name__} has no layers to choose among: choose a method that needs none")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from fedferret.models.adapters.attention import prefix_layers, without_prefixes
 from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
-from fedferret.models.adapters.lora import LoRA, continued, factors
+from fedferret.models.adapters.lora import FACTOR_A, FACTOR_B, LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
 from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prefix import Prefix
@@ -26,6 +26,8 @@ from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shi
 
 __all__ = [
     "ALL_LINEAR",
+    "FACTOR_A",
+    "FACTOR_B",
     "NORM",
     "Adapter",
     "EncodedPrompt",

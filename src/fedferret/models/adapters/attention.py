@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -111,6 +111,23 @@ def switch(model: nn.Module, on: bool) -> None:
         config._attn_implementation_internal = _NAMES[plain] if on else plain
 
 
+def prefix_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of prefixes by the attention layer that reads them.
+
+    Args:
+        names: of tuned weights, in the model's order; a classifier's head is left out.
+
+    Returns:
+        The names of each layer's keys and values, by the layer's name, in the model's order.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer, _, kind = name.rpartition(".")
+        if kind in (KEY, VALUE):
+            groups.setdefault(layer, []).append(name)
+    return groups
+
+
 def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
     """The names of a model's prefixes.
 
@@ -120,9 +137,7 @@ def prefix_layers(model: nn.Module) -> list[tuple[str, str]]:
     Returns:
         The names of keys and values of each attention layer, in the model's order.
     """
-    return [
-        (name, f"{name.removesuffix(KEY)}{VALUE}") for name, _ in model.named_parameters() if name.split(".")[-1] == KEY
-    ]
+    return [(key, value) for key, value in prefix_groups(name for name, _ in model.named_parameters()).values()]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fedferret.core.errors import UserError
-from fedferret.models.classifiers import Classifier
+from fedferret.models.classifiers import inner_transformer
 from fedferret.models.quiet import quiet_transformers
 
 _PRE_NORM = {
@@ -104,23 +104,6 @@ class BiasPlaces:
         """The keys to be reversed."""
         wanted = {each for name in shifted for each in ((name,) if name in self else self.readers(name))}
         return [key for key, given in self.keys.items() if (wanted - self.biased) & given.keys()]
-
-
-def inner_transformer(model: nn.Module) -> tuple[str, nn.Module]:
-    """Look inside a classifier.
-
-    Args:
-        model: of any kind.
-
-    Returns:
-        The name within ``model``, with a dot where it is not empty, and the encoder or the body; ``model`` itself where
-        it is no classifier.
-    """
-    if isinstance(model, Classifier):
-        for name, child in model.named_children():
-            if child is not model.head:
-                return f"{name}.", child
-    return "", model
 
 
 def bias_places(model: nn.Module) -> BiasPlaces:

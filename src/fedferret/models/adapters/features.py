@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from fedferret.core.errors import UserError
-from fedferret.models.adapters.bias_places import inner_transformer
 from fedferret.models.adapters.modules import ALL_LINEAR, linear_modules, selected
 from fedferret.models.adapters.norms import norm_modules
+from fedferret.models.classifiers import inner_transformer
 from fedferret.models.layers import layers_of
 
 

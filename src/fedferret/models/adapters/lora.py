@@ -28,6 +28,8 @@ from fedferret.models.adapters.start import check_start, load_start, saved
 from fedferret.models.classifiers import Classifier
 from fedferret.models.folders import build_folder
 
+FACTOR_A, FACTOR_B = ".lora_A.default.weight", ".lora_B.default.weight"  # follow a module's name in those of factors
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Adapter):
@@ -149,9 +151,9 @@ def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """
     found = dict(model.named_parameters())
     return {
-        name.removesuffix(".lora_A.default.weight"): (a, found[name.replace(".lora_A.", ".lora_B.")])
+        name.removesuffix(FACTOR_A): (a, found[name.removesuffix(FACTOR_A) + FACTOR_B])
         for name, a in found.items()
-        if name.endswith(".lora_A.default.weight")
+        if name.endswith(FACTOR_A)
     }
 
 

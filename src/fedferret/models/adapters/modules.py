@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
-from fedferret.models.classifiers import Classifier
+from fedferret.models.classifiers import Classifier, inner_transformer
 
 ALL_LINEAR = "all-linear"
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the linear maps of a block
@@ -64,7 +64,7 @@ def default_modules(model: nn.Module) -> str | tuple[str, ...]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     names = linear_modules(model)
-    config: Any = getattr(_transformer(model), "config", None)
+    config: Any = getattr(inner_transformer(model)[1], "config", None)
     for found in (LLAMA, KNOWN.get(getattr(config, "model_type", ""), ())):
         if found and not selected(names, found if isinstance(found, str) else tuple(found))[1]:
             return found if isinstance(found, str) else tuple(found)
@@ -163,9 +163,3 @@ def _is_a_linear_map(module: Any) -> bool:
     except (RuntimeError, TypeError, ValueError, IndexError):  # it reads other shapes
         return False
     return isinstance(output, Tensor) and output.shape == (1, module.out_features)
-
-
-def _transformer(model: nn.Module) -> nn.Module:
-    """What has the configuration: the model, or a text classifier's encoder."""
-    encoder = getattr(model, "encoder", None)
-    return encoder if isinstance(model, Classifier) and isinstance(encoder, nn.Module) else model

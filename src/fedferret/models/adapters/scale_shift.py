@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.models.adapters.bias_places import READERS, bias_places, inner_transformer
+from fedferret.models.adapters.bias_places import READERS, bias_places
 from fedferret.models.adapters.drawing import standard_normal
 from fedferret.models.adapters.features import chosen_features, is_linear
 from fedferret.models.adapters.interface import Adapter
 from fedferret.models.adapters.norms import weight_offset
+from fedferret.models.classifiers import inner_transformer
 
 Initial: TypeAlias = Literal["identity", "normal"]
 Shift: TypeAlias = Literal["auto", "all", "pushed", "none"]
