@@ -26,7 +26,7 @@ from typing import Any
 
 from fedferret import recipe
 from fedferret.runner import run
-from fedferret.tracking.events import read
+from fedferret.tracking.events import Run, read
 
 RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
 METHODS = ("central", "fedavg", "fedprox", "ferret")  # local-only clients come with FedAvg, as its baseline
@@ -100,6 +100,21 @@ def settings(task: str, method: str, alpha: float, seed: int, rate: float, local
     )
 
 
+def carried_out(settings: Any) -> tuple[dict[str, Any], Run, float]:
+    """Run a recipe in a folder that is removed.
+
+    Args:
+        settings: the recipe.
+
+    Returns:
+        The run's summary, its events, and seconds in all.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        summary = run(settings, Path(folder) / "run", lambda line: None)
+        return summary, read(Path(folder) / "run"), time.perf_counter() - started
+
+
 def measured(
     task: str, method: str, alpha: float, seed: int, rate: float, local_only: bool
 ) -> Iterator[dict[str, Any]]:
@@ -113,11 +128,7 @@ def measured(
         rate: as in ``settings``.
         local_only: as in ``settings``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        summary = run(settings(task, method, alpha, seed, rate, local_only), Path(folder) / "run", lambda line: None)
-        known = read(Path(folder) / "run")
-        seconds = time.perf_counter() - started
+    summary, known, seconds = carried_out(settings(task, method, alpha, seed, rate, local_only))
     last = known.evaluations[max(known.evaluations)]
     main = next(iter(last.results.values()))
     head = {"task": task, "alpha": alpha, "seed": seed, "rate": rate}

@@ -21,17 +21,13 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.classification import TASKS, finished
+from benchmarks.classification import TASKS, carried_out, finished
 from fedferret import recipe
-from fedferret.runner import run
-from fedferret.tracking.events import read
 
 RESULTS = Path(__file__).parent / "results" / "tuners.jsonl"
 TUNED_ON, REPORTED_ON = "bbc-news", "newsgroups"
@@ -135,12 +131,7 @@ def measured(name: str, task: str, alpha: float | None, clients: int, seed: int,
         seed: as in ``settings``.
         rate: as in ``settings``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        made = settings(CONTENDERS[name], task, alpha, clients, seed, rate)
-        summary = run(made, Path(folder) / "run", lambda line: None)
-        known = read(Path(folder) / "run")
-        seconds = time.perf_counter() - started
+    summary, known, seconds = carried_out(settings(CONTENDERS[name], task, alpha, clients, seed, rate))
     curve = []
     for number, evaluation in sorted(known.evaluations.items()):
         main = next(iter(evaluation.results.values()))
