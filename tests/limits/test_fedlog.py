@@ -19,9 +19,11 @@ from fedferret.core.keys import Key
 from fedferret.core.pooling import basic_pool, leaves
 from fedferret.engines.in_process import InProcess
 from fedferret.local.first_order import FirstOrder
+from fedferret.models.private_body import PrivateBodyClassifier
 from toys import (
     HELD_OUT,
     ToyData,
+    bits,
     normal,
     simulate,
     toy_classifier,
@@ -133,10 +135,35 @@ def test_no_body_is_on_the_wire_and_the_head_stays_fixed_while_it_trains() -> No
     assert len(tensors) == 18 and {tensor.shape for tensor in tensors} == {(3, 6)}
     cost = run.algorithm.wire_cost(tree.shapes(tree.parameters(run.task.model)), 3, 3)
     assert (cost.up_most, cost.down_most) == (4 * 3 * 6, 4 * 3 * 6)
-    with run.algorithm.model(run.task, run.state.public, run.store.get("b")) as model:
-        assert model is not None
-        assert torch.equal(model.head.weight, run.state.public.head[:, :-1])
-        assert torch.equal(model.head.bias, run.state.public.head[:, -1]) and model.head.weight.requires_grad
+    run.algorithm.client_update(run.task, run.state.public, run.store.get("b"), run.data["b"], Key.of(1))
+    head: Any = run.task.model.head  # as the client's training left it
+    assert torch.equal(head.weight, run.state.public.head[:, :-1])
+    assert torch.equal(head.bias, run.state.public.head[:, -1]) and head.weight.requires_grad
+
+
+def test_sums_that_no_examples_have_are_refused() -> None:
+    """Beside those that ``tests/contract`` makes of every payload."""
+    task = toy_task(1, FEDLOG)
+    public, _ = FEDLOG.init(task, Key.of(1))
+    good = sums_of(toy_rows(Key.of(9), 40))
+    for row, column, value, words in (
+        (0, 6, float(good[0, 6]) + 0.5, "whole"),
+        (0, 6, -1.0, "whole"),
+        (0, 6, 2.0**25, "at most 16,777,216"),
+        (1, 6, 0.0, "a class without an example has sums"),
+    ):
+        sums = good.clone()
+        sums[row, column] = value
+        with pytest.raises(ValueError, match=words):
+            FEDLOG.accept(task, public, FedLogSums(sums))
+
+
+def test_every_client_begins_from_the_first_body_whoever_worked_before() -> None:
+    run = simulate(replace(FEDLOG, start="random", features=5), 1)
+    first = toy_task(1, run.algorithm).model
+    assert isinstance(first, PrivateBodyClassifier)
+    client = run.algorithm.init_client(run.task, run.state.public, run.data["a"], Key.of(1))
+    assert bits(client.weights) == bits(first.private()) != bits(run.store.get("a").weights)
 
 
 def test_the_first_round_is_of_statistics_or_of_a_drawn_head() -> None:
