@@ -135,7 +135,8 @@ def test_no_body_is_on_the_wire_and_the_head_stays_fixed_while_it_trains() -> No
     assert len(tensors) == 18 and {tensor.shape for tensor in tensors} == {(3, 6)}
     cost = run.algorithm.wire_cost(tree.shapes(tree.parameters(run.task.model)), 3, 3)
     assert (cost.up_most, cost.down_most) == (4 * 3 * 6, 4 * 3 * 6)
-    run.algorithm.client_update(run.task, run.state.public, run.store.get("b"), run.data["b"], Key.of(1))
+    task = run.state.node.task
+    run.algorithm.client_update(task, run.state.public, run.store.get("b"), run.data["b"], Key.of(1))
     head: Any = run.task.model.head  # as the client's training left it
     assert torch.equal(head.weight, run.state.public.head[:, :-1])
     assert torch.equal(head.bias, run.state.public.head[:, -1]) and head.weight.requires_grad

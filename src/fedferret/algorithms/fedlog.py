@@ -58,8 +58,8 @@ class FedLog(PrivateBodies):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper-code": {"features": 50, "normalise": "none", "training": {"batch_size": 10, "epochs": 5}},
     }
-    start: Literal["statistics", "random"] | None = None  # of η; none: "random" where bodies are unlike, whose features
-    training: FirstOrder = field(default_factory=_adam)  # have nothing in common yet; else "statistics"
+    start: Literal["statistics", "random"] | None = None  # of η; none: "random" where bodies are unlike
+    training: FirstOrder = field(default_factory=_adam)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,7 +94,7 @@ class PrivateBodies(OverAdapter[FedLogPublic, None, FedLogClient, FedLogEntry, F
             )
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """The body, with an adapter if one is asked for, under a projection and a head of its own."""
+        """The body, with an adapter if one is asked for, under a projection and a head with a bias."""
         if not isinstance(model, Classifier):
             raise UserError(f"fedlog needs a classifier, not a {type(model).__name__}: set objective.name")
         prepared: Any = super().prepare(model, key)
@@ -108,7 +108,7 @@ class PrivateBodies(OverAdapter[FedLogPublic, None, FedLogClient, FedLogEntry, F
         """The first weights, the same for all clients of an architecture; the client's key draws which."""
         body = key.fold("body").sample(self.bodies, 1)[0] if self.bodies else BASE
         model = body_of(task.model)
-        model.begin(body)
+        model.start(body)
         return FedLogClient(body, tree.clone(model.private()))
 
     @contextmanager

@@ -130,7 +130,7 @@ class PrivateBodyClassifier(Classifier):
         """
         return {name: weight for name, weight in tree.parameters(self).items() if not name.startswith(HEAD)}
 
-    def begin(self, body: str) -> None:
+    def start(self, body: str) -> None:
         """Hold an architecture with its first weights, the same in every process.
 
         Args:
