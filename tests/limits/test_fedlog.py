@@ -107,8 +107,28 @@ def test_a_class_without_an_example_has_a_row_of_zeros_and_is_named() -> None:
     assert not sums_of(without)[1].any() and sums_of(without)[[0, 2]].any(dim=1).all()
     run = simulate(FEDLOG, 1, data={"a": without})
     assert not run.state.public.head[1].any()
-    assert "holds an example of class 1 (from 0), so its logit is 0" in str(FEDLOG.note(run.state.public))
+    assert "have no example of class 1 (from 0), so its logit is 0" in str(FEDLOG.note(run.state.public))
     assert FEDLOG.note(simulate(FEDLOG, 1, data={"a": rows}).state.public) is None
+
+
+def test_a_class_without_an_example_in_a_round_keeps_its_sums_unless_they_shall_be_zero() -> None:
+    rows = toy_rows(Key.of(9), 40)
+    parts = {str(label): rows.take([row for row, each in enumerate(labels(rows)) if each == label]) for label in (0, 1)}
+    cohorts, later = (["0"], ["1"]), ["0", "1"]
+    for absent, kept in (("keep", [True, True, False]), ("zero", [False, True, False])):
+        algorithm = replace(FEDLOG, absent=absent)
+        public, server = algorithm.init(task := toy_task(2, algorithm), Key.of(1))
+        for cohort in cohorts:
+            pool = basic_pool(algorithm.pooling)
+            for client in cohort:
+                pool.add(FedLogSums(sums_of(parts[client], algorithm)), 1.0)
+            server, entry = algorithm.server_update(task, public, server, pool.result(), Key.of(1))
+        assert entry.head.any(dim=1).tolist() == kept
+    all_in = [
+        simulate(replace(FEDLOG, absent=absent), 2, data={each: parts[each] for each in later})
+        for absent in ("keep", "zero")
+    ]
+    assert all_in[0].public == all_in[1].public
 
 
 def test_the_same_data_twice_gives_the_same_head() -> None:

@@ -9,10 +9,11 @@ arXiv 2407.08337, TMLR 2026; the authors' code, github.com/rossyu/fedlog.
     server      χ = Σ χ_j       ν = the sum of χ's last column, the number of examples
                 η = argmin  log Σ_c exp(‖η_c‖² / 4) - <η, χ> / ν            (``fedlog_head.py``)
 
-Public: η. Client: its body. Server: nothing; statistics do not add up over rounds. Wire: 4 C (m + 1) bytes up per
-client and round, 4 C (m + 1) down; a body never travels. Deviations: a client's optimiser is new every round, the
-code's every epoch; η is solved to 1e-6 of stationarity; clients may be sampled, where the code asks all in every round;
-features are normalised unless ``normalise`` is "none"; the last column counts examples, which the code sends once.
+Public: η. Client: its body. Server: of each class the newest row of χ; nothing adds up over rounds. Wire: 4 C (m + 1)
+bytes up per client and round, 4 C (m + 1) down; a body never travels. Deviations: a client's optimiser is new every
+round, the code's every epoch; η is solved to 1e-6 of stationarity; the code asks all clients in every round, and here a
+class without an example in a round keeps its row of χ (``absent``); features are normalised unless ``normalise`` is
+"none"; the last column counts examples, which the code sends once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fedferret.algorithms.fedlog_messages import (
     FedLogClient,
     FedLogEntry,
     FedLogPublic,
+    FedLogServer,
     FedLogSums,
     check_shape,
     check_sums,
@@ -58,6 +60,7 @@ class FedLog(PrivateBodies):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper-code": {"features": 50, "normalise": "none", "training": {"batch_size": 10, "epochs": 5}},
     }
+    absent: Literal["keep", "zero"] = "keep"  # sums of a class without an example: of its last round, or 0
     start: Literal["statistics", "random"] | None = None  # of η; none: "random" where bodies are unlike
     training: FirstOrder = field(default_factory=_adam)
 
@@ -82,18 +85,18 @@ class FedLog(PrivateBodies):
         return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(HEAD))
 
     def note(self, public: FedLogPublic) -> str | None:
-        """The classes that no client of the round holds."""
+        """The classes without an example."""
         absent = [str(label) for label, row in enumerate(public.head) if not row.any()]
         if not absent or len(absent) == len(public.head):
             return None
-        return f"No client of the round holds an example of class {', '.join(absent)} (from 0), so its logit is 0."
+        return f"The clients' sums have no example of class {', '.join(absent)} (from 0), so its logit is 0."
 
-    def init(self, task: Task, key: Key) -> tuple[FedLogPublic, None]:
+    def init(self, task: Task, key: Key) -> tuple[FedLogPublic, FedLogServer]:
         """η = 0, of which a round of statistics makes no use, or normal by the run's key."""
         classes, width = body_of(task.model).head.weight.shape
-        if self.start == "random":
-            return FedLogPublic(random_head(classes, width + 1, key)), None
-        return FedLogPublic(torch.zeros(classes, width + 1)), None
+        zeros = torch.zeros(classes, width + 1)
+        head = random_head(classes, width + 1, key) if self.start == "random" else zeros
+        return FedLogPublic(head), FedLogServer(zeros.clone())
 
     def client_update(
         self, task: Task, public: FedLogPublic, client: FedLogClient | None, data: Examples, key: Key
@@ -117,14 +120,16 @@ class FedLog(PrivateBodies):
         check_shape(sum, public.head)
 
     def server_update(
-        self, task: Task, public: FedLogPublic, server: None, pooled: Pooled[FedLogSums], key: Key
-    ) -> tuple[None, FedLogEntry]:
+        self, task: Task, public: FedLogPublic, server: FedLogServer, pooled: Pooled[FedLogSums], key: Key
+    ) -> tuple[FedLogServer, FedLogEntry]:
         """The most probable head, in float64, rounded once."""
-        sums_CF = pooled.only.sums.double()
-        count = float(sums_CF[:, -1].sum())
+        sums_CF = pooled.only.sums.cpu().float()
+        if self.absent == "keep":
+            sums_CF = torch.where(sums_CF[:, -1:] > 0, sums_CF, server.sums)
+        count = float(sums_CF[:, -1].double().sum())
         if not count >= 1:  # a sum that a guard unmasked: no client's alone was seen
             raise RunError(f"the clients' sums count {count:g} examples: there is no head to solve for")
-        return None, FedLogEntry(most_probable_head(sums_CF / count).float())
+        return FedLogServer(sums_CF.clone()), FedLogEntry(most_probable_head(sums_CF.double() / count).float())
 
     def apply(self, task: Task, public: FedLogPublic, entry: FedLogEntry) -> None:
         """The entry is the head."""

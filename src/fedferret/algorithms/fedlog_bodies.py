@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fedferret.algorithms.fedlog_messages import FedLogClient, FedLogEntry, FedLogPublic, FedLogSums
+from fedferret.algorithms.fedlog_messages import FedLogClient, FedLogEntry, FedLogPublic, FedLogServer, FedLogSums
 from fedferret.algorithms.over import OverAdapter
 from fedferret.core import tree
 from fedferret.core.errors import UserError, nearest
@@ -30,7 +30,7 @@ from fedferret.models.private_body import BASE, FeatureForm, Normalise, PrivateB
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivateBodies(OverAdapter[FedLogPublic, None, FedLogClient, FedLogEntry, FedLogSums]):
+class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLogEntry, FedLogSums]):
     """Base of FedLog: what stays at the clients."""
 
     has_global_model: ClassVar[bool] = False

@@ -40,6 +40,13 @@ class FedLogClient:
     weights: Tree
 
 
+@state
+class FedLogServer:
+    """The newest sums of each class, those of rounds in which it had an example; fp32, shape (C, m + 1)."""
+
+    sums: Tensor
+
+
 @message
 class FedLogSums(Payload["FedLogSums"]):
     """χ of one client, fp32, shape (C, m + 1)."""

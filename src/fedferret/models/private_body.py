@@ -72,7 +72,7 @@ class FeatureForm:
 
 
 class PrivateBodyClassifier(Classifier):
-    """A classifier whose body may change its architecture, and whose head reads features of one form.
+    """A classifier with a body of any architecture, under a head that reads features of one form.
 
     Attributes:
         inner: the classifier that makes the features; its own head is put aside.
@@ -164,7 +164,7 @@ class PrivateBodyClassifier(Classifier):
         if not self._plain:
             raise UserError(
                 "the plain model has no place for a projection, normalised or clamped features, or a head's bias; set "
-                'features="none", normalise="none" and clamp="none", with a model whose head has a bias'
+                'features="none", normalise="none" and clamp="none", with a model that has a head with a bias'
             )
         inner: Any = self.inner
         inner.head = self.head
