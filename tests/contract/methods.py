@@ -13,6 +13,7 @@ from fedferret.algorithms.fedavg_top_k import FedAvgTopK
 from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
+from fedferret.algorithms.fedlog import FedLog
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
@@ -135,6 +136,8 @@ METHODS: dict[str, AnyAlgorithm] = {
         server_formula="paper-code",
         training=replace(_prefixes, learning_rate=0.1, steps=3),
     ),
+    "fedlog": FedLog(training=_adam),
+    "fedlog-random-head": FedLog(features=4, normalise="none", clamp=0.5, start="random", training=_adam),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

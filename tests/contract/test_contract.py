@@ -60,8 +60,8 @@ def test_same_key_same_bits_and_no_global_generator_moves(name: str) -> None:
 
 
 def test_another_seed_gives_other_bits(name: str) -> None:
-    if name == "prototypes":
-        pytest.skip("draws nothing: means do not depend on the order of rows")
+    if name in ("prototypes", "fedlog"):
+        pytest.skip("draws nothing in round 1: means and sums do not depend on the order of rows")
     assert simulate(METHODS[name], rounds_of(METHODS[name]), until=1, seed=4).memory != reference(name).memory
 
 

@@ -106,4 +106,4 @@ def _refuse_unfit(outer: str, name: str, kind: type[AnyAlgorithm]) -> None:
 
 
 def _leaves_weights(outer: str, name: str) -> str:
-    return f'over="{name}": {name} leaves weights with each client, and {outer} shares all; {_CHOOSE}'
+    return f'over="{name}": {name} leaves weights with each client, which {outer} alone decides; {_CHOOSE}'

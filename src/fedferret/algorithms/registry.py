@@ -40,6 +40,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
         "keys and values that every attention layer reads first: the mean of the clients'",
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
+    "fedlog": ("fedlog", "FedLog", "private bodies; sums of features by class up, the most probable head down"),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 

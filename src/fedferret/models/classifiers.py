@@ -70,7 +70,7 @@ class Classifier(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.head.weight.device
+        return next(self.parameters()).device
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, under the name that transformers has for it.
