@@ -15,6 +15,8 @@ from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fedpeptao import FedPepTAO
+from fedferret.algorithms.fedpft import FedPFT
+from fedferret.algorithms.fedpft_then import FedPFTThen
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
@@ -134,6 +136,12 @@ METHODS: dict[str, AnyAlgorithm] = {
         server_rate=0.2,
         server_formula="paper-code",
         training=replace(_prefixes, learning_rate=0.1, steps=3),
+    ),
+    "fedpft": FedPFT(components=2, max_samples=60, head=replace(_adam, steps=5)),
+    "fedpft-full": FedPFT(covariance="full", normalise="layer-norm", min_examples=1, head=replace(_adam, steps=5)),
+    "fedpft-then": FedPFTThen(
+        then={"name": "fedavg", "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}},
+        start=FedPFT(max_samples=60, head=replace(_adam, steps=5)),
     ),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
