@@ -20,6 +20,7 @@ from fedferret.core.exchanges import Failure
 from fedferret.core.keys import Key
 from fedferret.core.pooling import tensors
 from fedferret.core.task import Task
+from fedferret.engines.in_process import InProcess
 from fedferret.local.feature_statistics import feature_statistics, features_of
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.gaussian_mixtures import Kind, num_values
@@ -27,7 +28,7 @@ from toy_classifier import THREE_CLASSES
 from toys import TRAINING, Simulation, ToyData, bits, simulate, toy_classifier, toy_clients, toy_model, weights
 
 KINDS: tuple[Kind, ...] = ("spherical", "diagonal", "full")
-HEAD = FirstOrder(optimizer="adamw", learning_rate=0.05, clip=None, steps=20, batch_size=16)
+HEAD = FirstOrder(optimizer="adamw", learning_rate=0.05, clip=None, steps=8, batch_size=16)
 ONE = FedPFT(head=HEAD)
 KEY = Key.of(5)
 
@@ -124,6 +125,7 @@ def test_a_chain_adds_counts_once_for_each_client_and_keeps_its_messages_length(
     walked = {client for record in run.records for client in record.bytes_up}
     assert 1 < len(walked) < 5  # one came again, and passed on what it got
     assert int(run.state.public.mixtures.counts.sum()) == sum(len(toy_clients()[client]) for client in walked)
+    assert run.algorithm.note(run.state.public) == "the chain's mixtures are of 36 examples in 3 classes"
     lengths = [length for record in run.records for length in record.bytes_up.values()]
     assert max(lengths) - min(lengths) <= 8  # numbers in the framing
     assert bits(simulate(chain, 1, data={"a": toy_clients()["a"]}).state.public.weights) == bits(
@@ -145,6 +147,8 @@ def test_without_a_first_round_a_tuner_is_itself_and_with_one_it_begins_from_the
     run = simulate(FedPFTThen(then=then, start=ONE), 3, until=1)
     head = simulate(ONE, 1).state.public.weights
     begun = weights(run)
+    lora = FedPFTThen(then={"name": "fedit", "rank": 2, "modules": ["body.0"]}, start=ONE)
+    assert torch.equal(weights(simulate(lora, 3, until=1))["head.weight"], head["head.weight"])
     assert run.state.public.stage == 1 and len(begun) == 4
     assert all(
         torch.equal(begun[name], head.get(name, weight)) for name, weight in toy_classifier().state_dict().items()
@@ -152,6 +156,19 @@ def test_without_a_first_round_a_tuner_is_itself_and_with_one_it_begins_from_the
 
 
 def test_a_covariance_that_is_not_positive_is_that_clients_refusal_and_the_round_goes_on() -> None:
+    class Tampering(InProcess):
+        def work(self, state: Any, client: str, body: Any, data: Any) -> tuple[Any, Any]:
+            update, private = super().work(state, client, body, data)
+            wrong = replace(update.payload, covariances=-update.payload.covariances)
+            return (replace(update, payload=wrong) if client == "ab" else update), private
+
+    data = toy_clients()
+    run = simulate(ONE, 1, data={**data, "ab": data["a"]}, engine=Tampering)
+    (failure,) = run.records[0].failures
+    assert failure == Failure("ab", "pool", "a covariance is not positive") and run.public == simulate(ONE, 1).public
+
+
+def test_every_claim_of_a_mixture_is_checked() -> None:
     run = simulate(ONE, 1)
     good = sent(ONE)
     for field, value, reason in (

@@ -130,6 +130,11 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
             )
         return model
 
+    def note(self, public: FedPFTPublic) -> str | None:
+        """What a chain has gone through."""
+        counts = public.mixtures.counts.tolist() if public.mixtures else []
+        return f"the chain's mixtures are of {sum(counts):,} examples in {len(counts)} classes" if counts else None
+
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """From one class of one component to all classes of K; down the head, and in a chain the mixtures."""
         classes, width = next(shape for shape in shapes.values() if len(shape) == 2)
