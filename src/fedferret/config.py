@@ -288,6 +288,12 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
     limit = recipe.algorithm.max_rounds
     if limit is not None and recipe.rounds > limit:
         raise UserError(f"rounds={recipe.rounds}: {algorithm_name} is over after {limit}, set rounds={limit}")
+    cohort = recipe.algorithm.per_round
+    if cohort is not None and recipe.clients.per_round != cohort:
+        raise UserError(
+            f"clients.per_round={recipe.clients.per_round}: {algorithm_name} with these settings has {cohort} a round, "
+            f"set clients.per_round={cohort}"
+        )
     recipe.pool.check(recipe.algorithm.pooling, algorithm_name, recipe.clients.per_round)
     return recipe
 

@@ -16,6 +16,8 @@ from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedlog import FedLog
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fedpeptao import FedPepTAO
+from fedferret.algorithms.fedpft import FedPFT
+from fedferret.algorithms.fedpft_then import FedPFTThen
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
@@ -138,6 +140,12 @@ METHODS: dict[str, AnyAlgorithm] = {
     ),
     "fedlog": FedLog(training=_adam),
     "fedlog-random-head": FedLog(features=4, normalise="none", clamp=0.5, start="random", training=_adam),
+    "fedpft": FedPFT(components=2, max_samples=60, head=replace(_adam, steps=5)),
+    "fedpft-full": FedPFT(covariance="full", normalise="layer-norm", min_examples=1, head=replace(_adam, steps=5)),
+    "fedpft-then": FedPFTThen(
+        then={"name": "fedavg", "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}},
+        start=FedPFT(max_samples=60, head=replace(_adam, steps=5)),
+    ),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

@@ -324,7 +324,7 @@ def reply_of(run: Simulation, client: str) -> ClientReply[Any, Any]:
 
 def pool(run: Simulation, reply: ClientReply[Any, Any]) -> Pooled[Any]:
     """A round of this one reply, twice."""
-    pool = basic_pool(run.algorithm.pooling)
+    pool = basic_pool(run.algorithm.pooling_at(run.state.public))
     pool.add(reply.payload.decoded(), 3.0)
     pool.add(reply.payload.decoded(), 6.0)
     return pool.result()

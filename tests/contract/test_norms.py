@@ -24,7 +24,7 @@ from fedferret.engines.in_process import InProcess
 from fedferret.wire import codec
 from toys import Simulation, simulate, toy_clients
 
-STATISTICS = ("fedlog",)  # of features: no update of weights, so that a norm has no meaning
+STATISTICS = ("fedlog", "fedpft")  # no update of weights, so that a norm has no meaning
 ROWS = [name for name, algorithm in METHODS.items() if algorithm not in UNLIKE and algorithm.name not in STATISTICS]
 
 

@@ -41,6 +41,8 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
     "fedlog": ("fedlog", "FedLog", "private bodies; sums of features by class up, the most probable head down"),
+    "fedpft": ("fedpft", "FedPFT", "a classifier's head, in one round: from mixtures of each class's frozen features"),
+    "fedpft-then": ("fedpft_then", "FedPFTThen", "a classifier's head from one round of FedPFT, then another method"),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 
