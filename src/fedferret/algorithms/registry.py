@@ -40,6 +40,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
         "keys and values that every attention layer reads first: the mean of the clients'",
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
+    "spafl": ("spafl", "SpaFL", "each client's own sparse model; thresholds alone travel, kilobytes: their mean"),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 

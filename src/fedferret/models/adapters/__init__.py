@@ -5,6 +5,7 @@
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
     Prefix           p keys and values before each attention layer's own                 likewise
+    RowThresholds    y_i = 0 where the row w_i is small; the weights are trained too     merged: these rows become 0
 
 What neither merges nor has a form of peft's is exported as a folder that ``read_adapter`` reads.
 
@@ -22,6 +23,15 @@ from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prefix import Prefix
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 from fedferret.models.adapters.read import read_adapter
+from fedferret.models.adapters.row_thresholds import (
+    THRESHOLD,
+    RowThresholds,
+    Window,
+    density,
+    masked_modules,
+    row_mask,
+    threshold_names,
+)
 from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
@@ -29,24 +39,31 @@ __all__ = [
     "FACTOR_A",
     "FACTOR_B",
     "NORM",
+    "THRESHOLD",
     "Adapter",
     "EncodedPrompt",
     "Initial",
     "LearnedPrompt",
     "LoRA",
     "Prefix",
+    "RowThresholds",
     "ScaleShift",
     "Shift",
+    "Window",
     "adapter_of",
     "continued",
     "default_modules",
+    "density",
     "factors",
     "linear_modules",
+    "masked_modules",
     "prefix_layers",
     "prefix_of",
     "read_adapter",
     "read_peft_folder",
     "released",
+    "row_mask",
+    "threshold_names",
     "transformer_of",
     "without_prefixes",
 ]
