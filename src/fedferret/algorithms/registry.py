@@ -41,6 +41,11 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
     "spafl": ("spafl", "SpaFL", "each client's own sparse model; thresholds alone travel, kilobytes: their mean"),
+    "spafl-gates": (
+        "spafl_gates",
+        "SpaFLGates",
+        "gates of neurons and heads of a frozen model, tens of kilobytes: the mean of the clients' thresholds",
+    ),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 

@@ -21,7 +21,6 @@ biases of masked rows are masked too. Updates of thresholds travel instead of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -32,10 +31,9 @@ from torch import Tensor, nn
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry, FedAvgPublic
 from fedferret.algorithms.full_model import step_
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
-from fedferret.algorithms.spafl_steps import caught_up, sparsity
+from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, caught_up, check_alpha, sparsity
 from fedferret.core import tree
 from fedferret.core.algorithm import ClientReply, Weighting
-from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
 from fedferret.core.task import Examples, Task
@@ -78,7 +76,7 @@ class SpaFL(PartlyPrivate):
         },
     }
     alpha: float = 0.002  # α, the pressure towards sparsity; the code's for LeNet-5
-    alpha_schedule: Literal["constant", "sigmoid"] = "constant"  # as for CIFAR-10; "sigmoid": α / (1 + exp(5 - 10 t/n))
+    alpha_schedule: AlphaSchedule = "constant"  # as for CIFAR-10; "sigmoid": α / (1 + exp(5 - 10 t/n))
     alpha_rounds: int = 1  # n of the sigmoid, t from 0; with the code's 1 the first round alone has a small α
     window: adapters.Window = "unit"  # margins with a gradient, |q| <= 1; weights this large have no use for thresholds
     importance_update: bool = True  # False: weights do not follow the thresholds, the paper's ablation
@@ -94,11 +92,8 @@ class SpaFL(PartlyPrivate):
         return [name for name, _ in adapters.threshold_names(list(names))]
 
     def check(self, model: nn.Module, rounds: int) -> None:
-        """Ranges, and what bf16 cannot hold."""
-        if not 0 <= self.alpha < math.inf:
-            raise UserError(f"alpha={self.alpha}: must not be negative; 0 leaves the loss alone")
-        if self.alpha_rounds < 1:
-            raise UserError(f"alpha_rounds={self.alpha_rounds}: give at least 1 round")
+        """Ranges."""
+        check_alpha(self.alpha, self.alpha_rounds)
         super().check(model, rounds)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
@@ -136,10 +131,8 @@ class SpaFL(PartlyPrivate):
 
     def train(self, task: Task, public: FedAvgPublic, data: Examples, key: Key) -> Trained:
         """Local steps with α Σ exp(-τ), and the rule for layers without rows."""
-        alpha = self.alpha
-        if self.alpha_schedule == "sigmoid":
-            alpha /= 1 + math.exp(min(5 - 10 * (task.round - 1) / self.alpha_rounds, 700))
-        return self.training.train(task, data, key, adjust=sparsity(task.model, alpha))
+        alpha = alpha_of(self.alpha, self.alpha_schedule, self.alpha_rounds, task.round)
+        return self.training.train(task, data, key, adjust=sparsity(lambda: adapters.row_masks(task.model), alpha))
 
     def apply(self, task: Task, public: SpaFLPublic, entry: FedAvgEntry) -> None:  # type: ignore[override]
         """τ <- τ - η Δ; what this changed, d, joins those of earlier rounds."""

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fedferret.core.errors import UserError
 from fedferret.local.steppers import Adjust
-from fedferret.models.adapters import THRESHOLD, masked_modules, row_mask, threshold_names
+from fedferret.models.adapters import threshold_names
 
+AlphaSchedule: TypeAlias = Literal["constant", "sigmoid"]
 FEWEST = 0.01  # of a layer's rows: with so few, or fewer, its thresholds begin again at 0
 
 
-def sparsity(model: nn.Module, alpha: float) -> Adjust:
+def check_alpha(alpha: float, rounds: int) -> None:
+    """Refuse a pressure that cannot be. Raises UserError."""
+    if not 0 <= alpha < math.inf:
+        raise UserError(f"alpha={alpha}: must not be negative; 0 leaves the loss alone")
+    if rounds < 1:
+        raise UserError(f"alpha_rounds={rounds}: give at least 1 round")
+
+
+def alpha_of(alpha: float, schedule: AlphaSchedule, rounds: int, round: int) -> float:
+    """α in a round.
+
+    Args:
+        alpha: the setting.
+        schedule: "sigmoid": α / (1 + exp(5 - 10 t / n)), t from 0.
+        rounds: n.
+        round: t + 1.
+
+    Returns:
+        α, times the schedule's factor.
+    """
+    if schedule == "constant":
+        return alpha
+    return alpha / (1 + math.exp(5 - 10 * min((round - 1) / rounds, 4)))  # 1 to fp64 from there on
+
+
+def sparsity(masks: Callable[[], Mapping[str, Tensor]], alpha: float) -> Adjust:
     """The gradient of α Σ exp(-τ), and the rule for layers of which next to nothing is left.
 
     Args:
-        model: with thresholds, which is trained.
+        masks: gives every layer's mask of ones and zeros, by the name of the layer's thresholds.
         alpha: α, at least 0.
 
     Returns:
         An adjustment between backward and step. The thresholds of a layer with a mask of at most 1% ones become 0, and
         this step leaves them there.
     """
-    modules = masked_modules(model)
 
     @torch.no_grad()
     def adjust(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, module in modules.items():
-            threshold = parameters[f"{name}.{THRESHOLD}" if name else THRESHOLD]
-            if float(row_mask(module).mean()) <= FEWEST:
+        for name, mask_R in masks().items():
+            threshold = parameters[name]
+            if float(mask_R.mean()) <= FEWEST:
                 threshold.zero_()
                 threshold.grad = None
             elif threshold.grad is not None:

@@ -146,6 +146,20 @@ def row_mask(module: Any, window: Window = "unit") -> Tensor:
 
 
 @torch.no_grad()
+def row_masks(model: nn.Module) -> dict[str, Tensor]:
+    """All masks.
+
+    Args:
+        model: what ``RowThresholds.attach`` returned.
+
+    Returns:
+        1 for a row that is kept, 0 for one that is masked, by the name of the rows' thresholds.
+    """
+    modules = masked_modules(model).items()
+    return {f"{name}.{THRESHOLD}".removeprefix("."): row_mask(module) for name, module in modules}
+
+
+@torch.no_grad()
 def density(model: nn.Module) -> float:
     """The share of weights that is kept.
 
