@@ -23,7 +23,7 @@ MASKED, IMAGES = 2 / 3, 256
 
 
 def figures() -> Iterator[Figure]:
-    """For both image models whose layers follow one another."""
+    """For both image models in which layers follow one another."""
     for name in ("lenet5", "conv4"):
         masked = adapters.RowThresholds().attach(models.classifier(name, 10).model, Key.of(1))
         with torch.no_grad():

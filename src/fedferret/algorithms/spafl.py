@@ -1,4 +1,4 @@
-"""SpaFL: every client trains a sparse model of its own; the thresholds that make it sparse are averaged.
+"""SpaFL: every client trains and keeps a sparse model; the thresholds that make it sparse are averaged.
 
 Kim, Saad, Debbah, Hong. "SpaFL: Communication-Efficient Federated Learning with Sparse Models and Low Computational
 Overhead", NeurIPS 2024, arXiv 2406.00431. Formulas are those of the authors' code.

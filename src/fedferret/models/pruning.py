@@ -1,4 +1,4 @@
-"""Remove neurons and filters whose weights are all zero from an image model, with the same logits.
+"""Remove neurons and filters that are all zero from an image model, with the same logits.
 
     layer l       rows that are zero, weights and bias, give 0 for every image: they are removed
     layer l + 1   what they fed gets 0: the columns that read them are removed; behind a flattening, a block of columns
@@ -32,14 +32,14 @@ def without_zero_rows(model: nn.Module) -> nn.Module:
         A copy without the rows of its body that are zero, and without what reads them.
 
     Raises:
-        UserError: the model is none whose layers follow one another.
+        UserError: layers do not follow one another, or something between them makes more than 0 of 0.
     """
     smaller = copy.deepcopy(model)
     body = getattr(smaller, "body", None)
     if not isinstance(smaller, ImageClassifier) or not isinstance(body, nn.Sequential):
         raise UserError(
-            f"zero rows can be removed from image models whose layers follow one another (lenet5, conv4), and not from "
-            f"a {type(model).__name__}: export it without --prune"
+            f"zero rows can be removed from image models in which layers follow one another (lenet5, conv4), and not "
+            f"from a {type(model).__name__}: export it without --prune"
         )
     kept, count = torch.empty(0, dtype=torch.long), 0  # rows of the layer before that stay, and how many it had
     for name, module in [*body.named_children(), ("head", smaller.head)]:

@@ -142,7 +142,7 @@ def open_share(model: nn.Module) -> float:
     Returns:
         Columns of the gated projections that read open gates, weighted by their weights, over all columns.
     """
-    sizes = {name: module.weight.numel() for name, module in gated_modules(model).items()}
+    sizes: dict[str, int] = {name: module.weight.numel() for name, module in gated_modules(model).items()}
     masks = gate_masks(model)
     kept = sum(size * float(masks[f"{name}.{GATE}"].mean()) for name, size in sizes.items())
     return kept / sum(sizes.values())
