@@ -20,6 +20,7 @@ from fedferret.export import export_folder
 from fedferret.models import adapters
 from fedferret.models.pruning import without_zero_rows
 from fedferret.runner import run
+from fedferret.tracking.report import write_report
 from tiny_runs import silent
 from unit.classifying import one_line
 from unit.test_classification_runs import WORDS, resolved
@@ -72,7 +73,10 @@ def test_models_whose_zero_rows_cannot_be_removed_are_named() -> None:
 def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
     algorithm = {"name": "spafl", "alpha": 0.2, "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}}
     recipe = resolved(tmp_path, rounds=2, algorithm={**algorithm, "initial_threshold": 0.01})
-    run(recipe, tmp_path / "run", silent)
+    summary = run(recipe, tmp_path / "run", silent)
+    assert all(0 < share < 1 for share in summary["density_by_round"]) and len(summary["density_by_round"]) == 2
+    report = write_report(tmp_path / "run").read_text()
+    assert "Density is the share of weights" in report and f"{summary['density_by_round'][-1]:.1%}" in report
     with pytest.raises(UserError, match="spafl has no global model: export a client's own, with --client NAME"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)
     with pytest.raises(UserError, match=r"--client nobody: .*it has trained in no round"):

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedferret.core.errors import UserError
@@ -94,7 +95,7 @@ def _metrics(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> dict[str
 
 
 def _mean(values: Mapping[str, float]) -> float | None:
-    return _plain(sum(values.values()) / len(values)) if values else None
+    return _plain(fmean(values.values())) if values else None
 
 
 def times(run: Run) -> dict[str, float]:

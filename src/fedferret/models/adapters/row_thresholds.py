@@ -94,11 +94,15 @@ class RowThresholds(Adapter):
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d) and id(module.weight) not in left
         ]
+        if not names:
+            raise UserError("this model has no linear module or convolution of which rows could be masked")
         chosen, missing = (names, []) if self.modules is None else selected(names, self.modules)
-        if missing or not chosen:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none that can be masked"
-            asked = f'algorithm.modules="{missing[0]}": ' if missing else ""
-            raise UserError(f"{asked}no linear module or convolution is called so; this model has {known}")
+        if missing:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise UserError(
+                f'algorithm.modules="{missing[0]}": no linear module or convolution is called so; this model has '
+                f"{known}"
+            )
         return chosen
 
     @torch.no_grad()
