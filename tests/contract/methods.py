@@ -30,6 +30,8 @@ from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
 from fedferret.algorithms.slora import SLoRA
+from fedferret.algorithms.spafl import SpaFL
+from fedferret.algorithms.spafl_gates import SpaFLGates
 from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
@@ -125,6 +127,8 @@ METHODS: dict[str, AnyAlgorithm] = {
         full_training=TRAINING,
         training=_adam,
     ),
+    "spafl": SpaFL(alpha=0.02, modules=("0",), training=TRAINING),
+    "spafl-gates": SpaFLGates(alpha=1e-3, training=replace(_adam, learning_rate=0.4, steps=2)),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),

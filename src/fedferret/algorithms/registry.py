@@ -43,6 +43,12 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedlog": ("fedlog", "FedLog", "private bodies; sums of features by class up, the most probable head down"),
     "fedpft": ("fedpft", "FedPFT", "a classifier's head, in one round: from mixtures of each class's frozen features"),
     "fedpft-then": ("fedpft_then", "FedPFTThen", "a classifier's head from one round of FedPFT, then another method"),
+    "spafl": ("spafl", "SpaFL", "each client's own sparse model; thresholds alone travel, kilobytes: their mean"),
+    "spafl-gates": (
+        "spafl_gates",
+        "SpaFLGates",
+        "gates of neurons and heads of a frozen model, tens of kilobytes: the mean of the clients' thresholds",
+    ),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
 }
 

@@ -93,15 +93,7 @@ class FolderClientStore(ClientStore):
             DamagedState: its file is damaged, or another client's or round's.
         """
         round = self._rounds.get(client)
-        if round is None:
-            return None
-        path = self._path(client, round)
-        try:
-            return read_state(read_intact(path, RESTORE), client, round, self._codec)
-        except RunError as error:
-            raise DamagedState(str(error)) from None
-        except ValueError as error:
-            raise DamagedState(f"{path} is damaged ({error}): {RESTORE}") from None
+        return None if round is None else load_state(self._folder, client, round, self._codec)
 
     def stage(self, client: str, state: Any, round: int) -> None:
         """Write the new state beside the old one."""
@@ -143,6 +135,27 @@ def held(folder: Path, client: str, round: int) -> bool:
         round: in which the client was counted.
     """
     return _path(folder, client, round).exists()
+
+
+def load_state(folder: Path, client: str, round: int, codec: Codec) -> Any:
+    """The private state that ``round`` left, from its file.
+
+    Args:
+        folder: of the states.
+        client: name.
+        round: in which the client was counted.
+        codec: of states.
+
+    Raises:
+        DamagedState: the file is damaged, or another client's or round's.
+    """
+    path = _path(folder, client, round)
+    try:
+        return read_state(read_intact(path, RESTORE), client, round, codec)
+    except RunError as error:
+        raise DamagedState(str(error)) from None
+    except ValueError as error:
+        raise DamagedState(f"{path} is damaged ({error}): {RESTORE}") from None
 
 
 def of_epoch(client: str, epoch: int) -> str:
