@@ -1,6 +1,7 @@
 """A small world to run methods in: a regression on 97 weights, clients of uneven size, whole runs in milliseconds.
 
-Methods that need a language model read the same rows as sentences of five words, and predict the last.
+Methods that need a language model read the same rows as sentences of five words, and predict the last. Methods that
+need a classifier read them as examples of three classes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from fedferret.local.first_order import FirstOrder
 from fedferret.objectives.next_token import NextToken
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
+from toy_classifier import THREE_CLASSES, ToyClassifier
 
 TRAINING = FirstOrder(learning_rate=0.1, steps=2, batch_size=4)
 ONE_BIT = Ferret(**Ferret.presets["one-bit"], training=TRAINING)  # shared directions, and every coordinate travels
@@ -53,6 +55,11 @@ class Rows:
 
     x: Tensor
     y: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The rows as examples of three classes, (B,): in what range the target lies."""
+        return (self.y[:, 0] > -0.5).long() + (self.y[:, 0] > 0.5)
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,23 @@ HELD_OUT = toy_rows(Key.of(7, "held out"), 64)
 
 def toy_model() -> nn.Module:
     """Two linear layers: four tensors, 97 weights."""
-    key = Key.of(7, "model")
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, 1))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(0.5 * normal(key.fold(name), *weight.shape))
+    return drawn(model, Key.of(7, "model"))
+
+
+def toy_classifier() -> nn.Module:
+    """A body and a head: four tensors, 51 weights."""
+    with torch.random.fork_rng(devices=[]):
+        model = ToyClassifier(INPUTS)
+    return drawn(model, Key.of(7, "classifier"))
+
+
+@torch.no_grad()
+def drawn(model: nn.Module, key: Key) -> nn.Module:
+    """The model with weights that the key draws."""
+    for name, weight in model.named_parameters():
+        weight.copy_(0.5 * normal(key.fold(name), *weight.shape))
     return model
 
 
@@ -203,13 +221,14 @@ def sentences(rows: Rows) -> Batch:
 
 
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
-    """The regression, or the last words, with a model of its own that is prepared for ``algorithm``."""
+    """The regression, the classes or the last words, with a model of its own that is prepared for ``algorithm``."""
+    classes = algorithm is not None and algorithm.objectives == ("classification",)
     language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF)
     blocks = 3 if isinstance(algorithm, FedPepTAO) and algorithm.layers != 1 else 1  # it chooses among them
-    model = toy_language_model(blocks) if language else toy_model()
+    model = toy_language_model(blocks) if language else toy_classifier() if classes else toy_model()
     if algorithm:
         model = algorithm.prepare(model, Key.of(7, "prepare"))
-    objective: Objective = LastWord() if language else SquaredError()
+    objective: Objective = LastWord() if language else THREE_CLASSES if classes else SquaredError()
     return Task.of(model, objective, rounds)
 
 
