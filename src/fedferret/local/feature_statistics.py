@@ -91,7 +91,7 @@ def feature_statistics(
             counts_C = torch.zeros(classes, dtype=torch.int64)
             found = FeatureStatistics(counts_C, torch.zeros(classes, width, dtype=torch.float64), moments_CHH)
         found.counts_C.add_(torch.bincount(y_N, minlength=classes))
-        for label in y_N.unique().tolist():
+        for label in set(y_N.tolist()):
             own_NH = x_NH[y_N == label]
             found.sums_CH[label] += own_NH.sum(dim=0)
             if found.moments_CHH is not None:
