@@ -20,6 +20,7 @@ from fedferret.algorithms.fedpft import FedPFT
 from fedferret.algorithms.fedpft_then import FedPFTThen
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
+from fedferret.algorithms.fedptr import FedPTR
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.fedsa_lora import FedSALoRA
@@ -43,6 +44,7 @@ ROUNDS = 4
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
+_quick = replace(TRAINING, learning_rate=0.3)
 _prefixes = replace(_adam, learning_rate=0.15, steps=2)
 
 
@@ -60,6 +62,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     ),
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
+    "fedptr": FedPTR(mu=0.3, examples_per_class=1, matching_steps=2, training=_quick),
+    "fedptr-server": FedPTR(where="server", examples_per_class=1, matching_steps=3, inner_steps=2, training=_quick),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
