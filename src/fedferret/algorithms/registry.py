@@ -41,6 +41,11 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
+    "fedper": ("split_model", "FedPer", "a classifier's body averaged, and the head each client's own"),
+    "fedrep": ("split_model", "FedRep", "FedPer with the head trained first, and then the body"),
+    "lg-fedavg": ("split_model", "LGFedAvg", "a classifier's head averaged, and the body each client's own"),
+    "fedavg-ft": ("fedavg_ft", "FedAvgFT", "FedAvg, scored at each client after steps on the client's own examples"),
+    "local-only": ("local_only", "LocalOnly", "all weights, zero bytes: every client trains alone, for comparison"),
 }
 
 
