@@ -51,9 +51,7 @@ class FedAvgFT(FedAvg):
             return PrivateWeights(tree.clone(steps.train(task, training(), key).weights))
 
     @contextmanager
-    def model(
-        self, task: Task, public: FedAvgPublic, client: PrivateWeights | None = None
-    ) -> Iterator[nn.Module]:
+    def model(self, task: Task, public: FedAvgPublic, client: PrivateWeights | None = None) -> Iterator[nn.Module]:
         """The global model, or the model that ``personalise`` made of it."""
         with loaded(task, client.weights if client else public.weights) as model:
             yield model
