@@ -103,7 +103,7 @@ def kept_states(clients: int, rounds: int, cohort: int, history: int) -> int:
 
 
 def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
-    """Log what clients keep on disk here, and where that or the log may not fit: found out late, it costs rounds."""
+    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
     recipe, history = experiment.recipe, experiment.recipe.execution.history
     costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
     kept = max(cost.client_state_bytes for cost in costs)
@@ -113,11 +113,6 @@ def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
     there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
     free = shutil.disk_usage(out).free + there
     stops = "where the disk is full the run stops, and goes on once there is more"
-    if 0 < states <= free:
-        log(
-            f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part: up to {as_bytes(states)} "
-            f"on disk."
-        )
     if states > free:
         log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "

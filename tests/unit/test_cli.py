@@ -91,10 +91,7 @@ def test_the_size_of_client_states_is_shown_before_they_fill_the_disk(
     assert "# disk, per client            362 KB, for 2 clients 725 KB at most" in fedferret("show", *words)
     assert "disk, per client" not in fedferret("show", recipe)
     warning = "fedavg-top-k keeps 362 KB of every client that took part, up to 725 KB in all"
-    stated = fedferret("run", *words, "--out", tmp_path / "roomy")
-    assert warning not in stated
-    before, after = stated.index("of every client that took part: up to 725 KB on disk."), stated.index("round 1/1")
-    assert before < after
+    assert warning not in fedferret("run", *words, "--out", tmp_path / "roomy")
     monkeypatch.setattr("fedferret.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
     assert f"{warning}, and {tmp_path / 'small'} has room for 700 KB" in fedferret(
         "run", *words, "--out", tmp_path / "small"
