@@ -53,7 +53,7 @@ class SplitModel(PartlyPrivate):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """A language model has no head of its own to keep or to share."""
+        """The classifier's head is what divides the model; a language model has none."""
         return ("classification",)
 
     def check(self, model: nn.Module, rounds: int) -> None:
