@@ -9,6 +9,7 @@ from contract.staged_methods import TwoStages
 from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
+from fedferret.algorithms.fedavg_ft import FedAvgFT
 from fedferret.algorithms.fedavg_top_k import FedAvgTopK
 from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
@@ -29,10 +30,12 @@ from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.local_only import LocalOnly
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
 from fedferret.algorithms.slora import SLoRA
 from fedferret.algorithms.spafl import SpaFL
 from fedferret.algorithms.spafl_gates import SpaFLGates
+from fedferret.algorithms.split_model import FedPer, FedRep, LGFedAvg
 from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
@@ -40,6 +43,7 @@ from fedferret.local.zeroth_order import ZerothOrder
 from toys import ONE_BIT, TRAINING, AnyAlgorithm, Simulation, simulate
 
 ROUNDS = 4
+SENDS_NOTHING = "local-only"  # has no payload that could be wrong, and moves no public weight
 
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
@@ -154,6 +158,11 @@ METHODS: dict[str, AnyAlgorithm] = {
         then={"name": "fedavg", "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}},
         start=FedPFT(max_samples=60, head=replace(_adam, steps=5)),
     ),
+    "fedper": FedPer(training=TRAINING),
+    "fedrep": FedRep(head_times=2, training=TRAINING),
+    "lg-fedavg": LGFedAvg(training=TRAINING),
+    "fedavg-ft": FedAvgFT(fine_tuning=3, training=TRAINING),
+    "local-only": LocalOnly(training=TRAINING),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

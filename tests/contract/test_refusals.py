@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.methods import METHODS, reference
+from contract.methods import METHODS, SENDS_NOTHING, reference
 from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import Delta
 from fedferret.core.exchanges import ClientUpdate, Failure, Reply
@@ -23,7 +23,7 @@ from fedferret.engines.in_process import InProcess
 from fedferret.wire import codec
 from toys import Simulation, simulate, toy_clients
 
-ROWS = [name for name in METHODS if name not in {method.name for method in UNLIKE}]
+ROWS = [name for name in METHODS if name not in {SENDS_NOTHING, *(method.name for method in UNLIKE)}]
 DRAWN = ("seed", "key")  # integers that a client draws: any of their range is right
 
 

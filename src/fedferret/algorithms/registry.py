@@ -51,6 +51,11 @@ _METHODS: dict[str, tuple[str, str, str]] = {
         "gates of neurons and heads of a frozen model, tens of kilobytes: the mean of the clients' thresholds",
     ),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
+    "fedper": ("split_model", "FedPer", "a classifier's body averaged, and the head each client's own"),
+    "fedrep": ("split_model", "FedRep", "FedPer with the head trained first, and then the body"),
+    "lg-fedavg": ("split_model", "LGFedAvg", "a classifier's head averaged, and the body each client's own"),
+    "fedavg-ft": ("fedavg_ft", "FedAvgFT", "FedAvg, scored at each client after steps on the client's own examples"),
+    "local-only": ("local_only", "LocalOnly", "all weights, zero bytes: every client trains alone, for comparison"),
 }
 
 

@@ -184,7 +184,7 @@ def gather(grid: Grid, out: Path, imported: Mapping[str, RunResult] | None = Non
     """
     cells = grid.cells(out)
     statuses = {cell: run_status(cell) for cell in cells}
-    runs = {cell: result_of(cell) for cell in cells if statuses[cell].state == "finished"}
+    runs = {cell: result_of(cell, grid) for cell in cells if statuses[cell].state == "finished"}
     found = imported or {}
     runs |= {cell: found[cell.name] for cell in cells if cell.name in found and not statuses[cell].over}
     different = differing({cell: run.task for cell, run in runs.items()})
