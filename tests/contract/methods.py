@@ -26,6 +26,7 @@ from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.server_optimizer import ServerOptimizer
 from fedferret.algorithms.slora import SLoRA
 from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
@@ -54,6 +55,7 @@ METHODS: dict[str, AnyAlgorithm] = {
         training=FirstOrder(optimizer="adamw", learning_rate=0.01, epochs=1, accumulate=2, clip=None),
     ),
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
+    "fedavg-server-momentum": FedAvg(server_optimizer=ServerOptimizer(name="momentum"), training=TRAINING),
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
