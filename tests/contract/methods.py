@@ -14,6 +14,7 @@ from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
+from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
@@ -26,6 +27,7 @@ from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.scaffold import Scaffold
 from fedferret.algorithms.server_optimizer import ServerOptimizer
 from fedferret.algorithms.slora import SLoRA
 from fedferret.algorithms.ssf import SSF
@@ -57,6 +59,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
     "fedavg-server-momentum": FedAvg(server_optimizer=ServerOptimizer(name="momentum"), training=TRAINING),
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
+    "scaffold": Scaffold(training=TRAINING),
+    "fednova": FedNova(training=FirstOrder(learning_rate=0.1, epochs=1, batch_size=4)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),

@@ -42,6 +42,8 @@ def inflated(payload: Any, factor: float) -> Any:
     values = getattr(payload, "values", None)
     if values is not None and values.bits == 32:
         return replace(payload, values=Coding(32).encode(values.unpack() * factor, Key.of(1)))
+    if hasattr(payload, "lengths"):  # what an update is worth is no part of its scale
+        return replace(scaled(payload, factor), lengths=payload.lengths)
     return scaled(payload, factor)
 
 
