@@ -30,7 +30,7 @@ def test_with_one_client_and_in_the_first_round_it_is_fedavg_to_the_bit() -> Non
 
 
 def opposed(count: int = 4) -> dict[str, ToyData]:
-    """Clients whose rows lie along directions of their own, and whose laws contradict each other."""
+    """Clients with rows mostly along one direction each, and laws that contradict each other."""
     data = {}
     for number in range(count):
         key = Key.of(5, "opposed", number)

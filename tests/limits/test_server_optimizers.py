@@ -23,7 +23,7 @@ UPDATES = (0.5, -2.0, 0.25, 1e-4, 0.0)
 
 
 def by_hand(kind: str, beta_1: float, beta_2: float, rate: float, tau: float) -> list[float]:
-    """The steps of one weight whose mean updates are ``UPDATES``, as the papers' algorithms are written."""
+    """The steps of one weight with the mean updates ``UPDATES``, as the papers' algorithms are written."""
     m, v, steps = 0.0, tau**2, []
     for delta in UPDATES:
         if kind == "momentum":
@@ -88,7 +88,7 @@ def test_a_method_uses_the_servers_optimiser_or_refuses_it(method: str) -> None:
         with pytest.raises(UserError, match="server_optimizer: there is no such setting"):
             build_algorithm(method, {"server_optimizer": {"name": "momentum"}})
         return
-    if method in ("fedex-lora", "fedpeptao"):  # with a server of their own
+    if method in ("fedex-lora", "fedpeptao"):  # with another server
         with pytest.raises(
             UserError, match=r'server_optimizer.name="momentum": the method.* leave server_optimizer out'
         ):

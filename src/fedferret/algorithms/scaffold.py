@@ -1,4 +1,4 @@
-"""SCAFFOLD: FedAvg whose clients correct their steps for what their own data pulls them away from the others.
+"""SCAFFOLD: FedAvg of clients that correct their steps for what their own data pulls them away from the others.
 
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh. "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
 ICML 2020, arXiv 1910.06378, Algorithm 1, with option II for the controls. S clients reply in a round, N so far.

@@ -73,7 +73,7 @@ class ServerOptimizer:
                 raise UserError(f"{setting}={value}: must lie in [0, 1), or nothing new would count")
 
     def refuse(self, reason: str) -> None:
-        """Refuse, for a method with a server of its own, anything but the average.
+        """Refuse anything but the average, for a method with another server.
 
         Args:
             reason: what the method's server does.
