@@ -16,6 +16,7 @@ from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedlog import FedLog
 from fedferret.algorithms.fedmezo import FedMeZO
+from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedpft import FedPFT
 from fedferret.algorithms.fedpft_then import FedPFTThen
@@ -32,6 +33,8 @@ from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
 from fedferret.algorithms.local_only import LocalOnly
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.scaffold import Scaffold
+from fedferret.algorithms.server_optimizer import ServerOptimizer
 from fedferret.algorithms.slora import SLoRA
 from fedferret.algorithms.spafl import SpaFL
 from fedferret.algorithms.spafl_gates import SpaFLGates
@@ -65,9 +68,12 @@ METHODS: dict[str, AnyAlgorithm] = {
         training=FirstOrder(optimizer="adamw", learning_rate=0.01, epochs=1, accumulate=2, clip=None),
     ),
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
+    "fedavg-server-momentum": FedAvg(server_optimizer=ServerOptimizer(name="momentum"), training=TRAINING),
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
     "fedptr": FedPTR(mu=0.3, examples_per_class=1, matching_steps=2, training=_quick),
     "fedptr-server": FedPTR(where="server", examples_per_class=1, matching_steps=3, inner_steps=2, training=_quick),
+    "scaffold": Scaffold(training=TRAINING),
+    "fednova": FedNova(training=FirstOrder(learning_rate=0.1, epochs=1, batch_size=4)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
