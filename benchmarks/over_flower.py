@@ -1,22 +1,21 @@
 """Personal, one-shot and server-side methods over Flower, with real processes on loopback: the bits of one process.
 
-Three sites of twenty-four short texts in three classes tune a tiny encoder for two rounds; personal models stay at
-their sites. The same recipe is run in one process. Equal must be the log, byte for byte, the clients' scores, and the
-private state that every site has on disk.
+Two sites of twenty-four short texts in three classes tune a tiny encoder for two rounds; personal models stay at their
+sites, which run one method after the other. The same recipe is run in one process. Equal must be the log, byte for
+byte, the clients' scores, and the private state that every site has on disk.
 
     python -m benchmarks.over_flower [METHOD ...]      prints a JSON object per method; exit code 1 where any differs
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
@@ -24,16 +23,32 @@ from fedferret import load_recipe, run
 from fedferret.algorithms.registry import catalogue
 from fedferret.core.keys import Key
 from fedferret.tracking import events
-from fedferret.wire import codec
+
+if TYPE_CHECKING:
+    from federation import Federation
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the federation of the tests
 
-SITES, ROUNDS, ROWS = ("site-1", "site-2", "site-3"), 2, 24
+SITES, ROUNDS, ROWS = ("site-1", "site-2"), 2, 24
+AT_SITES = "sites/*/runs/*/clients/*.state"
 WORDS = {"food": ("soup", "bread", "salt"), "sky": ("star", "moon", "cloud"), "sport": ("ball", "goal", "team")}
+MODEL = {"name": "tiny-encoder"}
 TRAINING = {"learning_rate": 0.1, "steps": 3, "batch_size": 4}
 METHODS: Mapping[str, Mapping[str, Any]] = {  # tables that differ from those of ``tables``, by method
     "fedsa-lora": {"algorithm": {"modules": "all-linear", "training": TRAINING}},
+    "fedper": {},
+    "fedrep": {"algorithm": {"head_times": 2, "training": TRAINING}},
+    "lg-fedavg": {},
+    "fedavg-ft": {"algorithm": {"fine_tuning": 2, "training": TRAINING}},
+    "local-only": {},
+    "fedlog": {},
+    "spafl": {},
+    "fedpft": {"rounds": 1, "model": {**MODEL, "train": "head"}, "algorithm": {}},
+    "fedptr": {"algorithm": {"matching_steps": 2, "training": TRAINING}},
+    "scaffold": {},
+    "fednova": {},
+    "fedavg": {"algorithm": {"server_optimizer": {"name": "adam"}, "training": TRAINING}},
 }
 
 
@@ -47,7 +62,7 @@ def tables(name: str, folder: Path) -> dict[str, Any]:
     changes = METHODS.get(name, {})
     return {
         "rounds": ROUNDS,
-        "model": {"name": "tiny-encoder"},
+        "model": MODEL,
         "data": {
             "source": "sites",
             "sites": list(SITES),
@@ -75,53 +90,40 @@ def write_rows(path: Path) -> None:
     path.write_text("".join(lines))
 
 
-def private_states(files: list[Path]) -> dict[str, str]:
-    """By client, a hash of its newest private state in these files."""
-    newest: dict[str, tuple[int, str]] = {}
-    for path in files:
-        kept = codec.decode(path.read_bytes())
-        client = kept.client.rpartition("/")[2]
-        found = kept.round, hashlib.sha256(codec.encode(kept.state)).hexdigest()
-        newest[client] = max(newest.get(client, found), found)
-    return {client: digest for client, (_, digest) in newest.items()}
+def alone(name: str, folder: Path) -> None:
+    """Run a method in this process, in ``folder/NAME-alone``."""
+    (folder / f"{name}.toml").write_text(tomli_w.dumps(tables(name, folder)))
+    run(load_recipe(folder / f"{name}.toml"), out=folder / f"{name}-alone", log=lambda line: None)
 
 
-def compared(name: str, folder: Path) -> dict[str, Any]:
-    """Run a method in one process and over Flower.
+def served(name: str, folder: Path, made: Federation, address: str) -> dict[str, Any]:
+    """Run a method over Flower, in ``folder/NAME``, and compare that with the run in one process.
 
     Args:
-        name: of the method.
-        folder: empty; gets recipe, data and both runs.
+        name: of the method; ``alone`` has run it.
+        folder: with recipe and data.
+        made: the federation; its sites call.
+        address: of the server.
 
     Returns:
         What is equal, and the figures of the run over Flower.
     """
-    from federation import federation, free_port, records
+    from federation import private_states, records
 
-    for each in (*SITES, "held-out"):
-        write_rows(folder / f"{each}.jsonl")
-    (folder / "run.toml").write_text(tomli_w.dumps(tables(name, folder)))
-    alone, served = folder / "alone", folder / "served"
-    run(load_recipe(folder / "run.toml"), out=alone, log=lambda line: None)
-    started = time.perf_counter()
-    with federation(folder) as made:
-        address = f"127.0.0.1:{free_port()}"
-        made.start("serve", "serve", "run.toml", "--out", "served", "--listen", address, "--insecure")
-        for site in SITES:
-            made.start(site, "join", address, "--name", site, "--data", f"{site}.jsonl", "--insecure")
-        if made.end("serve"):
-            raise SystemExit(f"{name}: the server ended\n{made.output('serve')}")
-        seconds = time.perf_counter() - started
-    one, many = events.read(alone), events.read(served)
+    started, before = time.perf_counter(), {*folder.glob(AT_SITES)}
+    server = f"serve-{name}"
+    made.start(server, "serve", f"{name}.toml", "--out", name, "--listen", address, "--insecure")
+    if made.end(server):
+        raise SystemExit(f"{name}: the server ended\n{made.output(server)}")
+    seconds, here = time.perf_counter() - started, folder / f"{name}-alone"
+    one, many = events.read(here), events.read(folder / name)
     scores = [each.evaluations[each.done].clients for each in (one, many)]
-    states = [
-        private_states([*folder.glob(files)])
-        for files in ("alone/state/clients/*.state", "sites/*/runs/*/clients/*.state")
-    ]
+    files = [*here.glob("state/clients/*.state")], [*{*folder.glob(AT_SITES)} - before]
+    states = [private_states(each) for each in files]
     return {
         "method": name,
         "rounds": many.done,
-        "same_log": records(alone) == records(served),
+        "same_log": records(here) == records(folder / name),
         "same_fingerprint": one.rounds[one.done].fingerprint == many.rounds[many.done].fingerprint != "",
         "fingerprint": many.rounds[many.done].fingerprint,
         "clients_scored": len(scores[1]),
@@ -137,12 +139,23 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Compare the methods that are named, or all that are known here."""
+    from federation import federation, free_port
+
     asked, differs = sys.argv[1:] or [name for name in METHODS if name in catalogue()], False
-    for name in asked:
-        with TemporaryDirectory() as folder:
-            found = compared(name, Path(folder))
-        print(json.dumps(found), flush=True)
-        differs |= not all(value for each, value in found.items() if each.startswith("same")) or found["failures"] > 0
+    with TemporaryDirectory() as name:
+        folder, address = Path(name), f"127.0.0.1:{free_port()}"
+        for each in (*SITES, "held-out"):
+            write_rows(folder / f"{each}.jsonl")
+        for method in asked:
+            alone(method, folder)
+        with federation(folder) as made:
+            for site in SITES:
+                made.start(site, "join", address, "--name", site, "--data", f"{site}.jsonl", "--insecure")
+            for method in asked:
+                found = served(method, folder, made, address)
+                print(json.dumps(found), flush=True)
+                same = all(value for each, value in found.items() if each.startswith("same"))
+                differs |= not same or found["failures"] > 0
     sys.exit(1 if differs else 0)
 
 

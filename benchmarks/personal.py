@@ -1,8 +1,8 @@
 """Personal models, one-shot and server-side methods under skew: what each client gets, and for how many bytes.
 
 A row is one method on one task, partition and seed: mean and worst tenth of the clients' accuracy, each on what the
-client holds out (of its own model where the method has one), accuracy of the global model on the test set where there
-is one, bytes up and down, and the same after every few rounds. Finished rows are appended to
+client holds out (by a personal model where the method has them), accuracy of the global model on the test set where
+there is one, bytes up and down, and the same after every few rounds. Finished rows are appended to
 ``benchmarks/results/personal.jsonl`` and never run again, so the command resumes.
 
     python -m benchmarks.personal --tune             three rates of every method, on the other data of the same kind
@@ -153,6 +153,7 @@ def settings(cell: Cell) -> Any:
         text=task.text,
         clients={"per_round": cell.clients if contender.all_clients else min(task.cohort, cell.clients)},
         algorithm=contender.algorithm(cell.rate),
+        pool={"norm_limit": "off"},  # where most clients have fitted their data, the median of their updates is tiny
         evaluation={"every": EVERY[task.kind], "batch_size": 64, "local_only_clients": 0},
     )
 
@@ -181,11 +182,14 @@ def measured(cell: Cell, known: dict[str, dict[bytes, Tensor]]) -> dict[str, Any
     except RunError as error:  # a rate that is too high
         return {**head, "failed": str(error), "client-mean": 0.0, "worst-tenth": 0.0, "loss": LARGEST_LOSS}
     shown = ["client-mean", "worst-tenth", "loss", *(["accuracy"] if asked.algorithm.has_global_model else [])]
-    curve = []
+    curve, densities = [], summary.get("density_by_round", [])
     for number, evaluation in sorted(events.evaluations.items()):
         main = next(iter(evaluation.results.values()))
-        moved = {way: sum(summary[f"bytes_{way}_by_round"][:number]) for way in ("up", "down")}
-        curve.append({"round": number, **moved, **{name: round(main[name], 4) for name in shown}})
+        point = {"round": number, **{name: round(main[name], 4) for name in shown}}
+        point |= {way: sum(summary[f"bytes_{way}_by_round"][:number]) for way in ("up", "down")}
+        if densities and number:
+            point["density"] = round(densities[number - 1], 4)  # of that round's cohort, after training
+        curve.append(point)
     trips = sum(len(each.bytes_up) for each in events.rounds.values())
     moved = {f"{way}_per_client_round": round(curve[-1][way] / trips) for way in ("up", "down")}
     failures = len(events.failures)
