@@ -82,8 +82,8 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
         "lg-fedavg": Contender("lg-fedavg", SGD_EPOCH, RATES),
         "fedlog": Contender("fedlog", ADAMW_EPOCH, ADAM_RATES),
         "spafl": _spafl(SMALL_RATES),
-        "spafl-more-pressure": _spafl(alpha=0.01),
-        "spafl-less-pressure": _spafl(alpha=5e-4),
+        "spafl-0.01": _spafl(alpha=0.01),  # the default pressure of 0.002 is for 2,500 local epochs
+        "spafl-0.02": _spafl(alpha=0.02),
         "spafl-weights-alone": _spafl(importance_update=False),
         "fedptr": Contender("fedptr", SGD_EPOCH, RATES, PULL),
         "fedptr-server": Contender("fedptr", SGD_EPOCH, (), {**PULL, "where": "server"}, like="fedptr"),
@@ -103,6 +103,7 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
         "fedlog-map": Contender("fedlog", ADAMW_STEPS, ADAM_RATES, {"features": 64}),  # a private map after the body
         "fedpft-diagonal": Contender("fedpft", None, (), {"covariance": "diagonal"}, rounds=1, all_clients=True),
         "fedpft-spherical": Contender("fedpft", None, (), {"covariance": "spherical"}, rounds=1, all_clients=True),
+        "fedpft-full": Contender("fedpft", None, (), {"covariance": "full"}, rounds=1, all_clients=True),
         "fedptr-server": Contender("fedptr", SGD_STEPS, (), {**PULL, "where": "server"}, like="fedprox"),
         "scaffold": Contender("scaffold", SGD_STEPS, HEAD_RATES),
         "fednova": Contender("fednova", SGD_STEPS, HEAD_RATES),
