@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedferret.core.errors import RunError
-from fedferret.core.files import read_intact, write_atomically
+from fedferret.core.files import flush_all, read_intact, write_atomically
 from fedferret.core.log import RESTORE
 from fedferret.core.messages import state
 from fedferret.core.node import Codec
@@ -49,6 +49,9 @@ class ClientStore:
     def stage(self, client: str, state: Any, round: int) -> None:
         """Remember what ``client`` will be once this round is committed."""
         self._staged[client] = state
+
+    def flush(self) -> None:
+        """Wait until what was staged is where a crash leaves it; called before the round is saved."""
 
     def commit(self, round: int) -> None:
         """Make the staged states of this round the states."""
@@ -96,10 +99,14 @@ class FolderClientStore(ClientStore):
         return None if round is None else load_state(self._folder, client, round, self._codec)
 
     def stage(self, client: str, state: Any, round: int) -> None:
-        """Write the new state beside the old one."""
+        """Write the new state beside the old one; ``flush`` sees that it is on disk."""
         content = self._codec.encode(ClientState(client, round, state))
-        write_atomically(self._path(client, round), content, private=True)
+        write_atomically(self._path(client, round), content, private=True, flushed=False)
         self._staged[client] = round
+
+    def flush(self) -> None:
+        """Wait for the disk once a round, not once a client: with small models that is most of what a state costs."""
+        flush_all([self._path(client, round) for client, round in self._staged.items()])
 
     def commit(self, round: int) -> None:
         """Keep the new files; those of the same clients that no kept round needs go."""
