@@ -87,10 +87,11 @@ def run(
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         with quick_imports():
             from fedferret.config import from_tables
+            from fedferret.run_folder import as_begun
             from fedferret.runner import run as run_recipe
 
         folder = out or Path("runs") / recipe.stem
-        settings = from_tables(tables)
+        settings = from_tables(as_begun(tables, folder, _log))
         run_recipe(settings, folder, _log, accept_changed_data=accept_changed_data)
         _log(_closing_lines(folder, settings.algorithm.has_global_model))
 
