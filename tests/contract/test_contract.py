@@ -101,7 +101,9 @@ def test_stopped_saved_loaded_and_resumed_is_uninterrupted(name: str, tmp_path: 
     assert first.history() + second.history() == reference(name).history()
 
 
-@pytest.mark.parametrize("row", ["fedavg", "ferret", "ferret-error-feedback", "fedkseed", "two-stages", "hermits"])
+@pytest.mark.parametrize(
+    "row", ["fedavg", "ferret", "ferret-error-feedback", "fedkseed", "two-stages", "hermits", "spafl"]
+)
 def test_the_same_bits_through_node_whoever_calls_it(row: str, tmp_path: Path) -> None:
     """A replica behind requests, with a log and private states on disk, and the server's node: one row per payload."""
     algorithm, rounds = METHODS[row], rounds_of(METHODS[row])

@@ -82,6 +82,8 @@ def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--client nobody: .*it has trained in no round"):
         export_folder(tmp_path / "run", tmp_path / "model", silent, client="nobody")
     export_folder(tmp_path / "run", tmp_path / "model", silent, client="c1")
+    with pytest.raises(UserError, match="not from a TextClassifier: export it without --prune"):
+        export_folder(tmp_path / "run", tmp_path / "pruned", silent, client="c1", prune=True)
     experiment = Experiment.load(recipe, tmp_path / "run", silent)
     state = experiment.initial_state()
     store: Any = experiment.engine(state)
@@ -96,3 +98,9 @@ def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
         exported: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
         found = exported(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for path in (tmp_path / "run" / "state" / "clients").glob("*.state"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"--client c1: its state is not in .*; where sites hold the data, it is at the"
+    ):
+        export_folder(tmp_path / "run", tmp_path / "gone", silent, client="c1")
