@@ -16,6 +16,7 @@ from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from fedferret.algorithms.fedmezo import FedMeZO
 from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.fedpeptao import FedPepTAO
+from fedferret.algorithms.fedpm import FedPM
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptuning import FedPTuning
@@ -61,6 +62,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
     "scaffold": Scaffold(training=TRAINING),
     "fednova": FedNova(training=FirstOrder(learning_rate=0.1, epochs=1, batch_size=4)),
+    "fedpm": FedPM(reset_every=2, training=replace(_adam, learning_rate=0.5)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),

@@ -264,7 +264,11 @@ def draws_nothing(algorithm: Any) -> bool:
     if algorithm.name.startswith("ferret"):
         return bool(algorithm.keys == "shared" and algorithm.bits >= 16)
     zeroth = isinstance(getattr(algorithm, "training", None), ZerothOrder)
-    return algorithm.pooling is Pooling.MEAN and not zeroth and algorithm.name not in ("fedavg-8bit", "two-stages")
+    return (
+        algorithm.pooling is Pooling.MEAN
+        and not zeroth
+        and algorithm.name not in ("fedavg-8bit", "fedpm", "two-stages")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, algorithm in METHODS.items() if draws_nothing(algorithm)])
