@@ -126,9 +126,7 @@ class FedPM(Algorithm[FedPMPublic, FedPMServer, None, FedPMEntry, Mask]):
         """Refuse masks of other tensors."""
         if not isinstance(payload, Mask):
             raise ValueError(f"a {type(payload).__name__} came where a Mask was expected")
-        check_tensors(
-            {n: torch.empty(-(-w.numel() // 8)) for n, w in public.weights.items()}, payload.bits, torch.uint8
-        )
+        check_tensors(_flat(public, 1), payload.bits, torch.uint8)
 
     def accept_sum(self, task: Task, public: FedPMPublic, sum: Any) -> None:
         """Refuse a sum of other names or lengths."""
