@@ -20,6 +20,7 @@ from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedpft import FedPFT
 from fedferret.algorithms.fedpft_then import FedPFTThen
+from fedferret.algorithms.fedpm import FedPM
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
 from fedferret.algorithms.fedptr import FedPTR
@@ -74,6 +75,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedptr-server": FedPTR(where="server", examples_per_class=1, matching_steps=3, inner_steps=2, training=_quick),
     "scaffold": Scaffold(training=TRAINING),
     "fednova": FedNova(training=FirstOrder(learning_rate=0.1, epochs=1, batch_size=4)),
+    "fedpm": FedPM(reset_every=2, training=replace(_adam, learning_rate=0.5)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),

@@ -268,7 +268,11 @@ def draws_nothing(algorithm: Any) -> bool:
     if getattr(algorithm, "where", None) == "client":  # FedPTR's clients draw synthetic sets
         return False
     zeroth = isinstance(getattr(algorithm, "training", None), ZerothOrder)
-    return algorithm.pooling is Pooling.MEAN and not zeroth and algorithm.name not in ("fedavg-8bit", "two-stages")
+    return (
+        algorithm.pooling is Pooling.MEAN
+        and not zeroth
+        and algorithm.name not in ("fedavg-8bit", "fedpm", "two-stages")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, algorithm in METHODS.items() if draws_nothing(algorithm)])

@@ -21,6 +21,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedptr": ("fedptr", "FedPTR", "FedAvg with clients pulled towards where the global weights seem to be going"),
     "scaffold": ("scaffold", "Scaffold", "FedAvg with controls that take out what pulls clients apart"),
     "fednova": ("fednova", "FedNova", "FedAvg of updates divided by their length, for unequal numbers of steps"),
+    "fedpm": ("fedpm", "FedPM", "random weights, a bit each: the mean of the clients' masks says which to keep"),
     "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest values; the rest waits"),
     "fedavg-8bit": ("fedavg_8bit", "FedAvg8Bit", "FedAvg in 8 bits a weight, both ways"),
     "fedkseed": ("fedkseed", "FedKSeed", "all weights, forward passes, kilobytes: steps along shared directions"),

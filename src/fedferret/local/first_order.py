@@ -282,9 +282,18 @@ class FirstOrder:
         plain = self.optimizer == "sgd" and not self.momentum and not self.weight_decay
         if plain and self.clip is None and self.accumulate == 1 and adjust is None and mask is None and state is None:
             return StepInBackward(list(weights.values()), self.learning_rate)
-        return StepAfterBackward(weights, self._optimizer(list(weights.values())), self.clip, adjust, mask, state)
+        optimizer = self.optimizer_over(list(weights.values()))
+        return StepAfterBackward(weights, optimizer, self.clip, adjust, mask, state)
 
-    def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def optimizer_over(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser.
+
+        Args:
+            weights: that it steps.
+
+        Returns:
+            PyTorch's, with these settings; its learning rate is that of the first step of a constant schedule.
+        """
         if self.optimizer == "sgd":
             return torch.optim.SGD(weights, self.learning_rate, self.momentum, weight_decay=self.weight_decay)
         return torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay)
