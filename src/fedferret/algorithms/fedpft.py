@@ -65,6 +65,7 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     """A head from mixtures of features. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedpft"
+    trains_at_clients: ClassVar[bool] = False
     weighting: ClassVar[Weighting] = "examples"  # bounds how many features a client's mixtures are drawn from
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper-code": {
@@ -124,10 +125,7 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     def release(self, model: nn.Module) -> nn.Module:
         """The model itself; no plain architecture normalises features."""
         if self.normalise != "none":
-            raise UserError(
-                f'normalise="{self.normalise}": the head reads normalised features, which no folder of a model has a '
-                f'place for; write a delta, or set normalise="none"'
-            )
+            raise UserError(f'normalise="{self.normalise}": no folder of a model has a place for it; write a delta')
         return model
 
     def note(self, public: FedPFTPublic) -> str | None:
