@@ -208,6 +208,7 @@ def test_features_that_are_not_finite_fail_their_client_alone() -> None:
         ({"rounds": 3, "algorithm": {"chain": True}}, "set clients.per_round=1"),
         ({"algorithm": {"components": 300}}, "components=300: must lie between 1 and 255"),
         ({"algorithm": {"floor": 0.0}}, "floor=0.0: must be greater than 0"),
+        ({"algorithm": {"head": {"checkpoint_activations": True}}}, "has no activations to drop"),
         ({"objective": {"name": "next-token"}}, 'cannot take objective "next-token"'),
     ],
 )

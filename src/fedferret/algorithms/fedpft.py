@@ -90,6 +90,8 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
         for name in ("min_examples", "max_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.head.checkpoint_activations:
+            raise UserError("head.checkpoint_activations=true: a head alone has no activations to drop; leave it out")
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -110,10 +112,6 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     def per_round(self) -> int | None:  # type: ignore[override]  # likewise
         """One client in a round of a chain."""
         return 1 if self.chain else None
-
-    def check(self, model: nn.Module, rounds: int) -> None:
-        """The head's training must be possible."""
-        self.head.check(model, self.name)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with a frozen body, and a head that reads normalised features where these are asked for."""
