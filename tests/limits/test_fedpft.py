@@ -230,6 +230,21 @@ def test_a_model_without_a_head_and_a_folder_for_a_normalised_head_are_refused()
             FedPFTThen(start=start)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"then": "slora"}, "no method of one stage"),
+        ({"then": "fedpft"}, "no method of one stage"),
+        ({"then": {"rank": 2}}, "there is no name in it"),
+        ({"then": "fedavgg"}, 'did you mean "fedavg"'),
+        ({"start_rounds": 2}, "1 or 0"),
+    ],
+)
+def test_what_cannot_follow_is_named(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        FedPFTThen(**settings)
+
+
 def test_a_normalised_head_reads_what_the_mixtures_are_of() -> None:
     method = replace(ONE, normalise="l2")
     run: Simulation = simulate(method, 1)
