@@ -13,13 +13,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fedferret.algorithms.fedpeptao_layers import layer_scores, prefix_groups
+from fedferret.algorithms.fedpeptao_layers import layer_scores
 from fedferret.algorithms.full_model import loaded
 from fedferret.api import load_recipe
 from fedferret.build import Parts, load_data
 from fedferret.core.keys import Key
 from fedferret.core.task import Task
 from fedferret.local.lanczos import hessian_product, plateau, spectrum
+from fedferret.models.adapters.attention import prefix_groups
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "small" / "fedpeptao.toml"
 

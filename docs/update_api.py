@@ -27,6 +27,7 @@ CHAPTERS = {
         "core.keys",
         "core.stages",
         "core.hand_over",
+        "core.wire_cost",
     ),
     "A node and a round": (
         "core.node",

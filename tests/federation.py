@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import tomli_w
 
 from fedferret.sites.supervisor import tie_to
+from fedferret.wire import codec
 from tiny_runs import rows, tiny_tables
 
 PATIENCE = 300.0  # seconds for anything: the machine may be busy
@@ -190,6 +192,17 @@ def free_port() -> int:
 def records(run: Path) -> dict[str, bytes]:
     """A run's log, file by file: equal bytes mean equal weights."""
     return {path.name: path.read_bytes() for path in sorted((run / "log").iterdir())}
+
+
+def private_states(files: Iterable[Path]) -> dict[str, str]:
+    """By client, a hash of its newest private state in these files: those of a run's folder, or of sites' folders."""
+    newest: dict[str, tuple[int, str]] = {}
+    for path in files:
+        kept = codec.decode(path.read_bytes())
+        client = kept.client.partition("\n")[0].rpartition("/")[2]  # sites put the run before it, and an epoch after it
+        found = kept.round, hashlib.sha256(codec.encode(kept.state)).hexdigest()
+        newest[client] = max(newest.get(client, found), found)
+    return {client: digest for client, (_, digest) in newest.items()}
 
 
 def messages(run: Path) -> list[dict[str, Any]]:

@@ -23,5 +23,13 @@ class ToyClassifier(Classifier):
 
     def features(self, batch: Any) -> Tensor:
         """What the body makes of the inputs."""
-        features_NH: Tensor = self.body(batch.x)
+        return self.features_of(batch.x)
+
+    def input_shape(self, tokens: int) -> tuple[int, ...]:
+        """The inputs as they are."""
+        return (self.body[0].in_features,)  # type: ignore[return-value]
+
+    def features_of(self, inputs: Tensor) -> Tensor:
+        """What the body makes of them."""
+        features_NH: Tensor = self.body(inputs)
         return features_NH

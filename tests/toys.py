@@ -19,6 +19,7 @@ from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.spafl_gates import SpaFLGates
 from fedferret.algorithms.ssf import SSF
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
@@ -223,7 +224,7 @@ def sentences(rows: Rows) -> Batch:
 def toy_task(rounds: int, algorithm: AnyAlgorithm | None = None) -> Task:
     """The regression, the classes or the last words, with a model of its own that is prepared for ``algorithm``."""
     classes = algorithm is not None and algorithm.objectives == ("classification",)
-    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF)
+    language = isinstance(algorithm, FedPrompt | FedPTuning | FedPTuningV2 | FedPepTAO | SSF | SpaFLGates)
     blocks = 3 if isinstance(algorithm, FedPepTAO) and algorithm.layers != 1 else 1  # it chooses among them
     model = toy_language_model(blocks) if language else toy_classifier() if classes else toy_model()
     if algorithm:

@@ -87,10 +87,11 @@ def run(
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         with quick_imports():
             from fedferret.config import from_tables
+            from fedferret.run_folder import as_begun
             from fedferret.runner import run as run_recipe
 
         folder = out or Path("runs") / recipe.stem
-        settings = from_tables(tables)
+        settings = from_tables(as_begun(tables, folder, _log))
         run_recipe(settings, folder, _log, accept_changed_data=accept_changed_data)
         _log(_closing_lines(folder, settings.algorithm.has_global_model))
 
@@ -151,6 +152,8 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The base model's folder here.", show_default="as in the run's recipe")
     ] = None,
+    client: Annotated[str | None, typer.Option(help="Write a client's own model (`--to`).", metavar="NAME")] = None,
+    prune: Annotated[bool, typer.Option(help="Leave out an image model's rows that are zero (`--to`).")] = False,
 ) -> None:
     """Export a run's tuned model: complete (`--to FOLDER`), as a delta (`--delta FILE`), as an adapter, or all of them.
 
@@ -167,13 +170,15 @@ def export(
                 exporting.check_free(place)
         if dtype is not None and to is None:
             raise UserError(f"--dtype {dtype}: only a whole model (--to FOLDER) is written in another dtype")
+        if (client or prune) and (to is None or delta or adapter):
+            raise UserError("--client, --prune: give --to FOLDER alone; only a whole model is a client's, or pruned")
         if adapter is not None:
             exporting.export_folder(folder, adapter, _log, adapter_alone=True, base_name=base)
         if delta is not None:
             exporting.export_delta(folder, delta, _log, base)
             _log(f"Delta: {delta} ({delta.stat().st_size:,} bytes)")
         if to is not None:
-            fingerprint = exporting.export_folder(folder, to, _log, dtype, base_name=base)
+            fingerprint = exporting.export_folder(folder, to, _log, dtype, base_name=base, client=client, prune=prune)
             _log(f"Model: {to} (SHA-256 of the tuned weights {fingerprint[:16]}…)")
 
 
@@ -378,7 +383,7 @@ def _closing_lines(folder: Path, global_model: bool) -> str:
     """Where a finished run's files are, and how to export its model."""
     files = f"Report:       {folder / 'report.html'}\nFigures:      {folder / 'summary.json'}\n"
     if not global_model:
-        return f"{files}Tuned models: each client keeps its own; there is no global one to export"
+        return f"{files}Tuned models: each client keeps its own: fedferret export {folder} --client NAME --to FOLDER"
     return (
         f"{files}"
         f"Tuned model:  fedferret export {folder} --to FOLDER   (the whole model)\n"

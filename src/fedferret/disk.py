@@ -103,7 +103,13 @@ def kept_states(clients: int, rounds: int, cohort: int, history: int) -> int:
 
 
 def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
-    """Log a line where the log or the clients' states may not fit on the disk: found out late, it costs rounds."""
+    """Log what private states take, and whether they or the log may not fit on the disk: found late, it costs rounds.
+
+    Args:
+        experiment: of the run.
+        out: the run's folder.
+        log: called with up to two lines.
+    """
     recipe, history = experiment.recipe, experiment.recipe.execution.history
     costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
     kept = max(cost.client_state_bytes for cost in costs)
@@ -113,16 +119,38 @@ def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
     there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
     free = shutil.disk_usage(out).free + there
     stops = "where the disk is full the run stops, and goes on once there is more"
-    if states > free:
+    if states:
+        fits = "" if states <= free else f", and {out} has room for {as_bytes(free)}: {stops}"
         log(
             f"{recipe.algorithm.name} keeps {as_bytes(kept)} of every client that took part, up to "
-            f"{as_bytes(states)} in all, and {out} has room for {as_bytes(free)}: {stops}"
+            f"{as_bytes(states)} in all on disk{fits}"
         )
-    elif states + entries > free:
+    elif kept:
+        log(f"{recipe.algorithm.name} keeps {as_bytes(kept)} at every site that took part, on the site's disk")
+    if states <= free < states + entries:
         log(
             f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
             f"{as_bytes(free - states)}: lower execution.history, or {stops}"
         )
+
+
+def site_states(recipe: Recipe, history: int) -> str:
+    """Say what a method keeps on a site's disk.
+
+    Args:
+        recipe: as the site runs it.
+        history: the private states of so many past rounds stay there, beside the newest two.
+
+    Returns:
+        A line; "" where the method keeps nothing.
+    """
+    kept = max(cost.client_state_bytes for cost, _ in map(wire_costs(recipe), range(1, recipe.rounds + 1)))
+    most = as_bytes(kept * min(recipe.rounds, history + 2))
+    return (
+        f"{recipe.algorithm.name} keeps {as_bytes(kept)} here between rounds, up to {most} in all on disk"
+        if kept
+        else ""
+    )
 
 
 def update_bytes(recipe: Recipe) -> float:

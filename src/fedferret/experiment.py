@@ -35,7 +35,7 @@ from fedferret.resident.simulation import simulation
 from fedferret.tracking import checkpoint, events
 from fedferret.wire import codec
 
-HELD_OUT_BY_CLIENTS = "clients"  # the main set's name where nothing is held out but at the clients
+HELD_OUT_BY_CLIENTS = "clients"  # the main set's name where no figure is of examples that are held out elsewhere
 ENGINES = {"in-process": InProcess, "debug": Debug}
 
 
@@ -195,7 +195,8 @@ class Experiment(Parts):
 
         The global model is scored on every held-out set. Clients score the model that they would use, global or
         personal, on what they hold out: simulated ones before round 1, all at the end, in between the last round's
-        cohort. Where the method has no global model, the sums of the clients stand for the main set.
+        cohort. Where the method has no global model, the sums of the clients stand for the main set, as "clients" where
+        what they hold out is no part of it.
 
         Args:
             state: after the round to score.
@@ -231,6 +232,8 @@ class Experiment(Parts):
         per_client = {client: figures(each) for client, each in sums.items()}
         primary = {client: each[self.objective.primary] for client, each in per_client.items()}
         main = next(iter(self.data.held_out), HELD_OUT_BY_CLIENTS)
+        if not is_global and (self.recipe.held_out_share or not self.trains_here):
+            main = HELD_OUT_BY_CLIENTS  # what clients hold out is no part of the main set
         if main not in results:
             results[main] = figures(self._added(sums))
         results[main] |= spread(primary, self.objective.higher_is_better)

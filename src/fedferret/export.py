@@ -23,7 +23,7 @@ from fedferret.build import load_base, prepare
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
-from fedferret.core.errors import RunError, UserError
+from fedferret.core.errors import RunError, UserError, nearest
 from fedferret.core.files import check_place, write_atomically
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
@@ -32,10 +32,13 @@ from fedferret.core.node import Node
 from fedferret.core.stages import StagedPublic
 from fedferret.core.task import Task
 from fedferret.core.text import plain_line
+from fedferret.disk import kept_rounds
+from fedferret.engines.client_store import held, load_state
 from fedferret.export_dtype import chosen_dtype, round_to, widen
 from fedferret.models.adapters import adapter_of
 from fedferret.models.folders import refuse_filled
 from fedferret.models.huggingface import Dtype
+from fedferret.models.pruning import without_zero_rows
 from fedferret.objectives.interface import Loaded, ModelObjective
 from fedferret.settings import build, table_of
 from fedferret.tracking import checkpoint
@@ -131,20 +134,25 @@ def export_folder(
     dtype: Dtype | None = None,
     adapter_alone: bool = False,
     base_name: str | None = None,
+    client: str | None = None,
+    prune: bool = False,
 ) -> str:
     """Write the tuned model of ``run`` as a Hugging Face folder. Returns the SHA-256 of the weights that were tuned.
 
     With ``adapter_alone`` the folder has what peft reads beside the base, and nothing is merged. ``dtype`` is that of
-    the weights; None: see ``chosen_dtype``. ``base_name`` is another place of the same base.
+    the weights; None: see ``chosen_dtype``. ``base_name`` is another place of the same base. The model of ``client`` is
+    written where one is named; ``prune`` leaves out rows of an image model that are zero.
 
     Raises UserError for what is no run with a finished round, RunError where the base is not the one it began from.
     """
     check_free(folder)
     recipe, entries = _read_run(run, base_name)
+    private = None if client is None else _private_state(run, recipe, client)
     base, fingerprint = load_base(recipe.objective, replace(recipe.model, quantised=None), log=log)
     fingerprint = recipe.algorithm.start_fingerprint(fingerprint)
     check_start(run, fingerprint, entries.version)
-    return _write_folder(base, TunedDelta.of(recipe, entries.since(0), fingerprint), folder, log, dtype, adapter_alone)
+    delta = TunedDelta.of(recipe, entries.since(0), fingerprint)
+    return _write_folder(base, delta, folder, log, dtype, adapter_alone, private, prune)
 
 
 def check_free(folder: Path) -> None:
@@ -239,8 +247,24 @@ def _read_run(run: Path, base_name: str | None) -> tuple[Recipe, Log]:
     return recipe, checkpoint.read_log(run)
 
 
+def _private_state(run: Path, recipe: Recipe, client: str) -> Any:
+    """What a client of a simulation kept after its last counted round. Raises UserError, RunError."""
+    known = checkpoint.progress(run)
+    versions = {} if known is None else known.versions
+    if client not in versions:
+        raise UserError(f"--client {client}: {nearest(client, versions)}; it has trained in no round of {run}")
+    if client not in kept_rounds(recipe, versions):
+        raise UserError(f"--client {client}: {recipe.algorithm.name} keeps nothing at its clients; leave --client out")
+    states, round = run / "state" / "clients", versions[client] + 1
+    if not held(states, client, round):
+        raise UserError(
+            f"--client {client}: its state is not in {states}; where sites hold the data, it is at the site"
+        )
+    return load_state(states, client, round, codec)
+
+
 @contextmanager
-def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, Any, nn.Module]]:
+def _tuned(base: Loaded, delta: TunedDelta, private: Any = None) -> Iterator[tuple[AnyAlgorithm, Any, nn.Module]]:
     """The method, its public state, and the base's model with the method's adapter, if any, and the log applied."""
     try:
         objective, _, algorithm = delta.parts()
@@ -254,9 +278,11 @@ def _tuned(base: Loaded, delta: TunedDelta) -> Iterator[tuple[AnyAlgorithm, Any,
         raise RunError(
             f"the log of {delta.method} cannot be applied to {base.name} ({reason}): nothing was written"
         ) from None
-    with algorithm.model(task, node.public) as model:
+    with algorithm.model(task, node.public, private) as model:
         if model is None:
-            raise UserError(f"{delta.method} has no global model: there is nothing to export")
+            raise UserError(
+                f"{delta.method} has no global model: export a client's own, with --client NAME --to FOLDER"
+            )
         yield algorithm, node.public, model
 
 
@@ -267,9 +293,10 @@ def _write_folder(
     log: Callable[[str], None],
     dtype: Dtype | None,
     adapter_alone: bool = False,
-    base_name: str | None = None,
+    private: Any = None,
+    prune: bool = False,
 ) -> str:
-    with _tuned(base, delta) as (algorithm, public, model):
+    with _tuned(base, delta, private) as (algorithm, public, model):
         fingerprint = tree.fingerprint(tree.parameters(model))
         if delta.fingerprint and fingerprint != delta.fingerprint:
             raise RunError(
@@ -294,6 +321,10 @@ def _write_folder(
                 log(f"The adapter was tuned over a {quantised} base; it is merged into the checkpoint's own weights.")
             widen(model)
             plain = algorithm.release(model)
+            if prune:
+                before = tree.size(dict(plain.named_parameters()))
+                plain = without_zero_rows(plain)
+                log(f"{tree.size(dict(plain.named_parameters())):,} of {before:,} weights are left without zero rows.")
             round_to(plain, dtype, Key.of(delta.seed, "export"))
             released: Any = replace(base, model=plain)  # type: ignore[type-var]  # a dataclass
             log(objective.save(released, folder, how["max_tokens"]))

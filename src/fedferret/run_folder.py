@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,43 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedferret.begun import read_recipe
-from fedferret.config import Recipe
+from fedferret.config import BEFORE_CUT, DEFAULT_OBJECTIVE, Recipe
 from fedferret.core.errors import RunError, UserError
 from fedferret.core.log import RESTORE
+from fedferret.recipe_file import read_tables
 from fedferret.tracking import checkpoint, events
 from fedferret.tracking.report import write_report
-from fedferret.tracking.starts import SERVED, replaceable
+from fedferret.tracking.starts import SERVED, has_begun, replaceable
 from fedferret.tracking.summary import is_finished, read_summary, write_summary
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
+
+
+def as_begun(tables: Mapping[str, Any], run: Path, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """A recipe for the run in a folder, which goes on with the rule of ``text.cut`` under which it began.
+
+    A fedferret without that setting cut as ``BEFORE_CUT`` does. A recipe that names the setting stays as it is.
+
+    Args:
+        tables: of the recipe, as its file has them.
+        run: the run's folder, which may be absent.
+        log: called with a line where the rule is the older one.
+
+    Returns:
+        The tables, with ``text.cut`` where the run began before there was a choice.
+    """
+    kept, text = dict(tables), tables.get("text", {})
+    if not isinstance(text, Mapping) or "cut" in text or not (run / "recipe.toml").is_file():
+        return kept
+    try:
+        known = read_tables(run / "recipe.toml")
+        older = known.get("objective", {}).get("name", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE
+        if not older or "cut" in known.get("text", {}) or not has_begun(run):
+            return kept
+    except (UserError, RunError, AttributeError):  # whoever goes on with the run says what is wrong with it
+        return kept
+    log(f'{run} began before there was text.cut: it goes on with text.cut = "{BEFORE_CUT}", the rule of then.')
+    return {**kept, "text": {**text, "cut": BEFORE_CUT}}
 
 
 def belongs(recipe: Recipe, out: Path) -> bool:

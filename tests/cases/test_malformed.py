@@ -85,6 +85,12 @@ def columns(**more: Any) -> dict[str, Any]:
     return {name: [row[name] for row in ROWS] for name in ROWS[0]} | more
 
 
+def not_unicode() -> Any:
+    """Forty texts that are not UTF-8."""
+    made = pyarrow.array([b"\xff"] * 40, pyarrow.binary())
+    return pyarrow.StringArray.from_buffers(40, made.buffers()[1], made.buffers()[2])
+
+
 def duplicated() -> Any:
     texts = pyarrow.array([row["response"] for row in ROWS])
     return pyarrow.Table.from_arrays([texts, texts, texts], names=["instruction", "response", "response"])
@@ -219,6 +225,26 @@ READ: dict[str, tuple[Make, list[dict[str, Any]]]] = {
         ROWS + ROWS,
     ),
     "a name like a glob": (raw("rows[1].jsonl", LINES), ROWS),
+    "semicolons below a blank line": (raw("rows.csv", "\r\n" + CSV.replace(",", ";")), ROWS),
+    "semicolons and a comma in a quoted name": (
+        raw("rows.csv", CSV.replace(",", ";").replace("response\n", 'response;"a, b"\n').replace(".\n", ".;x\n")),
+        [{**row, "a, b": "x"} for row in ROWS],
+    ),
+    "Excel's line of the separator": (raw("rows.csv", "sep=;\r\n" + CSV.replace(",", ";")), ROWS),
+    "two byte-order marks": (raw("rows.csv", b"\xef\xbb\xbf\xef\xbb\xbf" + CSV.encode()), ROWS),
+    "joined files with byte-order marks": (raw("rows.jsonl", b"\xef\xbb\xbf".join([b"", GOOD, GOOD])), ROWS + ROWS),
+    "parquet with values unused that Python cannot hold": (
+        table(
+            "rows.arrow",
+            columns(
+                far=pyarrow.array([9 * 10**18] * 40, pyarrow.timestamp("us")),
+                zone=pyarrow.array([1] * 40, pyarrow.timestamp("us", tz="Mars/Phobos")),
+                junk=not_unicode(),
+            ),
+            file,
+        ),
+        [],
+    ),
     "one empty file of several": (several(raw("a.jsonl", ""), raw("b.jsonl", LINES)), ROWS),
 }
 
@@ -236,6 +262,24 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "no suffix": (raw("rows", GOOD), "files end in"),
     "UTF-16": (raw("rows.jsonl", LINES.encode("utf-16")), "save it as UTF-8"),
     "UTF-16 without a mark": (raw("rows.jsonl", LINES.encode("utf-16-le")), "is not JSON|save it as UTF-8"),
+    "UTF-16 without a mark, csv": (raw("rows.csv", CSV.encode("utf-16-le")), "save it as UTF-8"),
+    "UTF-32 without a mark": (raw("rows.json", json.dumps(ROWS).encode("utf-32-be")), "save it as UTF-8"),
+    "gzip named lines": (raw("rows.jsonl", gzip.compress(GOOD)), r"compressed by gzip: let its name end in \.gz"),
+    "gzip within gzip": (raw("rows.csv.gz", gzip.compress(gzip.compress(GOOD))), "compressed by gzip"),
+    "Zstandard named csv": (raw("rows.csv", zstandard(CSV.encode())), "compressed by Zstandard"),
+    "a workbook named csv": (raw("rows.csv", b"PK\x03\x04\0\0"), "zip archive, as Excel's"),
+    "a pointer of Git LFS": (raw("rows.parquet", "version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
+    "a web page": (raw("rows.json", "<!DOCTYPE html><html></html>"), "is a web page"),
+    "parquet named lines": (raw("rows.jsonl", b"PAR1\0PAR1"), r"let its name end in \.parquet"),
+    "joined csv files": (raw("rows.csv", CSV + CSV), "line 42 is the header again"),
+    "a response of marks that are not seen": (
+        changed(response="\ufeff\u200b \0"),
+        'row 40: column "response" is empty',
+    ),
+    "choices that were not asked for": (
+        changed(choices="A, B"),
+        r'row 40: the choices .*data\.choices_column = "none"',
+    ),
     "UTF-16, csv": (raw("rows.csv", CSV.encode("utf-16")), "save it as UTF-8"),
     "Latin-1": (raw("rows.jsonl", LINES.replace("Answer 7", "Ré").encode("latin-1")), "line 8 is not UTF-8"),
     "Latin-1, csv": (raw("rows.csv", CSV.replace("Answer 7", "Ré").encode("latin-1")), "not UTF-8 text"),
@@ -315,6 +359,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "parquet with structs": (
         table("rows.parquet", columns(response=[[{"a": 1}] for row in ROWS])),
         "row 1.*message 1 has no",
+    ),
+    "parquet with texts that are not UTF-8": (
+        table("rows.arrow", columns(response=not_unicode()), file),
+        'row 1: column "response" holds a text that is not UTF-8',
     ),
     "parquet with bytes": (table("rows.parquet", columns(response=[b"\xff" for row in ROWS])), "holds bytes"),
     "parquet with NaN": (table("rows.parquet", columns(response=[float("nan") for row in ROWS])), "holds NaN"),

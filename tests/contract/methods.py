@@ -9,16 +9,20 @@ from contract.staged_methods import TwoStages
 from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
+from fedferret.algorithms.fedavg_ft import FedAvgFT
 from fedferret.algorithms.fedavg_top_k import FedAvgTopK
 from fedferret.algorithms.fedex_lora import FedExLoRA
 from fedferret.algorithms.fedit import FedIT, FedITSGD
 from fedferret.algorithms.fedkseed import FedKSeed, FedKSeedPro
+from fedferret.algorithms.fedlog import FedLog
 from fedferret.algorithms.fedmezo import FedMeZO
+from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.fedpeptao import FedPepTAO
 from fedferret.algorithms.fedpft import FedPFT
 from fedferret.algorithms.fedpft_then import FedPFTThen
 from fedferret.algorithms.fedprompt import FedPrompt
 from fedferret.algorithms.fedprox import FedProx
+from fedferret.algorithms.fedptr import FedPTR
 from fedferret.algorithms.fedptuning import FedPTuning
 from fedferret.algorithms.fedptuning_v2 import FedPTuningV2
 from fedferret.algorithms.fedsa_lora import FedSALoRA
@@ -27,8 +31,14 @@ from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.local_only import LocalOnly
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
+from fedferret.algorithms.scaffold import Scaffold
+from fedferret.algorithms.server_optimizer import ServerOptimizer
 from fedferret.algorithms.slora import SLoRA
+from fedferret.algorithms.spafl import SpaFL
+from fedferret.algorithms.spafl_gates import SpaFLGates
+from fedferret.algorithms.split_model import FedPer, FedRep, LGFedAvg
 from fedferret.algorithms.ssf import SSF
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
@@ -36,10 +46,12 @@ from fedferret.local.zeroth_order import ZerothOrder
 from toys import ONE_BIT, TRAINING, AnyAlgorithm, Simulation, simulate
 
 ROUNDS = 4
+SENDS_NOTHING = "local-only"  # has no payload that could be wrong, and moves no public weight
 
 _ferret = replace(ONE_BIT, coordinates=60, bits=8, server_learning_rate=0.5)
 _forward_only = ZerothOrder(learning_rate=0.005, perturbation=1e-3, steps=8, batch_size=4)
 _adam = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
+_quick = replace(TRAINING, learning_rate=0.3)
 _prefixes = replace(_adam, learning_rate=0.15, steps=2)
 
 
@@ -56,7 +68,12 @@ METHODS: dict[str, AnyAlgorithm] = {
         training=FirstOrder(optimizer="adamw", learning_rate=0.01, epochs=1, accumulate=2, clip=None),
     ),
     "fedavg-no-gradient-buffer": FedAvg(training=FirstOrder(learning_rate=0.05, steps=3, clip=None)),
+    "fedavg-server-momentum": FedAvg(server_optimizer=ServerOptimizer(name="momentum"), training=TRAINING),
     "fedprox": FedProx(mu=0.1, training=replace(TRAINING, schedule="cosine", warmup=0.25)),
+    "fedptr": FedPTR(mu=0.3, examples_per_class=1, matching_steps=2, training=_quick),
+    "fedptr-server": FedPTR(where="server", examples_per_class=1, matching_steps=3, inner_steps=2, training=_quick),
+    "scaffold": Scaffold(training=TRAINING),
+    "fednova": FedNova(training=FirstOrder(learning_rate=0.1, epochs=1, batch_size=4)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
@@ -124,6 +141,8 @@ METHODS: dict[str, AnyAlgorithm] = {
         full_training=TRAINING,
         training=_adam,
     ),
+    "spafl": SpaFL(alpha=0.02, modules=("0",), training=TRAINING),
+    "spafl-gates": SpaFLGates(alpha=1e-3, training=replace(_adam, learning_rate=0.4, steps=2)),
     "fedptuning": FedPTuning(virtual_tokens=3, encoder_width=4, training=replace(_adam, steps=2)),
     "fedptuning-v2": FedPTuningV2(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
     "fedprompt": FedPrompt(virtual_tokens=3, training=replace(_adam, learning_rate=0.3, steps=2)),
@@ -137,12 +156,19 @@ METHODS: dict[str, AnyAlgorithm] = {
         server_formula="paper-code",
         training=replace(_prefixes, learning_rate=0.1, steps=3),
     ),
+    "fedlog": FedLog(training=_adam),
+    "fedlog-random-head": FedLog(features=4, normalise="none", clamp=0.5, start="random", training=_adam),
     "fedpft": FedPFT(components=2, max_samples=60, head=replace(_adam, steps=5)),
     "fedpft-full": FedPFT(covariance="full", normalise="layer-norm", min_examples=1, head=replace(_adam, steps=5)),
     "fedpft-then": FedPFTThen(
         then={"name": "fedavg", "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}},
         start=FedPFT(max_samples=60, head=replace(_adam, steps=5)),
     ),
+    "fedper": FedPer(training=TRAINING),
+    "fedrep": FedRep(head_times=2, training=TRAINING),
+    "lg-fedavg": LGFedAvg(training=TRAINING),
+    "fedavg-ft": FedAvgFT(fine_tuning=3, training=TRAINING),
+    "local-only": LocalOnly(training=TRAINING),
     **{method.name: method for method in UNLIKE},
     "two-stages": TwoStages(
         first_rounds=2,

@@ -60,8 +60,8 @@ def test_same_key_same_bits_and_no_global_generator_moves(name: str) -> None:
 
 
 def test_another_seed_gives_other_bits(name: str) -> None:
-    if name == "prototypes":
-        pytest.skip("draws nothing: means do not depend on the order of rows")
+    if name in ("prototypes", "fedlog"):
+        pytest.skip("draws nothing in round 1: means and sums do not depend on the order of rows")
     assert simulate(METHODS[name], rounds_of(METHODS[name]), until=1, seed=4).memory != reference(name).memory
 
 
@@ -101,7 +101,9 @@ def test_stopped_saved_loaded_and_resumed_is_uninterrupted(name: str, tmp_path: 
     assert first.history() + second.history() == reference(name).history()
 
 
-@pytest.mark.parametrize("row", ["fedavg", "ferret", "ferret-error-feedback", "fedkseed", "two-stages", "hermits"])
+@pytest.mark.parametrize(
+    "row", ["fedavg", "ferret", "ferret-error-feedback", "fedkseed", "two-stages", "hermits", "spafl"]
+)
 def test_the_same_bits_through_node_whoever_calls_it(row: str, tmp_path: Path) -> None:
     """A replica behind requests, with a log and private states on disk, and the server's node: one row per payload."""
     algorithm, rounds = METHODS[row], rounds_of(METHODS[row])
@@ -263,6 +265,8 @@ def draws_nothing(algorithm: Any) -> bool:
     """Whether payloads are averaged, and depend on the client's data alone: no directions or roundings of a client."""
     if algorithm.name.startswith("ferret"):
         return bool(algorithm.keys == "shared" and algorithm.bits >= 16)
+    if getattr(algorithm, "where", None) == "client":  # FedPTR's clients draw synthetic sets
+        return False
     zeroth = isinstance(getattr(algorithm, "training", None), ZerothOrder)
     return algorithm.pooling is Pooling.MEAN and not zeroth and algorithm.name not in ("fedavg-8bit", "two-stages")
 

@@ -30,6 +30,7 @@ ROWS = [  # every way in which an entry moves weights, with every way in which s
     "fedavg-adamw-damped",
     "fedavg-no-gradient-buffer",
     "fedprox",
+    "scaffold",
     "fedavg-8bit",
     "fedavg-top-k",
     "ferret",

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedferret.algorithms.fedit import FedIT
+from fedferret.algorithms.fedit import FedIT, FedITSGD
+from fedferret.algorithms.fednova import FedNova
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
 from fedferret.algorithms.registry import method
+from fedferret.algorithms.scaffold import Scaffold
 from fedferret.bases.blocks import decode_norms
 from fedferret.config import build_algorithm
 from fedferret.core import tree
@@ -20,7 +22,7 @@ from fedferret.core.keys import Key
 from fedferret.core.task import Task
 from fedferret.local.first_order import FirstOrder
 from fedferret.settings import table_of
-from toys import ONE_BIT, AnyAlgorithm, LastWord, simulate, toy_language_model, toy_model, toy_task, weights
+from toys import ONE_BIT, AnyAlgorithm, LastWord, bits, simulate, toy_language_model, toy_model, toy_task, weights
 
 ADAM = FirstOrder(optimizer="adamw", learning_rate=0.05, steps=3, clip=None)
 LORA: dict[str, Any] = {"name": "fedit", "rank": 2, "alpha": 4, "modules": ["0", "2"]}
@@ -59,6 +61,18 @@ def test_with_as_many_coordinates_as_weights_it_is_any_adapters_method(name: str
     expected = weights(simulate(theirs, 2, task=task(theirs)))
     for tensor, weight in weights(simulate(ours, 2, task=task(ours))).items():
         torch.testing.assert_close(weight, expected[tensor], rtol=1e-5, atol=1e-6)
+
+
+def test_scaffold_and_fednova_over_an_adapter_are_its_own_method_where_they_are_fedavg() -> None:
+    """SCAFFOLD in the first round, FedNova with equal steps, both to the bit."""
+    training = replace(ADAM, optimizer="sgd")
+    theirs = FedITSGD(rank=2, alpha=4, modules=("0", "2"), weighting="equal", training=training)
+    for ours, rounds in (
+        (Scaffold(over=LORA, training=training), 1),
+        (FedNova(over=LORA, weighting="equal", training=training), 3),
+    ):
+        expected = simulate(theirs, rounds).state.public.weights
+        assert bits(simulate(ours, rounds).state.public.weights) == bits(expected)
 
 
 def test_the_adapter_alone_is_tuned_and_is_merged_when_released() -> None:

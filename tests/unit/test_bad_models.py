@@ -97,6 +97,29 @@ def with_codes_in_torchs_format(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def with_complex_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.complex64)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_another_head(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_words(folder: Path, **model: object) -> None:
+    """The tokenizer has no byte but a few words or letters."""
+    kinds = {"vocab": {"<pad>": 0, "<bos>": 1, "<eos>": 2, "zq": 3}, "unk_token": None, **model}
+    parts = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    edit(folder / "tokenizer.json", model=kinds, **parts)
+
+
+def not_fetched(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 def without_a_layer(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=1)
 
@@ -153,6 +176,23 @@ def saved_by_torch(folder: Path) -> None:
         (with_codes, "its weights model.layers.0.mlp.up_proj.weight (i32) are whole numbers, so codes of a quantised"),
         (with_codes_without_a_prefix, "its weights layers.0.mlp.up_proj.weight (i32) are whole numbers"),
         (with_codes_in_torchs_format, "its weights model.layers.0.mlp.up_proj.weight (int32) are whole numbers"),
+        (with_complex_numbers, "its weights model.norm.weight (c64) are complex numbers; give the model in full"),
+        (with_another_head, "its lm_head.weight differs from its embedding, and its config.json ties the two"),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=0), "num_hidden_layers is 0 in its config.json"),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=10**6), "is 1,000,000 in its config.json; give"),
+        (lambda folder: edit(folder / "config.json", hidden_size=0), "hidden_size is 0 in its config.json"),
+        (
+            lambda folder: with_words(folder, type="WordLevel", unk_token="<unk>"),
+            "the tokenizer fails on 'user one' (Exception: WordLevel error",
+        ),
+        (
+            lambda folder: with_words(folder, type="BPE", merges=[]),
+            "the tokenizer has no token for any character of the response 'Ann says",
+        ),
+        (
+            not_fetched,
+            "model.safetensors is a pointer of Git LFS and not the file itself",
+        ),
         (code_in_the_tokenizer, "no such code is run"),
         (lambda folder: edit(folder / "config.json", quantization_config=[]), "has another form than transformers"),
         (

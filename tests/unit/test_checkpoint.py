@@ -64,6 +64,30 @@ def test_a_crash_at_any_moment_leaves_a_run_that_resumes_to_the_same_bits(
         assert again.memory == expected, f"after {changes[moment]}"
 
 
+def test_private_states_are_on_disk_before_the_checkpoint_of_their_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, saved, sync, replace = set[str](), list[int](), os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        flushed.add(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def replaced(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".state" and Path(target).parent.name == "clients":
+            flushed.discard(str(Path(target).parent))
+        if Path(target).name == "run.state":
+            states = [str(path) for path in tmp_path.glob("clients/*.state")]
+            assert {*states, str(tmp_path / "clients")} <= flushed
+            saved.append(len(states))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    simulate(METHODS["hermits"], 3, folder=tmp_path)
+    assert len(saved) == 3 and min(saved) > 1
+
+
 def test_resuming_with_another_base_is_refused(tmp_path: Path) -> None:
     simulate(METHODS["ferret"], 3, until=2, folder=tmp_path)
     task = toy_task(3)

@@ -103,6 +103,7 @@ def test_clients_learn_the_classes_and_the_report_says_how_well_each_does(finish
         ("tiny", {"name": "fedit", "training": TRAINING}),
         ("tiny-encoder", {"name": "fedit", "modules": "all-linear", "training": TRAINING}),
         ("tiny", {"name": "fedprox", "training": TRAINING}),
+        ("tiny-encoder", {"name": "fedptr", "over": "fedit", "matching_steps": 2, "training": TRAINING}),
         ("tiny-encoder", {"name": "fibecfed", "modules": "all-linear", "training": TRAINING}),
         ("tiny", {"name": "ferret", "training": {"learning_rate": 0.3, "steps": 5, "batch_size": 4}}),
         ("tiny-encoder", {"name": "fedkseed", "training": {"steps": 5}}),

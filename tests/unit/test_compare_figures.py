@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedferret.comparison.commands import gather
+from fedferret.comparison.grid import resolve
+from fedferret.comparison.imported_runs import import_runs
 from fedferret.comparison.plots import draw
 from fedferret.comparison.run_status import record_outcome
 from fedferret.comparison.table import as_csv, as_json, as_markdown
@@ -20,6 +22,7 @@ from fedferret.tracking.events import EventLog
 from unit.written_grid import (
     EACH,
     cell_of,
+    grid_tables,
     rows_by_label,
     write_cell,
     written,
@@ -112,6 +115,41 @@ def test_classifiers_are_ranked_and_stopped_by_accuracy(tmp_path: Path) -> None:
     assert {plot.name for plot in draw(comparison)} >= {"accuracy-by-round", "front"}
     with pytest.raises(UserError, match=r"target_loss=1.0: these runs are judged by accuracy; give target alone"):
         written_grid(tmp_path / "refused", ["A"], target_loss=1.0, **given)
+
+
+def test_personal_models_are_ranked_beside_global_ones_by_what_their_clients_hold_out(tmp_path: Path) -> None:
+    """Accuracy of personal models is of other examples than that of a global one, so it is in no column."""
+    methods = {"Global": {"name": "fedavg"}, "Own": {"name": "local-only"}}
+    task = {"model": {"name": "lenet5"}, "data": {"source": "digits"}, "text": {}, "seeds": [1]}
+    grid = resolve(grid_tables(tmp_path, methods, **task))
+    for label, each, accuracies, means in (
+        ("Global", 100, {0: 0.1, 1: 0.7, 2: 0.8}, {0: 0.1, 1: 0.6, 2: 0.7}),
+        ("Own", 1, {0: 0.1, 1: 0.99, 2: 0.99}, {0: 0.1, 1: 0.8, 2: 0.9}),
+    ):
+        losses = {0: 2.3, 1: 0.5, 2: 0.25}
+        write_cell(cell_of(grid, tmp_path, label, 1), losses, each, accuracies=accuracies, means=means)
+    comparison = gather(grid, tmp_path)
+    rows, text = rows_by_label(comparison), as_markdown(comparison)
+    assert list(rows) == ["Own", "Global"] and comparison.target == pytest.approx(0.1 + 0.9 * (0.9 - 0.1))
+    assert rows["Own"].pareto_optimal and not rows["Global"].pareto_optimal
+    assert [point.score for point in rows["Global"].curve()] == [0.1, 0.6, 0.7]
+    own, other = (next(line for line in text.splitlines() if f"| {label}" in line) for label in ("Own", "Global"))
+    assert own.count("| no global model |") == 1 and own.count("no global model") == 2 and "0.990" not in own
+    assert "0.250" in other and "0.800" in other and "0.700" in other and "no global model" not in other
+    assert "Rows are sorted by client-mean" in text and "No global model: every client has its own" in text
+    assert json.loads(as_json(comparison))["rows"][0]["mean"]["accuracy"] is None
+    assert as_csv(comparison).splitlines()[1].startswith("Own,1,1,1,")
+
+    alone = resolve(grid_tables(tmp_path, {"Own": methods["Own"]}, **task))  # then all rows are of the same examples
+    assert alone.figure == "accuracy" and "0.990" in as_markdown(gather(alone, tmp_path))
+    off = resolve(grid_tables(tmp_path, methods, **task, evaluation={"per_client": False}))
+    unranked = gather(off, tmp_path)
+    assert [(row.row.label, row.pareto_optimal) for row in unranked.rows] == [("Global", True), ("Own", False)]
+    assert "set evaluation.per_client = true to rank all rows" in as_markdown(unranked)
+    (tmp_path / "comparison.json").write_text(as_json(comparison))
+    (tmp_path / "grid.toml").write_text(grid.to_toml())
+    with pytest.raises(UserError, match="its rows are ranked by client-mean, and those of this grid by accuracy"):
+        import_runs(alone, tmp_path / "other", [tmp_path])
 
 
 def test_a_failed_seed_is_reported_and_left_out_of_the_means(tmp_path: Path) -> None:

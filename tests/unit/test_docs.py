@@ -35,7 +35,7 @@ MARKER = re.compile(r"<!-- settings: (\S+) -->\n((?:\|.*\n)+)")
 COMMON = ["config.ModelSettings", "config.TextSettings", "config.ClientSettings", "config.EvaluationSettings"]
 COMMON += ["config.ExecutionSettings", "local.first_order.FirstOrder", "data.partition.Partition"]
 COMMON += ["core.robust_pooling.PoolSettings", "local.zeroth_order.ZerothOrder", "resident.site.Site"]
-COMMON += ["resident.policy.Policy"]
+COMMON += ["resident.policy.Policy", "algorithms.server_optimizer.ServerOptimizer"]
 
 Row = dict[str, str]
 

@@ -14,7 +14,17 @@ pytest.importorskip("flwr")
 
 from typer.testing import CliRunner
 
-from federation import CountingProxy, Federation, federation, free_port, messages, records, wait, write_recipe
+from federation import (
+    CountingProxy,
+    Federation,
+    federation,
+    free_port,
+    messages,
+    private_states,
+    records,
+    wait,
+    write_recipe,
+)
 from fedferret import load_recipe, run
 from fedferret.cli import app
 from fedferret.tracking import events
@@ -27,12 +37,13 @@ def join(made: Federation, site: str, address: str, *more: str) -> None:
 
 @pytest.mark.slow(seconds=150)
 def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_killed(tmp_path: Path) -> None:
-    """Two rounds undisturbed, which are measured; then every kind of process is killed. With certificates and over
-    nginx the four hospitals run (``test_four_hospitals.py``).
+    """Two rounds undisturbed, which are measured; then every kind of process is killed. Models are personal: what each
+    site keeps to itself ends with the same bits too. With certificates and over nginx the four hospitals run
+    (``test_four_hospitals.py``).
     """
     sites = ["ward-1", "ward-2"]
     clients = {"per_round": 2, "min_clients": 2, "held_out": 0.3}
-    recipe = write_recipe(tmp_path, sites, 4, clients=clients, evaluation={"per_client": True})
+    recipe = write_recipe(tmp_path, sites, 4, clients=clients, algorithm={"name": "fedsa-lora"})
     run(load_recipe(recipe), out=tmp_path / "alone", log=lambda line: None)
     with (
         socket.create_server(("127.0.0.1", 0)) as outside,
@@ -65,6 +76,8 @@ def test_two_sites_give_the_bits_of_one_process_at_little_cost_whatever_is_kille
         assert records(served) == records(tmp_path / "alone")
         scored = [events.read(folder).evaluations[4].clients for folder in (served, tmp_path / "alone")]
         assert scored[0] == scored[1] and set(scored[0]) == set(sites), "what sites hold out is scored where it is"
+        kept = private_states(tmp_path.glob("sites/*/runs/*/clients/*.state"))
+        assert kept == private_states(tmp_path.glob("alone/state/clients/*.state")) and set(kept) == set(sites)
         assert not list(tmp_path.glob("**/.tmp*")), "no torn file"
         for site in sites:
             assert "version 4" in made_output(made, "nodes", "served", site), "to score, a site catches up"

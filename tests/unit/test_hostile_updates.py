@@ -71,6 +71,7 @@ def times(factor: float) -> Change:
         ({"seconds": INFINITY}, "the metric 'seconds' is inf: "),
         ({"seconds": -1.0}, "the metric 'seconds' is -1: "),
         ({"seconds": 1e7}, "the metric 'seconds' is 1e+07: "),
+        ({"density": 1.5}, "the metric 'density' is 1.5: must lie between 0 and 1"),
         ({"loss": NAN}, "the metric 'loss' is nan: must lie between -1e+09 and 1e+09"),
         ({"loss": -INFINITY}, "the metric 'loss' is -inf: "),
         ({"loss": 1e300}, "the metric 'loss' is 1e+300: "),

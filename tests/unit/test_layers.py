@@ -33,7 +33,7 @@ MAY = {
     "engines": {"core", "wire"},
     "evaluation": {"core", "data", "models", "objectives"},
     "tracking": {"core", "wire", "data"},
-    "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "recipe_file", "settings"},
+    "resident": {"core", "data", "engines", "models", "tracking", "build", "config", "disk", "recipe_file", "settings"},
     "sites": {
         "core",
         "data",

@@ -49,6 +49,7 @@ def test_fedsa_lora_has_the_figures_of_its_clients_and_no_model_to_export(tmp_pa
     recipe = tiny_recipe(tmp_path, rounds=3, algorithm=algorithm, clients=clients, evaluation={"per_client": True})
     summary = run(recipe, tmp_path / "run", silent)
     assert summary["eval_loss"][-1] < summary["eval_loss"][0] - 0.05
+    assert list(summary["eval"]) == ["clients"]  # not the set that is held out here: no figure is of it
     with pytest.raises(UserError, match="fedsa-lora has no global model"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import fedferret.models as models
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.models import loading
 from fedferret.models.tiny import tiny_model, tiny_tokenizer
 
 TINY_SHA256 = "585291136f85767873810717c37a708eb029502a4fbf27fd9ebe1820d9be04f0"
@@ -363,3 +364,14 @@ def test_a_device_that_this_machine_does_not_have_is_refused(device: str) -> Non
 def test_the_device_auto_works() -> None:
     model = models.load("tiny", device="auto").model
     assert model(input_ids=torch.tensor([[5]], device=model.device)).logits.shape == (1, 1, 259)
+
+
+def test_a_tokenizer_that_merges_at_random_makes_the_same_tokens_each_time() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    merging = BPE({"<pad>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], dropout=0.5)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(merging), pad_token="<pad>")
+    loading.prepare("drawing", tiny_model(Key.of(0, "tiny")), tokenizer)
+    assert all(tokenizer("abababab")["input_ids"] == [3, 3, 3, 3] for _ in range(9))

@@ -149,6 +149,7 @@ def test_tools_and_their_calls_are_kept_with_arguments_as_objects(tmp_path: Path
     assert len(fingerprints | {load(tmp_path, [row]).fingerprint}) == 3
 
 
+CALLED = {"function": {"name": "f", "arguments": '{"a": '}}
 FAULTS: list[tuple[dict[str, Any], str]] = [
     (chat(("user", "q"), ("assistant", "")), "message 2, of the assistant, is empty"),
     (chat(("user", "q"), ("assistant", None)), 'message 2 has no "role" and "content"'),
@@ -171,6 +172,11 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {**chat(("user", "q"), ("assistant", "a")), "tools": [{"name": "f", "parameters": {"\udfff": 1}}]},
         "a tool or a call holds half of a character",
     ),
+    (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALLED]}]},
+        "the arguments of a tool call are no JSON object: '{\"a\": '",
+    ),
+    ({"messages": [{"role": "user", "from": "gpt", "value": "q"}]}, 'message 1 has "role" and "from", and they differ'),
     ({"messages": [["user", "q"]]}, "message 1 is not an object"),
     ({"conversations": [{"from": "martian", "value": "q"}]}, "role 'martian' of a message is not one of"),
     ({"prompt": "q", "completion": ""}, 'column "completion" is empty'),

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from fedferret import __version__, models, runner
 from fedferret.cli import app
-from fedferret.config import load
+from fedferret.comparison import commands
+from fedferret.config import Recipe, load
 from fedferret.core.errors import UserError
 from fedferret.resident.pins import forget_data
 from fedferret.resident.process import open_trainer
@@ -26,6 +27,7 @@ from fedferret.resident.site import read_site
 from fedferret.runner import Interrupted, run
 from fedferret.sites.join import JoinSettings, resolve_data
 from tiny_runs import silent, tiny_recipe, tiny_tables, write_rows
+from unit.written_grid import cell_of, save, written_grid
 
 REFUSING = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users') }}{% endif %}{% endfor %}"
 ACCEPT = "--accept-changed-data"
@@ -157,6 +159,28 @@ def test_a_server_refuses_edited_held_out_rows_before_it_waits_for_sites(
         given = {"folder": str(out), "accept_changed_data": accepts}
         with pytest.raises(error, match=words):
             server_app.main(None, Context(1, 2, given, RecordDict(), {}))  # type: ignore[arg-type]  # it needs no grid
+
+
+def test_a_run_that_began_before_text_cut_goes_on_with_the_rule_of_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = written_grid(tmp_path / "grid", ["A"], rounds=2)
+    cell = cell_of(grid, tmp_path / "grid", "A", 1)
+    path, plain = save(grid, tmp_path / "grid"), Recipe.to_toml
+    (tmp_path / "recipe.toml").write_text(plain(cell.recipe).replace('cut = "response"\n', ""))
+    older = load(tmp_path / "recipe.toml", ["text.cut=prompt"])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):  # by a fedferret without the setting
+        patch.setattr(Recipe, "to_toml", lambda self: plain(self).replace('cut = "prompt"\n', ""))
+        run(older, cell.folder, silent, on_client=stop_after(1))
+    words = ["run", tmp_path / "recipe.toml", "--out", cell.folder]
+    code, _, line = command(*words, "--set", "text.cut=response")
+    assert code == 2 and "another text.cut ('prompt' there, 'response' here)" in line
+    (row,) = commands.resolve(path, tmp_path / "grid", []).rows  # a comparison goes on with its runs, too
+    assert row.recipe.text.cut == "prompt"
+    code, output, line = command(*words)
+    assert code == 0 and 'goes on with text.cut = "prompt", the rule of then' in output, line
+    code, output, line = command("run", tmp_path / "recipe.toml", "--out", tmp_path / "other")
+    assert code == 0 and "text.cut" not in output, line
 
 
 def test_data_that_is_mended_before_the_first_round_is_accepted(tmp_path: Path) -> None:

@@ -112,12 +112,32 @@ def test_the_date_is_the_recipes_whatever_the_day(tmp_path: Path) -> None:
         ("{{ ['a', 'b'] | random }}" + EACH, "draws at random"),
         ("{{ range(10 ** 9) | list }}{{ messages }}", "fails on turns user, assistant: OverflowError"),
         ("{{ messages | map(attribute='role') }}" + EACH, "an object and not its content"),
+        ("{{ strftime_now }}" + EACH, "an object and not its content"),
+        ("{{ messages }}", "writes messages in Python's spelling"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used_is_one_line_before_work(tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         made(tmp_path, source)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["| e", "| tojson", "[:500]", ".split() | join(' ')"])
+def test_a_template_that_changes_what_turns_say_is_said(tmp_path: Path, kept: str) -> None:
+    changes = made(tmp_path, EACH.replace("m['content'] }}", f"m['content']{kept} }}}}"))
+    (note,) = check(changes, TOKENIZER, data(Example((ASK, REPLY))), 1000)
+    assert note.startswith("the chat template changes what turns say: quotes, line ends")
+    trims = made(tmp_path, EACH.replace("m['content'] }}", "m['content'] | trim }}"))
+    assert check(trims, TOKENIZER, data(Example((ASK, REPLY))), 1000) == ()
+
+
+def test_responses_without_an_end_mark_are_said() -> None:
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    alpaca = template_of(TextSettings(template="alpaca"))
+    (note,) = check(alpaca, endless, data(Example((ASK, REPLY))), 1000)
+    assert note.startswith("responses have no end mark")
+    assert check(alpaca, TOKENIZER, data(Example((ASK, REPLY))), 1000) == ()
 
 
 def test_tools_are_written_or_the_template_is_refused(tmp_path: Path) -> None:
@@ -150,7 +170,7 @@ def test_a_template_without_memory_is_said(tmp_path: Path) -> None:
     template = made(tmp_path, EACH.replace("in messages", "in messages[-2:]"))
     assert check(template, TOKENIZER, data(Example((ASK, REPLY), {})), 1000) == ()
     (note,) = check(template, TOKENIZER, data(Example((ASK, REPLY, ASK, REPLY), {})), 1000)
-    assert note == "the chat template leaves out turns before the last question"
+    assert note == "the chat template leaves out earlier turns of long conversations"
 
 
 def test_an_order_of_roles_that_fails_is_refused_before_work(tmp_path: Path) -> None:

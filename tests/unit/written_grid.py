@@ -48,11 +48,13 @@ def write_cell(
     threads: int = 1,
     cohort: str = "ann",
     accuracies: Mapping[int, float] | None = None,
+    means: Mapping[int, float] | None = None,
     **changes: Any,
 ) -> None:
     """A finished run with these losses by round, ``each`` bytes up and as many down for each of two clients.
 
-    A classifier's run has accuracies by round too. ``changes`` are fields of the start event.
+    A classifier's run has accuracies by round too, and their ``means`` over clients. ``changes`` are fields of the
+    start event.
     """
     log = EventLog(cell.folder)
     write_atomically(cell.folder / "recipe.toml", cell.recipe.to_toml())
@@ -64,7 +66,7 @@ def write_cell(
             sent = dict.fromkeys(clients, each)
             log.write("round", **round_fields(replace(record(number, clients), bytes_up=sent, bytes_down=sent)))
         if number in losses:
-            evaluate(log, number, losses[number], accuracies[number] if accuracies else None)
+            evaluate(log, number, losses[number], *(each[number] if each else None for each in (accuracies, means)))
     log.write("end", rounds=max(losses))
     write_summary(cell.folder)
     record_outcome(cell, Outcome("finished"), threads, 12.0)

@@ -39,9 +39,13 @@ def start(log: EventLog, **changes: Any) -> None:
     log.write("start", **{**fields, "parameters": PARAMETERS, **changes})
 
 
-def evaluate(log: EventLog, number: int, loss: float, accuracy: float | None = None) -> None:
-    """An evaluation of 2 seconds on two held-out sets; the first is the main set. A classifier's with an accuracy."""
+def evaluate(log: EventLog, number: int, loss: float, accuracy: float | None = None, mean: float | None = None) -> None:
+    """An evaluation of 2 seconds on two held-out sets; the first is the main set. A classifier's with an accuracy.
+
+    ``mean`` is that over clients.
+    """
     given = {"tokens": 100} if accuracy is None else {"examples": 100, "accuracy": accuracy}
+    given |= {} if mean is None else {"client-mean": mean, "worst-tenth": mean / 2, "deviation": 0.1}  # type: ignore[dict-item]
     results = {
         name: {"loss": value, "perplexity": math.exp(value), **given}
         for name, value in (("held-out rows", loss), ("held-out people", loss + 0.5))

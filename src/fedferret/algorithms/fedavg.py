@@ -6,6 +6,8 @@ Decentralized Data", AISTATS 2017, arXiv 1602.05629.
     client j:  w_j <- T local steps from w        Δ_j = w - w_j
     server:    Δ = Σ_j n_j Δ_j / Σ_j n_j          everybody: w <- w - η Δ
 
+With ``server_optimizer`` the server makes another step of Δ (``server_optimizer.py``).
+
 Wire: 4 d bytes up per client and round; 4 d down. Deviations: the update travels instead of the weights, which
 is the same sum and lets the log hold entries; η (the server's learning rate, 1 in the paper) is explicit.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.full_model import check_tensors, deltas, loaded, step_
+from fedferret.algorithms.server_optimizer import Moments, ServerOptimizer
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.fields import Form
@@ -56,12 +59,13 @@ class FedAvgEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
+class FedAvg(Algorithm[FedAvgPublic, Moments | None, None, FedAvgEntry, Delta]):
     """The weighted mean of the clients' updates of all weights. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedavg"
     holds_bf16: ClassVar[bool] = True
     server_learning_rate: float = 1.0  # the paper's average, neither damped nor amplified
+    server_optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)  # the paper's average
     weighting: Weighting = "examples"  # the paper's n_j; "equal" counts every client once
     training: FirstOrder = field(default_factory=FirstOrder)
 
@@ -83,7 +87,7 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         check_tensors(self._sent(task, public), sum.delta, None)
 
     def update_norm(self, task: Task, public: FedAvgPublic, payload: Delta) -> float:
-        """η ‖Δ_j‖."""
+        """η ‖Δ_j‖, whatever the server's optimiser makes of Δ."""
         return self.server_learning_rate * euclidean_norm(payload.delta.values())
 
     def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, None]:
@@ -117,10 +121,11 @@ class FedAvg(Algorithm[FedAvgPublic, None, None, FedAvgEntry, Delta]):
         return self.training.train(task, data, key)
 
     def server_update(
-        self, task: Task, public: FedAvgPublic, server: None, pooled: Pooled[Delta], key: Key
-    ) -> tuple[None, FedAvgEntry]:
-        """The mean is the entry."""
-        return None, FedAvgEntry(pooled.only.delta, float(self.server_learning_rate))
+        self, task: Task, public: FedAvgPublic, server: Moments | None, pooled: Pooled[Delta], key: Key
+    ) -> tuple[Moments | None, FedAvgEntry]:
+        """The mean, or what the server's optimiser makes of the mean, is the entry."""
+        server, step = self.server_optimizer.step(server, pooled.only.delta)
+        return server, FedAvgEntry(step, float(self.server_learning_rate))
 
     def apply(self, task: Task, public: FedAvgPublic, entry: FedAvgEntry) -> None:
         """w <- w - η Δ, element by element."""

@@ -74,6 +74,7 @@ class FedExLoRA(FedIT):
         if self.server_learning_rate != 1:
             given = f"server_learning_rate={self.server_learning_rate}"
             raise UserError(f"{given}: the method is the mean of the clients' models itself; leave it out")
+        self.server_optimizer.refuse("the method is the mean of the clients' models itself")
 
     @property
     def pooling(self) -> Pooling:

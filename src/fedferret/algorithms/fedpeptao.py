@@ -36,8 +36,6 @@ from fedferret.core.keys import Key
 from fedferret.core.pooling import mean_of
 from fedferret.core.task import Examples, Task
 
-_LONGEST = 2**31  # local steps that a client may claim in one round
-
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(ChosenPrefixes):
@@ -60,6 +58,7 @@ class FedPepTAO(ChosenPrefixes):
         super().__post_init__()
         if self.server_rate < 0:
             raise UserError(f"server_rate={self.server_rate}: must be at least 0, which is no step")
+        self.server_optimizer.refuse("the method's own server has momentum (server_rate, server_momentum)")
         for name in ("server_decay", "server_floor", "server_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
@@ -92,7 +91,7 @@ class FedPepTAO(ChosenPrefixes):
     def accept(self, task: Task, public: FedPepTAOPublic, payload: Any) -> None:  # type: ignore[override]
         """Refuse also numbers of local steps that these settings do not give."""
         super().accept(task, public, payload)
-        if isinstance(payload, SteppedDelta) and not self._may_take(payload.steps):
+        if isinstance(payload, SteppedDelta) and not self.training.may_take(payload.steps):
             raise ValueError(f"{payload.steps!s:.40} local steps came, which these settings do not give")
 
     def server_update(  # type: ignore[override]
@@ -115,13 +114,6 @@ class FedPepTAO(ChosenPrefixes):
         return after, replace(
             entry, delta={name: torch.add(value, velocity[name], alpha=rate) for name, value in mean.delta.items()}
         )
-
-    def _may_take(self, steps: Any) -> bool:
-        """Whether a client can have taken so many local steps."""
-        if type(steps) is not int:
-            return False
-        passes = self.training.epochs
-        return steps == self.training.steps if passes is None else passes <= steps < _LONGEST and steps % passes == 0
 
     def _length(self, task: Task, steps: int) -> float:
         """The sum of the learning rates of a client's local steps; the published code has the first rate in all."""

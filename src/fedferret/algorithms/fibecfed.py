@@ -39,6 +39,7 @@ from fedferret.algorithms.fibecfed_messages import (
 )
 from fedferret.algorithms.full_model import loaded
 from fedferret.algorithms.partly_private import PartlyPrivate, parted
+from fedferret.algorithms.server_optimizer import Moments
 from fedferret.core import tree
 from fedferret.core.algorithm import ClientReply, Pooled, Shapes, WireCost
 from fedferret.core.errors import UserError
@@ -161,8 +162,8 @@ class FibecFed(FisherCurriculum, PartlyPrivate, FedIT):
         return ClientReply(delta, after, trained.metrics)
 
     def server_update(  # type: ignore[override]
-        self, task: Task, public: FibecFedPublic, server: None, pooled: Pooled[Any], key: Key
-    ) -> tuple[None, ChosenLayers | FedAvgEntry]:
+        self, task: Task, public: FibecFedPublic, server: Moments | None, pooled: Pooled[Any], key: Key
+    ) -> tuple[Moments | None, ChosenLayers | FedAvgEntry]:
         """The layers with the largest mean shares are the entry; later the mean update is."""
         if public.chosen is not None:
             return super().server_update(task, public, server, pooled, key)

@@ -25,6 +25,7 @@ from fedferret.core.keys import Key
 from fedferret.core.stages import Staged
 from fedferret.settings import build, table_of
 
+_SERVERS = {"server_optimizer"}  # settings of the server that an outer method may not have
 _CHOOSE = "name a method that tunes an adapter, such as fedit or fedprompt"
 
 
@@ -38,7 +39,7 @@ class OverAdapter(Algorithm[Public, Server, Client, Entry, Up], Generic[Public, 
         if self.over is not None:  # in one form, so that equal settings are one run
             tuner = self._tuner
             assert tuner is not None
-            spelt = {name: value for name, value in table_of(tuner).items() if name not in self._own}
+            spelt = {name: value for name, value in table_of(tuner).items() if name not in self._own | _SERVERS}
             object.__setattr__(self, "over", {"name": tuner.name, **spelt})
 
     @property
@@ -85,6 +86,8 @@ class OverAdapter(Algorithm[Public, Server, Client, Entry, Up], Generic[Public, 
         for setting in table:
             if setting in self._own:
                 raise UserError(f"over.{setting}: clients and server do as {self.name} says; set algorithm.{setting}")
+            if setting in _SERVERS:
+                raise UserError(f"over.{setting}: the server does as {self.name} says; leave it out")
             if setting == "adapter":
                 raise UserError(f"over.adapter: {self.name} begins from a new adapter; choose {name} to go on from one")
         tuner: AnyAlgorithm = build(kind, table, "over")
@@ -106,4 +109,4 @@ def _refuse_unfit(outer: str, name: str, kind: type[AnyAlgorithm]) -> None:
 
 
 def _leaves_weights(outer: str, name: str) -> str:
-    return f'over="{name}": {name} leaves weights with each client, and {outer} shares all; {_CHOOSE}'
+    return f'over="{name}": {name} leaves weights with each client, which {outer} alone decides; {_CHOOSE}'

@@ -18,6 +18,9 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     ),
     "fedavg": ("fedavg", "FedAvg", "all weights, first-order steps, gigabytes: the mean of the clients' updates"),
     "fedprox": ("fedprox", "FedProx", "FedAvg with clients pulled towards the global weights"),
+    "fedptr": ("fedptr", "FedPTR", "FedAvg with clients pulled towards where the global weights seem to be going"),
+    "scaffold": ("scaffold", "Scaffold", "FedAvg with controls that take out what pulls clients apart"),
+    "fednova": ("fednova", "FedNova", "FedAvg of updates divided by their length, for unequal numbers of steps"),
     "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest values; the rest waits"),
     "fedavg-8bit": ("fedavg_8bit", "FedAvg8Bit", "FedAvg in 8 bits a weight, both ways"),
     "fedkseed": ("fedkseed", "FedKSeed", "all weights, forward passes, kilobytes: steps along shared directions"),
@@ -40,9 +43,21 @@ _METHODS: dict[str, tuple[str, str, str]] = {
         "keys and values that every attention layer reads first: the mean of the clients'",
     ),
     "fedprompt": ("fedprompt", "FedPrompt", "a prompt, first-order steps, tens of kilobytes: the mean of the clients'"),
+    "fedlog": ("fedlog", "FedLog", "private bodies; sums of features by class up, the most probable head down"),
     "fedpft": ("fedpft", "FedPFT", "a classifier's head, in one round: from mixtures of each class's frozen features"),
     "fedpft-then": ("fedpft_then", "FedPFTThen", "a classifier's head from one round of FedPFT, then another method"),
+    "spafl": ("spafl", "SpaFL", "each client's own sparse model; thresholds alone travel, kilobytes: their mean"),
+    "spafl-gates": (
+        "spafl_gates",
+        "SpaFLGates",
+        "gates of neurons and heads of a frozen model, tens of kilobytes: the mean of the clients' thresholds",
+    ),
     "fedpeptao": ("fedpeptao", "FedPepTAO", "prefixes of chosen layers, and a server with momentum and controls"),
+    "fedper": ("split_model", "FedPer", "a classifier's body averaged, and the head each client's own"),
+    "fedrep": ("split_model", "FedRep", "FedPer with the head trained first, and then the body"),
+    "lg-fedavg": ("split_model", "LGFedAvg", "a classifier's head averaged, and the body each client's own"),
+    "fedavg-ft": ("fedavg_ft", "FedAvgFT", "FedAvg, scored at each client after steps on the client's own examples"),
+    "local-only": ("local_only", "LocalOnly", "all weights, zero bytes: every client trains alone, for comparison"),
 }
 
 

@@ -35,8 +35,8 @@ from fedferret.models import adapters
 
 
 def _training() -> FirstOrder:
-    """The paper's optimiser; its rates are 1e-3 to 1e-2, ten to twenty times those of full tuning."""
-    return FirstOrder(optimizer="adamw", learning_rate=5e-3, clip=None)
+    """The paper's optimiser, and the lowest of its rates (1e-3 to 1e-2): the best of three on BBC News."""
+    return FirstOrder(optimizer="adamw", learning_rate=1e-3, clip=None)
 
 
 @dataclass(frozen=True, kw_only=True)

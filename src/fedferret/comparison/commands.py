@@ -24,7 +24,7 @@ from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import check_place, inside, write_atomically
 from fedferret.estimate import Estimate, estimate
 from fedferret.recipe_file import read_tables
-from fedferret.run_folder import belongs
+from fedferret.run_folder import as_begun, belongs
 from fedferret.tracking.console import plain_console
 from fedferret.tracking.events import check_format
 from fedferret.tracking.units import as_bytes, as_duration
@@ -138,7 +138,10 @@ def resolve(path: Path, out: Path, overrides: Sequence[str]) -> Grid:
     Raises:
         UserError: for an invalid grid, a folder with other contents, or runs of fedferret 0.1.
     """
-    grid = grids.resolve(read_tables(path, overrides))
+    tables = read_tables(path, overrides)
+    for folder in sorted(out.glob("runs/*/seed-*")):
+        tables = as_begun(tables, folder)
+    grid = grids.resolve(tables)
     for row in grid.rows:
         try:
             check(row.recipe)
@@ -184,7 +187,7 @@ def gather(grid: Grid, out: Path, imported: Mapping[str, RunResult] | None = Non
     """
     cells = grid.cells(out)
     statuses = {cell: run_status(cell) for cell in cells}
-    runs = {cell: result_of(cell) for cell in cells if statuses[cell].state == "finished"}
+    runs = {cell: result_of(cell, grid) for cell in cells if statuses[cell].state == "finished"}
     found = imported or {}
     runs |= {cell: found[cell.name] for cell in cells if cell.name in found and not statuses[cell].over}
     different = differing({cell: run.task for cell, run in runs.items()})

@@ -23,6 +23,7 @@ from fedferret.core.text import printable
 
 TASK = ("model", "data", "objective", "text", "clients")
 PER_METHOD = ("rounds", "algorithm", "pool", "evaluation", "execution")  # what a method may override
+CLIENT_MEAN = "client-mean"  # of ``evaluation/per_client.py``
 _LONGEST = 100  # characters of a label
 _GRID = ("seeds", "target", "target_loss", "budget_bytes", "methods")
 
@@ -71,8 +72,18 @@ class Grid:
     tables: Mapping[str, Any]  # the file's TOML tables
 
     @property
+    def mixed(self) -> bool:
+        """Whether some rows have a global model, and others one model per client and no other."""
+        return len({row.recipe.algorithm.has_global_model for row in self.rows}) > 1
+
+    @property
     def figure(self) -> str:
-        """What rows are ranked by: the objective's primary figure, "loss" or "accuracy" for example."""
+        """What rows are ranked by: the objective's primary figure, "loss" or "accuracy" for example.
+
+        Rows with and without a global model have its mean over clients in common, where all rows score clients.
+        """
+        if self.mixed and all(row.recipe.scores_clients for row in self.rows):
+            return CLIENT_MEAN
         return self.rows[0].recipe.objective.primary
 
     @property

@@ -38,11 +38,16 @@ def import_runs(grid: Grid, out: Path, folders: Sequence[Path]) -> dict[str, Run
     Returns:
         Results by the cells' names.
     Raises:
-        UserError: for a folder without a comparison.
+        UserError: for a folder without a comparison, or with one that is ranked by another figure.
     """
     found: dict[str, RunResult] = {}
     for folder in folders:
         other, comparison = _read(folder)
+        if other.figure != grid.figure:
+            raise UserError(
+                f"--also {folder}: its rows are ranked by {other.figure}, and those of this grid by {grid.figure}; "
+                f"give a grid of methods with and without a global model, as here"
+            )
         recipes = {(cell.row.label, cell.seed): cell.recipe.identity() for cell in other.cells(folder)}
         try:
             runs = {(row["method"], run["seed"]): run for row in comparison["rows"] for run in row["runs"]}

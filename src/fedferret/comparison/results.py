@@ -26,6 +26,7 @@ from fedferret.tracking.events import Run, read
 from fedferret.tracking.figures import compared
 from fedferret.tracking.summary import read_summary, summarise
 
+OVER_CLIENTS = ("client-mean", "worst-tenth", "deviation")  # each client's model on what the client holds out
 TARGET_GAIN = 0.9  # the default target is this share of the best row's gain
 
 
@@ -106,11 +107,13 @@ class Comparison:
         return sum(len(row.runs) + sum(status.over for status in row.missing.values()) for row in self.rows)
 
 
-def result_of(cell: Cell) -> RunResult:
+def result_of(cell: Cell, grid: Grid) -> RunResult:
     """The curve and the figures of the finished run in a cell's folder, without those that need the target.
 
     Args:
         cell: with a finished run in its folder.
+        grid: of the cell. Where other rows have a global model and this one has none, its clients' own models have no
+            figures on the global held-out set: those are NaN.
 
     Returns:
         The run's result.
@@ -121,10 +124,12 @@ def result_of(cell: Cell) -> RunResult:
     run = read(cell.folder)
     last = run.evaluations[max(run.evaluations)] if run.evaluations else None
     scores = compared(next(iter(last.results.values()))) if last else {}
+    own = grid.mixed and not cell.recipe.algorithm.has_global_model  # other figures are not of the same examples
+    scores = {name: math.nan if own and name not in OVER_CLIENTS else each for name, each in scores.items()}
     scores |= _local_only(run)
-    summary, curve = {**read_summary(cell.folder), **summarise(run)}, _curve(run, cell.recipe.objective.primary)
+    summary, curve = {**read_summary(cell.folder), **summarise(run)}, _curve(run, grid.figure, own)
     figures = {
-        "loss": curve[-1].loss if curve else math.nan,
+        "loss": curve[-1].loss if curve and not own else math.nan,
         "score": curve[-1].score if curve else math.nan,
         "bytes_up": summary["bytes_up_per_client_round"],
         "bytes_down": summary["bytes_down_per_client_round"],
@@ -201,7 +206,7 @@ def _local_only(run: Run) -> dict[str, float]:
 
 def _marked(row: RowResult, rows: Sequence[RowResult], grid: Grid) -> RowResult:
     """The row, marked if it is Pareto-optimal in bytes and score."""
-    if not row.runs:
+    if math.isnan(row.score):
         return row
     point = (row.mean["bytes"], grid.cost(row.score))
     points = [(other.mean["bytes"], grid.cost(other.score)) for other in rows if other.runs]
@@ -225,14 +230,20 @@ def _with_costs(run: RunResult, grid: Grid, target: float | None) -> RunResult:
     return replace(run, figures=figures)
 
 
-def _curve(run: Run, primary: str) -> list[Point]:
+def _curve(run: Run, figure: str, own: bool) -> list[Point]:
     counts = dict(zip([0, *sorted(run.rounds)], [0.0, *_bytes_by_round(run)], strict=True))
     seconds, spent = {0: 0.0}, 0.0
     for number, entry in sorted(run.rounds.items()):
         spent += entry.seconds
         seconds[number] = spent
+    hidden = own and figure not in OVER_CLIENTS
+
+    def score(number: int) -> float:
+        main = next(iter(run.evaluations[number].results.values()))
+        return math.nan if hidden else main.get(figure, math.nan)
+
     return [
-        Point(number, entry.loss, counts[number], seconds[number], next(iter(entry.results.values()))[primary])
+        Point(number, entry.loss, counts[number], seconds[number], score(number))
         for number, entry in sorted(run.evaluations.items())
         if number in counts
     ]

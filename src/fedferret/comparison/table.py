@@ -17,11 +17,12 @@ from typing import Any
 from rich.table import Table
 
 from fedferret.comparison.grid import Grid
-from fedferret.comparison.results import TARGET_GAIN, Comparison, RowResult
+from fedferret.comparison.results import OVER_CLIENTS, TARGET_GAIN, Comparison, RowResult
 from fedferret.core.files import write_atomically
 from fedferret.tracking.units import as_bytes, as_duration, as_loss
 
 PARETO_MARK = "◆"
+NO_GLOBAL_MODEL = "no global model"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def cells(comparison: Comparison, row: RowResult, separator: str = " ") -> list[
 def _cell(row: RowResult, column: Column, separator: str) -> str:
     mean, deviation = row.mean.get(column.name, math.nan), row.deviation.get(column.name, math.nan)
     if math.isnan(mean):
+        of_model = column not in COLUMNS[1:] and not column.name.startswith("local-only")
+        if of_model and not row.row.recipe.algorithm.has_global_model:
+            return NO_GLOBAL_MODEL
         reached = sum(not math.isnan(run.figures.get(column.name, math.nan)) for run in row.runs)
         return f"reached by {reached} of {len(row.runs)}" if reached else "-"
     if math.isnan(deviation):
@@ -151,6 +155,13 @@ def notes(comparison: Comparison) -> list[str]:
             "most that total up and down per sampled client; the untuned model's if one round takes more."
         )
     lines.append(f"{PARETO_MARK}: Pareto-optimal, no other row has both fewer total bytes and a better {grid.figure}.")
+    if grid.mixed:
+        lines.append(
+            f"{NO_GLOBAL_MODEL.capitalize()}: every client has its own. Client-mean, worst-tenth and deviation are "
+            "over clients, each scored on what it holds out with the model that it would use, global or its own."
+        )
+        if grid.figure not in OVER_CLIENTS:
+            lines.append(f"Rows with no {grid.figure} come last: set evaluation.per_client = true to rank all rows.")
     if any(name.startswith("local-only") for row in comparison.rows for name in row.mean):
         lines.append("Local-only: clients that train alone as long as the federation, with the row's local steps.")
     return lines

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.core.wire_cost import WireCost as WireCost
 
 Public = TypeVar("Public")  # what every node knows, bit for bit
 Server = TypeVar("Server")  # what the server alone knows
@@ -97,34 +98,6 @@ class ClientReply(Generic[Client, Up]):
     payload: Up
     client: Client | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WireCost:
-    """Bytes per client in one round by a method's formula, framing left out, and what the method keeps on each client.
-
-    The least and the most differ where the length varies: entropy codes, chosen layers, unions of positions.
-    """
-
-    up_least: float
-    up_most: float
-    down_least: float
-    down_most: float
-    client_state_bytes: float = 0.0  # a client's private state, from one of the client's rounds to the next
-
-    @classmethod
-    def exact(cls, up: float, down: float, client_state_bytes: float = 0.0) -> WireCost:
-        """The cost of messages of one length.
-
-        Args:
-            up: bytes from a client to the server.
-            down: bytes from the server to a client.
-            client_state_bytes: bytes of a client's private state.
-
-        Returns:
-            A cost with equal least and most bytes in each direction.
-        """
-        return cls(up, up, down, down, client_state_bytes)
 
 
 class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
@@ -328,6 +301,23 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         Returns:
             The payload and metrics for the server, and the client's new private state.
         """
+
+    def personalise(
+        self, task: Task, public: Public, client: Client | None, training: Callable[[], Examples], key: Key
+    ) -> Client | None:
+        """Make the private state that a client is scored with; it is used once and kept nowhere.
+
+        Args:
+            task: model and objective; the working model may be overwritten.
+            public: the newest public state.
+            client: the client's private state; None where it has none.
+            training: gives the client's training examples; called only where they are needed.
+            key: of this client and version.
+
+        Returns:
+            What ``model`` is given as the client's private state; in this base class ``client``.
+        """
+        return client
 
     def accept(self, task: Task, public: Public, payload: Up) -> None:
         """Check everything that a payload claims: types, bits, groups, lengths, ranges.

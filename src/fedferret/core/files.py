@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedferret.core.errors import RunError, UserError
 
 LONGEST_NAME = 200  # characters of a path in a message
+_AT_ONCE = 16  # files that are flushed together; threads only wait here
 
 
 def cache_folder() -> Path:
@@ -65,25 +67,29 @@ def check_place(path: Path) -> None:
         raise UserError(f"{what}: choose another file or folder to write to") from None
 
 
-def write_atomically(path: Path, data: bytes | str, *, private: bool = False) -> None:
+def write_atomically(path: Path, data: bytes | str, *, private: bool = False, flushed: bool = True) -> None:
     """Write ``data`` beside ``path`` and rename it into place; a crash leaves the old file or none.
 
     Args:
         path: the file; missing folders are made.
         data: the content; text is written as UTF-8.
         private: only the owner may read the file, and enter its folder if that is made; else the umask decides.
+        flushed: whether file and folder are on disk when the call returns; else they are after ``flush_all``.
     """
     content = data.encode() if isinstance(data, str) else data
-    build_atomically(path, lambda temporary: temporary.write_bytes(content), private=private)
+    build_atomically(path, lambda temporary: temporary.write_bytes(content), private=private, flushed=flushed)
 
 
-def build_atomically(path: Path, build: Callable[[Path], object], *, private: bool = False) -> None:
+def build_atomically(
+    path: Path, build: Callable[[Path], object], *, private: bool = False, flushed: bool = True
+) -> None:
     """Let ``build`` write a temporary file beside ``path``, rename it into place, and flush file and folder to disk.
 
     Args:
         path: the file; missing folders are made.
         build: is called with the temporary file, which exists and is empty.
         private: as for ``write_atomically``.
+        flushed: as for ``write_atomically``.
     """
     make_folder(path.parent, private=private)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -91,9 +97,11 @@ def build_atomically(path: Path, build: Callable[[Path], object], *, private: bo
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666))
     try:
         build(temporary)
-        flush(temporary)
+        if flushed:
+            flush(temporary)
         os.replace(temporary, path)
-        flush(path.parent)  # a rename is on disk only when its folder is
+        if flushed:
+            flush(path.parent)  # a rename is on disk only when its folder is
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -134,6 +142,23 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def flush_all(paths: Collection[Path]) -> None:
+    """Wait until these files and their names are on disk: all at once, which takes hardly longer than one of them.
+
+    Args:
+        paths: of files.
+
+    Raises:
+        OSError: as ``flush``.
+    """
+    if paths:
+        with ThreadPoolExecutor(min(_AT_ONCE, len(paths))) as threads:
+            for _ in threads.map(flush, paths):
+                pass
+        for folder in {path.parent for path in paths}:
+            flush(folder)
 
 
 def read_intact(path: Path, remedy: str) -> bytes:

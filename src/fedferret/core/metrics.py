@@ -1,6 +1,7 @@
 """What a client may state beside its update: the only names that are read, and the bounds of each.
 
-METRICS    of ``ClientUpdate.metrics``     loss (mean over steps), seconds (of training)
+METRICS    of ``ClientUpdate.metrics``     loss (mean over steps), seconds (of training), density
+                                         (the share of weights that a sparse model keeps)
 sums       of ``ClientScores.sums``        count (of targets), and those that the objective declares
 """
 
@@ -10,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-METRICS = ("loss", "seconds")
+METRICS = ("loss", "seconds", "density")
 LARGEST_LOSS = 1e9  # of one target, on either side of 0: a guess among a billion words costs 21 nats
 LONGEST_WORK = 30 * 86400.0  # seconds: a month; a client may repeat what took longer than a round's deadline
 LARGEST_COUNT = 2.0**53  # above it a float counts no more
@@ -30,6 +31,8 @@ def check_metrics(metrics: Any) -> None:
         _check_range("metric", "loss", metrics["loss"], -LARGEST_LOSS, LARGEST_LOSS)
     if "seconds" in metrics:
         _check_range("metric", "seconds", metrics["seconds"], 0.0, LONGEST_WORK)
+    if "density" in metrics:
+        _check_range("metric", "density", metrics["density"], 0.0, 1.0)
 
 
 def check_sums(sums: Any, declared: Mapping[str, float]) -> None:

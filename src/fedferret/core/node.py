@@ -235,7 +235,8 @@ class Node:
             client: the client's name.
             private: the client's private state after its last counted round; None before the first.
             data: for Train the client's examples, for Score those that the client holds out.
-            training: for Score: gives the client's examples, from which a first private state is made.
+            training: for Score: gives the client's examples, from which a first private state, or one for this score
+                alone, is made.
 
         Returns:
             The reply, a message, and the client's private state from now on.
@@ -288,6 +289,9 @@ class Node:
             raise ValueError("the client holds no example out")
         if private is not None:
             private = on_device(private, self.task.device)
+        if training:
+            key = Key.of(self.seed, "personalise", self.version, client)
+            private = self.algorithm.personalise(self.task, self.public, private, training, key)
         sums = self._scores(body, private, data)
         if sums is None and training:  # personal models alone, and a client that has none yet, or none of this stage
             sums = self._scores(body, self._private(client, None, training()), data)

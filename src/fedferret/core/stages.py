@@ -233,6 +233,15 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         kept = None if reply.client is None else StagedClient(public.stage, reply.client)
         return ClientReply(reply.payload, kept, reply.metrics)
 
+    def personalise(
+        self, task: Task, public: StagedPublic, client: StagedClient | None, training: Any, key: Key
+    ) -> Any:
+        """The present stage's."""
+        stage, task = self._enter(task, public)
+        private = client.client if client and client.stage == public.stage else None
+        private = stage.algorithm.personalise(task, public.public, private, training, key)
+        return None if private is None else StagedClient(public.stage, private)
+
     def accept(self, task: Task, public: StagedPublic, payload: Any) -> None:
         """The present stage's rule."""
         stage, task = self._enter(task, public)

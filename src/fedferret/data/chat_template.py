@@ -46,6 +46,7 @@ class Habits:
     system: Literal["anywhere", "first", "nowhere"] = "anywhere"  # where a system turn may stand
     alternates: bool = False  # whether roles must alternate
     earlier: bool = True  # whether it writes the turns before the last question
+    verbatim: bool = True  # whether it writes content as it stands, whatever its length, quotes and line ends
     tools: bool = True  # whether it writes the tools that are offered
     calls: Literal["objects", "texts", "none"] = "objects"  # how it reads the arguments of a call, if at all
 

@@ -25,12 +25,14 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fedferret.core.errors import UserError
+from fedferret.core.text import plain_line
 from fedferret.data.examples import Example, Turn
 from fedferret.data.text import Cut, TrainOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARKS = 8  # tokens at most that end a response
 PROMPT_SHARE = 4  # a prompt keeps one of so many of the tokens, where the response is cut
 
 
@@ -103,6 +105,8 @@ class Template(ABC):
         if len(example.turns) == 1:
             return _whole_text(example.response, tokenizer, max_tokens)
         response = _ids(self.response_text(example, tokenizer), tokenizer)
+        if len(response) <= _MARKS and not example.turns[-1].tool_calls:
+            _check_tokens(_ids(example.response, tokenizer), example.response)
         share = 1 if self.cut == "prompt" else max(1, max_tokens // PROMPT_SHARE)
         prompt, prompt_cut, turns = self._prompt(example, tokenizer, max(max_tokens - len(response), share))
         kept = response[: max_tokens - len(prompt)]
@@ -167,6 +171,15 @@ class Template(ABC):
         return tuple(spans)
 
 
+def _check_tokens(ids: Sequence[int], text: str) -> None:
+    """Refuse a text to train on of which the tokenizer makes nothing. Raises UserError."""
+    if not ids:
+        raise UserError(
+            f"the tokenizer has no token for any character of the response {plain_line(repr(text), 60)}: give another "
+            f"model, or leave such rows out"
+        )
+
+
 def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
@@ -186,7 +199,9 @@ def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:
 
 def _whole_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
     """A text alone: one token as the prompt, so that the text's first token is predicted too."""
-    ids = _ids(text, tokenizer) + (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
+    ids = _ids(text, tokenizer)
+    _check_tokens(ids, text)
+    ids += () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     first = _bos(tokenizer) or tuple(
         token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) if token is not None
     )
@@ -205,7 +220,13 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 @lru_cache(maxsize=2**14)
 def _piece(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # a tokenizer can fail as its author likes
+        reason = plain_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(
+            f"the tokenizer fails on {plain_line(repr(text), 60)} ({reason}): mend it, or give another"
+        ) from error
 
 
 @lru_cache(maxsize=8)

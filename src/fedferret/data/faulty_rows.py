@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
+from fedferret.data.rows import Unreadable
 from fedferret.data.stored import KEPT, StoredRecords
 
 T = TypeVar("T")
@@ -38,9 +39,18 @@ def text_of(row: Mapping[str, Any], column: str, where: str, *, numbers: bool = 
         FaultyRow: the column is missing, blank, not text, or not Unicode.
     """
     text = optional_text_of(row, column, where, numbers=numbers)
-    if not text or text.isspace():
+    if not shows(text):
         raise FaultyRow(f'{where}: column "{column}" is empty; fill it or remove the row')
     return text
+
+
+def shows(text: str) -> bool:
+    """Whether a text has a character that is seen: no space, control character, byte-order mark or space of no width.
+
+    Args:
+        text: of any length.
+    """
+    return any(each.isprintable() and not each.isspace() for each in text)
 
 
 def optional_text_of(row: Mapping[str, Any], column: str, where: str, *, numbers: bool = False) -> str:
@@ -138,6 +148,8 @@ def _described(value: object) -> str:
     """What a value is, in words of JSON."""
     if value is None:
         return "null"
+    if isinstance(value, Unreadable):
+        return plain_line(value.reason, 120)
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes"
     if isinstance(value, Mapping):

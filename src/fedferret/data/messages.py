@@ -89,6 +89,9 @@ def unread_keys(values: Iterable[object]) -> set[str]:
 def _turn(message: object, where: str) -> Turn:
     if not isinstance(message, Mapping):
         raise FaultyRow(f'{where} is not an object with "role" and "content": {shown(message)}')
+    for one, other in (("role", "from"), ("content", "value")):
+        if None not in (message.get(one), message.get(other)) and message[one] != message[other]:
+            raise FaultyRow(f'{where} has "{one}" and "{other}", and they differ: leave one of the two')
     given = message.get("role") or message.get("from")
     content = message["content"] if message.get("content") is not None else message.get("value")
     calls = _calls(message, where)
@@ -161,10 +164,12 @@ def _call(call: object, where: str) -> Mapping[str, Any]:
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise FaultyRow(f'{where}: a tool call has no "function" with a "name": {shown(call)}')
     arguments = function.get("arguments")
-    parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
-    arguments = parsed if isinstance(parsed, Mapping) else {} if arguments in (None, "") else arguments
+    read = _parsed(arguments) if isinstance(arguments, str) else arguments
+    parsed = {} if arguments in (None, "") else read
+    if not isinstance(parsed, Mapping):
+        raise FaultyRow(f"{where}: the arguments of a tool call are no JSON object: {shown(arguments)}")
     head = {name: call[name] for name in ("id",) if call.get(name) is not None}
-    return _plain({**head, "type": "function", "function": {"name": function["name"], "arguments": arguments}}, where)
+    return _plain({**head, "type": "function", "function": {"name": function["name"], "arguments": parsed}}, where)
 
 
 def _word(message: Mapping[str, Any], name: str, where: str) -> str | None:

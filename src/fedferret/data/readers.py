@@ -25,6 +25,18 @@ _BOM = b"\xef\xbb\xbf"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # begins UTF-16 and UTF-32
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _DELIMITERS = (";", "\t", "|")  # of a .csv file with no comma in its header
+_SEPARATOR = re.compile(r"(?i:sep)=(.)\r?\n")  # Excel's first line, which names the delimiter
+_LINE, _QUOTED = re.compile(r"[^\r\n]+"), re.compile(r'"[^"]*"')
+_OTHERS = {  # what a file begins with that is not of the format its name says
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself: fetch that with `git lfs pull`",
+    b"\x1f\x8b": "is compressed by gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed by Zstandard: let its name end in .zst",
+    b"PK\x03\x04": "is a zip archive, as Excel's .xlsx files are: unpack it, or save the table as CSV",
+    b"PAR1": "is a Parquet file: let its name end in .parquet",
+    b"ARROW1": "is an Arrow file: let its name end in .arrow",
+    b"<!DOCTYPE": "is a web page and not the file itself: fetch it again",
+    b"<html": "is a web page and not the file itself: fetch it again",
+}
 _SPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_FIELD = 2**31 - 1  # characters of a field in CSV, the most that the standard library takes everywhere
 
@@ -60,8 +72,17 @@ def read(path: Path) -> Part | None:
         raise UserError(f'"{path}" cannot be read: {error.strerror or error}') from None
     if path.suffix.lower() in _COMPRESSED:
         content = _decompressed(content, path)
+    _refuse_others(content, path)
     part = _READERS[_format(path)](content, path)
     return part if len(part) else None
+
+
+def _refuse_others(content: bytes, path: Path) -> None:
+    """Raise UserError for a file of another kind than its name says, with what is to be done."""
+    for begin, what in _OTHERS.items():
+        ours = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}.get(begin) == _format(path)
+        if content.startswith(begin) and not ours:
+            raise UserError(f'"{path}" {what}')
 
 
 def _format(path: Path) -> str:
@@ -82,10 +103,12 @@ def _decompressed(content: bytes, path: Path) -> bytes:
 
 
 def _text(content: bytes, path: Path) -> bytes:
-    """UTF-8 without a byte-order mark. Raises UserError for text in 16 or 32 bits."""
-    if content.startswith(_WIDE):
+    """UTF-8 without byte-order marks before lines. Raises UserError for text in 16 or 32 bits."""
+    if content.startswith(_WIDE) or 0 < content[:4].count(0) < 4:  # of a character's bytes some are zero
         raise UserError(f'"{path}" is not UTF-8 text but UTF-16 or UTF-32: save it as UTF-8')
-    return content.removeprefix(_BOM)
+    while content.startswith(_BOM):
+        content = content.removeprefix(_BOM)
+    return content.replace(b"\n" + _BOM, b"\n")  # of files that were joined
 
 
 def _decoded(content: bytes, path: Path) -> str:
@@ -166,9 +189,13 @@ def _refuse_object(text: str, path: Path) -> None:
 def _csv(content: bytes, path: Path, delimiter: str | None = None) -> Part:
     text = _decoded(content, path)
     del content
-    head = text.partition("\n")[0]
     if delimiter is None:
-        delimiter = "," if "," in head else next((each for each in _DELIMITERS if each in head), ",")
+        if named := _SEPARATOR.match(text):
+            delimiter, text = named[1], text[named.end() :]
+        else:
+            first = _LINE.search(text)
+            head = _QUOTED.sub("", first[0]) if first else ""
+            delimiter = "," if "," in head else next((each for each in _DELIMITERS if each in head), ",")
     kept, starts = bytearray(), array("q")
     name = str(path) if delimiter == "," or path.suffix == ".tsv" else f'{path} (delimiter "{delimiter}")'
     with _long_fields():
@@ -183,6 +210,10 @@ def _csv(content: bytes, path: Path, delimiter: str | None = None) -> Part:
                     raise UserError(
                         f'"{path}", line {reader.line_num}: not as many fields as the header has '
                         f'({len(row)} and {len(header)}, separated by "{delimiter}")'
+                    )
+                if row == header and len(row) > 1:
+                    raise UserError(
+                        f'"{path}", line {reader.line_num} is the header again, as of files that were joined: remove it'
                     )
                 if row:
                     starts.append(len(kept))

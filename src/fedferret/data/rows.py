@@ -11,6 +11,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, TypeAlias, overload
 
@@ -114,6 +115,13 @@ class Lines:
             raise UserError(f'"{self.name}", line {line:,}{error}') from None
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value that Python cannot hold, such as a date of the year 300,000: an error where it is read."""
+
+    reason: str
+
+
 class ArrowRows:
     """Rows of an Arrow table; neighbouring rows are converted together."""
 
@@ -132,16 +140,28 @@ class ArrowRows:
         return int(self._table.num_rows)
 
     def row(self, index: int) -> Row:
-        """A row by number, from 0. Raises UserError if a text in it is not UTF-8."""
+        """A row by number, from 0. A value that Python cannot hold, or a text that is not UTF-8, is ``Unreadable``."""
         if not 0 <= index - self._first < len(self._chunk):
             self._first = index - index % CHUNK
+            part = self._table.slice(self._first, CHUNK)
             try:
-                chunk: list[Row] = self._table.slice(self._first, CHUNK).to_pylist()
-                self._chunk = [_without_nulls(row) for row in chunk] if self._nested else chunk
-            except (ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"{self.name}, row {self._first + 1} or later cannot be read: {reason}") from None
+                chunk: list[Row] = part.to_pylist()
+            except Exception:  # of a date, a time zone or a text: pyarrow, pytz and Python raise what they like
+                columns = [list(map(_held, part.column(name))) for name in part.column_names]
+                chunk = [dict(zip(part.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+            self._chunk = [_without_nulls(row) for row in chunk] if self._nested else chunk
         return self._chunk[index - self._first]
+
+
+def _held(value: Any) -> object:
+    """A value of a column as a plain one."""
+    try:
+        return value.as_py()
+    except Exception as error:  # as in ``row``
+        reason = (
+            "a text that is not UTF-8" if isinstance(error, UnicodeError) else f"a value that cannot be read ({error})"
+        )
+        return Unreadable(reason)
 
 
 def _without_nulls(row: Row) -> Row:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from fedferret.core.errors import UserError, nearest
 from fedferret.data.examples import Example, Turn, instruction_example, listed
-from fedferret.data.faulty_rows import FaultyRow, optional_text_of, text_in, text_of
+from fedferret.data.faulty_rows import FaultyRow, optional_text_of, shows, text_in, text_of
 from fedferret.data.messages import ASSISTANT, USER, tools_of, turns_of, unread_keys
 from fedferret.data.rows import Row
 
@@ -172,7 +172,7 @@ def _examples(before: tuple[Turn, ...], turns: tuple[Turn, ...], metadata: Metad
         turn = whole[index]
         if turn.role != ASSISTANT or not turn.trained:
             continue
-        if not turn.content.strip() and not turn.tool_calls:
+        if not shows(turn.content) and not turn.tool_calls:
             raise FaultyRow(f"{where}: message {index + 1}, of the assistant, is empty; fill it or remove the row")
         found.append(Example(whole[: index + 1], metadata))
     if not found:

@@ -49,7 +49,7 @@ class Columns:
     messages_column: str = "messages"  # a list of {"role", "content"}
     text_column: str | None = None  # texts to train on whole; None: "text", where the rows have no other shape
     category_column: str = "category"
-    choices_column: str = "choices"  # a list of texts that includes the response, for the metric "choice"
+    choices_column: str | None = "choices"  # a list of texts that includes the response, for the metric "choice"
     faulty_rows: FaultyRows = "refuse"  # "skip": rows without text and the like are left out and counted
 
     def examples(
@@ -85,12 +85,12 @@ class Columns:
         shape = shape_of(columns, asked, source)
         others = {name: getattr(self, name) for name in ("category_column", "choices_column")}
         for name, column in others.items():
-            if column != getattr(Columns, name):
+            if column not in (None, getattr(Columns, name)):
                 require(column, columns, name, source)
         if client_column is not None:
             require(client_column, columns, "client_column", source)
         read, counted = records(rows, partial(self._record, shape, client_column), source, self.faulty_rows)
-        left = unused(first, columns, {*shape.used, *others.values(), client_column or ""})
+        left = unused(first, columns, {*shape.used, *filter(None, (*others.values(), client_column))})
         return read, (f"read as: {shape.described}", *left, *counted)
 
     def _record(self, shape: Shape, client_column: str | None, row: Row, where: str) -> _Record:
@@ -99,7 +99,7 @@ class Columns:
         client = None if client_column is None else text_of(row, client_column, where, numbers=True)
         metadata |= {} if client is None else {"client": client}
         examples = shape.examples(row, metadata, where)
-        choices = row.get(self.choices_column)
+        choices = None if self.choices_column is None else row.get(self.choices_column)
         if choices is not None and len(examples) == 1:
             read = _choices(choices, examples[0].response, where)
             examples = (replace(examples[0], metadata={**examples[0].metadata, "choices": read}),)
@@ -231,7 +231,10 @@ def _choices(value: object, response: str, where: str) -> tuple[str, ...]:
     listing = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
     choices = tuple(text_in(choice, f"{where}: a choice", numbers=True) for choice in listing)
     if response not in choices:
-        raise FaultyRow(f"{where}: the choices {shown(value)} are not a list of texts that includes the response")
+        raise FaultyRow(
+            f"{where}: the choices {shown(value)} are not a list of texts that includes the response; mend them, or "
+            f'leave the column unread with data.choices_column = "none"'
+        )
     if len(set(choices)) < len(choices):
         raise FaultyRow(f"{where}: two choices are the same text; give each once")
     return choices

@@ -27,12 +27,14 @@ Order: TypeAlias = tuple[tuple[str, bool], ...]  # of an example's turns: role, 
 
 _SYSTEM, _USER, _ASSISTANT = Turn("system", "zqsystem"), Turn("user", "zquser"), Turn("assistant", "zqassistant")
 _LATER = (Turn("user", "zqlater"), Turn("assistant", "zqanswer"))
+_MANY = tuple(Turn(role, f"zq{role}{number}zq") for number in range(12) for role in ("user", "assistant"))
+_ANY = "zq'one' \"two\"\n\n  <three> & Four\té " + "zqword " * 2_000 + "zqend"  # a content of any characters and length
 _CALL = {"id": "zqcall001", "type": "function", "function": {"name": "zqname", "arguments": {"zqargument": "zqvalue"}}}
 _CALLING = Turn("assistant", "", TurnExtra(tool_calls=(_CALL,)))
 _RESULT = Turn("tool", "zqresult", TurnExtra(name="zqname", tool_call_id="zqcall001"))
 _PARAMETERS = {"type": "object", "properties": {"zqargument": {"type": "string", "description": "zqwords"}}}
 _TOOL = {"type": "function", "function": {"name": "zqname", "description": "zqtool", "parameters": _PARAMETERS}}
-_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
+_ADDRESS = re.compile(r"<[^\n]{1,80} at 0x[0-9a-fA-F]+>")
 _ORDERS = 64  # of roles that are rendered before work
 _SAMPLE = 400  # examples that are tokenised before work
 
@@ -73,8 +75,15 @@ def _fitted(template: Chat, tokenizer: PreTrainedTokenizerBase, own: str) -> Cha
     twice = (Turn("user", "zqfirst"), _USER, _ASSISTANT), (_USER, Turn("assistant", "zqfirst"), _ASSISTANT, *_LATER)
     if not all(_shows(chat, tokenizer, *turns) for turns in twice):
         chat = _with(chat, alternates=True)
-    if not _shows(chat, tokenizer, _USER, _ASSISTANT, *_LATER):
+    if not _shows(chat, tokenizer, *_MANY):
         chat = _with(chat, earlier=False)
+    if not _shows(chat, tokenizer, Turn("user", _ANY), _ASSISTANT):
+        chat = _with(chat, verbatim=False)
+        if repr(_ANY) in _written(chat, tokenizer, Turn("user", _ANY), _ASSISTANT):
+            raise UserError(
+                "the chat template writes messages in Python's spelling: let it write message['content'], or set "
+                'template = "alpaca"'
+            )
     tools = _shows(chat, tokenizer, _USER, _ASSISTANT, words=("zqname", "zqtool"), tools=True)
     return _with(chat, tools=tools, calls=_calls(chat, tokenizer))
 
@@ -124,6 +133,12 @@ def check(
             f"{opening:,} of {total:,} examples open with a message that is not the user's: prompts begin with the "
             f"user's first, because chat templates want that"
         )
+    asked = next((example for example in orders.values() if len(example.turns) > 1), None)
+    if asked is not None and template.response_text(asked, tokenizer).strip() == asked.response.strip():
+        notes.append(
+            "responses have no end mark, because neither the template nor the tokenizer has one: answers go on until "
+            "evaluation.max_new_tokens"
+        )
     sample = [template.encode(example, tokenizer, max_tokens) for example in chosen]
     return (*notes, *_cuts(sample, total, max_tokens))
 
@@ -141,11 +156,16 @@ def _shows(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, *turns: Turn, words: Sequence[str] = (), tools: bool = False
 ) -> bool:
     """Whether the template writes all content of the turns, and the words."""
-    try:
-        text = chat.render(turns, tokenizer, generate=False, tools=(_TOOL,) if tools else ())
-    except TemplateFailure:
-        return False
+    text = _written(chat, tokenizer, *turns, tools=tools)
     return all(word in text for word in (*(turn.content for turn in turns), *words))
+
+
+def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, *turns: Turn, tools: bool = False) -> str:
+    """What the template writes of the turns; "" where it refuses them."""
+    try:
+        return chat.render(turns, tokenizer, generate=False, tools=(_TOOL,) if tools else ())
+    except TemplateFailure:
+        return ""
 
 
 def _calls(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Literal["objects", "texts", "none"]:
@@ -184,6 +204,8 @@ def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
     """Lines on what the template makes of the data's orders of roles."""
     examples = list(examples)
     notes = []
+    if not chat.habits.verbatim:
+        notes.append("the chat template changes what turns say: quotes, line ends, spaces or the length of long texts")
     moved = 0 if chat.habits.system == "nowhere" else 1
     if chat.habits.system != "anywhere" and any(
         turn.role == "system" for example in examples for turn in example.turns[moved:]
@@ -192,7 +214,7 @@ def _changes(chat: Chat, examples: Iterable[Example]) -> list[str]:
     if not chat.habits.earlier and any(
         "assistant" in (turn.role for turn in example.turns[:-1]) for example in examples
     ):
-        notes.append("the chat template leaves out turns before the last question")
+        notes.append("the chat template leaves out earlier turns of long conversations")
     if chat.habits.alternates and any(
         left.role == right.role != "tool" for example in examples for left, right in pairwise(example.turns[:-1])
     ):

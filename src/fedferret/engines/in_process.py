@@ -57,6 +57,7 @@ class InProcess:
         for client, body in bodies.items():
             self._on_client_start(client)
             yield self._outcome(state, client, body)
+        self._store.flush()
 
     def commit(self, round: int, refused: Sequence[str]) -> None:
         """Make the private states that the round produced the clients' states.

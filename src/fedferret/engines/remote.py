@@ -97,6 +97,7 @@ class Remote:
         """Every client's outcome, in the bodies' order, each as soon as those before it are known; see ``Engine``."""
         with tempfile.TemporaryFile() as file:
             yield from _Exchange(self, self._store, bodies, state, Spool(file)).run()
+        self._store.flush()
 
     def commit(self, round: int, refused: Sequence[str]) -> None:
         """What the round made of simulated clients is what they are, but for those that were refused."""

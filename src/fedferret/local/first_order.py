@@ -34,6 +34,8 @@ from fedferret.local.recomputing import check_recomputing, recomputed
 from fedferret.local.schedules import Schedule, check_warmup, factor
 from fedferret.local.steppers import Adjust, OptimizerState, StepAfterBackward, StepInBackward, Stepper
 
+MOST_STEPS = 2**31  # of one client in one round: no claim reaches it
+
 
 class TrainingRefused(RuntimeError):
     """A client's training that went wrong: no examples, or a loss that is NaN or infinite."""
@@ -166,6 +168,21 @@ class FirstOrder:
             return self.steps
         assert self.epochs is not None
         return self.epochs * math.ceil(self.batches_per_pass(num_examples) / self.accumulate)
+
+    def may_take(self, steps: object) -> bool:
+        """Whether some number of examples gives a client so many steps in a round.
+
+        Args:
+            steps: as a client states it, of any type.
+
+        Returns:
+            True for ``steps``, or for a multiple of ``epochs`` below ``MOST_STEPS``.
+        """
+        if type(steps) is not int:
+            return False
+        if self.epochs is None:
+            return steps == self.steps
+        return self.epochs <= steps < MOST_STEPS and steps % self.epochs == 0
 
     def total_batches(self, num_examples: int) -> int:
         """How many batches a client trains on in a round.

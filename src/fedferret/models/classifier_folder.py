@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedferret.models.classifier_loading import LoadedClassifier
+from fedferret.models.classifier_loading import LoadedClassifier, classifier_skeleton
 from fedferret.models.classifiers import TextClassifier
 from fedferret.models.folders import build_folder
 from fedferret.models.quiet import quiet_transformers
@@ -135,7 +135,15 @@ def _write_images(loaded: LoadedClassifier, classes: Sequence[str], folder: Path
     licence = ""
     if loaded.folder is not None:  # a packaged model, which has a notice
         licence = f"\n{(loaded.folder / 'NOTICE').read_text(encoding='utf-8')}"
-    text = _IMAGE_README.format(name=loaded.name, count=len(classes), classes=json.dumps(list(classes)))
+    whole = classifier_skeleton(loaded.name, len(classes)).state_dict()
+    pruned = any(value.shape != whole[name].shape for name, value in loaded.model.state_dict().items())
+    text = _IMAGE_README.format(
+        name=loaded.name,
+        count=len(classes),
+        classes=json.dumps(list(classes)),
+        imported="\nfrom fedferret.models.pruning import sized_for" if pruned else "",
+        sized="sized_for(model, weights)" if pruned else "model",
+    )
     (folder / "README.md").write_text(text + licence)
 
 
@@ -174,11 +182,12 @@ fedferret's, which must be installed.
 ```python
 from types import SimpleNamespace
 
-from fedferret.models import classifier_skeleton
+from fedferret.models import classifier_skeleton{imported}
 from safetensors.torch import load_file
 
-model = classifier_skeleton("{name}", {count}).to_empty(device="cpu")
-model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+weights, model = load_file(f"{{folder}}/model.safetensors"), classifier_skeleton("{name}", {count})
+model = {sized}.to_empty(device="cpu")
+model.load_state_dict(weights)
 logits = model(SimpleNamespace(pixels=images))
 ```
 """

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedferret.core.errors import UserError
+from fedferret.models.positions import position_limit
 
 POOLINGS = ("cls", "mean", "last")
 HEAD = "head."  # begins the names of a classifier's head, and of nothing else in it
@@ -55,22 +56,53 @@ class Classifier(nn.Module, ABC):
             UserError: if the model cannot read such a batch.
         """
 
+    def input_shape(self, tokens: int) -> tuple[int, ...]:
+        """The form in which the body reads one example, where that is continuous: pixels, or vectors of tokens.
+
+        Args:
+            tokens: of a text; an image has none.
+
+        Returns:
+            The shape without N, for ``features_of``.
+
+        Raises:
+            UserError: the body reads nothing continuous.
+        """
+        raise UserError(f"a {type(self).__name__} reads no continuous inputs; choose another model")
+
+    @property
+    def input_scale(self) -> float:
+        """The standard deviation of the values in such a form."""
+        return 1.0
+
+    def features_of(self, inputs: Tensor) -> Tensor:
+        """What the head reads, of examples in the form that the body reads.
+
+        Args:
+            inputs: fp32, shape (N, *``input_shape``), on the model's device; a gradient reaches them.
+
+        Returns:
+            Features, fp32, shape (N, H), on the model's device.
+        """
+        raise NotImplementedError
+
     def forward(self, batch: Any) -> Tensor:
         """The logits of a batch.
 
         Args:
-            batch: as in ``features``.
+            batch: as in ``features``, or a tensor as in ``features_of``.
 
         Returns:
             Logits, shape (N, C), on the model's device.
         """
-        logits_NC: Tensor = self.head(self.features(batch))
+        features_NH = self.features_of(batch) if isinstance(batch, Tensor) else self.features(batch)
+        logits_NC: Tensor = self.head(features_NH)
         return logits_NC
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.head.weight.device
+        return next(self.parameters()).device
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, under the name that transformers has for it.
@@ -123,12 +155,42 @@ class TextClassifier(Classifier):
             Features, fp32, shape (N, H), on the model's device.
         """
         ids_NT, mask_NT = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        output = self.encoder(**self._inputs(ids_NT, mask_NT), **self._options)
+        return self._features(self._inputs(ids_NT, mask_NT), mask_NT)
+
+    def input_shape(self, tokens: int) -> tuple[int, ...]:
+        """Embeddings, shape (T, E). Raises UserError where the transformer takes none, or not so many."""
+        if "inputs_embeds" not in inspect.signature(self.encoder.forward).parameters:
+            raise UserError(f"a {type(self.encoder).__name__} takes tokens and no embeddings; choose another model")
+        limit = position_limit(self.encoder)
+        if limit is not None and tokens > limit:
+            raise UserError(f"tokens={tokens}: the model has {limit:,} positions; set at most that")
+        return tokens, self._embedding.embedding_dim
+
+    @property
+    def input_scale(self) -> float:
+        """Of the tokens' embeddings."""
+        return float(self._embedding.weight.detach().float().std())
+
+    def features_of(self, inputs: Tensor) -> Tensor:
+        """Pooled hidden states of texts of T embeddings, shape (N, T, E); there is no padding."""
+        mask_NT = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
+        embedded = self._embedded(inputs.to(self._embedding.weight.dtype), mask_NT)
+        # without a mask, which would hide nothing, a forward pass asks for no value: it runs on the meta device too
+        return self._features({"inputs_embeds": embedded["inputs_embeds"]}, mask_NT)
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        encoder: Any = self.encoder
+        embedding: nn.Embedding = encoder.get_input_embeddings()
+        return embedding
+
+    def _features(self, inputs: dict[str, Tensor], mask_NT: Tensor) -> Tensor:
+        output = self.encoder(**inputs, **self._options)
         pooled = getattr(output, "pooler_output", None)
         if self.pooling == "cls" and pooled is not None:
-            features_NH: Tensor = pooled if self.prompt is None else self._pooled(output.last_hidden_state, ids_NT)
+            features_NH: Tensor = pooled if self.prompt is None else self._pooled(output.last_hidden_state, mask_NT)
             return features_NH.float()
-        hidden_NTH: Tensor = output.last_hidden_state[:, -ids_NT.shape[1] :].float()
+        hidden_NTH: Tensor = output.last_hidden_state[:, -mask_NT.shape[1] :].float()
         if self.pooling == "mean":
             mask_NT1: Tensor = mask_NT[:, :, None].to(hidden_NTH.dtype)
             return (hidden_NTH * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1).clamp(min=1)
@@ -142,19 +204,23 @@ class TextClassifier(Classifier):
         """The tokens, or the V vectors and the tokens' embeddings."""
         if self.prompt is None:
             return {"input_ids": ids_NT, "attention_mask": mask_NT}
-        encoder: Any = self.encoder
-        embeddings_NTE: Tensor = encoder.get_input_embeddings()(ids_NT)
+        return self._embedded(self._embedding(ids_NT), mask_NT)
+
+    def _embedded(self, embeddings_NTE: Tensor, mask_NT: Tensor) -> dict[str, Tensor]:
+        """The V vectors, if any, and the embeddings."""
+        if self.prompt is None:
+            return {"inputs_embeds": embeddings_NTE, "attention_mask": mask_NT}
         prompt_VE: Tensor = self.prompt()
-        prompt_NVE = prompt_VE.to(embeddings_NTE.dtype).expand(len(ids_NT), -1, -1)
+        prompt_NVE = prompt_VE.to(embeddings_NTE.dtype).expand(len(embeddings_NTE), -1, -1)
         return {
             "inputs_embeds": torch.cat((prompt_NVE, embeddings_NTE), dim=1),
             "attention_mask": torch.cat((mask_NT.new_ones(prompt_NVE.shape[:2]), mask_NT), dim=1),
         }
 
-    def _pooled(self, hidden_NTH: Tensor, ids_NT: Tensor) -> Tensor:
+    def _pooled(self, hidden_NTH: Tensor, mask_NT: Tensor) -> Tensor:
         """What the architecture's pooler makes of the text without the prompt."""
         pooler: Any = self.encoder.pooler
-        pooled_NH: Tensor = pooler(hidden_NTH[:, -ids_NT.shape[1] :])
+        pooled_NH: Tensor = pooler(hidden_NTH[:, -mask_NT.shape[1] :])
         return pooled_NH
 
 
@@ -193,7 +259,15 @@ class ImageClassifier(Classifier):
         Raises:
             UserError: if images have neither one channel nor three.
         """
-        features_NH: Tensor = self.body(self.prepared(batch.pixels.to(self.device)))
+        return self.features_of(self.prepared(batch.pixels.to(self.device)))
+
+    def input_shape(self, tokens: int) -> tuple[int, ...]:
+        """Normalised pixels, shape (``channels``, ``size``, ``size``)."""
+        return self.channels, self.size, self.size
+
+    def features_of(self, inputs: Tensor) -> Tensor:
+        """What the body makes of normalised pixels."""
+        features_NH: Tensor = self.body(inputs)
         return features_NH.float()
 
     def prepared(self, pixels_NCHW: Tensor) -> Tensor:

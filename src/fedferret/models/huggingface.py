@@ -30,6 +30,7 @@ _SURELY_CAUSAL = "ForCausalLM"
 _OTHER_INPUTS = ("vision_config", "audio_config")  # of models that read more than text
 _ADAPTER = "adapter_config.json"  # peft's; transformers would attach the adapter and freeze the rest
 _IN_PYTHONS_WORDS = (TypeError, AttributeError, LookupError, AssertionError)  # they tell a user nothing
+_MOST_LAYERS = 1_000
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -210,7 +211,19 @@ def read_config(name: str, require: Requirement = require_causal) -> PretrainedC
     with one_line(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     require(name, config.to_dict())
+    _check_sizes(name, config)
     return config
+
+
+def _check_sizes(name: str, config: PretrainedConfig) -> None:
+    """Refuse a configuration without a layer, or with more than any model has, which would take hours to lay out."""
+    sizes = config.get_text_config()
+    for size, most in (("num_hidden_layers", _MOST_LAYERS), ("hidden_size", 2**24), ("vocab_size", 2**28)):
+        value = getattr(sizes, size, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise UserError(
+                f'model "{name}": {size} is {value:,} in its config.json; give 1 to {most:,}, or fetch the folder again'
+            )
 
 
 def read_model(name: str, dtype: Dtype = "fp32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -275,10 +288,8 @@ def _read(
             f'give pooling = "mean"'
         )
     if whole := integer_weight(_folder(name), (parameter for parameter, _ in model.named_parameters())):
-        raise UserError(
-            f'model "{name}": its weights {whole} are whole numbers, so codes of a quantised model; give the model in '
-            f"full precision"
-        )
+        kind = "complex numbers" if "(c" in whole else "whole numbers, so codes of a quantised model"
+        raise UserError(f'model "{name}": its weights {whole} are {kind}; give the model in full precision')
     numberless = {_without_numbers(key) for key in model.state_dict()}
     left = sorted(key for key in report["unexpected_keys"] if _without_numbers(key) in numberless)
     if left:
@@ -303,6 +314,14 @@ def _read(
 
 def _without_numbers(key: str) -> str:
     return re.sub(r"\.\d+\.", ".0.", key)
+
+
+def _pointer(folder: Path) -> str:
+    """The first file of a folder that Git LFS has not fetched; "" where there is none."""
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            return path.name
+    return ""
 
 
 def _source(name: str) -> str:
@@ -343,7 +362,9 @@ def one_line(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # none of them promises which
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "custom code" in reason:
+        if pointer := _pointer(Path(name).expanduser()):
+            reason = f"{pointer} is a pointer of Git LFS and not the file itself: fetch that with `git lfs pull`"
+        elif "custom code" in reason:
             reason = "its tokenizer or architecture is code that comes with the model, and no such code is run"
         elif isinstance(error, _IN_PYTHONS_WORDS):
             reason = "a file in it is damaged, or has another form than transformers writes; fetch or save it again"

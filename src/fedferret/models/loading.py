@@ -143,6 +143,7 @@ def load(
         model, tokenizer = read_model(str(folder), dtype)
     else:
         model, tokenizer = read_model(name, dtype)
+        _check_tied(name, model)
         local = Path(name).expanduser()
         folder = local if local.exists() else None
     prepare(name, model, tokenizer)
@@ -173,6 +174,9 @@ def prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         if tokenizer.pad_token is None:
             raise UserError(f'model "{name}": its tokenizer has no padding, end or unknown token to pad with')
     tokenizer.padding_side = "right"
+    merging: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(merging, "dropout", None):  # it would make other tokens of a text each time
+        merging.dropout = None
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None
     module: Any
@@ -193,6 +197,16 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
             raise UserError(
                 f'model "{name}": its weights {parameter} hold NaN or infinity; fetch or save the model again'
             )
+
+
+def _check_tied(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights that the configuration ties and the checkpoint has apart: costs would be of another model."""
+    apart = [each for each, _ in model.named_parameters() if each not in parameter_shapes(name)]
+    if apart:
+        raise UserError(
+            f'model "{name}": its {apart[0]} differs from its embedding, and its config.json ties the two; set '
+            f"tie_word_embeddings to false there, or fetch the folder again"
+        )
 
 
 def hold_in_bf16(model: nn.Module) -> None:

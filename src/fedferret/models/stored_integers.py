@@ -1,4 +1,7 @@
-"""Weights that are stored as whole numbers: codes of a quantised model, which would be read as if they were values."""
+"""Weights that are stored as whole numbers: codes of a quantised model, which would be read as if they were values.
+
+Complex numbers are found too: of these, transformers would read one half.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # as safetensors names them
+_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL", "C64")  # as safetensors names them
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 
 
 def integer_weight(folder: Path, parameters: Iterable[str]) -> str:
-    """Find a weight that is stored as whole numbers.
+    """Find a weight that is stored as whole or complex numbers.
 
     Buffers, such as masks and positions, may be.
 
@@ -30,7 +33,7 @@ def integer_weight(folder: Path, parameters: Iterable[str]) -> str:
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, str]]:
-    """The tensors of whole numbers that a folder holds, with their types."""
+    """The tensors of whole or complex numbers that a folder holds, with their types."""
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         with path.open("rb") as file:
@@ -43,5 +46,5 @@ def _stored(folder: Path) -> Iterator[tuple[str, str]]:
         import torch
 
         for name, value in torch.load(path, map_location="meta", weights_only=True).items():
-            if not (value.is_floating_point() or value.is_complex()):
+            if not value.is_floating_point():
                 yield name, str(value.dtype).removeprefix("torch.")

@@ -62,13 +62,16 @@ def open_trainer(folder: Path, seal: Callable[[Path], Seal] | None = None) -> Tr
         return Trainer(partial(work, site, None))
     audit = Audit(folder)
 
+    def log(line: str) -> None:  # for whoever reads the log of the trainer
+        print(line, file=sys.stderr, flush=True)
+
     def record(event: Mapping[str, Any]) -> None:
         audit(event)
-        if event["note"]:  # for whoever reads the log of the trainer
-            print(f"round {event['round']}: {event['note']}", file=sys.stderr, flush=True)
+        if event["note"]:
+            log(f"round {event['round']}: {event['note']}")
 
     return Trainer(
-        partial(work, site, folder),
+        partial(work, site, folder, log=log),
         folder,
         site.name,
         record,

@@ -160,6 +160,7 @@ def work(
     # imported late: a mistake in the site's own files is told before seconds of importing PyTorch
     from fedferret.build import Parts, check, load_data
     from fedferret.config import written
+    from fedferret.disk import site_states
     from fedferret.engines.trainer import Work
 
     settings = adapted(site, written(tomllib.loads(recipe)))
@@ -174,6 +175,8 @@ def work(
         if not kept and settings.held_out_share:
             data = hold_out(data, settings.held_out_share, Key.of(settings.seed, "held out"), log)
         settings.objective.check_examples(settings.model.name, data, complete=False)
+        if stated := site_states(settings, site.history):
+            log(stated)
     parts = Parts.over(settings, data, folder, log)
     node, _ = parts.start_node()
     with settings.algorithm.model(parts.task, node.public) as model:

@@ -46,6 +46,7 @@ def serve(
             f"trial on loopback"
         )
     from fedferret.config import from_tables
+    from fedferret.run_folder import as_begun
     from fedferret.sites import serve as serving
     from fedferret.sites.credentials import read_server
 
@@ -57,7 +58,7 @@ def serve(
         insecure_off_loopback=insecure and insecure_off_loopback,
         accept_changed_data=accept_changed_data,
     )
-    serving.serve(from_tables(tables), out, settings, log)
+    serving.serve(from_tables(as_begun(tables, out, log)), out, settings, log)
     log(f"The run is finished: {out / 'report.html'}")
 
 

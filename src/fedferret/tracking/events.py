@@ -148,6 +148,7 @@ class Round:
     fingerprint: str
     bounded: tuple[str, ...] = ()  # clients with a claim of examples that counted for less than it said
     brought: Mapping[str, int] = field(default_factory=dict)  # of ``bytes_down``, what scoring had brought already
+    density: Mapping[str, float] = field(default_factory=dict)  # share of weights that a client's sparse model keeps
 
 
 @dataclass
@@ -316,6 +317,7 @@ def round_fields(record: RoundRecord) -> dict[str, Any]:
         "fingerprint": record.fingerprint,
         "bounded": list(record.bounded),
         "brought": dict(record.brought),
+        "density": {name: metrics["density"] for name, metrics in record.metrics.items() if "density" in metrics},
     }
 
 
@@ -333,6 +335,7 @@ def _round(event: Event) -> Round:
         event["fingerprint"],
         tuple(event.get("bounded", ())),
         event.get("brought", {}),
+        _floats(event.get("density", {})),
     )
 
 

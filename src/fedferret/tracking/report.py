@@ -13,6 +13,7 @@ import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -72,6 +73,7 @@ def write_report(folder: Path) -> Path:
         figures=_figures(run, summary),
         plots=[(plot.name, plot.title, plot.text, Markup(plot.themed)) for plot in plots],  # safe: made here
         rounds=_rounds(run),
+        sparse=_sparse(run),
         metric_names=_metric_names(run),
         metrics=_metrics(run),
         failures=[(number, f.client, f.stage, f.reason) for number, f in run.failures],
@@ -208,11 +210,12 @@ def _against(loss: float, baseline: float) -> str:
 def _rounds(run: Run) -> list[tuple[str, ...]]:
     """The table of rounds. Round 0 is the model before tuning."""
     rows: list[tuple[str, ...]] = []
+    sparse = _sparse(run)
     for number in sorted({*run.rounds, *run.evaluations}):
         entry, evaluation = run.rounds.get(number), run.evaluations.get(number)
         held_out = as_loss(evaluation.loss) if evaluation else ""
         if entry is None:
-            rows.append((str(number), "", "", held_out, "", "", "", "", ""))
+            rows.append((str(number), "", "", held_out, "", "", "", "", "", *([""] if sparse else [])))
             continue
         rows.append(
             (
@@ -225,9 +228,15 @@ def _rounds(run: Run) -> list[tuple[str, ...]]:
                 as_duration(entry.seconds),
                 f"{entry.seconds_overhead / entry.seconds:.1%}" if entry.seconds else "",
                 entry.fingerprint[:12],
+                *([f"{fmean(entry.density.values()):.1%}" if entry.density else ""] if sparse else []),
             )
         )
     return rows
+
+
+def _sparse(run: Run) -> bool:
+    """Whether clients say which share of their weights is kept."""
+    return any(entry.density for entry in run.rounds.values())
 
 
 def _metric_names(run: Run) -> list[str]:

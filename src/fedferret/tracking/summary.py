@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedferret.core.errors import UserError
@@ -59,6 +60,12 @@ def summarise(run: Run) -> dict[str, Any]:
             if baseline.spread
         },
         "train_loss_by_round": [_plain(entry.loss) for entry in rounds],
+        # of sparse models: the mean over a round's clients
+        **(
+            {"density_by_round": [_mean(entry.density) for entry in rounds]}
+            if any(each.density for each in rounds)
+            else {}
+        ),
         "bytes_up": ledger.up,
         "bytes_down": ledger.down,
         "bytes_fedavg": ledger.fedavg,
@@ -85,6 +92,10 @@ def _metrics(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> dict[str
                 metric: [_plain(each[metric]) if metric in each else None for each in scores] for metric in metrics
             }
     return found
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return _plain(fmean(values.values())) if values else None
 
 
 def times(run: Run) -> dict[str, float]:

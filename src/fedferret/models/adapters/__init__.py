@@ -5,6 +5,8 @@
     LearnedPrompt    V vectors before every example's embeddings                         exported as peft's adapter
     EncodedPrompt    the same V vectors, made by a small network from V others           likewise
     Prefix           p keys and values before each attention layer's own                 likewise
+    Gates            y = W (M ⊙ h), a neuron or a head open or closed; W is frozen       merged: closed columns become 0
+    RowThresholds    y_i = 0 where the row w_i is small; the weights are trained too     merged: these rows become 0
 
 What neither merges nor has a form of peft's is exported as a folder that ``read_adapter`` reads.
 
@@ -15,6 +17,7 @@ from a key: peft draws from the global generator, which is put back, and the val
 from __future__ import annotations
 
 from fedferret.models.adapters.attention import prefix_layers, without_prefixes
+from fedferret.models.adapters.gates import GATE, Gated, Gates, gate_masks, gated_modules, open_share
 from fedferret.models.adapters.interface import Adapter, adapter_of, prefix_of, released, transformer_of
 from fedferret.models.adapters.lora import FACTOR_A, FACTOR_B, LoRA, continued, factors
 from fedferret.models.adapters.modules import ALL_LINEAR, default_modules, linear_modules
@@ -22,31 +25,55 @@ from fedferret.models.adapters.peft_folder import read_peft_folder
 from fedferret.models.adapters.prefix import Prefix
 from fedferret.models.adapters.prompt import EncodedPrompt, LearnedPrompt
 from fedferret.models.adapters.read import read_adapter
+from fedferret.models.adapters.row_thresholds import (
+    THRESHOLD,
+    RowThresholds,
+    Window,
+    density,
+    masked_modules,
+    row_mask,
+    row_masks,
+    threshold_names,
+)
 from fedferret.models.adapters.scale_shift import NORM, Initial, ScaleShift, Shift
 
 __all__ = [
     "ALL_LINEAR",
     "FACTOR_A",
     "FACTOR_B",
+    "GATE",
     "NORM",
+    "THRESHOLD",
     "Adapter",
     "EncodedPrompt",
+    "Gated",
+    "Gates",
     "Initial",
     "LearnedPrompt",
     "LoRA",
     "Prefix",
+    "RowThresholds",
     "ScaleShift",
     "Shift",
+    "Window",
     "adapter_of",
     "continued",
     "default_modules",
+    "density",
     "factors",
+    "gate_masks",
+    "gated_modules",
     "linear_modules",
+    "masked_modules",
+    "open_share",
     "prefix_layers",
     "prefix_of",
     "read_adapter",
     "read_peft_folder",
     "released",
+    "row_mask",
+    "row_masks",
+    "threshold_names",
     "transformer_of",
     "without_prefixes",
 ]
