@@ -29,9 +29,7 @@ from fedferret.objectives.registry import objective
 from fedferret.recipe_file import read_tables
 from fedferret.recipe_paths import located
 from fedferret.renamed_keys import with_new_names
-from fedferret.settings import WHOLE, build, table_of
-
-_ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}  # of training: two ways to count its work
+from fedferret.settings import ALTERNATIVES, WHOLE, build, table_of
 
 
 def _positive(where: str, **values: float | None) -> None:
@@ -359,7 +357,7 @@ def build_algorithm(name: str, table: Mapping[str, Any]) -> Algorithm[Any, Any, 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The tables ``below`` with those ``above`` laid over them, setting by setting; who gives one of two alternatives
     takes the other away."""
-    given_away = {other for name, other in _ALTERNATIVES.items() if name in above and other not in above}
+    given_away = {other for name, other in ALTERNATIVES.items() if name in above and other not in above}
     result = {name: value for name, value in below.items() if name not in given_away}
     for name, value in above.items():
         known = result.get(name)

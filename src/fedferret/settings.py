@@ -22,6 +22,7 @@ from fedferret.core.errors import UserError, nearest
 T = TypeVar("T")
 LARGEST = 3.4028e38  # of fp32
 WHOLE = 2**63  # TOML's whole numbers lie below it
+ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}  # of training: two ways to count its work
 
 
 def build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -135,10 +136,10 @@ def _over_defaults(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
             if not dataclasses.is_dataclass(type(default)):
                 continue
             usual = table_of(type(default)())
-            merged[field.name] = {
-                **{name: value for name, value in table_of(default).items() if value != usual.get(name)},
-                **_over_defaults(type(default), table[field.name]),
-            }
+            given = _over_defaults(type(default), table[field.name])
+            away = {ALTERNATIVES[name] for name in given if name in ALTERNATIVES}
+            own = {name: value for name, value in table_of(default).items() if value != usual.get(name)}
+            merged[field.name] = {name: value for name, value in own.items() if name not in away} | given
     return merged
 
 

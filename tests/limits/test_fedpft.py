@@ -208,6 +208,7 @@ def test_features_that_are_not_finite_fail_their_client_alone() -> None:
         ({"rounds": 3, "algorithm": {"chain": True}}, "set clients.per_round=1"),
         ({"algorithm": {"components": 300}}, "components=300: must lie between 1 and 255"),
         ({"algorithm": {"floor": 0.0}}, "floor=0.0: must be greater than 0"),
+        ({"algorithm": {"head": {"checkpoint_activations": True}}}, "has no activations to drop"),
         ({"objective": {"name": "next-token"}}, 'cannot take objective "next-token"'),
     ],
 )
@@ -227,6 +228,21 @@ def test_a_model_without_a_head_and_a_folder_for_a_normalised_head_are_refused()
     for start in (replace(ONE, normalise="l2"), replace(ONE, chain=True)):
         with pytest.raises(UserError, match=r"start\.(normalise|chain)="):
             FedPFTThen(start=start)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"then": "slora"}, "no method of one stage"),
+        ({"then": "fedpft"}, "no method of one stage"),
+        ({"then": {"rank": 2}}, "there is no name in it"),
+        ({"then": "fedavgg"}, 'did you mean "fedavg"'),
+        ({"start_rounds": 2}, "1 or 0"),
+    ],
+)
+def test_what_cannot_follow_is_named(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        FedPFTThen(**settings)
 
 
 def test_a_normalised_head_reads_what_the_mixtures_are_of() -> None:

@@ -66,7 +66,7 @@ REGISTERED["fedpeptao"] = replace(REGISTERED["fedpeptao"], layers=1.0)
 REGISTERED["sa-fedlora"] = replace(REGISTERED["sa-fedlora"], full_training=REGISTERED["sa-fedlora"].training)
 
 
-@pytest.mark.parametrize("name", catalogue())
+@pytest.mark.parametrize("name", [name for name, method in REGISTERED.items() if hasattr(method, "training")])
 def test_seed_round_and_client_alone_determine_a_client_s_batches_for_every_method(name: str) -> None:
     rounds, size = 2, 4
     method = REGISTERED[name]

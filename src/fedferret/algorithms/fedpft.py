@@ -65,6 +65,7 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     """A head from mixtures of features. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fedpft"
+    trains_at_clients: ClassVar[bool] = False
     weighting: ClassVar[Weighting] = "examples"  # bounds how many features a client's mixtures are drawn from
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper-code": {
@@ -89,6 +90,8 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
         for name in ("min_examples", "max_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.head.checkpoint_activations:
+            raise UserError("head.checkpoint_activations=true: a head alone has no activations to drop; leave it out")
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -110,10 +113,6 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
         """One client in a round of a chain."""
         return 1 if self.chain else None
 
-    def check(self, model: nn.Module, rounds: int) -> None:
-        """The head's training must be possible."""
-        self.head.check(model, self.name)
-
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with a frozen body, and a head that reads normalised features where these are asked for."""
         classifier = _classifier(model)
@@ -124,10 +123,7 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     def release(self, model: nn.Module) -> nn.Module:
         """The model itself; no plain architecture normalises features."""
         if self.normalise != "none":
-            raise UserError(
-                f'normalise="{self.normalise}": the head reads normalised features, which no folder of a model has a '
-                f'place for; write a delta, or set normalise="none"'
-            )
+            raise UserError(f'normalise="{self.normalise}": no folder of a model has a place for it; write a delta')
         return model
 
     def note(self, public: FedPFTPublic) -> str | None:

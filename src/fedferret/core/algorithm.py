@@ -105,6 +105,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
 
     name: ClassVar[str]
     max_rounds: ClassVar[int | None] = None  # 1 for a one-shot method
+    trains_at_clients: ClassVar[bool] = True  # False where clients read a frozen model once
     per_round: ClassVar[int | None] = None  # how many clients each round must have; None: any number
     holds_bf16: ClassVar[bool] = False  # whether updates are unrounded and ``apply`` rounds bf16 weights at random
     changes_base: ClassVar[bool] = False  # whether the weights under its adapter change too: no adapter holds these

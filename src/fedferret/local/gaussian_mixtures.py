@@ -147,8 +147,8 @@ def are_positive(covariances_KS: Tensor, kind: Kind, width: int) -> bool:
     """
     if kind != "full":
         return bool((covariances_KS > 0).all())
-    _, info_K = torch.linalg.cholesky_ex(_matrices(covariances_KS.double(), width))
-    return not info_K.any()
+    each = (_matrices(one_S[None].double(), width) for one_S in covariances_KS)  # one matrix in memory
+    return not any(bool(torch.linalg.cholesky_ex(matrix_1HH).info.any()) for matrix_1HH in each)
 
 
 def rounded(mixture: Mixture, kind: Kind, floor: float) -> Mixture:

@@ -89,10 +89,10 @@ def batches_per_round(algorithm: Any, num_examples: int) -> int | None:
     """The most batches that a client trains on in a round; None where the method does not say."""
     stages = getattr(algorithm, "stages", None)
     parts = [stage.algorithm for stage in stages()] if stages else [algorithm]
-    trainings = [getattr(part, "training", None) for part in parts]
+    trainings = [getattr(part, "training", None) for part in parts if getattr(part, "trains_at_clients", True)]
     if any(training is None for training in trainings):
         return None
-    return max(int(training.total_batches(num_examples)) for training in trainings if training)
+    return max((int(training.total_batches(num_examples)) for training in trainings if training), default=0)
 
 
 def _check(key: str, asked: str, allowed: Sequence[str] | None) -> None:
