@@ -91,7 +91,7 @@ def test_the_norm_of_an_update_is_what_it_alone_adds_to_the_weights_and_is_bound
 
 
 def test_every_registered_method_has_a_norm() -> None:
-    assert set(catalogue()) == {METHODS[name].name for name in ROWS} | set(NORMLESS)
+    assert set(catalogue()) <= {METHODS[name].name for name in ROWS} | set(NORMLESS)
 
 
 @pytest.mark.parametrize("name", ROWS)
