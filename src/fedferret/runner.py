@@ -342,8 +342,11 @@ class Run:
             self.recipe.seed,
         )
         base = MappedTree(self.out / "state", tree.parameters(untuned))
-        # a run of several stages ends in a model with the last stage's adapter, and clients train as the first begins
-        model = untuned.to(self.experiment.task.device) if isinstance(recipe.algorithm, Staged) else None
+        # a run of several stages ends in a model with the last stage's adapter, and clients train as the first begins;
+        # a run with bodies of several architectures ends in one of them
+        changed = tree.shapes(base) != tree.shapes(tree.parameters(self.experiment.model))
+        staged = isinstance(recipe.algorithm, Staged)
+        model = untuned.to(self.experiment.task.device) if staged or changed else None
         total = min(count, len(self.experiment.data.clients)) * self.recipe.rounds
         with self._aside(progress, "local-only training, in rounds", total) as on_progress:
             losses, own = self.experiment.local_only(base, on_progress, model)
