@@ -21,7 +21,7 @@ from fedferret.core.pooling import tensors
 from fedferret.local import trajectory_matching
 from fedferret.local.trajectory_matching import AuxiliarySet, first_set, matched, mismatch, projected, unrolled
 from fedferret.wire import codec
-from toys import INPUTS, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
+from toys import INPUTS, SHAPES, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
 
 TRAINED = replace(TRAINING, steps=3)
 FEDPTR = FedPTR(mu=0.5, matching_steps=8, inner_steps=2, projection_steps=2, examples_per_class=1, training=TRAINED)
@@ -39,6 +39,8 @@ def test_without_a_pull_it_is_fedavg_and_without_a_projection_fedprox_to_the_bit
     fedptr, fedprox = replace(FEDPTR, where=where), FedProx(mu=0.5, training=TRAINED)
     assert weights_of(replace(fedptr, mu=0.0)) == weights_of(FedAvg(training=TRAINED))
     assert weights_of(replace(fedptr, projection_steps=0)) == weights_of(fedprox)
+    for limit in ({"mu": 0.0}, {"projection_steps": 0}):  # no more is sent or kept than there
+        assert replace(fedptr, **limit).wire_cost(SHAPES, 3, 1) == fedprox.wire_cost(SHAPES, 3, 1)
     # nothing is matched before the second round: in the first the pull is to the first weights
     assert weights_of(fedptr, 1) == weights_of(fedprox, 1) and weights_of(fedptr, 2) != weights_of(fedprox, 2)
 
@@ -129,7 +131,8 @@ def test_matching_explains_a_step_and_a_tiny_inner_rate_explains_nothing() -> No
     assert least == pytest.approx(mismatch(task.model, start, end, found, 3).item())
     # steps that are far too long lose nothing: the best set is kept
     _, still = matched(task.model, start, end, found, steps=0, inner_steps=3, rate=0.05)
-    assert matched(task.model, start, end, found, steps=3, inner_steps=3, rate=1e30)[1] == still < 0.9
+    for rate in (5.0, 1e30):
+        assert matched(task.model, start, end, found, steps=3, inner_steps=3, rate=rate)[1] == still < 0.9
 
 
 def test_as_many_examples_as_dimensions_explain_a_linear_models_step() -> None:
@@ -139,6 +142,8 @@ def test_as_many_examples_as_dimensions_explain_a_linear_models_step() -> None:
     row = torch.tensor([0.2, -0.1, 0.05])
     end = {"weight": torch.stack((row, -row))}  # a gradient of cross-entropy adds up to 0 over classes
     begun = first_set((3,), 1.0, 2, 2, 0.1, Key.of(1), torch.device("cpu"))
+    by_hand = 0.1 * (begun.labels.softmax(dim=1) - 0.5).T @ begun.inputs / 4  # at weights 0 both classes have 1/2
+    torch.testing.assert_close(unrolled(model, start, begun, 1, False)["weight"], by_hand)
     found, least = matched(model, start, end, begun, steps=300, inner_steps=1, rate=0.05)
     assert least < 1e-3
     # where the gradient is constant, as many further steps lead on by the same step: momentum
