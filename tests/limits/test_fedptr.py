@@ -24,7 +24,7 @@ from fedferret.wire import codec
 from toys import INPUTS, SHAPES, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
 
 TRAINED = replace(TRAINING, steps=3)
-FEDPTR = FedPTR(mu=0.5, matching_steps=8, inner_steps=2, projection_steps=2, examples_per_class=1, training=TRAINED)
+FEDPTR = FedPTR(mu=0.5, matching_steps=4, inner_steps=2, projection_steps=2, examples_per_class=1, training=TRAINED)
 ROUNDS = 3
 
 
@@ -169,18 +169,21 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -
 
 
 def test_a_model_that_cannot_be_matched_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(model: str, **settings: Any) -> str:
-        algorithm, skeleton = FedPTR(**settings), models.classifier_skeleton(model, 10, None)
+    encoder, lenet5 = (models.classifier_skeleton(name, 10, None) for name in ("tiny-encoder", "lenet5"))
+
+    def refused(model: Any, **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
-            algorithm.check(algorithm.prepare(skeleton, Key.of(1)), 2)
+            FedPTR(**settings).check(model, 2)
         return str(caught.value)
 
     assert FEDPTR.objectives == ("classification",)
     with pytest.raises(UserError, match="no head of classes"):
         FEDPTR.check(toy_model(), 2)
-    assert "no synthetic input reaches this weight" in refused("tiny-encoder")
-    assert "the model has 512 positions" in refused("tiny-encoder", over="fedit", tokens=600)
-    FedPTR(examples_per_class=3, inner_steps=5).check(models.classifier_skeleton("lenet5", 10, None), 2)
-    assert "lower examples_per_class" in refused("lenet5", examples_per_class=10**6)
+    assert "no synthetic input reaches this weight" in refused(encoder)
+    encoder.freeze()
+    FedPTR().check(encoder, 2)
+    assert "the model has 512 positions" in refused(encoder, tokens=600)
+    FedPTR(examples_per_class=3, inner_steps=5).check(lenet5, 2)
+    assert "lower examples_per_class" in refused(lenet5, examples_per_class=10**6)
     monkeypatch.setattr(trajectory_matching, "physical_memory", lambda: 10**6)
-    assert "30 synthetic examples and inner_steps=5" in refused("lenet5", examples_per_class=3, inner_steps=5)
+    assert "30 synthetic examples and inner_steps=5" in refused(lenet5, examples_per_class=3, inner_steps=5)
