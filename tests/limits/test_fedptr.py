@@ -169,7 +169,8 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -
 
 
 def test_a_model_that_cannot_be_matched_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, lenet5 = (models.classifier_skeleton(name, 10, None) for name in ("tiny-encoder", "lenet5"))
+    names = ("tiny-encoder", "tiny", "lenet5")
+    encoder, decoder, lenet5 = (models.classifier_skeleton(name, 10, None) for name in names)
 
     def refused(model: Any, **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -181,9 +182,12 @@ def test_a_model_that_cannot_be_matched_is_refused_before_work(monkeypatch: pyte
         FEDPTR.check(toy_model(), 2)
     assert "no synthetic input reaches this weight" in refused(encoder)
     encoder.freeze()
+    decoder.freeze()
     FedPTR().check(encoder, 2)
+    FedPTR().check(decoder, 2)
     assert "the model has 512 positions" in refused(encoder, tokens=600)
     FedPTR(examples_per_class=3, inner_steps=5).check(lenet5, 2)
     assert "lower examples_per_class" in refused(lenet5, examples_per_class=10**6)
     monkeypatch.setattr(trajectory_matching, "physical_memory", lambda: 10**6)
     assert "30 synthetic examples and inner_steps=5" in refused(lenet5, examples_per_class=3, inner_steps=5)
+    assert "30 synthetic examples and inner_steps=1" in refused(decoder)
