@@ -19,7 +19,15 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.pooling import tensors
 from fedferret.local import trajectory_matching
-from fedferret.local.trajectory_matching import AuxiliarySet, first_set, matched, mismatch, projected, unrolled
+from fedferret.local.trajectory_matching import (
+    AuxiliarySet,
+    first_set,
+    followed,
+    matched,
+    mismatch,
+    projected,
+    unrolled,
+)
 from fedferret.wire import codec
 from toys import INPUTS, SHAPES, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
 
@@ -149,6 +157,33 @@ def test_as_many_examples_as_dimensions_explain_a_linear_models_step() -> None:
     # where the gradient is constant, as many further steps lead on by the same step: momentum
     further = unrolled(model, end, found, 1, False)["weight"] - end["weight"]
     assert float(nn.functional.cosine_similarity(further[0], row, dim=0)) > 0.9
+
+
+class Root(nn.Module):
+    """Two logits, plus and minus the root of a weight: at 0 the gradient is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat((inputs, -inputs), dim=1) * self.weight.sqrt()
+
+
+def test_where_nothing_follows_the_target_is_the_last_weights() -> None:
+    """Nothing moved, or by rounding; the step is explained to rounding, and its projection is infinite; the weights are NaN."""
+    model = Root()
+    start = tree.parameters(model)
+    begun = AuxiliarySet(torch.ones(2, 1), torch.tensor([[0.0, 3.0], [0.0, 3.0]]), torch.tensor(0.0))
+
+    def ahead(end: dict[str, Tensor]) -> tuple[AuxiliarySet, Any]:
+        return followed(model, start, end, begun, steps=3, inner_steps=1, further_steps=1, rate=0.05)
+
+    zero, rounded = {"weight": torch.zeros(1)}, {"weight": torch.tensor([1 - 2**-22])}
+    for end in (start, rounded, zero, {"weight": torch.tensor([torch.nan])}):
+        assert ahead(end)[1] is end
+    assert mismatch(model, start, zero, ahead(zero)[0], 1).item() < 1e-6
+    assert ahead({"weight": torch.tensor([0.9])})[1]["weight"] < 0.9
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from fedferret.core.norms import euclidean_norm
 
 _CERTAINTY = 3.0  # first logit of a synthetic example's own class; the others have 0
 _PASSES = 3  # forward, backward and the backward of that hold about as much each
-_STILL = 1e-7  # a step below this share of the weights' norm is rounding, and there is nothing to match
+_STILL = 1e-6  # a step below this share of the weights' norm is rounding, and there is nothing to match
 
 
 @state
@@ -215,10 +215,46 @@ def moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> bool:
         end: weights of the same names.
 
     Returns:
-        False where the step is shorter than 10^-7 of the weights' norm.
+        False where the step is shorter than 10^-6 of the weights' norm.
     """
     distance = euclidean_norm(weight - end[name] for name, weight in start.items())
     return distance > _STILL * euclidean_norm(end.values())
+
+
+def followed(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    auxiliary: AuxiliarySet,
+    *,
+    steps: int,
+    inner_steps: int,
+    further_steps: int,
+    rate: float,
+) -> tuple[AuxiliarySet, Mapping[str, Tensor]]:
+    """Match the step from ``start`` to ``end``, and go on from there.
+
+    Args:
+        model: as in ``unrolled``.
+        start: weights by name.
+        end: weights of the same names.
+        auxiliary: the set to go on from; not changed.
+        steps: J.
+        inner_steps: S.
+        further_steps: S'.
+        rate: Adam's learning rate.
+
+    Returns:
+        The set, and w~: ``end`` itself where nothing moved, where the set explains the step no better than standing
+        still, and where w~ would not be finite.
+    """
+    if not moved(start, end):
+        return auxiliary, end
+    auxiliary, least = matched(model, start, end, auxiliary, steps=steps, inner_steps=inner_steps, rate=rate)
+    if least >= 1:
+        return auxiliary, end
+    ahead = projected(model, end, auxiliary, further_steps)
+    return auxiliary, ahead if math.isfinite(euclidean_norm(ahead.values())) else end
 
 
 @torch.enable_grad()
