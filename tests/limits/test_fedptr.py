@@ -19,12 +19,20 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.pooling import tensors
 from fedferret.local import trajectory_matching
-from fedferret.local.trajectory_matching import AuxiliarySet, first_set, matched, mismatch, projected, unrolled
+from fedferret.local.trajectory_matching import (
+    AuxiliarySet,
+    first_set,
+    followed,
+    matched,
+    mismatch,
+    projected,
+    unrolled,
+)
 from fedferret.wire import codec
-from toys import INPUTS, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
+from toys import INPUTS, SHAPES, TRAINING, bits, normal, simulate, toy_clients, toy_model, toy_task
 
 TRAINED = replace(TRAINING, steps=3)
-FEDPTR = FedPTR(mu=0.5, matching_steps=8, inner_steps=2, projection_steps=2, examples_per_class=1, training=TRAINED)
+FEDPTR = FedPTR(mu=0.5, matching_steps=4, inner_steps=2, projection_steps=2, examples_per_class=1, training=TRAINED)
 ROUNDS = 3
 
 
@@ -39,6 +47,8 @@ def test_without_a_pull_it_is_fedavg_and_without_a_projection_fedprox_to_the_bit
     fedptr, fedprox = replace(FEDPTR, where=where), FedProx(mu=0.5, training=TRAINED)
     assert weights_of(replace(fedptr, mu=0.0)) == weights_of(FedAvg(training=TRAINED))
     assert weights_of(replace(fedptr, projection_steps=0)) == weights_of(fedprox)
+    for limit in ({"mu": 0.0}, {"projection_steps": 0}):  # no more is sent or kept than there
+        assert replace(fedptr, **limit).wire_cost(SHAPES, 3, 1) == fedprox.wire_cost(SHAPES, 3, 1)
     # nothing is matched before the second round: in the first the pull is to the first weights
     assert weights_of(fedptr, 1) == weights_of(fedprox, 1) and weights_of(fedptr, 2) != weights_of(fedprox, 2)
 
@@ -129,7 +139,8 @@ def test_matching_explains_a_step_and_a_tiny_inner_rate_explains_nothing() -> No
     assert least == pytest.approx(mismatch(task.model, start, end, found, 3).item())
     # steps that are far too long lose nothing: the best set is kept
     _, still = matched(task.model, start, end, found, steps=0, inner_steps=3, rate=0.05)
-    assert matched(task.model, start, end, found, steps=3, inner_steps=3, rate=1e30)[1] == still < 0.9
+    for rate in (5.0, 1e30):
+        assert matched(task.model, start, end, found, steps=3, inner_steps=3, rate=rate)[1] == still < 0.9
 
 
 def test_as_many_examples_as_dimensions_explain_a_linear_models_step() -> None:
@@ -139,11 +150,40 @@ def test_as_many_examples_as_dimensions_explain_a_linear_models_step() -> None:
     row = torch.tensor([0.2, -0.1, 0.05])
     end = {"weight": torch.stack((row, -row))}  # a gradient of cross-entropy adds up to 0 over classes
     begun = first_set((3,), 1.0, 2, 2, 0.1, Key.of(1), torch.device("cpu"))
+    by_hand = 0.1 * (begun.labels.softmax(dim=1) - 0.5).T @ begun.inputs / 4  # at weights 0 both classes have 1/2
+    torch.testing.assert_close(unrolled(model, start, begun, 1, False)["weight"], by_hand)
     found, least = matched(model, start, end, begun, steps=300, inner_steps=1, rate=0.05)
     assert least < 1e-3
     # where the gradient is constant, as many further steps lead on by the same step: momentum
     further = unrolled(model, end, found, 1, False)["weight"] - end["weight"]
     assert float(nn.functional.cosine_similarity(further[0], row, dim=0)) > 0.9
+
+
+class Root(nn.Module):
+    """Two logits, plus and minus the root of a weight: at 0 the gradient is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat((inputs, -inputs), dim=1) * self.weight.sqrt()
+
+
+def test_where_nothing_follows_the_target_is_the_last_weights() -> None:
+    """Nothing moved, or by rounding; the step is explained to rounding, and its projection is infinite; the weights are NaN."""
+    model = Root()
+    start = tree.parameters(model)
+    begun = AuxiliarySet(torch.ones(2, 1), torch.tensor([[0.0, 3.0], [0.0, 3.0]]), torch.tensor(0.0))
+
+    def ahead(end: dict[str, Tensor]) -> tuple[AuxiliarySet, Any]:
+        return followed(model, start, end, begun, steps=3, inner_steps=1, further_steps=1, rate=0.05)
+
+    zero, rounded = {"weight": torch.zeros(1)}, {"weight": torch.tensor([1 - 2**-22])}
+    for end in (start, rounded, zero, {"weight": torch.tensor([torch.nan])}):
+        assert ahead(end)[1] is end
+    assert mismatch(model, start, zero, ahead(zero)[0], 1).item() < 1e-6
+    assert ahead({"weight": torch.tensor([0.9])})[1]["weight"] < 0.9
 
 
 @pytest.mark.parametrize(
@@ -164,18 +204,25 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -
 
 
 def test_a_model_that_cannot_be_matched_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(model: str, **settings: Any) -> str:
-        algorithm, skeleton = FedPTR(**settings), models.classifier_skeleton(model, 10, None)
+    names = ("tiny-encoder", "tiny", "lenet5")
+    encoder, decoder, lenet5 = (models.classifier_skeleton(name, 10, None) for name in names)
+
+    def refused(model: Any, **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
-            algorithm.check(algorithm.prepare(skeleton, Key.of(1)), 2)
+            FedPTR(**settings).check(model, 2)
         return str(caught.value)
 
     assert FEDPTR.objectives == ("classification",)
     with pytest.raises(UserError, match="no head of classes"):
         FEDPTR.check(toy_model(), 2)
-    assert "no synthetic input reaches this weight" in refused("tiny-encoder")
-    assert "the model has 512 positions" in refused("tiny-encoder", over="fedit", tokens=600)
-    FedPTR(examples_per_class=3, inner_steps=5).check(models.classifier_skeleton("lenet5", 10, None), 2)
-    assert "lower examples_per_class" in refused("lenet5", examples_per_class=10**6)
+    assert "no synthetic input reaches this weight" in refused(encoder)
+    encoder.freeze()
+    decoder.freeze()
+    FedPTR().check(encoder, 2)
+    FedPTR().check(decoder, 2)
+    assert "the model has 512 positions" in refused(encoder, tokens=600)
+    FedPTR(examples_per_class=3, inner_steps=5).check(lenet5, 2)
+    assert "lower examples_per_class" in refused(lenet5, examples_per_class=10**6)
     monkeypatch.setattr(trajectory_matching, "physical_memory", lambda: 10**6)
-    assert "30 synthetic examples and inner_steps=5" in refused("lenet5", examples_per_class=3, inner_steps=5)
+    assert "30 synthetic examples and inner_steps=5" in refused(lenet5, examples_per_class=3, inner_steps=5)
+    assert "30 synthetic examples and inner_steps=1" in refused(decoder)

@@ -40,7 +40,7 @@ from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
 from fedferret.core.task import Examples, Task
 from fedferret.core.tree import Tree
-from fedferret.local.trajectory_matching import AuxiliarySet, check_unroll, first_set, matched, moved, projected
+from fedferret.local.trajectory_matching import AuxiliarySet, check_unroll, first_set, followed
 from fedferret.models.classifiers import HEAD, Classifier
 
 
@@ -181,18 +181,14 @@ class FedPTR(OverAdapter[FedAvgPublic, None, None, FedAvgEntry, Delta], FedProx)
     def _projected(
         self, task: Task, start: Mapping[str, Tensor], end: Mapping[str, Tensor], auxiliary: AuxiliarySet
     ) -> tuple[AuxiliarySet, Mapping[str, Tensor]]:
-        """The set after matching, and w~: ``end`` itself where nothing moved, or the set explains nothing of it."""
-        if not moved(start, end):
-            return auxiliary, end
-        auxiliary, mismatch = matched(
+        """The set after matching, and w~."""
+        return followed(
             task.model,
             start,
             end,
             auxiliary,
             steps=self.matching_steps,
             inner_steps=self.inner_steps,
+            further_steps=self.projection_steps,
             rate=self.matching_rate,
         )
-        if mismatch >= 1:
-            return auxiliary, end
-        return auxiliary, projected(task.model, end, auxiliary, self.projection_steps)

@@ -33,7 +33,8 @@ from fedferret.core.messages import state
 from fedferret.core.norms import euclidean_norm
 
 _CERTAINTY = 3.0  # first logit of a synthetic example's own class; the others have 0
-_STILL = 1e-7  # a step below this share of the weights' norm is rounding, and there is nothing to match
+_PASSES = 3  # forward, backward and the backward of that hold about as much each
+_STILL = 1e-6  # a step below this share of the weights' norm is rounding, and there is nothing to match
 
 
 @state
@@ -214,10 +215,46 @@ def moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> bool:
         end: weights of the same names.
 
     Returns:
-        False where the step is shorter than 10^-7 of the weights' norm.
+        False where the step is shorter than 10^-6 of the weights' norm.
     """
     distance = euclidean_norm(weight - end[name] for name, weight in start.items())
     return distance > _STILL * euclidean_norm(end.values())
+
+
+def followed(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    auxiliary: AuxiliarySet,
+    *,
+    steps: int,
+    inner_steps: int,
+    further_steps: int,
+    rate: float,
+) -> tuple[AuxiliarySet, Mapping[str, Tensor]]:
+    """Match the step from ``start`` to ``end``, and go on from there.
+
+    Args:
+        model: as in ``unrolled``.
+        start: weights by name.
+        end: weights of the same names.
+        auxiliary: the set to go on from; not changed.
+        steps: J.
+        inner_steps: S.
+        further_steps: S'.
+        rate: Adam's learning rate.
+
+    Returns:
+        The set, and w~: ``end`` itself where nothing moved, where the set explains the step no better than standing
+        still, and where w~ would not be finite.
+    """
+    if not moved(start, end):
+        return auxiliary, end
+    auxiliary, least = matched(model, start, end, auxiliary, steps=steps, inner_steps=inner_steps, rate=rate)
+    if least >= 1:
+        return auxiliary, end
+    ahead = projected(model, end, auxiliary, further_steps)
+    return auxiliary, ahead if math.isfinite(euclidean_norm(ahead.values())) else end
 
 
 @torch.enable_grad()
@@ -247,25 +284,35 @@ def check_unroll(
     labels = torch.full((count, classes), 1 / classes, device=device)
     tuned = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        loss = functional.cross_entropy(functional_call(model, tuned, (inputs,)), labels)
-        gradients = torch.autograd.grad(loss, list(tuned.values()), create_graph=True, allow_unused=True)
-        for name, gradient in zip(tuned, gradients, strict=True):
-            if gradient is None:
-                raise UserError(
-                    f"{name}: no synthetic input reaches this weight, so its step cannot be matched; tune a head or "
-                    f"an adapter alone, by model.train or algorithm.over"
-                )
         try:
-            torch.autograd.grad(sum(each.square().sum() for each in gradients), inputs)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            line = str(error).splitlines()[0][:200]
-            raise UserError(f"this model cannot be differentiated twice ({line}); choose another") from None
+            logits = functional_call(model, tuned, (inputs,))
+        except RuntimeError:  # some decoders look at values, which a meta device has not: as estimate.py has it
+            logits, parameters = None, sum(weight.numel() for weight in model.parameters())
+            held[0] = round(_PASSES * 40 * count * math.prod(shape[:-1]) * math.sqrt(parameters))
+        if logits is not None:
+            _try_twice(functional.cross_entropy(logits, labels), tuned, inputs)
     needed, there = steps * sum(held.values()), physical_memory()
     if needed > there:
         raise UserError(
             f"{count} synthetic examples and inner_steps={steps}: the unroll holds about {needed / 1e9:.1f} GB and "
             f"this machine has {there / 1e9:.1f} GB; lower examples_per_class, tokens or inner_steps"
         )
+
+
+def _try_twice(loss: Tensor, tuned: Mapping[str, Tensor], inputs: Tensor) -> None:
+    """The gradient, and the gradient of its square. Raises UserError where one cannot be taken."""
+    gradients = torch.autograd.grad(loss, list(tuned.values()), create_graph=True, allow_unused=True)
+    for name, gradient in zip(tuned, gradients, strict=True):
+        if gradient is None:
+            raise UserError(
+                f"{name}: no synthetic input reaches this weight, so its step cannot be matched; tune a head or "
+                f"an adapter alone, by model.train or algorithm.over"
+            )
+    try:
+        torch.autograd.grad(torch.stack([each.square().sum() for each in gradients]).sum(), inputs)
+    except RuntimeError as error:
+        line = str(error).splitlines()[0][:200]
+        raise UserError(f"this model cannot be differentiated twice ({line}); choose another") from None
 
 
 def physical_memory() -> int:
