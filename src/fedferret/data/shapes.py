@@ -183,5 +183,6 @@ def _examples(before: tuple[Turn, ...], turns: tuple[Turn, ...], metadata: Metad
 
 
 def _with_tools(row: Row, metadata: Metadata, where: str) -> Metadata:
-    tools = tools_of(row.get("tools"), f'{where}: column "tools"')
+    given = row.get("tools")
+    tools = () if given is None else tools_of(given, f'{where}: column "tools"')
     return {**metadata, "tools": tools} if tools else metadata
