@@ -90,7 +90,7 @@ def require(column: str, columns: Collection[str], setting: str, source: str) ->
     """
     if column not in columns:
         hint = nearest(column, columns)
-        there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
+        there = "" if hint.startswith(("allowed", "there")) else f" (columns: {', '.join(sorted(columns))})"
         raise UserError(f'{source} has no column "{column}" (data.{setting}): {hint}{there}')
 
 
