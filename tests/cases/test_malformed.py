@@ -374,6 +374,12 @@ REFUSED: dict[str, tuple[Make, str]] = {
         table("rows.parquet", columns(response=pyarrow.array([0] * 40, pyarrow.date32()))),
         "not a text",
     ),
+    "arrow without a column": (
+        several(
+            lambda folder: file(pyarrow.table({"a": [1]}).select([]), str(folder / "rows.arrow")), path="rows.arrow"
+        ),
+        r'no column "instruction" \(data\.prompt_column\): there is none',
+    ),
     "arrow that is none": (raw("rows.arrow", GOOD), "is not an Arrow file"),
     "half an arrow": (raw("rows.arrow", b"ARROW1\0\0" + b"\0" * 100), "is not an Arrow file"),
     "saved splits": (saved_splits, "holds several splits.*train"),

@@ -190,6 +190,7 @@ def without_layer_1(tensors: dict[str, torch.Tensor]) -> None:
         (change_config(never_heard_of=True), {}, r"sets never_heard_of=True"),
         (change_weights(lambda tensors: tensors[A].fill_(float("nan"))), {}, r"q_proj\.lora_A\.weight holds NaN"),
         (change_weights(lambda tensors: tensors.pop(A)), {}, r"does not fit its settings"),
+        (change_weights(lambda tensors: tensors.update({A: tensors[A].int()})), {}, r"lora_A\.weight is of type i32"),
         (change_weights(without_layer_1), {}, r"it names model\.layers\.1\.\S+, and has no weights for it"),
         (change_config(target_modules=["k_proj"]), {}, r"it names \S+k_proj, and has no weights for it"),
         (change_config(exclude_modules=["q_proj"]), {}, r"it has weights for \S+q_proj, which it does not name"),

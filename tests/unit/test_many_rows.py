@@ -19,6 +19,10 @@ from fedferret.data.held_out import hold_out
 from fedferret.data.on_demand import TokenisedOnDemand
 from fedferret.data.partition import Partition
 from fedferret.data.summary import summarise
+from fedferret.data.template_probes import check, fitted
+from fedferret.data.templates import template_of
+from fedferret.data.text import TextSettings
+from fedferret.models.tiny import tiny_tokenizer
 
 
 def test_rows_that_are_made_when_asked_for_are_those_that_stay_in_memory(
@@ -36,6 +40,9 @@ def test_rows_that_are_made_when_asked_for_are_those_that_stay_in_memory(
     made = hold_out(files.load(Key.of(1)), 0.2, Key.of(2))
     assert not isinstance(next(iter(made.clients.values())), tuple)
     assert made.fingerprint == kept.fingerprint and summarise(made) == summarise(kept)
+    template = fitted(template_of(TextSettings()), tiny_tokenizer())
+    notes = check(template, tiny_tokenizer(), made, 8)
+    assert notes == check(template, tiny_tokenizer(), kept, 8) and "cuts, of all 80 examples" in notes[-1]
     for client, examples in kept.clients.items():
         assert list(made.clients[client]) == list(examples)
         assert [made.clients[client][index] for index in range(len(examples))] == list(examples)

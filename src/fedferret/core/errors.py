@@ -32,5 +32,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
         The closest valid name as a question, or all valid names in alphabetical order where none is close.
     """
     allowed = sorted(allowed)
+    if not allowed:
+        return "there is none"
     close = difflib.get_close_matches(given, allowed, n=1)
     return f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(allowed)}"

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
@@ -185,7 +185,35 @@ def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
-def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:
+class Contexts(Sequence[list[Turn]]):
+    """The possible prompts of a conversation, made when they are asked for: all of them grow with its square."""
+
+    def __init__(self, system: Sequence[Turn], dialogue: Sequence[Turn], starts: Sequence[int]) -> None:
+        """Make none yet.
+
+        Args:
+            system: turns that each has first.
+            dialogue: the turns after these.
+            starts: where in it each begins, shortest first.
+        """
+        self._system, self._dialogue, self._starts = system, dialogue, starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Turn]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Turn]]: ...
+
+    def __getitem__(self, index: int | slice) -> list[Turn] | list[list[Turn]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return [*self._system, *self._dialogue[self._starts[index] :]]
+
+
+def contexts_of(turns: Sequence[Turn]) -> Contexts:
     """The possible prompts, shortest first: each has the system turns before all others, and starts at a user turn.
 
     Many chat templates refuse a conversation that starts with the assistant, so an opening message of the assistant
@@ -194,7 +222,7 @@ def contexts_of(turns: Sequence[Turn]) -> list[list[Turn]]:
     system = list(takewhile(lambda turn: turn.role == "system", turns))
     dialogue = turns[len(system) :]
     starts = [index for index, turn in enumerate(dialogue) if turn.role == "user"] or [0]
-    return [[*system, *dialogue[start:]] for start in reversed(starts)]
+    return Contexts(system, dialogue, starts[::-1])
 
 
 def _whole_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:

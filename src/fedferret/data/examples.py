@@ -148,8 +148,11 @@ class FederatedData:
                 digest.update(_hashed(name, len(examples)))
                 known: dict[int, tuple[Turn, bytes]] = {}  # of the example before: those of a conversation share turns
                 for example in examples:
-                    known = {id(turn): known.get(id(turn)) or (turn, _hashed_turn(turn)) for turn in example.turns}
-                    digest.update(b"".join([known[id(turn)][1] for turn in example.turns]))
+                    if len(example.turns) > 2:
+                        known = {id(turn): known.get(id(turn)) or (turn, _hashed_turn(turn)) for turn in example.turns}
+                        digest.update(b"".join([known[id(turn)][1] for turn in example.turns]))
+                    else:
+                        digest.update(b"".join(map(_hashed_turn, example.turns)))
                     metadata = example.metadata
                     paired = "instruction" in metadata or "input" in metadata
                     fields = (metadata.get("instruction", ""), metadata.get("input", ""))

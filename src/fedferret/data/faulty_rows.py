@@ -50,7 +50,7 @@ def shows(text: str) -> bool:
     Args:
         text: of any length.
     """
-    return any(each.isprintable() and not each.isspace() for each in text)
+    return text[:1].isalnum() or any(each.isprintable() and not each.isspace() for each in text)
 
 
 def optional_text_of(row: Mapping[str, Any], column: str, where: str, *, numbers: bool = False) -> str:
@@ -66,6 +66,8 @@ def optional_text_of(row: Mapping[str, Any], column: str, where: str, *, numbers
         FaultyRow: the value is not text, or not Unicode.
     """
     value = row.get(column)
+    if isinstance(value, str) and value.isascii():  # most are, and need no words for an error
+        return value
     return "" if value is None else text_in(value, f'{where}: column "{column}"', numbers=numbers)
 
 
@@ -119,12 +121,13 @@ def records(
     first = ""
     for index, row in enumerate(rows):
         try:
-            kept.append(index, read(row, where(index)))
-        except FaultyRow as error:
+            kept.append(index, read(row, source))
+        except FaultyRow:
+            if faulty_rows == "refuse" or not first:  # only these are named, which takes time
+                first = _fault(read, row, where(index))
             if faulty_rows == "refuse":
-                raise FaultyRow(f'{error} (data.faulty_rows = "skip" leaves such rows out)') from None
+                raise FaultyRow(f'{first} (data.faulty_rows = "skip" leaves such rows out)') from None
             faults.append(index)
-            first = first or str(error)
     if not faults:
         return kept, notes
     if not len(kept):
@@ -133,6 +136,15 @@ def records(
     count = "1 row is" if len(faults) == 1 else f"{len(faults):,} rows are"
     more = ", …" if len(faults) > NAMED else ""
     return kept, (*notes, f"{source}: {count} left out of {len(rows):,} ({shown}{more}); the first: {first}.")
+
+
+def _fault(read: Callable[[T, str], Any], row: T, where: str) -> str:
+    """What is wrong with a faulty row."""
+    try:
+        read(row, where)
+    except FaultyRow as error:
+        return str(error)
+    raise AssertionError("a row is faulty or not whatever it is called")
 
 
 def _check_unicode(text: str, where: str) -> None:

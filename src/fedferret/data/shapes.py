@@ -90,7 +90,7 @@ def require(column: str, columns: Collection[str], setting: str, source: str) ->
     """
     if column not in columns:
         hint = nearest(column, columns)
-        there = "" if hint.startswith("allowed") else f" (columns: {', '.join(sorted(columns))})"
+        there = "" if hint.startswith(("allowed", "there")) else f" (columns: {', '.join(sorted(columns))})"
         raise UserError(f'{source} has no column "{column}" (data.{setting}): {hint}{there}')
 
 
@@ -183,5 +183,6 @@ def _examples(before: tuple[Turn, ...], turns: tuple[Turn, ...], metadata: Metad
 
 
 def _with_tools(row: Row, metadata: Metadata, where: str) -> Metadata:
-    tools = tools_of(row.get("tools"), f'{where}: column "tools"')
+    given = row.get("tools")
+    tools = () if given is None else tools_of(given, f'{where}: column "tools"')
     return {**metadata, "tools": tools} if tools else metadata

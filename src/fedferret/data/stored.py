@@ -1,7 +1,8 @@
 """Records and examples of rows, made again from the row whenever they are asked for.
 
 A row takes a hundred bytes in its file and a thousand as Python objects. Of many rows, only what partitions them stays:
-the client, the category, the number of examples and a hash, some forty bytes. Of few rows, the objects stay.
+the client, the category, the number of examples, their turns' roles and a hash, some forty bytes. Of few rows, the
+objects stay.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import operator
 from abc import abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, overload
 
 from fedferret.data.examples import Example
 
 T = TypeVar("T")
+N = TypeVar("N", bound=Hashable)
+Order: TypeAlias = tuple[tuple[str, bool], ...]  # of an example's turns: role, and whether it calls tools
 
 KEPT = 20_000  # rows of which the objects stay
 
@@ -40,14 +43,37 @@ class Record(Protocol):
         ...
 
 
-class Names(Sequence[str | None]):
+class Outline(NamedTuple):
+    """What the examples of one row have in common: each but the last is the beginning of the last one's turns."""
+
+    order: Order  # of the last example
+    lengths: tuple[int, ...]  # turns of each example
+    tools: bool  # whether tools are offered
+
+    def orders(self) -> list[Order]:
+        """Of each example."""
+        return [self.order[:length] for length in self.lengths]
+
+
+def outline_of(examples: Sequence[Example]) -> Outline:
+    """The outline of the examples of one row.
+
+    Args:
+        examples: at least one.
+    """
+    last = examples[-1]
+    order = tuple([(turn.role, bool(turn.tool_calls)) for turn in last.turns])
+    return Outline(order, tuple([len(each.turns) for each in examples]), bool(last.metadata.get("tools")))
+
+
+class Names(Sequence[N | None], Generic[N]):
     """A name or none for each row; equal names are stored once."""
 
     def __init__(self) -> None:
-        self._numbers, self._names = array("i"), list[str | None]([None])
-        self._known: dict[str | None, int] = {None: 0}
+        self._numbers, self._names = array("i"), list[N | None]([None])
+        self._known: dict[N | None, int] = {None: 0}
 
-    def append(self, name: str | None) -> None:
+    def append(self, name: N | None) -> None:
         """Add the name of the next row."""
         number = self._known.setdefault(name, len(self._names))
         if number == len(self._names):
@@ -58,10 +84,10 @@ class Names(Sequence[str | None]):
         return len(self._numbers)
 
     @overload
-    def __getitem__(self, index: int) -> str | None: ...
+    def __getitem__(self, index: int) -> N | None: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[str | None]: ...
+    def __getitem__(self, index: slice) -> list[N | None]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
         found = self._numbers[index]
@@ -81,7 +107,8 @@ class StoredRecords(Sequence[Any]):
         self._read = read
         self._kept: list[Any] | None = [] if kept else None
         self._rows, self.counts, self.hashes = array("i"), array("i"), array("q")
-        self.clients, self.categories = Names(), Names()
+        self.clients, self.categories = Names[str](), Names[str]()
+        self.outlines = Names[Outline]()
 
     def append(self, row: int, record: Any) -> None:
         """Add the record of a row.
@@ -95,6 +122,7 @@ class StoredRecords(Sequence[Any]):
         self.hashes.append(hash(tuple(turn.content for turn in record.examples[-1].turns)))
         self.clients.append(record.client)
         self.categories.append(record.category)
+        self.outlines.append(outline_of(record.examples))
         if self._kept is not None:
             self._kept.append(record)
 
@@ -184,6 +212,11 @@ class StoredExamples(ExamplesByNumber):
     __hash__ = None  # type: ignore[assignment]  # as a list's
 
     @property
+    def outlines(self) -> Iterator[Outline]:
+        """The outline of each row; none is read."""
+        return (outline for row in self._chosen if (outline := self._records.outlines[row]) is not None)
+
+    @property
     def categories(self) -> Iterator[str]:
         """The category of each example that has one; no row is read."""
         for number in self._chosen:
@@ -191,6 +224,17 @@ class StoredExamples(ExamplesByNumber):
             if category is not None:
                 for _ in range(self._records.counts[number]):
                     yield category
+
+
+def outlines_of(examples: Sequence[Example]) -> Iterator[Outline]:
+    """The outlines of the rows that examples were made of, in order; no row is read.
+
+    Args:
+        examples: of any source. Those that were not made of rows have an outline each.
+    """
+    if isinstance(examples, StoredExamples):
+        return examples.outlines
+    return (outline_of((each,)) for each in examples)
 
 
 def categories_of(examples: Sequence[Example]) -> Iterator[str]:

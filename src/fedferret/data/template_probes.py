@@ -11,19 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, dropwhile, pairwise
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from itertools import dropwhile, pairwise
+from typing import TYPE_CHECKING, Literal
 
 from fedferret.core.errors import UserError
 from fedferret.core.text import plain_line
 from fedferret.data.chat_template import Chat, Habits, TemplateFailure
 from fedferret.data.encoding import Template, Tokens
 from fedferret.data.examples import Example, FederatedData, Turn, TurnExtra
+from fedferret.data.stored import Order, outlines_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Order: TypeAlias = tuple[tuple[str, bool], ...]  # of an example's turns: role, and whether it calls tools
 
 _SYSTEM, _USER, _ASSISTANT = Turn("system", "zqsystem"), Turn("user", "zquser"), Turn("assistant", "zqassistant")
 _LATER = (Turn("user", "zqlater"), Turn("assistant", "zqanswer"))
@@ -107,23 +106,26 @@ def check(
     """
     parts = (*data.clients.values(), *data.held_out.values(), *data.kept.values())
     total = sum(map(len, parts))
-    step = -(-total // _SAMPLE)
+    if not total:
+        return ()
+    step, before = -(-total // _SAMPLE), 0
     orders: dict[Order, Example] = {}
     counts: Counter[Order] = Counter()
     chosen: list[Example] = []
     offering = 0
-    for number, example in enumerate(chain.from_iterable(parts)):  # once: of many rows, each is read for this
-        if example.image is not None:
+    for part in parts:  # no row of many is read, but those that are encoded
+        if part and part[0].image is not None:
             return ()
-        order = tuple([(turn.role, bool(turn.tool_calls)) for turn in example.turns])
-        if order not in counts and len(orders) < _ORDERS:
-            orders[order] = example
-        counts[order] += 1
-        offering += bool(example.metadata.get("tools"))
-        if not number % step:
-            chosen.append(example)
-    if not total:
-        return ()
+        number = 0
+        for outline in outlines_of(part):
+            for order in outline.orders():
+                if order not in counts and len(orders) < _ORDERS:
+                    orders[order] = part[number]
+                counts[order] += 1
+                number += 1
+            offering += len(outline.lengths) * outline.tools
+        chosen += [part[number] for number in range(-before % step, len(part), step)]
+        before += len(part)
     _check_tools(template, offering, sum(count for order, count in counts.items() if _calls_tools(order)))
     for example in orders.values():
         template.encode(example, tokenizer, max_tokens)

@@ -205,6 +205,11 @@ def _opened(folder: Path, read: Any) -> Iterator[tuple[str, Any]]:
             for name in sorted(file.keys()):
                 if not name.startswith(_PREFIX):
                     raise UserError(f"algorithm.adapter: {path}: {name[:200]} is no name of peft's")
+                kind = file.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):  # codes would be read as if they were values
+                    raise UserError(
+                        f"algorithm.adapter: {path}: {name[:200]} is of type {kind.lower()}; give real numbers"
+                    )
                 yield name.removeprefix(_PREFIX), read(file, name)
     except (OSError, SafetensorError) as error:
         reason = plain_line(str(error), 200)
