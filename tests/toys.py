@@ -1,7 +1,6 @@
 """A small world to run methods in: a regression on 97 weights, clients of uneven size, whole runs in milliseconds.
 
-Methods that need a language model read the same rows as sentences of five words, and predict the last. Methods that
-need a classifier read them as examples of three classes.
+Methods on language read the same rows as sentences of five words and predict the last; classifiers, as three classes.
 """
 
 from __future__ import annotations

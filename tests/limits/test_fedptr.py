@@ -171,7 +171,7 @@ class Root(nn.Module):
 
 
 def test_where_nothing_follows_the_target_is_the_last_weights() -> None:
-    """Nothing moved, or by rounding; the step is explained to rounding, and its projection is infinite; the weights are NaN."""
+    """Nothing moved, or by rounding; the projection of an explained step is infinite; the weights are NaN."""
     model = Root()
     start = tree.parameters(model)
     begun = AuxiliarySet(torch.ones(2, 1), torch.tensor([[0.0, 3.0], [0.0, 3.0]]), torch.tensor(0.0))
