@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -17,20 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fedferret.algorithms
-import fedferret.bases
-import fedferret.export
-import fedferret.tracking.checkpoint  # each defines messages
+import fedferret
 from fedferret.core.exchanges import Masked, Train
 from fedferret.core.fields import Form, declared_fields
 from fedferret.core.messages import message, message_types
 from fedferret.wire import codec
 from fedferret.wire.codec import WireError
 
-for package in (fedferret.algorithms, fedferret.bases):
-    for found in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{found.name}")
 ROOT = Path(fedferret.__file__).parent
+DECLARED = {
+    path: re.findall(r"^@(?:message|state)\nclass (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for path in sorted(ROOT.rglob("*.py"))
+}
+for path, names in DECLARED.items():
+    if names:
+        importlib.import_module(".".join(("fedferret", *path.relative_to(ROOT).with_suffix("").parts)))
 TYPES = [each for each in message_types().values() if each.__module__.startswith("fedferret.")]
 DTYPES = (torch.float32, torch.uint8, torch.int16, torch.int64)
 EXEMPLARS: tuple[Any, ...] = (
@@ -118,11 +118,7 @@ def wrong(annotation: Any, value: Any) -> list[Any]:
 
 
 def test_every_message_of_the_package_is_here() -> None:
-    declared = {
-        name
-        for path in ROOT.rglob("*.py")
-        for name in re.findall(r"^@(?:message|state)\nclass (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
+    declared = {name for names in DECLARED.values() for name in names}
     assert declared == {each.__name__ for each in TYPES} and len(declared) > 30
 
 
