@@ -93,7 +93,7 @@ lock: $(VENV)/installed-dev
 
 # The packages of a server or site on Linux, each with the SHA-256 of its files: for the container image and the release.
 hashes: $(VENV)/installed-dev
-	@$(BIN)/uv pip compile pyproject.toml --extra flower --constraint requirements.lock --generate-hashes --quiet \
+	@$(BIN)/uv pip compile pyproject.toml --extra flower --extra mixtures --constraint requirements.lock --generate-hashes --quiet \
 		--python-version 3.11 --python-platform linux $(TORCH:%=--torch-backend %) \
 		--custom-compile-command "make hashes$(TORCH:%= TORCH=%)" --output-file $(HASHES)
 

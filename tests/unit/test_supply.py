@@ -41,7 +41,8 @@ def test_both_locks_agree_on_every_version_and_one_has_every_hash() -> None:
     }
     # pip freeze leaves setuptools out; the others belong to PyTorch's CUDA build alone.
     assert all(re.match(r"(setuptools|triton|(cuda|nvidia)-.+)$", name) for name in hashed.keys() - exact.keys())
-    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["flower"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["flower"], *extras["mixtures"]]
     for requirement in map(Requirement, [*wanted, *PROJECT["build-system"]["requires"]]):
         assert hashed[requirement.name] in requirement.specifier
     entries = re.sub(r"\\\n", "", re.sub(r"^ *#.*\n", "", HASHES.read_text(), flags=re.MULTILINE)).splitlines()

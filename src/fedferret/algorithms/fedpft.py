@@ -13,11 +13,10 @@ Wire: up, for each of the client's P classes, 9 + 4 K (1 + H + S) bytes: label, 
 weights, means, covariances, with S = 1, H or H (H + 1) / 2 (spherical, diagonal, full). Down 4 (H + 1) C; in a chain
 the mixtures so far too. Rare classes have fewer components.
 
-Deviations: fp32 where the code has fp16, which hidden states overflow. One random matrix gives all draws: the code
-seeds every mixture's draws alike, so that classes and clients share their noise. A class has min(K, n // 2) components,
-where the code drops classes of n <= K; nothing is sent of a class of one example, unless ``min_examples = 1``, since
-its mean is that example. Diagonal covariances, where the code's are spherical. Full ones send their lower half. The
-chain follows a third-party summary; its details are ours.
+Deviations: fp32 where the code has fp16, which hidden states overflow. One random matrix gives all draws: the code's
+mixtures share their noise. A class has min(K, n // 2) components, where the code drops classes of n <= K; nothing is
+sent of a class of one example, unless ``min_examples = 1``: its mean is that example. Diagonal covariances, where the
+code's are spherical. Full ones send their lower half. The chain follows a third-party summary; its details are ours.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from fedferret.core.pooling import mapped
 from fedferret.core.task import Examples, Task
 from fedferret.local.feature_statistics import features_of
 from fedferret.local.first_order import FirstOrder
-from fedferret.local.gaussian_mixtures import Kind
+from fedferret.local.gaussian_mixtures import Kind, check_installed
 from fedferret.models.classifiers import HEAD, Classifier
 from fedferret.models.normalised_head import Normalise, normalise_, normalised, reach
 
@@ -112,6 +111,11 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     def per_round(self) -> int | None:  # type: ignore[override]  # likewise
         """One client in a round of a chain."""
         return 1 if self.chain else None
+
+    def check(self, model: nn.Module, rounds: int) -> None:
+        """Clients need scikit-learn."""
+        super().check(model, rounds)
+        check_installed()
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with a frozen body, and a head that reads normalised features where these are asked for."""
