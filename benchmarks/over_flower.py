@@ -34,6 +34,7 @@ SITES, ROUNDS, ROWS = ("site-1", "site-2"), 2, 24
 AT_SITES = "sites/*/runs/*/clients/*.state"
 WORDS = {"food": ("soup", "bread", "salt"), "sky": ("star", "moon", "cloud"), "sport": ("ball", "goal", "team")}
 MODEL = {"name": "tiny-encoder"}
+FROZEN = {**MODEL, "train": "head"}
 TRAINING = {"learning_rate": 0.1, "steps": 3, "batch_size": 4}
 METHODS: Mapping[str, Mapping[str, Any]] = {  # tables that differ from those of ``tables``, by method
     "fedsa-lora": {"algorithm": {"modules": "all-linear", "training": TRAINING}},
@@ -44,8 +45,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {  # tables that differ from those of
     "local-only": {},
     "fedlog": {},
     "spafl": {},
-    "fedpft": {"rounds": 1, "model": {**MODEL, "train": "head"}, "algorithm": {}},
-    "fedptr": {"algorithm": {"matching_steps": 2, "training": TRAINING}},
+    "fedpft": {"rounds": 1, "model": FROZEN, "algorithm": {}},
+    "fedptr": {"model": FROZEN, "algorithm": {"matching_steps": 2, "training": TRAINING}},
+    "fedpft-then": {"algorithm": {"then": {"name": "fedit", "modules": "all-linear", "training": TRAINING}}},
+    "spafl-gates": {},
+    "fedpm": {},
     "scaffold": {},
     "fednova": {},
     "fedavg": {"algorithm": {"server_optimizer": {"name": "adam"}, "training": TRAINING}},

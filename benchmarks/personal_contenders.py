@@ -90,6 +90,7 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
         "fedptr-extrapolated": Contender("fedptr", SGD_EPOCH, (), {**PULL, "target": "extrapolated"}, like="fedptr"),
         "scaffold": Contender("scaffold", SGD_EPOCH, RATES),
         "fednova": Contender("fednova", SGD_EPOCH, RATES),
+        "fedpm": Contender("fedpm", ADAMW_EPOCH, RATES),
         "fedavgm": _server("momentum", SGD_EPOCH, SMALL_RATES),
         "fedadam": _server("adam", SGD_EPOCH, RATES),
         "fedyogi": _server("yogi", SGD_EPOCH, RATES),
