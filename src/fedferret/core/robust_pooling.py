@@ -65,19 +65,20 @@ class PoolSettings:
                 f'"{pooling.value}"), set pool.name="mean" or a setting of the method with which they are'
             )
         hostile = math.floor(self.krum_fraction * cohort)
+        few = 3 if self.name == "trimmed-mean" else 5  # the least clients of whom one can be left out
+        least = math.ceil(1000 / cohort) / 1000  # the fraction that is one client
+        remedy = f"sample {few} or more" if cohort < few else f"set it to at least {least} or sample more clients"
         if self.name == "median" and cohort < 3:
             raise UserError(
                 f'pool.name="median": of {cohort} clients a median is their mean, set clients.per_round to 3 or more'
             )
         if self.name == "trimmed-mean" and not math.floor(self.trim_fraction * cohort):
             raise UserError(
-                f"pool.trim_fraction={self.trim_fraction}: of {cohort} clients it cuts off nobody, set it to at least "
-                f"{math.ceil(1000 / cohort) / 1000} or sample more clients"
+                f"pool.trim_fraction={self.trim_fraction}: of {cohort} clients it cuts off nobody, {remedy}"
             )
         if self.name == "multi-krum" and not hostile:
             raise UserError(
-                f"pool.krum_fraction={self.krum_fraction}: of {cohort} clients it takes nobody for hostile, set it "
-                f"to at least {math.ceil(1000 / cohort) / 1000} or sample more clients"
+                f"pool.krum_fraction={self.krum_fraction}: of {cohort} clients it takes nobody for hostile, {remedy}"
             )
         if self.name == "multi-krum" and cohort < 2 * hostile + 3:
             raise UserError(
