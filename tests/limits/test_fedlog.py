@@ -229,7 +229,8 @@ def test_one_example_moves_the_sums_by_no_more_than_the_sensitivity(settings: An
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"features": 0}, r"features=0: must be at least 1"),
+        ({"features": 0}, r"features=0: allowed are 1 to 65,536"),
+        ({"features": 10**9}, r"features=1000000000: allowed are 1 to 65,536"),
         ({"clamp": 0.0}, r"clamp=0.0: must be greater than 0"),
         ({"bodies": ["lenet"]}, r'"lenet" is no image model; did you mean "lenet5"'),
         ({"bodies": ["lenet5", "conv4"]}, r"different numbers of features \(lenet5 84, conv4 256\); give features"),

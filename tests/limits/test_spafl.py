@@ -191,6 +191,7 @@ def test_alphas_schedule_rises_over_its_rounds() -> None:
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"alpha_rounds": 0}, "alpha_rounds=0"),
         ({"modules": ["nowhere"]}, 'algorithm.modules="nowhere"'),
+        ({"initial_threshold": 1e30}, r"initial_threshold=1e\+30: allowed are -100 to 100"),
     ],
 )
 def test_what_cannot_be_is_named_before_any_work(settings: dict[str, Any], named: str) -> None:

@@ -22,29 +22,31 @@ from fedferret.core.pooling import tensors
 from fedferret.engines.in_process import InProcess
 from fedferret.local.first_order import FirstOrder, TrainingRefused
 from toy_sites import Direct, simulate_sites, sites
-from toys import TRAINING, Failing, Simulation, simulate, toy_clients, toy_model, toy_task
+from toys import TRAINING, Failing, Simulation, simulate, toy_classifier, toy_clients, toy_task, weights
 
-BODY, HEAD = ["0.weight", "0.bias"], ["2.weight", "2.bias"]  # of the toy's model
+BODY, HEAD = ["body.0.weight", "body.0.bias"], ["head.weight", "head.bias"]  # of the toy's classifier
 
 
 @pytest.mark.parametrize(
     "algorithm", [FedPer(head_layers=0), FedRep(head_layers=0, head_times=0), LGFedAvg(head_layers=2)]
 )
 def test_with_all_layers_averaged_it_is_fedavg_to_the_bit(algorithm: AnyAlgorithm) -> None:
-    assert simulate(type(algorithm)(**{**vars(algorithm), "training": TRAINING}), 3).memory == fedavg().memory
+    ours = simulate(type(algorithm)(**{**vars(algorithm), "training": TRAINING}), 3)
+    assert ours.memory == fedavg().memory
+    assert weights(ours)  # nothing is private, so the public weights are every client's model
 
 
 def fedavg(**options: Any) -> Simulation:
-    """Three rounds."""
-    return simulate(FedAvg(training=TRAINING), 3, **options)
+    """Three rounds on the same classifier."""
+    return simulate(FedAvg(training=TRAINING), 3, **{"task": toy_task(3, FedPer()), **options})
 
 
 def test_fedrep_that_leaves_the_head_as_it_is_is_fedavg_under_a_frozen_head() -> None:
-    task = toy_task(3)
+    task = toy_task(3, FedPer())
     for name, weight in task.model.named_parameters():
         weight.requires_grad_(name in BODY)
     frozen, ours = fedavg(task=task), simulate(FedRep(head_times=0, training=TRAINING), 3)
-    base = dict(toy_model().named_parameters())
+    base = dict(toy_classifier().named_parameters())
     for name in BODY:
         assert torch.equal(ours.state.public.weights[name], frozen.state.public.weights[name])
     for name in HEAD:
@@ -53,17 +55,17 @@ def test_fedrep_that_leaves_the_head_as_it_is_is_fedavg_under_a_frozen_head() ->
 
 def test_fedrep_trains_the_head_and_then_the_body_and_leaves_the_model_trainable() -> None:
     algorithm, training = FedRep(head_times=3, training=TRAINING), TRAINING
-    task, data = toy_task(1), toy_clients(1)["a"]
+    task, data = toy_task(1, FedPer()), toy_clients(1)["a"]
     public, _ = algorithm.init(task, Key.of(1))
     reply = algorithm.client_update(task, public, None, data, Key.of(1))
     assert all(weight.requires_grad for weight in task.model.parameters())
 
-    model = toy_task(1).model
+    model = toy_task(1, FedPer()).model
     for names, phase, key in (
         (HEAD, FirstOrder(learning_rate=0.1, steps=3 * 2, batch_size=4), Key.of(1).fold("train").fold("head")),
         (BODY, training, Key.of(1).fold("train")),
     ):
-        direct = toy_task(1)
+        direct = toy_task(1, FedPer())
         tree.copy_(tree.parameters(direct.model), tree.parameters(model))
         for name, weight in direct.model.named_parameters():
             weight.requires_grad_(name in names)
@@ -109,7 +111,7 @@ def test_a_private_part_never_crosses_the_wire(algorithm: Any, tmp_path: Path) -
     for name, weight in private:
         assert not any(weight.numpy().tobytes() in message for message in crossed), name
     if algorithm is not LocalOnly:  # what does cross is found
-        task = toy_task(2)
+        task = toy_task(2, FedPer())
         public, _ = method.init(task, Key.of(1))
         sent = method.client_update(task, public, None, toy_clients()["a"], client_key(3, 1, "a"))
         for _, delta in tensors(sent.payload):
@@ -137,7 +139,7 @@ def test_a_pooler_goes_with_the_blocks_before_it_and_embeddings_are_body() -> No
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    model = toy_model()
+    model = toy_classifier()
     for algorithm, message in (
         (FedPer(head_layers=3), "head_layers=3: of this model 2 layers are tuned"),
         (FedPer(head_layers=2), "head_layers=2: of the 2 layers that are tuned fedper would share none"),

@@ -28,6 +28,8 @@ from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.models.classifiers import Classifier
 from fedferret.models.private_body import BASE, FeatureForm, Normalise, PrivateBodyClassifier, image_features
 
+MOST_FEATURES = 65_536  # more than any body is wide; η has so many numbers for each class
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLogEntry, FedLogSums]):
@@ -41,8 +43,8 @@ class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLog
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.features is not None and self.features < 1:
-            raise UserError(f"features={self.features}: must be at least 1")
+        if self.features is not None and not 1 <= self.features <= MOST_FEATURES:
+            raise UserError(f"features={self.features}: allowed are 1 to {MOST_FEATURES:,}, such as 50")
         if self.clamp is not None and not self.clamp > 0:
             raise UserError(f"clamp={self.clamp}: must be greater than 0")
         for name in self.bodies:

@@ -108,10 +108,11 @@ class PartlyPrivate(FedAvg):
         self, task: Task, public: FedAvgPublic, client: PrivateWeights | None = None
     ) -> Iterator[nn.Module | None]:
         """The client's model, or the public values of all weights where these are a model."""
-        if client is None and not self.has_global_model:
+        private = self.private_of(task, public, client)
+        if private and client is None and not self.has_global_model:
             yield None
             return
-        with loaded(task, {**public.weights, **self.private_of(task, public, client)}) as model:
+        with loaded(task, {**public.weights, **private}) as model:
             yield model
 
     def private_of(self, task: Task, public: FedAvgPublic, client: PrivateWeights | None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry, FedAvgPublic
 from fedferret.algorithms.full_model import step_
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
-from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, caught_up, check_alpha, sparsity
+from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, caught_up, check_pressure, sparsity
 from fedferret.core import tree
 from fedferret.core.algorithm import ClientReply, Weighting
 from fedferret.core.keys import Key
@@ -93,7 +93,7 @@ class SpaFL(PartlyPrivate):
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """Ranges."""
-        check_alpha(self.alpha, self.alpha_rounds)
+        check_pressure(self.alpha, self.alpha_rounds, self.initial_threshold)
         super().check(model, rounds)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:

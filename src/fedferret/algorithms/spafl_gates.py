@@ -23,7 +23,7 @@ from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgPublic
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
-from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, check_alpha, sparsity
+from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, check_pressure, sparsity
 from fedferret.core.algorithm import ClientReply, Weighting
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
@@ -58,7 +58,7 @@ class SpaFLGates(PartlyPrivate):
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """Ranges."""
-        check_alpha(self.alpha, self.alpha_rounds)
+        check_pressure(self.alpha, self.alpha_rounds, self.initial_threshold)
         super().check(model, rounds)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:

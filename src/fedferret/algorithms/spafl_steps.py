@@ -17,8 +17,13 @@ AlphaSchedule: TypeAlias = Literal["constant", "sigmoid"]
 FEWEST = 0.01  # of a layer's rows: with so few, or fewer, its thresholds begin again at 0
 
 
-def check_alpha(alpha: float, rounds: int) -> None:
-    """Refuse a pressure that cannot be. Raises UserError."""
+HIGHEST = 100.0  # of a threshold, either side of 0: mean magnitudes of a row's weights are far below it
+
+
+def check_pressure(alpha: float, rounds: int, threshold: float) -> None:
+    """Refuse a pressure or a first threshold that cannot be. Raises UserError."""
+    if not -HIGHEST <= threshold <= HIGHEST:
+        raise UserError(f"initial_threshold={threshold}: allowed are -{HIGHEST:g} to {HIGHEST:g}; 0 masks nothing at first")
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha={alpha}: must not be negative; 0 leaves the loss alone")
     if rounds < 1:
