@@ -95,6 +95,8 @@ def test_an_adapter_of_a_frozen_text_model_is_the_private_body(over: dict[str, A
     """Every value but the adapter's stays the base's, and each client's adapter differs from the others'."""
     algorithm = FedLog(over=over, features=4, start="random", training=TRAINING)
     loaded: Any = models.classifier("tiny-encoder", 3)
+    with pytest.raises(UserError, match="the recipe's model reads texts; leave bodies out"):
+        FEDLOG.prepare(loaded.model, Key.of(7, "prepare"))
     before = tree.clone(dict(loaded.model.encoder.named_parameters()))
     task = Task.of(algorithm.prepare(loaded.model, Key.of(7, "prepare")), THREE_CLASSES, 1)
     algorithm.check(task.model, 5)

@@ -25,7 +25,7 @@ from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.models.adapters import prefix_of
 from fedferret.models.catalogue import IMAGE_MODELS
-from fedferret.models.classifiers import Classifier
+from fedferret.models.classifiers import Classifier, ImageClassifier
 from fedferret.models.private_body import BASE, FeatureForm, Normalise, PrivateBodyClassifier, image_features
 
 MOST_FEATURES = 65_536  # more than any body is wide; η has so many numbers for each class
@@ -99,6 +99,8 @@ class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLog
         """The body, with an adapter if one is asked for, under a projection and a head with a bias."""
         if not isinstance(model, Classifier):
             raise UserError(f"fedlog needs a classifier, not a {type(model).__name__}: set objective.name")
+        if self.bodies and not isinstance(model, ImageClassifier):
+            raise UserError("bodies: these are image models, and the recipe's model reads texts; leave bodies out")
         prepared: Any = super().prepare(model, key)
         return PrivateBodyClassifier(prepared, self.form, key)
 

@@ -26,7 +26,7 @@ from fedferret.core.stages import Staged
 from fedferret.settings import build, table_of
 
 _SERVERS = {"server_optimizer"}  # settings of the server that an outer method may not have
-_CHOOSE = "name a method that tunes an adapter, such as fedit or fedprompt"
+_CHOOSE = "name a method that tunes an adapter, such as fedit or ssf"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ HIGHEST = 100.0  # of a threshold, either side of 0: mean magnitudes of a row's 
 def check_pressure(alpha: float, rounds: int, threshold: float) -> None:
     """Refuse a pressure or a first threshold that cannot be. Raises UserError."""
     if not -HIGHEST <= threshold <= HIGHEST:
-        raise UserError(f"initial_threshold={threshold}: allowed are -{HIGHEST:g} to {HIGHEST:g}; 0 masks nothing at first")
+        raise UserError(f"initial_threshold={threshold}: allowed are -{HIGHEST:g} to {HIGHEST:g}; 0 masks none")
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha={alpha}: must not be negative; 0 leaves the loss alone")
     if rounds < 1:
