@@ -82,7 +82,7 @@ def carried_out(model: str, clients: int) -> dict[str, Any]:
         and the most that was stated before the run; the peak memory of the process, in bytes.
     """
     asked = settings(model, clients)
-    cost, _ = wire_costs(asked)(1)
+    cost = wire_costs(asked)(1)
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "recipe.toml").write_text(asked.to_toml())

@@ -22,6 +22,7 @@ from fedferret.algorithms.spafl_gates import SpaFLGates
 from fedferret.algorithms.ssf import SSF
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
+from fedferret.core.by_round import shapes_by_round
 from fedferret.core.clients import ClientChanges
 from fedferret.core.exchanges import Body, Failure, Reply
 from fedferret.core.guard import Guard
@@ -31,7 +32,6 @@ from fedferret.core.metrics import LARGEST_LOSS
 from fedferret.core.node import Node
 from fedferret.core.robust_pooling import PoolSettings
 from fedferret.core.rounds import Plan, RoundRecord, RunState
-from fedferret.core.stages import shapes_by_round
 from fedferret.core.task import Examples, Objective, Task
 from fedferret.core.weighting import Bounds
 from fedferret.data.batches import IGNORED, Batch

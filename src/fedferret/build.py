@@ -21,12 +21,13 @@ from fedferret.config import ModelSettings, Recipe
 from fedferret.core import rounds, tree
 from fedferret.core.algorithm import AnyAlgorithm, Shapes
 from fedferret.core.allocator import return_large_blocks
+from fedferret.core.by_round import shapes_by_round
 from fedferret.core.errors import UserError
 from fedferret.core.hand_over import Stage
 from fedferret.core.keys import Key
 from fedferret.core.mapped import MappedTree
 from fedferret.core.node import Node
-from fedferret.core.stages import Staged, shapes_by_round
+from fedferret.core.stages import Staged
 from fedferret.core.task import Task
 from fedferret.data.encoded import EncodedData
 from fedferret.data.examples import FederatedData

@@ -1,7 +1,10 @@
 """What a run needs of the disk: the log with the rounds that can be rewound, and simulated clients' private states.
 
-log        the files that ``core/log.py`` keeps, by the formula's bytes; a snapshot is 4 bytes a tuned weight
+log        the files that ``core/log.py`` keeps: entries by the formula's bytes, snapshots of the public state
+server     its own state, once for each round that can be rewound
 states     one a client, and one for each client of each round that can be rewound
+
+States are measured on the meta device (``core/by_round.py``).
 """
 
 from __future__ import annotations
@@ -13,28 +16,39 @@ from pathlib import Path
 
 from fedferret.build import Parts, check, tuned_skeleton
 from fedferret.config import Recipe
-from fedferret.core.algorithm import WireCost
-from fedferret.core.stages import shapes_by_round
+from fedferret.core.algorithm import StateBytes, WireCost
+from fedferret.core.by_round import shapes_by_round, state_bytes_by_round
+from fedferret.core.task import Task
 from fedferret.tracking.units import as_bytes
+from fedferret.wire import codec
 
 
-def wire_costs(recipe: Recipe) -> Callable[[int], tuple[WireCost, int]]:
+def wire_costs(recipe: Recipe) -> Callable[[int], WireCost]:
     """What the method costs in a round.
 
     Args:
         recipe: resolved.
 
     Returns:
-        A function from a round's number, from 1, to the round's cost and the number of tuned weights.
+        A function from a round's number, from 1, to the round's cost.
     """
-    model = tuned_skeleton(recipe)
-    shapes, cohort = shapes_by_round(recipe.algorithm, model, recipe.rounds), recipe.clients.per_round
+    shapes = shapes_by_round(recipe.algorithm, tuned_skeleton(recipe), recipe.rounds)
+    return lambda number: recipe.algorithm.wire_cost(shapes(number), recipe.clients.per_round, number)
 
-    def of_round(number: int) -> tuple[WireCost, int]:
-        each = shapes(number)
-        return recipe.algorithm.wire_cost(each, cohort, number), sum(math.prod(shape) for shape in each.values())
 
-    return of_round
+def all_state_bytes(recipe: Recipe, clients: int) -> list[StateBytes]:
+    """What the method's states have after each round.
+
+    Args:
+        recipe: resolved.
+        clients: of the run.
+
+    Returns:
+        Bytes, round by round.
+    """
+    task = Task.of(tuned_skeleton(recipe), recipe.objective, recipe.rounds)
+    of_round = state_bytes_by_round(recipe.algorithm, task, recipe.clients.per_round, clients, codec)
+    return [of_round(number) for number in range(1, recipe.rounds + 1)]
 
 
 def kept_rounds(recipe: Recipe, versions: Mapping[str, int]) -> dict[str, int]:
@@ -50,7 +64,7 @@ def kept_rounds(recipe: Recipe, versions: Mapping[str, int]) -> dict[str, int]:
     if not versions:
         return {}
     costs, counted = wire_costs(recipe), {client: version + 1 for client, version in versions.items()}
-    keeps = {number: costs(number)[0].client_state_bytes > 0 for number in set(counted.values())}
+    keeps = {number: costs(number).client_state_bytes > 0 for number in set(counted.values())}
     return {client: number for client, number in counted.items() if keeps[number]}
 
 
@@ -90,6 +104,22 @@ def log_bytes(entries: Sequence[float], snapshots: Sequence[float], history: int
     return most
 
 
+def server_bytes(recipe: Recipe, states: Sequence[StateBytes]) -> float:
+    """The most that the log and the server's own states take, over all rounds.
+
+    Args:
+        recipe: resolved.
+        states: of each round.
+
+    Returns:
+        Bytes.
+    """
+    costs, history = wire_costs(recipe), recipe.execution.history
+    entries = [costs(number).down_most for number in range(1, recipe.rounds + 1)]
+    own = max(sizes.server for sizes in states) * min(recipe.rounds, history + 1)
+    return own + log_bytes(entries, [sizes.public for sizes in states], history)
+
+
 def kept_states(clients: int, rounds: int, cohort: int, history: int) -> int:
     """How many private states of simulated clients are on disk at most.
 
@@ -111,11 +141,11 @@ def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
         log: called with up to two lines.
     """
     recipe, history = experiment.recipe, experiment.recipe.execution.history
-    costs, tuned = zip(*map(wire_costs(recipe), range(1, recipe.rounds + 1)), strict=True)
-    kept = max(cost.client_state_bytes for cost in costs)
+    each = all_state_bytes(recipe, len(experiment.data.clients))
+    kept = max(sizes.client for sizes in each)
     count = kept_states(len(experiment.data.clients), recipe.rounds, recipe.clients.per_round, history)
     states = kept * count if experiment.trains_here else 0.0
-    entries = log_bytes([cost.down_most for cost in costs], [4 * weights for weights in tuned], history)
+    rounds = server_bytes(recipe, each)
     there = sum(path.stat().st_size for path in [*out.glob("state/clients/*"), *out.glob("log/*")])
     free = shutil.disk_usage(out).free + there
     stops = "where the disk is full the run stops, and goes on once there is more"
@@ -127,10 +157,10 @@ def log_room(experiment: Parts, out: Path, log: Callable[[str], None]) -> None:
         )
     elif kept:
         log(f"{recipe.algorithm.name} keeps {as_bytes(kept)} at every site that took part, on the site's disk")
-    if states <= free < states + entries:
+    if states <= free < states + rounds:
         log(
-            f"the log takes up to {as_bytes(entries)}, so that {history} rounds can be rewound, and {out} has room for "
-            f"{as_bytes(free - states)}: lower execution.history, or {stops}"
+            f"the log and the server's state take up to {as_bytes(rounds)}, so that {history} rounds can be "
+            f"rewound, and {out} has room for {as_bytes(free - states)}: lower execution.history, or {stops}"
         )
 
 
@@ -144,7 +174,7 @@ def site_states(recipe: Recipe, history: int) -> str:
     Returns:
         A line; "" where the method keeps nothing.
     """
-    kept = max(cost.client_state_bytes for cost, _ in map(wire_costs(recipe), range(1, recipe.rounds + 1)))
+    kept = max(sizes.client for sizes in all_state_bytes(recipe, recipe.clients.per_round))
     most = as_bytes(kept * min(recipe.rounds, history + 2))
     return (
         f"{recipe.algorithm.name} keeps {as_bytes(kept)} here between rounds, up to {most} in all on disk"
@@ -160,4 +190,4 @@ def update_bytes(recipe: Recipe) -> float:
         UserError: the recipe is known to be wrong.
     """
     check(recipe)
-    return max(cost.up_most for cost, _ in map(wire_costs(recipe), range(1, recipe.rounds + 1)))
+    return max(cost.up_most for cost in map(wire_costs(recipe), range(1, recipe.rounds + 1)))

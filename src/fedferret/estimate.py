@@ -1,7 +1,7 @@
 """What a recipe costs before it runs: bytes by the method's formula; memory and time are rough.
 
 bytes     the method's ``wire_cost``, the mean over rounds of the most; FedAvg's is 4 d up and 4 d down
-disk      the log and what the method keeps of each client, with the rounds that can be rewound (``disk.py``)
+disk      the log, the server's state and each client's, with the rounds that can be rewound (``disk.py``)
 memory    weights in model.dtype (two copies of the tuned ones, one with memory = "lean") or quantised; fp32 masters of
           bf16 weights, gradients and optimizer state of the tuned ones; activations; zeroth-order training has the
           weights alone
@@ -48,6 +48,7 @@ class Estimate:
     """The costs of a recipe. Bytes are exact up to framing, which has a bound; the other figures are rough."""
 
     tuned: int  # weights
+    added: int  # of these, where all of the model's are tuned and the method has more
     parameters: int  # of the whole model
     bytes_up: float  # per client and round
     bytes_down: float  # per client and round, for a client that was there the round before
@@ -56,7 +57,7 @@ class Estimate:
     client_state_bytes: float  # on each client that took part, between its rounds
     clients: int  # that take part at most
     states: int  # of clients, that are kept at most
-    log_bytes: float  # at most
+    server_bytes: float  # the log and the server's state, at most
     history: int  # rounds that can be rewound
     memory: float  # bytes
     seconds: float
@@ -65,14 +66,16 @@ class Estimate:
     def __str__(self) -> str:
         states = as_bytes(self.client_state_bytes)
         states += f", for {self.clients} clients {as_bytes(self.client_state_bytes * self.states)}"
+        tuned = f"{as_count(self.tuned - self.added)} of {as_count(self.parameters)}"
+        tuned += f", and {as_count(self.added)} that the method adds" if self.added else ""
         return "\n".join(
             [
-                f"# weights tuned               {as_count(self.tuned)} of {as_count(self.parameters)}",
+                f"# weights tuned               {tuned}",
                 f"# up, per client and round    {as_bytes(self.bytes_up)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 f"# down, per client and round  {as_bytes(self.bytes_down)} (FedAvg: {as_bytes(self.bytes_fedavg)})",
                 *(f"#   {which:<24}  {as_bytes(up)} up, {as_bytes(down)} down" for which, up, down in self.by_rounds),
                 f"# framing of a message        up to {as_bytes(self.framing)} more: names and lengths",
-                f"# disk, log                   {as_bytes(self.log_bytes)} at most, {self.history} past rounds kept",
+                f"# disk, log and server        {as_bytes(self.server_bytes)} at most, {self.history} past rounds kept",
                 *([f"# disk, per client            {states} at most"] if self.client_state_bytes else []),
                 f"# memory, roughly             {as_bytes(self.memory)}",
                 f"# time, roughly               {as_duration(self.seconds)} on this machine, evaluation included",
@@ -113,7 +116,7 @@ def estimate(recipe: Recipe) -> Estimate:
         UserError: if the recipe cannot run.
     """
     from fedferret.build import check, load_data
-    from fedferret.disk import kept_states, log_bytes
+    from fedferret.disk import all_state_bytes, kept_states, server_bytes
     from fedferret.local.first_order import FirstOrder
 
     shapes_of = check(recipe)
@@ -141,17 +144,19 @@ def estimate(recipe: Recipe) -> Estimate:
     masters = gradients if own == 2 else 0
     held = _base_bytes(recipe, skeleton, width) + tuned * own * (copies - 1)
     held += 4 * tuned * (masters + gradients + optimizer + momentum)
+    states = all_state_bytes(recipe, len(data.clients))
     return Estimate(
         tuned,
+        max(tuned - parameters if every.keys() <= shapes_of(number).keys() else 0 for number in numbers),
         parameters,
         statistics.fmean(cost.up_most for cost in costs),
         statistics.fmean(cost.down_most for cost in costs),
         max(framing_bytes(shapes_of(number)) for number in numbers),
         4 * parameters,
-        max(cost.client_state_bytes for cost in costs),
+        max(each.client for each in states),
         min(len(data.clients), recipe.rounds * cohort),
         kept_states(len(data.clients), recipe.rounds, cohort, history),
-        log_bytes([cost.down_most for cost in costs], [4 * weights(number) for number in numbers], history),
+        server_bytes(recipe, states),
         history,
         held + gradients * activations * width / 4 + 0.5e9,  # half a GB of libraries
         _seconds(recipe, data, training, skeleton, tuned),

@@ -244,6 +244,7 @@ class Run:
             clients=len(experiment.data.clients),
             held_out=sum(map(len, experiment.data.held_out.values())),
             parameters=experiment.base_size,
+            global_model=experiment.recipe.algorithm.has_global_model,
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
             notes=list(experiment.notes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from contract.methods import METHODS, reference, rounds_of
 from fedferret.algorithms.registry import catalogue
 from fedferret.core.algorithm import ClientReply, Pooled, Pooling
+from fedferret.core.by_round import state_bytes_by_round
 from fedferret.core.errors import RunError
 from fedferret.core.exchanges import Body, Failure
 from fedferret.core.keys import Key
@@ -19,6 +21,8 @@ from fedferret.core.messages import framing_bytes
 from fedferret.core.node import Node
 from fedferret.core.pooling import basic_pool, tensors
 from fedferret.core.rounds import RunState
+from fedferret.core.stages import Staged
+from fedferret.core.task import Task
 from fedferret.engines.debug import Debug
 from fedferret.local.zeroth_order import ZerothOrder
 from fedferret.wire import codec
@@ -176,6 +180,20 @@ def test_what_a_client_keeps_is_the_formula_and_bounded_framing(name: str) -> No
     kept = algorithm.wire_cost(shapes, len(toy_clients()), last).client_state_bytes
     for client in toy_clients():
         assert kept <= codec.size(reference(name).store.get(client)) <= kept + framing_bytes(shapes)
+
+
+def test_states_are_no_larger_than_what_is_stated_before_the_run(name: str) -> None:
+    """Stages may hand over less than they could, and few layers are chosen at a time; others are met up to names."""
+    algorithm, rounds, run = METHODS[name], rounds_of(METHODS[name]), reference(name)
+    task = toy_task(rounds, algorithm)
+    skeleton = Task.of(copy.deepcopy(task.model).to("meta"), task.objective, rounds)
+    stated = state_bytes_by_round(algorithm, skeleton, len(run.data), len(run.data), codec)(rounds)
+    framing = framing_bytes(shapes_of(algorithm, rounds)(rounds))
+    found = {"public": run.state.public, "server": run.state.server, "client": run.store.get("b")}
+    for memory, state in found.items():
+        size, most = codec.size(state), getattr(stated, memory)
+        assert size <= most + (framing if memory == "client" else 48 * (1 + len(run.data))), (memory, size, most)
+        assert most <= size + framing or isinstance(algorithm, Staged), (memory, size, most)
 
 
 def test_the_loss_falls(name: str) -> None:

@@ -76,6 +76,7 @@ def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
     summary = run(recipe, tmp_path / "run", silent)
     assert all(0 < share < 1 for share in summary["density_by_round"]) and len(summary["density_by_round"]) == 2
     report = write_report(tmp_path / "run").read_text()
+    assert "--client NAME --to" in report and "--delta" not in report
     assert "Density is the share of weights" in report and f"{summary['density_by_round'][-1]:.1%}" in report
     with pytest.raises(UserError, match="spafl has no global model: export a client's own, with --client NAME"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedferret.algorithms.full_model import check_tensors, deltas, loaded, step_
 from fedferret.algorithms.server_optimizer import Moments, ServerOptimizer
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, StateBytes, Weighting, WireCost
 from fedferret.core.fields import Form
 from fedferret.core.keys import Key
 from fedferret.core.messages import message, state
@@ -73,6 +73,10 @@ class FedAvg(Algorithm[FedAvgPublic, Moments | None, None, FedAvgEntry, Delta]):
         """Four bytes a weight, both ways."""
         weights = 4 * sum(math.prod(shape) for shape in shapes.values())
         return WireCost.exact(weights, weights)
+
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """The moments of the weights that travel."""
+        return StateBytes(server=self.server_optimizer.moments * self.wire_cost(shapes, 1, round).up_most)
 
     def accept(self, task: Task, public: FedAvgPublic, payload: Delta) -> None:
         """Refuse an update of other names, shapes or data types."""

@@ -18,19 +18,21 @@ Deviations: the page lists them, and what of the official code is not copied (do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from fedferret.algorithms.fedavg import Delta, FedAvgEntry
 from fedferret.algorithms.fedpeptao_choice import ChosenPrefixes
 from fedferret.algorithms.fedpeptao_messages import FedPepTAOPublic, FedPepTAOServer, SharedLayers, SteppedDelta
 from fedferret.algorithms.fedpeptao_server import Reply, directed
 from fedferret.algorithms.partly_private import PrivateWeights
-from fedferret.core.algorithm import ClientReply, Pooled, Pooling
+from fedferret.core.algorithm import ClientReply, Pooled, Pooling, Shapes, StateBytes
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.pooling import mean_of
@@ -69,6 +71,11 @@ class FedPepTAO(ChosenPrefixes):
     def pooling(self) -> Pooling:
         """Apart where the server keeps a control per client; without the server's step any mean will do."""
         return Pooling.EACH if self.server_rate else Pooling.MEAN
+
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """A control of each client, their mean, the momentum and the last update."""
+        each = 4 * sum(math.prod(shape) for shape in shapes.values())
+        return StateBytes(server=(clients + 3) * each if self.server_rate else 0)
 
     def init(self, task: Task, key: Key) -> tuple[FedPepTAOPublic, FedPepTAOServer]:  # type: ignore[override]
         """The server has no memory yet."""

@@ -38,7 +38,7 @@ from fedferret.algorithms.fedpm_messages import (
 )
 from fedferret.algorithms.full_model import UpdateRefused, check_tensors, loaded
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Shapes, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Shapes, StateBytes, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
@@ -77,6 +77,10 @@ class FedPM(Algorithm[FedPMPublic, FedPMServer, None, FedPMEntry, Mask]):
         """A bit a weight up, each tensor in whole bytes; four bytes down."""
         sizes = [math.prod(shape) for shape in shapes.values()]
         return WireCost.exact(sum(math.ceil(size / 8) for size in sizes), 4 * sum(sizes))
+
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """How often each weight was kept."""
+        return StateBytes(server=4 * sum(math.prod(shape) for shape in shapes.values()))
 
     def init(self, task: Task, key: Key) -> tuple[FedPMPublic, FedPMServer]:
         """Every weight is kept with probability one half."""

@@ -13,16 +13,15 @@ paper's algorithm, constants and experiments were not at hand: what stands betwe
 since other machines would compute other last bits from D. In the first round w~ = w^0. No example of a client enters D.
 
 Wire: 4 d bytes up; down 4 d, and 4 d more for w~ from the server. A client keeps D: 4 n (values of an input + C) + 4
-bytes, n = C ``examples_per_class``; the formula has no input's size, which is not known here, and gives 4 (n C + 1).
-
-With μ = 0 it is FedAvg, with S' = 0 FedProx, to the bit. Deviations, and what is ours: docs/methods/fedptr.md.
+bytes, n = C ``examples_per_class``. μ = 0: FedAvg; S' = 0: FedProx; to the bit. Deviations: docs/methods/fedptr.md.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -33,7 +32,7 @@ from fedferret.algorithms.fedprox import FedProx, pull
 from fedferret.algorithms.full_model import deltas, loaded, step_
 from fedferret.algorithms.over import OverAdapter
 from fedferret.core import tree
-from fedferret.core.algorithm import ClientReply, Pooled, Shapes, WireCost
+from fedferret.core.algorithm import ClientReply, Pooled, Shapes, StateBytes, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.fields import Form
 from fedferret.core.keys import Key
@@ -113,6 +112,13 @@ class FedPTR(OverAdapter[FedAvgPublic, None, None, FedAvgEntry, Delta], FedProx)
             return WireCost.exact(cost.up_most, 2 * cost.down_most)
         classes = shapes[HEAD + "bias"][0]
         return WireCost.exact(cost.up_most, cost.down_most, 4 * (self.examples_per_class * classes**2 + 1))
+
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """FedAvg's, and a client's X: the model alone knows its size."""
+        assert isinstance(model, Classifier)  # others are refused
+        values = self.examples_per_class * model.head.out_features * math.prod(model.input_shape(self.tokens))
+        kept = 4 * values if self._matches and self.where == "client" else 0
+        return replace(super().state_growth(model, shapes, round, clients), client=kept)
 
     def init(self, task: Task, key: Key) -> tuple[FedPTRPublic, AuxiliarySet | None]:  # type: ignore[override]
         """w~ = w^{t-1} = w^0; the server's set where the server matches."""

@@ -72,6 +72,11 @@ class ServerOptimizer:
             if value is not None and not 0 <= value < 1:
                 raise UserError(f"{setting}={value}: must lie in [0, 1), or nothing new would count")
 
+    @property
+    def moments(self) -> int:
+        """How many values the server keeps of each weight that a round updates."""
+        return {"average": 0, "momentum": 1}.get(self.name, 2)
+
     def refuse(self, reason: str) -> None:
         """Refuse anything but the average, for a method with another server.
 

@@ -22,7 +22,7 @@ biases of masked rows are masked too. Updates of thresholds travel instead of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,7 +33,7 @@ from fedferret.algorithms.full_model import step_
 from fedferret.algorithms.partly_private import PartlyPrivate, PrivateWeights
 from fedferret.algorithms.spafl_steps import AlphaSchedule, alpha_of, caught_up, check_pressure, sparsity
 from fedferret.core import tree
-from fedferret.core.algorithm import ClientReply, Weighting
+from fedferret.core.algorithm import ClientReply, Shapes, StateBytes, Weighting
 from fedferret.core.keys import Key
 from fedferret.core.messages import state
 from fedferret.core.task import Examples, Task
@@ -110,6 +110,12 @@ class SpaFL(PartlyPrivate):
     def tuned(self, task: Task, public: FedAvgPublic) -> Mapping[str, Tensor]:
         """All weights: thresholds begin at 0, and say nothing of how large the model is that an update changes."""
         return public.weights
+
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """A d a round."""
+        grown = super().state_growth(model, shapes, round, clients)
+        each = self.wire_cost(shapes, 1, round).up_most if self.importance_update else 0
+        return replace(grown, public=round * each)
 
     def init(self, task: Task, key: Key) -> tuple[FedAvgPublic, Any]:
         """The base weights, the first thresholds, and no d."""

@@ -225,7 +225,7 @@ def _planned(cells: Sequence[Cell], cost: Estimate) -> str:
     states = ", ".join(f"seed {cell.seed} {run_status(cell).state}" for cell in cells)
     held = as_bytes(cost.client_state_bytes)
     disk = f"{held} of disk per participating client, " if cost.client_state_bytes else ""
-    disk += f"{as_bytes(cost.log_bytes)} of disk for the log, "
+    disk += f"{as_bytes(cost.server_bytes)} of disk for the log and the server, "
     return (
         f"{cells[0].row.label}: {cells[0].recipe.rounds} rounds, {as_bytes(cost.bytes_up)} up and "
         f"{as_bytes(cost.bytes_down)} down per client and round, {as_bytes(cost.memory)} of memory, {disk}"

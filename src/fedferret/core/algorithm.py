@@ -1,7 +1,6 @@
 """The contract of a federated method.
 
-A method is a frozen dataclass. Its fields are its hyper-parameters; its functions change nothing in ``self``. Three
-memories and one wire:
+A method is a frozen dataclass of hyper-parameters; its functions change nothing in it. Three memories and one wire:
 
     public   server and every client, bit for bit the same, rebuilt from the log     (weights, momentum, ...)
     server   the server alone                                                        (seed probabilities, ...)
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.core.wire_cost import StateBytes as StateBytes
 from fedferret.core.wire_cost import WireCost as WireCost
 
 Public = TypeVar("Public")  # what every node knows, bit for bit
@@ -156,13 +156,10 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
         """
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
-        """Attach what this method tunes, such as an adapter.
-
-        Every node calls this once, before ``Task``, with the same key, and gets the same bits. A model on the meta
-        device stays there.
+        """Attach what this method tunes, such as an adapter: once at every node, with the same key, to the same bits.
 
         Args:
-            model: the base model; may be changed in place.
+            model: the base model; may be changed in place, and stays on the meta device where it is there.
             key: draws an adapter's first values.
 
         Returns:
@@ -180,7 +177,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
             public: the public state after a round.
 
         Returns:
-            A line, which is shown and noted when it differs from that of the round before; None: nothing.
+            A line, noted when it differs from that of the round before; None: nothing.
         """
         return None
 
@@ -222,6 +219,20 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
             Bytes per client in this round, up and down, and bytes of a client's private state.
         """
 
+    def state_growth(self, model: nn.Module, shapes: Shapes, round: int, clients: int) -> StateBytes:
+        """Bytes of states after a round that neither ``init`` makes nor ``wire_cost`` knows.
+
+        Args:
+            model: the prepared model on the meta device.
+            shapes: as for ``wire_cost``.
+            round: from 1.
+            clients: that have taken part by then, at most.
+
+        Returns:
+            In this base class none.
+        """
+        return StateBytes()
+
     def sum_values(self, shapes: Shapes, round: int) -> int:
         """The most values that a payload's sum has in one round; under a mask each crosses the wire in 8 bytes.
 
@@ -243,7 +254,7 @@ class Algorithm(ABC, Generic[Public, Server, Client, Entry, Up]):
             payload: of one client, after ``accept``.
 
         Returns:
-            The norm, or its expectation where it depends on random directions; None where it has no meaning.
+            The norm, or its expectation over random directions; None where it has no meaning.
         """
         return None
 

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedferret.core import tree
-from fedferret.core.algorithm import Algorithm, AnyAlgorithm, ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
+from fedferret.core.algorithm import Algorithm, ClientReply, Pooled, Pooling, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
 from fedferret.core.hand_over import HandedOver, Stage, all_weights
 from fedferret.core.keys import Key
@@ -133,7 +133,7 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
 
     def check(self, model: nn.Module, rounds: int) -> None:
         """Every stage must be possible on the model that it is attached to."""
-        for stage, given, prepared in self._prepared(model, rounds):
+        for stage, given, prepared in self.prepared(model, rounds):
             stage.algorithm.check(prepared, given)
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
@@ -170,7 +170,7 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
             A function from a round's number, from 1, to shapes by parameter name.
         """
         by_stage = [
-            (given, tree.shapes(tree.parameters(prepared))) for _, given, prepared in self._prepared(model, rounds)
+            (given, tree.shapes(tree.parameters(prepared))) for _, given, prepared in self.prepared(model, rounds)
         ]
 
         def of_round(round: int) -> Shapes:
@@ -305,8 +305,16 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
     def _at(self, public: StagedPublic) -> Stage:
         return [stage for stage in self.stages() if stage.rounds != 0][public.stage]
 
-    def _prepared(self, model: nn.Module, rounds: int) -> Iterator[tuple[Stage, int, nn.Module]]:
-        """Every stage with its rounds and the model it is attached to, on a copy of a model on the meta device."""
+    def prepared(self, model: nn.Module, rounds: int) -> Iterator[tuple[Stage, int, nn.Module]]:
+        """Prepare every stage in turn.
+
+        Args:
+            model: prepared for the first stage, on the meta device; not changed.
+            rounds: of the run.
+
+        Returns:
+            Each stage, its rounds and its model, which the next stage takes apart.
+        """
         planned = self.planned(rounds)
         model = copy.deepcopy(model)
         for number, (stage, given) in enumerate(planned):
@@ -371,23 +379,6 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         """Every weight of the base, by its plain name, with the adapter of stage ``number`` left out."""
         plain = self.planned(task.rounds)[number][0].algorithm.release(copy.deepcopy(task.model))
         return all_weights(plain)
-
-
-def shapes_by_round(algorithm: AnyAlgorithm, model: nn.Module, rounds: int) -> Callable[[int], Shapes]:
-    """The shapes of the tensors that ``algorithm`` tunes in each round.
-
-    Args:
-        algorithm: the method.
-        model: prepared for it, on the meta device.
-        rounds: of the run.
-
-    Returns:
-        A function from a round's number, from 1, to shapes by parameter name.
-    """
-    if isinstance(algorithm, Staged):
-        return algorithm.shapes(model, rounds)
-    shapes = tree.shapes(tree.parameters(model))
-    return lambda round: shapes
 
 
 def _staged(key: Key, number: int) -> Key:

@@ -1,4 +1,4 @@
-"""What a method sends and keeps, by its own formula."""
+"""What a method sends and keeps: of the wire by its own formula, of its states by ``core/by_round.py``."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ class WireCost:
             A cost with equal least and most bytes in each direction.
         """
         return cls(up, up, down, down, client_state_bytes)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of the three memories after a round."""
+
+    public: float = 0.0  # a snapshot of the log
+    server: float = 0.0
+    client: float = 0.0  # of each client that took part

@@ -91,6 +91,7 @@ def write_report(folder: Path) -> Path:
         recipe=_recipe(folder),
         environment=environment_of(folder),
         folder=shlex.quote(str(folder)),
+        global_model=run.start.get("global_model", True),
         light=LIGHT,
         dark=DARK,
     )
