@@ -15,6 +15,7 @@ from fedferret import models
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from fedferret.estimate import estimate
 from fedferret.experiment import Experiment
 from fedferret.export import export_folder
 from fedferret.models import adapters
@@ -73,6 +74,8 @@ def test_models_whose_zero_rows_cannot_be_removed_are_named() -> None:
 def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
     algorithm = {"name": "spafl", "alpha": 0.2, "training": {"learning_rate": 0.1, "steps": 2, "batch_size": 4}}
     recipe = resolved(tmp_path, rounds=2, algorithm={**algorithm, "initial_threshold": 0.01})
+    cost = estimate(recipe)
+    assert f" {cost.parameters:,} of {cost.parameters:,}, and {cost.tuned - cost.parameters:,} that" in str(cost)
     summary = run(recipe, tmp_path / "run", silent)
     assert all(0 < share < 1 for share in summary["density_by_round"]) and len(summary["density_by_round"]) == 2
     report = write_report(tmp_path / "run").read_text()
