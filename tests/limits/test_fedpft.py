@@ -235,6 +235,7 @@ def test_a_model_without_a_head_and_a_folder_for_a_normalised_head_are_refused()
     [
         ({"then": "slora"}, "no method of one stage"),
         ({"then": "fedpft"}, "no method of one stage"),
+        ({"then": "fedper"}, "no global model that could begin"),
         ({"then": {"rank": 2}}, "there is no name in it"),
         ({"then": "fedavgg"}, 'did you mean "fedavg"'),
         ({"start_rounds": 2}, "1 or 0"),

@@ -64,6 +64,8 @@ class FedPFTThen(Staged):
         kind = method(name)
         if issubclass(kind, Staged | FedPFT):
             raise UserError(f'then="{name}": it is no method of one stage that tunes a model; choose another')
+        if not kind.has_global_model:
+            raise UserError(f'then="{name}": it has no global model that could begin with the head; choose another')
         tuner: AnyAlgorithm = build(kind, table, "then")
         return tuner
 
