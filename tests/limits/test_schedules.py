@@ -76,7 +76,7 @@ def test_over_steps_the_curve_is_torchs(optimizer: Any) -> None:
     training = FirstOrder(optimizer=optimizer, learning_rate=0.05, steps=7, weight_decay=0.1, clip=None)
     ours = trained(replace(training, schedule="cosine", schedule_over="steps"))
     model, batches = toy_model(), training._batches_by_step(toy_clients()["a"], KEY)
-    theirs = training._optimizer(list(model.parameters()))
+    theirs = training.optimizer_over(list(model.parameters()))
     curve = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=7)
     for (rows,), _ in zip(batches, range(7), strict=False):
         theirs.zero_grad()

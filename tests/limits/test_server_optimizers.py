@@ -88,7 +88,7 @@ def test_a_method_uses_the_servers_optimiser_or_refuses_it(method: str) -> None:
         with pytest.raises(UserError, match="server_optimizer: there is no such setting"):
             build_algorithm(method, {"server_optimizer": {"name": "momentum"}})
         return
-    if method in ("fedex-lora", "fedpeptao"):  # with another server
+    if method in ("fedex-lora", "fedpeptao", "fedptr"):  # with another server
         with pytest.raises(
             UserError, match=r'server_optimizer.name="momentum": the method.* leave server_optimizer out'
         ):

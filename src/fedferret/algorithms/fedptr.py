@@ -77,6 +77,7 @@ class FedPTR(OverAdapter[FedAvgPublic, None, None, FedAvgEntry, Delta], FedProx)
     def __post_init__(self) -> None:
         FedProx.__post_init__(self)
         super().__post_init__()
+        self.server_optimizer.refuse("the method projects plain steps of the mean")
         for name, least in (("examples_per_class", 1), ("tokens", 1), ("matching_steps", 1), ("inner_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
