@@ -101,8 +101,7 @@ class FedPTR(OverAdapter[FedAvgPublic, None, None, FedAvgEntry, Delta], FedProx)
             raise UserError("fedptr: this model has no head of classes that synthetic examples could name")
         if self._matches:
             shape, classes = model.input_shape(self.tokens), model.head.out_features
-            tuned = tree.parameters(model)
-            check_unroll(model, tuned, shape, classes, self.examples_per_class, self.inner_steps)
+            check_unroll(model, tree.parameters(model), shape, classes, self.examples_per_class, self.inner_steps)
 
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:
         """FedAvg's, w~ from the server, and at clients the labels and the rate of D."""
