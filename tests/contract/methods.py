@@ -82,6 +82,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedavg-2-bits": FedAvg8Bit(bits=2, entry_bits=4, server_learning_rate=0.7, training=TRAINING),
     "ferret": _ferret,
     "ferret-32-bits": replace(_ferret, bits=32, entry_bits=32),
+    "ferret-few-norms": replace(_ferret, keys="per-client", norms_every=2),
+    "ferret-first-norms": replace(_ferret, norms_every=0),
     "ferret-16-bits": replace(_ferret, bits=16, entry_bits=16),
     "ferret-4-bits": replace(_ferret, bits=4, allocation="norm", schedule="linear"),
     "ferret-2-bits": replace(_ferret, bits=2, entry_bits=4, allocation="uniform", schedule="cosine"),

@@ -41,6 +41,7 @@ from fedferret.algorithms.ferret_messages import (
     check_reply,
     update_of,
 )
+from fedferret.algorithms.ferret_norms import mean_profile, norms_travel
 from fedferret.algorithms.ferret_presets import PRESETS
 from fedferret.algorithms.full_model import check_finite, loaded, step_
 from fedferret.algorithms.over import OverAdapter
@@ -68,6 +69,7 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
     holds_bf16: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms 997 bytes (docs/results.md)
+    norms_every: int = 1  # rounds from one in which block norms travel to the next; 0: in the first round alone
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
     allocation: Allocation = "norm-squared"  # the same error in every weight: where gradients are long, so is curvature
     keys: Literal["shared", "per-client"] = "per-client"  # per client: allocation by own norms, from round 1 on
@@ -88,6 +90,8 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
             raise UserError(f"server_momentum={self.server_momentum}: must lie in [0, 1)")
         if not self.server_learning_rate > 0:
             raise UserError(f"server_learning_rate={self.server_learning_rate}: must be greater than 0")
+        if self.norms_every < 0:
+            raise UserError(f"norms_every={self.norms_every}: must be at least 1, or 0 for the first round alone")
         if self.group_size > 1 and self.bits != 1:
             given = f"group_size={self.group_size}, bits={self.bits}"
             raise UserError(f"{given}: a top-1 coordinate travels as place and sign; set group_size=1, or bits=1")
@@ -125,10 +129,11 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
         """Codes + L up; K entry_bits/8 + L down with shared keys, else every client's. Error feedback keeps d."""
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         total, blocks = sum(sizes.values()), len(pack(sizes))
-        up = self.coding.num_bytes(self._projected(total)) + blocks
+        norms = blocks if norms_travel(self.norms_every, round) else 0
+        up = self.coding.num_bytes(self._projected(total)) + norms
         state = 4 * total if self.error_feedback else 0
         if self.keys == "shared":
-            return WireCost.exact(up, Coding(self.entry_bits).num_bytes(self._projected(total)) + blocks, state)
+            return WireCost.exact(up, Coding(self.entry_bits).num_bytes(self._projected(total)) + norms, state)
         return WireCost(up, up, up, cohort * up, state)  # down: of as few as one reply
 
     def update_norm(self, task: Task, public: FerretPublic, payload: FerretReply) -> float:
@@ -155,9 +160,9 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
         projector = self.projector(public)
         with loaded(task, public.weights):
             trained = self.training.train(task, data, key.fold("train"))
-            basis_key, norms = self._shared_key(public), public.norms
-            if self.keys != "shared":  # directions of this client, allocated by its norms
-                basis_key = key.fold("basis")
+            basis_key = self._shared_key(public) if self.keys == "shared" else key.fold("basis")
+            norms = public.norms
+            if self.keys != "shared" and self._with_norms(public):  # allocated by this client's norms
                 own_norms = projector.norms(update_of(public, client, trained))
                 check_finite(own_norms, public.weights, trained)
                 norms = encode_norms(own_norms)
@@ -170,12 +175,15 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
                 residual = {name: delta.clone() for name, delta in update_of(public, client, trained)}
                 projector.reconstruct_(residual, code.unpack(), counts, basis_key, -1.0)
                 private = FerretClient(residual)
-        shared = SharedReply(code, encode_norms(own_norms)) if self.keys == "shared" else None
-        return ClientReply(shared or KeyedReply(code, norms, basis_key.value), private, trained.metrics)
+        if self.keys == "shared":
+            norms = encode_norms(own_norms)
+        sent = norms if self._with_norms(public) else norms.new_empty(0)
+        reply = SharedReply(code, sent) if self.keys == "shared" else KeyedReply(code, sent, basis_key.value)
+        return ClientReply(reply, private, trained.metrics)
 
     def accept(self, task: Task, public: FerretPublic, payload: FerretReply) -> None:
         """Refuse a reply of another kind, code or length, and coordinates that are not finite."""
-        check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, len(self.projector(public).blocks))
+        check_reply(payload, SharedReply if self.keys == "shared" else KeyedReply, self._norms(public))
         self.coding.check(payload.coordinates, sum(self._counts(public, payload)))
         if isinstance(payload, KeyedReply) and not self.coding.is_finite(payload.coordinates):
             raise NotFinite("coordinates holds NaN or infinity")  # it travels on as it came, and is not pooled
@@ -183,7 +191,7 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
     def accept_sum(self, task: Task, public: FerretPublic, sum: DecodedCoordinates) -> None:
         """Refuse a sum of other lengths."""
         counts = self.projector(public).counts(decode_norms(public.norms))
-        wanted = DecodedCoordinates, (math.fsum(counts),), (len(counts),)
+        wanted = DecodedCoordinates, (math.fsum(counts),), (self._norms(public),)
         if (type(sum), tuple(sum.coordinates.shape), tuple(sum.norms.shape)) != wanted:
             raise ValueError("a sum of other coordinates or blocks came than the round's")
 
@@ -217,8 +225,9 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
         projector.add_steps_(targets, steps, task.rounding)
         if self.server_momentum:
             step_(public.weights, public.momentum, entry.learning_rate, task.rounding)
-        if self.keys == "shared":
-            public.norms.copy_(entry.replies[0].norms)
+        if self._with_norms(public):
+            norms = [reply.norms for reply in entry.replies]
+            public.norms.copy_(norms[0] if self.keys == "shared" else mean_profile(norms, entry.shares))
         public.round += 1
 
     @contextmanager
@@ -241,8 +250,17 @@ class Ferret(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, 
 
     def _counts(self, public: FerretPublic, reply: FerretReply) -> tuple[int, ...]:
         """K_l per block of a reply: its allocation follows from its own norms, or from the public ones."""
-        norms = reply.norms if isinstance(reply, KeyedReply) else public.norms
+        own = isinstance(reply, KeyedReply) and self._with_norms(public)
+        norms = reply.norms if own else public.norms
         return self.projector(public).counts(decode_norms(norms))
+
+    def _with_norms(self, public: FerretPublic) -> bool:
+        """Whether norms travel in the round at hand."""
+        return norms_travel(self.norms_every, public.round + 1)
+
+    def _norms(self, public: FerretPublic) -> int:
+        """How many norms a reply of the round at hand has."""
+        return len(public.norms) if self._with_norms(public) else 0
 
     def _projected(self, weights: int) -> int:
         """K: of a model of so many weights no more are projected than it has."""
