@@ -30,7 +30,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedferret.algorithms.ferret import Ferret, FerretPublic
+from fedferret.algorithms.ferret import Ferret
+from fedferret.algorithms.ferret_messages import FerretPublic
 from fedferret.bases.blocks import decode_norms
 from fedferret.config import Recipe, from_tables
 from fedferret.core import tree

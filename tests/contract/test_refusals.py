@@ -24,7 +24,7 @@ from fedferret.wire import codec
 from toys import Simulation, simulate, toy_clients
 
 ROWS = [name for name in METHODS if name not in {SENDS_NOTHING, *(method.name for method in UNLIKE)}]
-DRAWN = ("seed", "key")  # integers that a client draws: any of their range is right
+DRAWN = ("seed", "key", "salt")  # integers that a client draws: any of their range is right
 
 
 def mutations(value: Any, path: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:

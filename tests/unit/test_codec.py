@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedferret.core.log import Record
-from fedferret.core.messages import message, state
+from fedferret.core.messages import message, state, type_code
 from fedferret.wire import codec
 from fedferret.wire.codec import WireError
 
@@ -183,7 +183,7 @@ def items(count: int, item: bytes) -> bytes:
         b"[" + varint(2**40),  # a list of a trillion items
         b"[\x01" * 5000 + b"n",  # a list in a list in a list
         b"{\x01\x00" * 5000 + b"n",
-        b"{\x02\x01ai\x00\x01ai\x02",  # one name twice
+        b"{\x02\x02ai\x00\x02ai\x02",  # one name twice
         b"b" + b"\xff" * 50,  # a varint without an end
         b"i" + b"\xff" * 100_000,
         b"i" + varint(2**65),  # an integer of 2^64
@@ -191,12 +191,21 @@ def items(count: int, item: bytes) -> bytes:
         b"i\x80\x00",  # a zero of two bytes
         items(250_000, b"T\x00\x01\x00"),  # a megabyte of empty tensors, a kilobyte each
         items(250_000, b"T\x04\x00\x07"),
+        items(250_000, b"u\x00"),
+        b"u" + varint(2**60),  # more bytes than there are
+        b"T\x04\x01\x02\x07\x07",  # two bytes in the form of another tensor
+        b"e\x00\x00\x80\x3f",  # 1.0 in four bytes, which takes two
+        b"d" + struct.pack("<d", 0.5),
+        b"h\xc0\x7f",  # NaN in two bytes, which takes eight
+        b"{\x01\x08lossn",  # a name that is known, spelt out
+        b"{\x01\xffn",  # a known name of another version
+        b"{\x01\x7fn",
         items(1_000_000, b"n"),
         items(400_000, b"{\x00"),
-        items(100_000, b"m\x05Traini\x02"),
+        items(100_000, b"m" + type_code("Train") + b"i\x02"),
         items(300_000, b"[\x01n"),
-        b"m\x05Trash",  # no such message
-        b"m\x06Record" + b"nn",  # two fields instead of three
+        b"m" + type_code("Trash"),  # no such message
+        b"m" + type_code("Record") + b"nn",  # two fields instead of three
         b"nn",  # two values
     ],
     ids=lambda body: repr(body[:8]),
@@ -235,14 +244,26 @@ def test_what_no_receiver_takes_is_not_encoded(value: Any) -> None:
 
 def test_an_error_shows_little_of_what_a_peer_sent() -> None:
     name = ("\x1b]0;x\x07\u202e" + "Trash" * 100_000).encode()
-    with pytest.raises(WireError, match="message of unknown type") as caught:
-        codec.decode(framed(b"m" + varint(len(name)) + name))
-    assert len(str(caught.value)) < 80 and str(caught.value).isprintable()
+    item = varint(len(name) << 1) + name + b"n"
+    with pytest.raises(WireError, match="the name .* twice") as caught:
+        codec.decode(framed(b"{\x02" + item + item))
+    assert len(str(caught.value)) < 150 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("number", "length"),
+    [(0.0, 2), (-0.0, 2), (1.0, 2), (-math.inf, 2), (12.25, 2), (0.1, 8), (1e300, 8), (math.pi, 8), (math.nan, 8)]
+    + [(float(torch.tensor(0.1)), 4), (float(torch.finfo(torch.float32).max), 4), (2.0**-149, 4), (2.0**-150, 8)],
+)
+def test_a_float_takes_the_fewest_bytes_that_lose_nothing(number: float, length: int) -> None:
+    encoded = codec.encode(number)
+    assert len(encoded) == 7 + 1 + length == codec.size(number)
+    assert struct.pack("<d", codec.decode(encoded)) == struct.pack("<d", number)
 
 
 def test_the_error_names_another_version_and_another_kind_of_file() -> None:
     encoded = codec.encode(1)
-    with pytest.raises(WireError, match=r"newer fedferret .wire version 9; this one reads 2.: update this side"):
+    with pytest.raises(WireError, match=r"newer fedferret .wire version 9; this one reads 3.: update this side"):
         codec.decode(encoded[:2] + b"\x09" + encoded[3:])
     with pytest.raises(WireError, match="not a fedferret message"):
         codec.decode(b"PK\x03\x04 and more")
@@ -268,3 +289,7 @@ def test_the_error_for_wire_version_1_names_the_fedferret_that_reads_it() -> Non
         WireError, match=r'written by fedferret 0\.1 \(wire version 1.*pip install "fedferret==0\.1\.\*"'
     ):
         codec.decode(encoded[:2] + b"\x01" + encoded[3:])
+    with pytest.raises(
+        WireError, match=r"a fedferret 0\.2 in development \(wire version 2.*: the commit that wrote it"
+    ):
+        codec.decode(encoded[:2] + b"\x02" + encoded[3:])

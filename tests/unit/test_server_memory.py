@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from fedferret.algorithms.ferret import SharedReply
+from fedferret.algorithms.ferret_messages import SharedReply
 from fedferret.bases.blocks import decode_norms
 from fedferret.bases.quantise import pack_vector
 from fedferret.config import from_tables

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedferret.bases.blocks import decode_norms, encode_norms
 from fedferret.bases.coding import Code, Coding
+from fedferret.bases.top_one import TopOneCode
 from fedferret.core import tree
 from fedferret.core.algorithm import Payload
 from fedferret.core.fields import Form
@@ -19,6 +20,9 @@ from fedferret.core.messages import message, state
 from fedferret.core.tree import Tree
 from fedferret.local.first_order import Trained
 
+Norms: TypeAlias = Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,), codes of eight bits
+SALTS = 1 << 20  # three bytes on the wire; two clients with one salt have the same directions, which harms nobody
+
 
 @state
 class FerretPublic:
@@ -26,9 +30,7 @@ class FerretPublic:
 
     weights: Tree
     momentum: Tree  # empty without momentum
-    norms: Annotated[
-        Tensor, Form(torch.uint8, rank=1)
-    ]  # (L,), of the last entry's blocks: the next allocation follows from them
+    norms: Norms  # of the last entry with norms: allocations follow from them
     round: int
     seed: int  # of the directions
 
@@ -60,7 +62,7 @@ class SharedReply(Payload[DecodedCoordinates]):
     """Coordinates on the round's shared directions."""
 
     coordinates: Code
-    norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,)
+    norms: Norms | None  # None in a round without
 
     @cached_property
     def unpacked(self) -> Tensor:
@@ -69,38 +71,57 @@ class SharedReply(Payload[DecodedCoordinates]):
 
     def decoded(self) -> DecodedCoordinates:
         """The values behind the codes."""
-        return DecodedCoordinates(self.unpacked, torch.tensor(decode_norms(self.norms)))
+        norms = [] if self.norms is None else decode_norms(self.norms)
+        return DecodedCoordinates(self.unpacked, torch.tensor(norms))
 
     def encoded(self, sum: DecodedCoordinates, key: Key) -> SharedReply:
         """Other coordinates in the same code."""
         code = Coding.of(self.coordinates).encode(sum.coordinates, key)
-        return SharedReply(code, encode_norms(sum.norms.tolist()))
+        return SharedReply(code, None if self.norms is None else encode_norms(sum.norms.tolist()))
 
 
 @message
 class KeyedReply(Payload["KeyedReply"]):
-    """Coordinates on directions that the client drew; kept apart, as they came."""
+    """Coordinates on directions of the client's own; kept apart, as they came."""
 
     coordinates: Code
-    norms: Annotated[Tensor, Form(torch.uint8, rank=1)]  # (L,); this client's allocation follows from them
-    key: int
+    norms: Norms | None  # this client's allocation follows from them; None in a round without: from the public ones
+    salt: int  # draws the directions, with the round's key
 
-    @property
-    def unpacked(self) -> Tensor:
-        """The coordinates, fp32, shape (K,); not kept, since the pool keeps every client's reply."""
-        return self.coordinates.unpack()
+
+@message
+class TopOneReply(Payload["TopOneReply"]):
+    """The same in a top-1 code, without what follows from the recipe and the round."""
+
+    codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
+    scale: float
+    norms: Norms | None
+    salt: int
 
 
 @message
 class FerretEntry:
     """One reply for all (shared keys) or every client's, each with its share of the step."""
 
-    replies: tuple[SharedReply | KeyedReply, ...]
+    replies: tuple[SharedReply | KeyedReply | TopOneReply, ...]
     shares: tuple[float, ...]
     learning_rate: float
 
 
-FerretReply: TypeAlias = SharedReply | KeyedReply
+FerretReply: TypeAlias = SharedReply | KeyedReply | TopOneReply
+
+
+def keyed(code: Code, norms: Tensor | None, salt: int) -> KeyedReply | TopOneReply:
+    """Make a reply on a client's own directions.
+
+    Args:
+        code: of its coordinates; a top-1 code's seed follows from the salt.
+        norms: ‖Δ_l‖ as codes, uint8, shape (L,); None in a round without.
+        salt: that drew the directions.
+    """
+    if isinstance(code, TopOneCode):
+        return TopOneReply(code.codes, code.scale, norms, salt)
+    return KeyedReply(code, norms, salt)
 
 
 def update_of(public: FerretPublic, client: FerretClient | None, trained: Trained) -> Iterator[tuple[str, Tensor]]:
@@ -118,18 +139,23 @@ def update_of(public: FerretPublic, client: FerretClient | None, trained: Traine
         yield name, delta if client is None else delta.add_(client.residual[name])
 
 
-def check_reply(payload: FerretReply, expected: type, blocks: int) -> None:
-    """Refuse, with a ValueError, a reply of another kind, an invalid key, or another number of norms.
+def check_reply(payload: FerretReply, expected: type, blocks: int | None) -> None:
+    """Refuse, with a ValueError, a reply of another kind, an invalid salt, or another number of norms.
 
     Args:
         payload: as it came.
-        expected: SharedReply or KeyedReply.
-        blocks: L.
+        expected: the type of this run's replies.
+        blocks: L; None in a round without norms.
     """
     if not isinstance(payload, expected):
         raise ValueError(f"a {type(payload).__name__} came: the client has other settings")
-    if isinstance(payload, KeyedReply) and not (type(payload.key) is int and 0 <= payload.key < 2**64):
-        raise ValueError(f"invalid key {payload.key!r}")
-    if payload.norms.dtype != torch.uint8 or payload.norms.shape != (blocks,):
-        found = f"{payload.norms.dtype} and shape {tuple(payload.norms.shape)}"
+    assert isinstance(payload, SharedReply | KeyedReply | TopOneReply)
+    if not isinstance(payload, SharedReply) and not (type(payload.salt) is int and 0 <= payload.salt < SALTS):
+        raise ValueError(f"the salt {payload.salt!r} came: 0 to {SALTS - 1:,} can")
+    norms = payload.norms
+    if blocks is None:
+        if norms is not None:
+            raise ValueError("block norms came in a round without")
+    elif not isinstance(norms, Tensor) or norms.dtype != torch.uint8 or norms.shape != (blocks,):
+        found = f"{norms.dtype} and shape {tuple(norms.shape)}" if isinstance(norms, Tensor) else type(norms).__name__
         raise ValueError(f"block norms of {found} came, {blocks} bytes were expected")

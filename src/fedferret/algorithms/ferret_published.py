@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from fedferret.algorithms.ferret import Bits, Ferret
+from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_messages import FerretPublic
 from fedferret.algorithms.ferret_presets import PAPER_TRAINING
+from fedferret.algorithms.ferret_settings import Bits
 from fedferret.bases.blocks import pack
 from fedferret.bases.fixed_pool import FixedPool
 from fedferret.bases.projector import Allocation

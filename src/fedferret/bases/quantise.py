@@ -267,6 +267,18 @@ def split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
     return codes.view(-1)[:length]
 
 
+def rounded_to_bf16(value: float) -> float:
+    """Round a number to bf16, the upper half of fp32.
+
+    Args:
+        value: any float.
+
+    Returns:
+        The nearest bf16 value; infinity, with the sign of ``value``, beyond the range of bf16.
+    """
+    return float(torch.tensor(value, dtype=torch.bfloat16))
+
+
 def rounded_to_fp32(value: float) -> float:
     """Round a number to fp32.
 

@@ -3,7 +3,7 @@
 The K coordinates are rotated twice (:mod:`fedferret.bases.rotation`), which makes them close to independent Gaussians,
 and split into groups of g = 2^m. The code of a group is m bits for the index of the largest magnitude and one bit for
 its sign. Its magnitude is the same for all groups, ‖y‖²/Σ max|y|, which makes the component of the result along the
-input exactly the input, as at 4, 2 and 1 bits in :mod:`fedferret.bases.quantise`.
+input the input itself, as at 4, 2 and 1 bits in :mod:`fedferret.bases.quantise`, but for the scale's rounding, 2^-9.
 
 Relative error energy for long vectors: g/m_g² - 1, with m_g the mean of the maximum of g standard half-normal values,
 1.515 for g = 8 and 15.01 for g = 128. Codes are compared by the total error at equal bytes, which includes the d/K of
@@ -28,7 +28,7 @@ from fedferret.bases.quantise import (
     is_seed,
     join_bytes,
     num_bytes,
-    rounded_to_fp32,
+    rounded_to_bf16,
     split_bytes,
 )
 from fedferret.bases.rotation import rotate, rotate_back
@@ -47,7 +47,7 @@ class TopOneCode:
     codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
     """uint8: per group 2 · index + (1 if positive), in 4 bits (low bits of a byte first) or 8."""
     scale: float
-    """An fp32 value: the magnitude of every group's largest."""
+    """The magnitude of every group's largest, with eight significant bits: three bytes on the wire."""
     group: int
     """Values per group: 8 or 128."""
     length: int
@@ -111,7 +111,7 @@ def encode_top_one(values_K: Tensor, group_size: int, key: Key) -> TopOneCode:
     # in fp64 the squares of the largest and smallest fp32 values neither overflow nor underflow
     energy, largest_sum = float(rotated.double().square().sum()), float(largest_G.abs().sum())
     codes = join_bytes(indices_G * 2 + (largest_G > 0), _bits(group_size))
-    return TopOneCode(codes, rounded_to_fp32(energy / largest_sum) if energy else 0.0, group_size, length, seed)
+    return TopOneCode(codes, rounded_to_bf16(energy / largest_sum) if energy else 0.0, group_size, length, seed)
 
 
 def top_one_bytes(length: int, group_size: int) -> int:

@@ -4,12 +4,14 @@
 
 A value is a one-byte tag and its content. Numbers are little-endian, counts are LEB128 varints:
 
-    n none   t/f bool   i int (zigzag varint)   d float (fp64)   s str   b bytes
-    [ tuple: count, values          { mapping of strings: count, (str, value)*
-    m message: type name, its fields' values in order of declaration (field names are not sent)
-    T tensor: dtype code(1), number of dimensions, sizes, raw bytes
+    n none   t/f bool   i int (zigzag varint)   s str   b bytes
+    h/e/d float in 2, 4 or 8 bytes: the upper half of an fp32 number, fp32, fp64; the shortest that loses nothing
+    [ tuple: count, values          { mapping of strings: count, (name, value)*; a known name is one byte
+    m message: type code(2), its fields' values in order of declaration (field names are not sent)
+    u vector of uint8: count, raw bytes
+    T any other tensor: dtype code(1), number of dimensions, sizes, raw bytes
 
-A message costs ``len(encode(x))`` bytes: 7 bytes of frame, and its bytes + 3 to 8 for a tensor. ``size`` computes the
+A message costs ``len(encode(x))`` bytes: 7 bytes of frame, and its bytes + 2 to 8 for a tensor. ``size`` computes the
 cost without building the bytes. Decoding creates only registered message types (``core/messages.py``), of which every
 field holds what it declares (``core/fields.py``). Damage, another version and trailing bytes raise WireError.
 
@@ -22,6 +24,7 @@ encoding: what ``decode`` takes, ``encode`` gives back to the byte.
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 import sys
 import zlib
@@ -32,18 +35,22 @@ import torch
 from torch import Tensor
 
 from fedferret.core.fields import misfit
-from fedferret.core.messages import message_type
+from fedferret.core.messages import TYPE_CODE_BYTES, is_message, message_type, type_code
 
-VERSION = 2
+VERSION = 3
 DEPTH = 32  # of values in values; a staged method's state has 6
 DIMENSIONS = 8  # of a tensor
 LOWEST, HIGHEST = -(2**63), 2**64 - 1  # of an integer: keys have 64 bits without a sign
-_BEFORE = "0.1"  # the fedferret version that wrote wire version 1
+_BEFORE = {1: "fedferret 0.1", 2: "a fedferret 0.2 in development"}  # what wrote earlier wire versions
 _MAGIC = b"fF"
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip  # the position is the code on the wire: append only
+
+# names of what clients state beside their updates: the position is the code on the wire, below 64: append only
+_NAMES = ("loss", "seconds", "density", "count")
+_KNOWN = {name: bytes([2 * place + 1]) for place, name in enumerate(_NAMES)}
 
 _VARINT_BYTES = 10
 _MOST_EMPTY = 2**40  # product of an empty tensor's other sizes, which take no bytes
@@ -147,10 +154,12 @@ def other_version(version: int) -> str:
     """
     if version > VERSION:
         return f"written by a newer fedferret (wire version {version}; this one reads {VERSION}): update this side"
-    return (
-        f"written by fedferret {_BEFORE} (wire version {version}; this one reads {VERSION}): "
-        f'pip install "fedferret=={_BEFORE}.*" reads it'
-    )
+    if version == 1:
+        remedy = 'pip install "fedferret==0.1.*" reads it'
+    else:
+        remedy = "the commit that wrote it reads it; run it again here"
+    written = _BEFORE.get(version, "another program")
+    return f"written by {written} (wire version {version}; this one reads {VERSION}): {remedy}"
 
 
 def _write(value: Any, contents: Contents, depth: int = 0) -> Iterator[Buffer | range]:
@@ -166,7 +175,7 @@ def _write(value: Any, contents: Contents, depth: int = 0) -> Iterator[Buffer | 
             raise ValueError(f"an integer of {value.bit_length()} bits cannot cross the wire: -2^63 to 2^64 - 1 can")
         yield b"i" + _varint(value * 2 if value >= 0 else -value * 2 - 1)
     elif isinstance(value, float):
-        yield b"d" + struct.pack("<d", value)
+        yield _shortest(value)
     elif isinstance(value, str):
         yield b"s" + _text(value)
     elif isinstance(value, bytes):
@@ -176,7 +185,8 @@ def _write(value: Any, contents: Contents, depth: int = 0) -> Iterator[Buffer | 
         if value.dim() > DIMENSIONS:
             raise ValueError(f"a tensor of {value.dim()} dimensions cannot cross the wire: {DIMENSIONS} can")
         sizes = b"".join(_varint(size) for size in value.shape)
-        yield b"T" + bytes([_DTYPES.index(value.dtype)]) + _varint(value.dim()) + sizes
+        vector = value.dtype is torch.uint8 and value.dim() == 1
+        yield (b"u" if vector else b"T" + bytes([_DTYPES.index(value.dtype)]) + _varint(value.dim())) + sizes
         yield contents(value)
     elif isinstance(value, tuple | list):
         yield b"[" + _varint(len(value))
@@ -185,14 +195,23 @@ def _write(value: Any, contents: Contents, depth: int = 0) -> Iterator[Buffer | 
     elif isinstance(value, Mapping):
         yield b"{" + _varint(len(value))
         for name, item in value.items():
-            yield _text(name)
+            yield _KNOWN[name] if name in _KNOWN else _varint(len(name.encode()) << 1) + name.encode()
             yield from _write(item, contents, depth + 1)
-    elif dataclasses.is_dataclass(value) and message_type(type(value).__name__) is type(value):
-        yield b"m" + _text(type(value).__name__)
+    elif is_message(type(value)):
+        yield b"m" + type_code(type(value).__name__)
         for field in dataclasses.fields(value):
             yield from _write(getattr(value, field.name), contents, depth + 1)
     else:
         raise TypeError(f"{type(value).__name__} cannot cross the wire: declare it with @message")
+
+
+def _shortest(value: float) -> bytes:
+    """A float's tag and bytes: the shortest form that gives back the same number; NaN has the longest."""
+    if math.isinf(value) or abs(value) <= _LARGEST_FP32:
+        short = struct.pack("<f", value)
+        if struct.unpack("<f", short)[0] == value:
+            return b"e" + short if short[:2] != b"\0\0" else b"h" + short[2:]
+    return b"d" + struct.pack("<d", value)
 
 
 def _bytes(tensor: Tensor) -> Buffer:
@@ -257,11 +276,30 @@ class _Reader:
             raise WireError("message holds an integer below -2^63 or above 2^64 - 1")
         return number
 
-    def text(self) -> str:
+    def float(self, tag: bytes) -> float:
+        kind, before, length = _FLOATS[tag]
+        data = before + bytes(self.take(length))
+        number: float = struct.unpack(kind, data)[0]
+        if _shortest(number)[:1] != tag:
+            raise WireError("message holds a number that is longer than it need be, or NaN in a short form")
+        return number
+
+    def text(self, length: int) -> str:
         try:
-            return bytes(self.take(self.varint())).decode()
+            return bytes(self.take(length)).decode()
         except UnicodeDecodeError:
             raise WireError("message holds a text that is not UTF-8") from None
+
+    def name(self) -> str:
+        number = self.varint()
+        if number & 1 == 0:
+            name = self.text(number >> 1)
+            if name in _KNOWN:
+                raise WireError("message holds a name that is longer than it need be")
+            return name
+        if number >> 1 >= len(_NAMES):
+            raise WireError("message holds an unknown name")
+        return _NAMES[number >> 1]
 
     def count(self) -> int:
         number = self.varint()
@@ -283,12 +321,14 @@ class _Reader:
             return _CONSTANTS[tag]
         if tag == b"i":
             return self.integer()
-        if tag == b"d":
-            return struct.unpack("<d", self.take(8))[0]
+        if tag in (b"h", b"e", b"d"):
+            return self.float(tag)
         if tag == b"s":
-            return self.text()
+            return self.text(self.varint())
         if tag == b"b":
             return bytes(self.take(self.varint()))
+        if tag == b"u":
+            return self.vector()
         if tag == b"T":
             return self.tensor()
         if tag == b"[":
@@ -304,7 +344,7 @@ class _Reader:
         items: dict[str, Any] = {}
         for _ in range(self.count()):
             self.weigh(1)
-            name = self.text()
+            name = self.name()
             if name in items:
                 raise WireError(f"message holds a mapping with the name {_shown(name)} twice")
             items[name] = self.value(depth + 1)
@@ -312,15 +352,20 @@ class _Reader:
 
     def message(self, depth: int) -> Any:
         self.weigh(_MESSAGE)
-        name = self.text()
-        cls = message_type(name)
+        code = bytes(self.take(TYPE_CODE_BYTES))
+        cls = message_type(code)
         if cls is None:
-            raise WireError(f"message of unknown type {_shown(name)}")
+            raise WireError(f"message of unknown type {code.hex()}: the sender has a method or a version of its own")
         values = [self.value(depth + 1) for _ in dataclasses.fields(cls)]
         wrong = misfit(cls, values)
         if wrong is not None:
             raise WireError(wrong)
         return cls(*values)
+
+    def vector(self) -> Tensor:
+        self.weigh(_TENSOR)
+        data = self.take(self.varint())
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def tensor(self) -> Tensor:
         self.weigh(_TENSOR)
@@ -331,6 +376,8 @@ class _Reader:
             raise WireError(f"tensor of more than {DIMENSIONS} dimensions")
         shape = [self.varint() for _ in range(dimensions)]
         dtype, elements = _DTYPES[code], 0 if 0 in shape else 1
+        if dtype is torch.uint8 and dimensions == 1:
+            raise WireError("message holds a vector of bytes in the form of another tensor")
         most = self.left // dtype.itemsize if elements else _MOST_EMPTY
         product = 1
         for size in shape:
@@ -351,4 +398,6 @@ def _shown(text: str) -> str:
     return repr("".join(each if each.isprintable() else "\ufffd" for each in text[:_SHOWN]))
 
 
+_FLOATS = {b"h": ("<f", b"\0\0", 2), b"e": ("<f", b"", 4), b"d": ("<d", b"", 8)}  # form, bytes before, bytes
+_LARGEST_FP32 = torch.finfo(torch.float32).max
 _CONSTANTS: dict[bytes, Any] = {b"n": None, b"t": True, b"f": False}
