@@ -245,15 +245,18 @@ def test_what_no_receiver_takes_is_not_encoded(value: Any) -> None:
 def test_an_error_shows_little_of_what_a_peer_sent() -> None:
     name = ("\x1b]0;x\x07\u202e" + "Trash" * 100_000).encode()
     item = varint(len(name) << 1) + name + b"n"
-    with pytest.raises(WireError, match="the name .* twice") as caught:
+    with pytest.raises(WireError, match=r"the name .* twice") as caught:
         codec.decode(framed(b"{\x02" + item + item))
     assert len(str(caught.value)) < 150 and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
     ("number", "length"),
-    [(0.0, 2), (-0.0, 2), (1.0, 2), (-math.inf, 2), (12.25, 2), (0.1, 8), (1e300, 8), (math.pi, 8), (math.nan, 8)]
-    + [(float(torch.tensor(0.1)), 4), (float(torch.finfo(torch.float32).max), 4), (2.0**-149, 4), (2.0**-150, 8)],
+    [
+        *((0.0, 2), (-0.0, 2), (1.0, 2), (-math.inf, 2), (12.25, 2)),
+        *((float(torch.tensor(0.1)), 4), (float(torch.finfo(torch.float32).max), 4), (2.0**-149, 4)),
+        *((2.0**-150, 8), (0.1, 8), (1e300, 8), (math.pi, 8), (math.nan, 8)),
+    ],
 )
 def test_a_float_takes_the_fewest_bytes_that_lose_nothing(number: float, length: int) -> None:
     encoded = codec.encode(number)

@@ -4,14 +4,15 @@ Shu, Hu, Ng, Low, Yu. "Ferret: Federated Full-Parameter Tuning at Scale for Larg
 (PMLR 267), arXiv 2409.06277, Algorithm 1.
 
     client j:  w_j <- T local steps from w     Δ_j = w - w_j     c_j = s V_jᵀ Δ_j, block by block, K coordinates in all
-               send the L block norms in 8 bits, and of every ``group_size`` coordinates the largest's place and sign
+               send of every ``group_size`` coordinates the largest's place and sign, and in rounds that have them
+               (``norms_every``) the L block norms in 8 bits
     server:    send all replies on; with shared keys c = Σ n_j c_j / Σ n_j, in ``entry_bits`` bits each
     everybody: Δ̃ = Σ n_j V_j c_j / Σ n_j (shared keys: V c)     m <- β m + Δ̃     w <- w - η m
 
 K = ``coordinates`` · ``group_size``, at most d. Wire: K/128 + L bytes up per client and round (top-1 of 128), K/16 + L
 for top-1 of 8, K·bits/8 + L where all are sent (``group_size`` 1); down N times that, or K·entry_bits/8 + L with shared
-keys; and under 140 bytes of framing. V is drawn anew every round: with shared keys from public facts, else from a
-client's key.
+keys; no L in rounds without norms; and under 42 bytes of framing with the default's code. V is drawn anew every round:
+with shared keys from public facts, else from a client's salt too.
 
 Deviations from the paper, each a field: the top-1 code, fewer bits, the allocation, sign buckets, shared keys (linear:
 payloads add up), weights by number of examples, the server's learning rate, schedule and momentum. The preset ``paper``
