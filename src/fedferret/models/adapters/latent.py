@@ -32,10 +32,13 @@ class Latent(Products):
         for name, module in modules.items():
             outputs, inputs = sizes(module)
             device = device_of(module)
-            for part, shape in ((LATENT_B, (outputs, self.rank)), (LATENT_A, (self.rank, inputs))):
+            for part, length, shape in (
+                (LATENT_B, outputs, (outputs, self.rank)),
+                (LATENT_A, inputs, (self.rank, inputs)),
+            ):
                 first = torch.empty(shape, device=device)
                 if device.type != "meta":
-                    first.copy_(unit_rows(max(shape), self.rank, key.fold(name, part)).view(shape))
+                    first.copy_(unit_rows(length, self.rank, key.fold(name, part)).view(shape))
                 module.register_parameter(part[1:], nn.Parameter(first, requires_grad=False))
             module.register_parameter(LATENT_R[1:], nn.Parameter(torch.zeros(self.rank, self.rank, device=device)))
 
