@@ -1,6 +1,6 @@
 """The set-up round of Fed-SB (``fed_sb.py``): the best factors of the clients' mean gradient, found without sending it.
 
-    client j:  G_j = mean gradient of a matrix W over some examples of its own    sends A_j, B_j: G_j in rank r
+    client j:  G_j = mean gradient of a matrix W over some of its examples    sends A_j, B_j: G_j in rank r
     server:    Σ p_j B_j A_j = U S Vᵀ, p_j the client's share of the weights      hands over B = U_r, A = V_rᵀ, S
 
 Wire: 4 Σ r (rows + columns) bytes up over the tuned matrices; down what is handed over. No model changes. Where S has a
