@@ -77,18 +77,26 @@ def test_the_first_step_of_one_client_is_the_best_of_its_rank(rank: int) -> None
 
 def test_the_mean_of_the_small_matrices_is_the_mean_of_the_models() -> None:
     run = simulate(replace(FULL, rank=2, training=ADAM), 3, until=1)
-    clients, products = [], []
+    clients, small, products = [], [], []
     for client, rows in run.data.items():
         run.algorithm.client_update(run.task, run.state.public, None, rows, Key.of(1, client))
         a, b = factors(run.task.model)
         clients.append({"0": (a, b)})
+        small.append(run.task.model.get_parameter("0.latent_r").detach().clone())
         products.append(b @ a)
     sizes = [float(len(rows)) for rows in run.data.values()]
     assert not torch.allclose(products[0], products[1], atol=1e-3)
     assert product_gap(clients, sizes) < 1e-6
-    following = simulate(replace(FULL, rank=2, training=ADAM), 3, until=2)
-    a, b = factors_of(following)
-    assert torch.equal(a, clients[0]["0"][0])  # frozen
+    with torch.no_grad():
+        run.task.model.get_parameter("0.latent_r").copy_(mean(small, sizes))
+    a, b = factors(run.task.model)
+    torch.testing.assert_close(b @ a, mean(products, sizes), rtol=1e-5, atol=1e-6)
+    after, _ = factors_of(simulate(replace(FULL, rank=2, training=ADAM), 3, until=2))
+    assert torch.equal(after, a)  # frozen
+
+
+def mean(tensors: list[Tensor], sizes: list[float]) -> Tensor:
+    return sum((size * each for size, each in zip(sizes, tensors, strict=True)), torch.zeros(())) / sum(sizes)
 
 
 def factors(model: nn.Module) -> tuple[Tensor, Tensor]:
