@@ -7,6 +7,7 @@ from functools import cache
 
 from contract.staged_methods import TwoStages
 from contract.unlike_methods import UNLIKE
+from fedferret.algorithms.fed_sb import FedSB
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
 from fedferret.algorithms.fedavg_ft import FedAvgFT
@@ -41,6 +42,7 @@ from fedferret.algorithms.spafl import SpaFL
 from fedferret.algorithms.spafl_gates import SpaFLGates
 from fedferret.algorithms.split_model import FedPer, FedRep, LGFedAvg
 from fedferret.algorithms.ssf import SSF
+from fedferret.algorithms.uni_lora import UniLoRA
 from fedferret.config import build_algorithm
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.zeroth_order import ZerothOrder
@@ -127,6 +129,14 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedsa-lora": FedSALoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fedex-lora": FedExLoRA(rank=2, alpha=4, modules=("0", "2"), training=_adam),
     "fibecfed": FibecFed(rank=2, alpha=4, modules=("0", "2"), refresh=1, training=_adam),
+    "fed-sb": FedSB(rank=2, first_step=0.1, modules=("0",), training=_adam),
+    "fed-sb-random-1-bit": FedSB(
+        rank=3, initialisation="random", bits=1, entry_bits=4, server_learning_rate=0.8, modules=("0",), training=_adam
+    ),
+    "uni-lora": UniLoRA(rank=2, values=30, bound=0.3, modules=("0", "2"), training=_adam),
+    "uni-lora-2-bits": UniLoRA(
+        rank=2, values=20, bits=2, entry_bits=8, bound=0.5, modules=("0", "2"), server_learning_rate=0.9, training=_adam
+    ),
     "ssf": SSF(training=_adam),
     "ssf-pushed-private-norms": SSF(
         initial="normal", shift="pushed", private_norms=True, training=replace(_adam, steps=2)

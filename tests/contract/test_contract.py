@@ -283,6 +283,8 @@ def draws_nothing(algorithm: Any) -> bool:
     """Whether payloads are averaged, and depend on the client's data alone: no directions or roundings of a client."""
     if algorithm.name.startswith("ferret"):
         return bool(algorithm.keys == "shared" and algorithm.bits >= 16)
+    if algorithm.name in ("uni-lora", "fed-sb"):
+        return bool(algorithm.pooling is Pooling.MEAN and min(algorithm.bits, algorithm.entry_bits) >= 16)
     if getattr(algorithm, "where", None) == "client":  # FedPTR's clients draw synthetic sets
         return False
     zeroth = isinstance(getattr(algorithm, "training", None), ZerothOrder)

@@ -14,6 +14,7 @@ from contract.unlike_methods import UNLIKE
 from fedferret.algorithms.registry import catalogue
 from fedferret.algorithms.server_optimizer import Moments
 from fedferret.bases.coding import Coding
+from fedferret.bases.quantise import pack_vector
 from fedferret.core import tree
 from fedferret.core.exchanges import ClientUpdate, Failure, Reply
 from fedferret.core.intake import Intake
@@ -43,6 +44,9 @@ def inflated(payload: Any, factor: float) -> Any:
     values = getattr(payload, "values", None)
     if values is not None and values.bits == 32:
         return replace(payload, values=Coding(32).encode(values.unpack() * factor, Key.of(1)))
+    vector = getattr(payload, "vector", None)
+    if vector is not None and vector.bits == 32:
+        return replace(payload, vector=pack_vector(vector.unpack() * factor, 32, Key.of(1)))
     if hasattr(payload, "lengths"):  # what an update is worth is no part of its scale
         return replace(scaled(payload, factor), lengths=payload.lengths)
     return scaled(payload, factor)

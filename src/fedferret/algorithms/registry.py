@@ -34,6 +34,12 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedsa-lora": ("fedsa_lora", "FedSALoRA", "LoRA with the factors A averaged, and B each client's own"),
     "fedex-lora": ("fedex_lora", "FedExLoRA", "LoRA with the mean of the clients' models, exactly: more bytes down"),
     "fibecfed": ("fibecfed", "FibecFed", "FedIT of the most sensitive layers, of some rows, on easy examples first"),
+    "fed-sb": (
+        "fed_sb",
+        "FedSB",
+        "LoRA with both factors frozen, hundreds of bytes: the mean of r x r matrices between",
+    ),
+    "uni-lora": ("uni_lora", "UniLoRA", "LoRA of which all values are read from one vector, kilobytes: its mean"),
     "ssf": ("ssf", "SSF", "scales and shifts of features, first-order steps, hundreds of kilobytes: the clients' mean"),
     "slora": ("slora", "SLoRA", "a hundredth of the weights, then LoRA from the factors of what they learned"),
     "sa-fedlora": ("sa_fedlora", "SAFedLoRA", "all weights for a start, then LoRA of a falling rank"),

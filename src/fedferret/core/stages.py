@@ -367,7 +367,7 @@ class Staged(Algorithm[StagedPublic, StagedServer, StagedClient, Any, Any]):
         assert replica.base is not None
         plain = {name: weight for name, weight in weights.items() if name in replica.base}
         self._switch(task, number, plain, Key(public.key))
-        for name, weight in tree.parameters(replica.model).items():
+        for name, weight in all_weights(replica.model).items():  # an adapter's frozen parts too
             if name in weights and name not in plain:
                 weight.copy_(weights[name])
         following, then = self._stage(task, number)

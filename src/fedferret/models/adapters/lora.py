@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -82,13 +82,43 @@ class LoRA(Adapter):
         """An adapter of peft's; ``PeftModel.from_pretrained(model, folder)`` reads it."""
         if isinstance(model, Classifier):
             raise UserError("a classifier's adapter is merged: plain peft has no place for it; use --to")
-        names = list(factors(model))
         dense = outermost(dense_names(model))
+        return self.write(model, base, folder, list(factors(model)), saved(model, dense), dense)
+
+    def write(
+        self,
+        model: nn.Module,
+        base: str,
+        folder: Path,
+        names: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        dense: Sequence[str] = (),
+    ) -> str:
+        """Write factors as an adapter of peft's.
+
+        Args:
+            model: with the modules, whatever adapter it has.
+            base: the base model's name.
+            folder: absent or empty.
+            names: full names of the adapted modules.
+            tensors: by peft's names without its prefix.
+            dense: full names of the modules that are trained densely.
+
+        Returns:
+            One line on how to load the folder.
+
+        Raises:
+            UserError: the folder is not empty, or peft would read the names as others.
+        """
         config = self._config(as_ends(model, names) or exactly(names))
-        config.task_type, config.base_model_name_or_path, config.modules_to_save = "CAUSAL_LM", base, dense or None
+        config.task_type, config.base_model_name_or_path, config.modules_to_save = (
+            "CAUSAL_LM",
+            base,
+            list(dense) or None,
+        )
         refuse_reread(config, model)
-        config.fan_in_fan_out = any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
-        build_folder(folder, lambda temporary: write_peft_folder(temporary, config, saved(model, dense)))
+        config.fan_in_fan_out = any(_is_transposed(model.get_submodule(name)) for name in names)
+        build_folder(folder, lambda temporary: write_peft_folder(temporary, config, tensors))
         return f"{folder} holds the adapter alone: peft's PeftModel.from_pretrained(base, folder)"
 
     def _config(self, modules: str | list[str]) -> Any:
@@ -208,6 +238,13 @@ def as_ends(model: nn.Module, names: Sequence[str]) -> list[str]:
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
     return ends if sorted(found) == sorted(names) else []
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module, or the one in peft's layer, is GPT-2's ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D) or bool(getattr(module, "fan_in_fan_out", False))
 
 
 @torch.no_grad()
