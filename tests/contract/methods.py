@@ -31,8 +31,10 @@ from fedferret.algorithms.fedsa_lora import FedSALoRA
 from fedferret.algorithms.fedzo import FedZO
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_published import FerretPublished
+from fedferret.algorithms.fetch_sgd import FetchSGD
 from fedferret.algorithms.ffa_lora import FFALoRA
 from fedferret.algorithms.fibecfed import FibecFed
+from fedferret.algorithms.hiso import HiSo
 from fedferret.algorithms.local_only import LocalOnly
 from fedferret.algorithms.sa_fedlora import SAFedLoRA
 from fedferret.algorithms.scaffold import Scaffold
@@ -82,6 +84,10 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
     "fedavg-2-bits": FedAvg8Bit(bits=2, entry_bits=4, server_learning_rate=0.7, training=TRAINING),
+    "fetch-sgd": FetchSGD(num_rows=3, num_columns=40, kept=10, training=TRAINING),
+    "fetch-sgd-plain": FetchSGD(
+        num_rows=1, num_columns=60, kept=97, bits=32, momentum=0.0, masking=False, error="zero", training=TRAINING
+    ),
     "ferret": _ferret,
     "ferret-32-bits": replace(_ferret, bits=32, entry_bits=32),
     "ferret-few-norms": replace(_ferret, keys="per-client", norms_every=2),
@@ -118,6 +124,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedkseed-many-directions": FedKSeed(pool_size=33_000, training=_forward_only),
     "fedkseed-pro": FedKSeedPro(pool_size=256, training=_forward_only),
     "fedkseed-pro-few-directions": FedKSeedPro(pool_size=24, training=_forward_only),
+    "hiso": HiSo(directions=2, training=replace(_forward_only, steps=4, learning_rate=0.02, difference="forward")),
     "fedzo": FedZO(training=replace(_forward_only, difference="forward")),
     "fedmezo": FedMeZO(training=replace(_forward_only, weight_decay=0.1)),
     "fedit": FedIT(rank=2, alpha=4, modules=("0", "2"), training=_adam),

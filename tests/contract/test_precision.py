@@ -33,6 +33,7 @@ ROWS = [  # every way in which an entry moves weights, with every way in which s
     "scaffold",
     "fedavg-8bit",
     "fedavg-top-k",
+    "fetch-sgd",
     "ferret",
     "ferret-per-client",
     "ferret-per-client-momentum-feedback",

@@ -24,8 +24,18 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fedpm": ("fedpm", "FedPM", "random weights, a bit each: the mean of the clients' masks says which to keep"),
     "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest values; the rest waits"),
     "fedavg-8bit": ("fedavg_8bit", "FedAvg8Bit", "FedAvg in 8 bits a weight, both ways"),
+    "fetch-sgd": (
+        "fetch_sgd",
+        "FetchSGD",
+        "sketches of the clients' updates; the server applies the heaviest of their sum",
+    ),
     "fedkseed": ("fedkseed", "FedKSeed", "all weights, forward passes, kilobytes: steps along shared directions"),
     "fedkseed-pro": ("fedkseed", "FedKSeedPro", "FedKSeed that prefers directions along which the loss changes most"),
+    "hiso": (
+        "hiso",
+        "HiSo",
+        "all weights, forward passes, scalars: directions stretched by a Hessian that nobody sends",
+    ),
     "fedzo": ("fedzo", "FedZO", "FedAvg of clients that train by forward passes alone, with forward differences"),
     "fedmezo": ("fedmezo", "FedMeZO", "FedAvg of clients that train by forward passes alone, with central differences"),
     "fedit": ("fedit", "FedIT", "LoRA, first-order steps, megabytes: the mean of the clients' factors"),

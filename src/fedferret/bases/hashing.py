@@ -114,6 +114,24 @@ def flip_signs(values_N: Tensor, key: Key, start: int) -> Tensor:
     return masks.bitwise_xor_(values_N.float().view(torch.int32)).view(torch.float32)
 
 
+def flip_signs_at(values_K: Tensor, key: Key, positions_K: Tensor) -> Tensor:
+    """Values times the signs of positions in any order: those that ``flip_signs`` gives them.
+
+    Args:
+        values_K: any float dtype, shape (K,).
+        key: of the block.
+        positions_K: int64, below 2^37, shape (K,), on the device of ``values_K``.
+    Returns:
+        A new tensor, fp32, shape (K,).
+    """
+    low, high = key.words
+    words = positions_K // TILE * LANES + positions_K % LANES
+    words_K = ((words + 2**31) % 2**32 - 2**31).int()  # the same bits as a signed integer
+    words_K = mix_(mix_(words_K ^ signed(low)) ^ signed(high))
+    bits_K = words_K >> (positions_K // LANES % 32).int()
+    return torch.where(bits_K & 1 == 1, -values_K.float(), values_K.float())
+
+
 def position_states(key: Key, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """The inner half of the uniforms' hash, ``mix(p ^ w0)``, of positions p.
 

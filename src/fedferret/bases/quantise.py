@@ -4,8 +4,9 @@
 * 8 bits: stochastic rounding to 255 levels over the largest magnitude, unbiased for every vector.
 * 4, 2, 1 bits: coordinates are heavy-tailed, so they are first rotated (see :mod:`fedferret.bases.rotation`), which
   makes their distribution close to Gaussian, and then rounded to the optimal levels for a Gaussian. The scale
-  ‖y‖²/<y, Q(y)> makes the component of the result along the input exactly the input (1 bit: DRIVE, Vargaftik et al.
-  2021; more: EDEN, 2022).
+  ‖y‖²/<y, Q(y)> makes the component of the result along the input exactly the input. This is EDEN (Vargaftik et al.,
+  ICML 2022, arXiv 2108.08842) at whole bits, and at 1 bit DRIVE (NeurIPS 2021); ``tests/reference/test_eden.py``.
+  For less than a bit a value EDEN leaves values out at random; here an update is projected at random.
 
 Relative error energy for long vectors, D/(1 - D) with D the distortion of the levels: 0.5708 (π/2 - 1), 0.1331 and
 0.009592 at 1, 2 and 4 bits. Below 8 bits the rotation is a Hadamard transform, not a uniformly random rotation. It is

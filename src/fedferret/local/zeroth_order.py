@@ -6,7 +6,8 @@
                    w <- w + (ε - η g) z                back, and a step of η g against z, in one pass over the weights
 
 The forward difference takes the loss at w and at w + ε z, so g = (a - b) / ε, and one pass less. MeZO (Malladi et al.,
-NeurIPS 2023, arXiv 2305.17333, Algorithm 1). E[g z] is the gradient for small ε.
+NeurIPS 2023, arXiv 2305.17333, Algorithm 1). E[g z] is the gradient for small ε. A step along P directions takes their
+differences from the same w, and moves by the mean of the g z.
 
 Memory is inference's: weights change in place, tensor by tensor, and neither z nor a second copy is held. The price is
 rounding: a step leaves each weight within two units in the last place of where exact arithmetic would. Dropout is off.
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import Trained, TrainingRefused, endless, report_step
 from fedferret.local.schedules import Schedule, check_warmup, factor
+
+# adds factors_K[k] times direction columns[k] to weights, in place: a method may stretch directions
+Move: TypeAlias = Callable[[Mapping[str, Tensor], Key, Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,14 @@ class ZerothOrder:
         return Trained(tree.parameters(task.model), metrics)
 
     def walk(
-        self, task: Task, data: Examples, key: Key, directions: Key, columns: Sequence[int]
+        self,
+        task: Task,
+        data: Examples,
+        key: Key,
+        directions: Key,
+        columns: Sequence[int],
+        each: int = 1,
+        move: Move = add_directions_,
     ) -> tuple[list[float], dict[str, float]]:
         """Train ``task.model`` in place, a step along each of some directions.
 
@@ -123,9 +134,12 @@ class ZerothOrder:
             key: draws the order of the examples, as in first-order training.
             directions: the key of the Gaussian directions.
             columns: which of the directions, in order.
+            each: P, how many of the columns a step takes.
+            move: adds directions to weights.
 
         Returns:
-            Every step's projected gradient g, and the metrics: ``loss``, the mean over all steps, and ``seconds``.
+            The projected gradient g of every column, and the metrics: ``loss``, the mean over all steps, and
+            ``seconds``.
 
         Raises:
             TrainingRefused: a client without examples, or a loss that is not finite.
@@ -133,45 +147,50 @@ class ZerothOrder:
         if not len(data):
             raise TrainingRefused("the client holds no example")
         started = time.perf_counter()
-        weights = tree.parameters(task.model)
         batches, rate = endless(data, self.batch_size, key), self.learning_rate * self.factor(task)
-        losses, gradients = [], []
+        weights, steps = tree.parameters(task.model), len(columns) // each
+        losses: list[float] = []
+        gradients: list[float] = []
         task.model.eval()  # dropout off
         with torch.no_grad():
-            for step, column in enumerate(columns):
+            for step in range(steps):
                 scored = partial(self._loss, task, next(batches), step)
-                loss, gradient = self._step(weights, scored, directions, column, rate)
+                mine = columns[step * each : (step + 1) * each]
+                loss, found = self._step(scored, partial(move, weights, directions), mine, rate)
                 losses.append(loss)
-                gradients.append(gradient)
-                report_step(step + 1, len(columns))
+                gradients += found
+                for weight in weights.values() if self.weight_decay else ():
+                    if weight.dim() > 1:
+                        weight.mul_(1 - rate * self.weight_decay)
+                report_step(step + 1, steps)
         return gradients, {"loss": math.fsum(losses) / len(losses), "seconds": time.perf_counter() - started}
 
     def _step(
-        self, weights: Mapping[str, Tensor], scored: Callable[[], float], directions: Key, column: int, rate: float
-    ) -> tuple[float, float]:
-        """One step; the loss near w and the projected gradient."""
-
-        def move(factor: float) -> None:
-            add_directions_(weights, directions, [column], torch.tensor([factor]))
-
-        if self.difference == "central":
-            move(self.perturbation)
+        self,
+        scored: Callable[[], float],
+        move: Callable[[Sequence[int], Tensor], None],
+        columns: Sequence[int],
+        rate: float,
+    ) -> tuple[float, list[float]]:
+        """One step; the loss near w and the projected gradients."""
+        central, epsilon = self.difference == "central", self.perturbation
+        span, back = (2 * epsilon, epsilon) if central else (epsilon, -epsilon)
+        loss = below = 0.0 if central else scored()
+        gradients = []
+        for number, column in enumerate(columns):
+            move([column], torch.tensor([epsilon]))
             above = scored()
-            move(-2 * self.perturbation)
-            below = scored()
-            loss, span, back = (above + below) / 2, 2 * self.perturbation, self.perturbation
-        else:
-            loss = below = scored()
-            move(self.perturbation)
-            above = scored()
-            span, back = self.perturbation, -self.perturbation
-        gradient = (above - below) / span
-        move(back - rate * gradient)
-        if self.weight_decay:
-            for weight in weights.values():
-                if weight.dim() > 1:
-                    weight.mul_(1 - rate * self.weight_decay)
-        return loss, gradient
+            if central:
+                move([column], torch.tensor([-2 * epsilon]))
+                below = scored()
+                loss += (above + below) / 2 / len(columns)
+            gradients.append((above - below) / span)
+            if number < len(columns) - 1:
+                move([column], torch.tensor([back]))
+        factors = [-rate * gradient / len(columns) for gradient in gradients]
+        factors[-1] = back + factors[-1]  # the last direction's way back and the step, at once
+        move(columns, torch.tensor(factors))
+        return loss, gradients
 
     def _loss(self, task: Task, batch: Any, step: int) -> float:
         with torch.autocast(task.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
