@@ -78,6 +78,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedpm": FedPM(reset_every=2, training=replace(_adam, learning_rate=0.5)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
+    "fedavg-top-k-signs": FedAvgTopK(values=40, bits=1, residual_decay=0.9, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
     "fedavg-2-bits": FedAvg8Bit(bits=2, entry_bits=4, server_learning_rate=0.7, training=TRAINING),
     "ferret": _ferret,
