@@ -34,6 +34,7 @@ from fedferret.algorithms.sparse_updates import (
     Sparse,
     SparseEntry,
     by_tensor,
+    entry_bytes,
     mean_where_given,
     step_where_given_,
 )
@@ -105,16 +106,11 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, Residual, SparseEntry, Sparse]):
         """k values and positions up; down those of the union, k to N k values. Clients keep a residual of d."""
         total = sum(math.prod(shape) for shape in shapes.values())
         kept = self.num_kept(total)
-        union = min(cohort * kept, total)
-        # all but one of the positions cost more than all of them, which cost nothing
-        most = num_bytes(min(union, total - 1), total) if kept < total else 0
-        least = 0 if union == total else least_bytes(kept, total)
         up = value_bytes(kept, self.bits)
         return WireCost(
             up + least_bytes(kept, total),
             up + num_bytes(kept, total),
-            value_bytes(kept, self.entry_bits) + least,
-            value_bytes(union, self.entry_bits) + most,
+            *entry_bytes(kept, cohort, total, self.entry_bits),
             4 * total if self.error_feedback else 0,
         )
 

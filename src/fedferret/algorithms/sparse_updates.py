@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedferret.algorithms.fedavg import Delta
-from fedferret.bases.positions import Positions, num_bytes
+from fedferret.bases.positions import Positions, least_bytes, num_bytes
 from fedferret.bases.quantise import Packed
 from fedferret.bases.quantise import num_bytes as value_bytes
 from fedferret.bases.signs import Signs
@@ -104,6 +104,25 @@ def step_where_given_(weights: Mapping[str, Tensor], entry: SparseEntry, roundin
             flat = moved.view(-1)
             places = places.to(flat.device)
             flat[places] = flat[places] - values[part].to(flat.device) * entry.learning_rate
+
+
+def entry_bytes(kept: int, cohort: int, num_weights: int, bits: int) -> tuple[float, float]:
+    """The bytes of an entry: values and positions of the union of what clients sent.
+
+    Args:
+        kept: k, values that each client sends.
+        cohort: N, clients in a round.
+        num_weights: d, of the model.
+        bits: of a value, down.
+
+    Returns:
+        The least, where all sent the same positions, and the most, where no two sent one.
+    """
+    union = min(cohort * kept, num_weights)
+    # all but one of the positions cost more than all of them, which cost nothing
+    most = num_bytes(min(union, num_weights - 1), num_weights) if kept < num_weights else 0
+    least = 0 if union == num_weights else least_bytes(kept, num_weights)
+    return value_bytes(kept, bits) + least, value_bytes(union, bits) + most
 
 
 def most_values(budget: int, num_weights: int, bits: int) -> int:

@@ -63,3 +63,41 @@ def pack_signs(values_K: Tensor) -> Signs:
     values = finite_fp32(values_K)
     scale = float(values.double().abs().mean()) if len(values) else 0.0
     return Signs(join_bytes(values > 0, 1), rounded_to_fp32(scale), len(values))
+
+
+def fit_two_magnitudes(values_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in 2 bits: a sign, and one of two magnitudes, with the least squared error of all such codes.
+
+    Args:
+        values_K: finite, any float dtype, shape (K,).
+
+    Returns:
+        Codes from 0 to 3, uint8, shape (K,): 1 is added for a value above 0, 2 for the larger magnitude; the smaller
+        and the larger magnitude, fp32, shape (2,), 0 where K is 0.
+    """
+    exact = values_K.double().cpu()
+    ascending = exact.abs().sort().values
+    if not len(ascending):
+        return torch.zeros(0, dtype=torch.uint8), torch.zeros(2)
+    # the squared error is Σ v² less, of each part, (its sum)² / its number: the parts are cut where that is the most
+    sums, counts = ascending.cumsum(0), torch.arange(1, len(ascending) + 1).double()
+    above, left = sums[-1] - sums, counts[-1] - counts
+    cut = int((sums.square() / counts + above.square() / left.clamp_min(1)).argmax())
+    small = sums[cut] / counts[cut]
+    large = above[cut] / left[cut] if left[cut] else small
+    codes = (exact > 0).byte() + 2 * (exact.abs() > ascending[cut]).byte()
+    return codes, torch.stack((small, large)).float()
+
+
+def two_magnitudes(codes_K: Tensor, magnitudes_K2: Tensor) -> Tensor:
+    """The values behind the codes of ``fit_two_magnitudes``.
+
+    Args:
+        codes_K: from 0 to 3, int64, shape (K,).
+        magnitudes_K2: of each value the smaller and the larger magnitude, fp32, shape (K, 2).
+
+    Returns:
+        fp32, shape (K,).
+    """
+    magnitudes = torch.where(codes_K >= 2, magnitudes_K2[:, 1], magnitudes_K2[:, 0])
+    return torch.where(codes_K % 2 == 1, magnitudes, -magnitudes)
