@@ -55,6 +55,34 @@ def test_no_bytes_decode_to_positions_that_are_none(codes: bytes, count: int, le
     assert not count or 0 <= int(found[0]) <= int(found[-1]) < length
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.integers(0, 300), min_size=9, max_size=60), st.dictionaries(st.integers(0, 80), st.integers(1, 255)))
+def test_a_damaged_code_of_gaps_is_refused_or_decodes_to_positions(chosen: set[int], damage: dict[int, int]) -> None:
+    codes = encode_gaps(np.array(sorted(chosen), np.int64))
+    for place, change in damage.items():
+        codes[place % len(codes)] ^= change
+    packed = Positions(torch.from_numpy(codes), len(chosen), 10_000)
+    try:
+        found = packed.unpack()
+    except UserError:
+        return
+    assert len(found) == len(chosen) and bool((found.diff() > 0).all()) and int(found[0]) >= 0
+    assert int(found[-1]) < 10_000
+
+
+def test_a_coded_position_beyond_the_model_is_refused() -> None:
+    packed = pack_positions(torch.cat((torch.arange(90), torch.tensor([9801]))), 9802)
+    assert int(packed.unpack()[-1]) == 9801
+    with pytest.raises(UserError, match=r"\(a position is too large\)"):
+        replace(packed, length=9801).unpack()
+
+
+def test_the_code_of_gaps_is_pinned_to_the_byte() -> None:
+    """Nodes of two versions read each other."""
+    gaps = [1, 1, 2, 300, 1, 1, 1, 5000, 1, 3] * 3
+    assert bytes(encode_gaps(np.cumsum(gaps) - 1)).hex() == "01698f04da8dd42c65579358102716c489057102"
+
+
 def test_a_code_of_gaps_that_lost_or_gained_a_byte_is_refused() -> None:
     positions = torch.arange(100).square()
     packed = pack_positions(positions, 10**6)
