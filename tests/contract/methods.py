@@ -42,6 +42,7 @@ from fedferret.algorithms.server_optimizer import ServerOptimizer
 from fedferret.algorithms.slora import SLoRA
 from fedferret.algorithms.spafl import SpaFL
 from fedferret.algorithms.spafl_gates import SpaFLGates
+from fedferret.algorithms.sparse_loco import SparseLoCo
 from fedferret.algorithms.split_model import FedPer, FedRep, LGFedAvg
 from fedferret.algorithms.ssf import SSF
 from fedferret.algorithms.uni_lora import UniLoRA
@@ -82,6 +83,8 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedpm": FedPM(reset_every=2, training=replace(_adam, learning_rate=0.5)),
     "fedavg-top-k": FedAvgTopK(fraction=0.1, training=TRAINING),
     "fedavg-top-k-forgetful": FedAvgTopK(fraction=0.4, bits=32, error_feedback=False, training=TRAINING),
+    "fedavg-top-k-signs": FedAvgTopK(values=40, bits=1, residual_decay=0.9, training=TRAINING),
+    "sparse-loco": SparseLoCo(values_per_chunk=3, chunk_size=16, training=TRAINING),
     "fedavg-8bit": FedAvg8Bit(training=TRAINING),
     "fedavg-2-bits": FedAvg8Bit(bits=2, entry_bits=4, server_learning_rate=0.7, training=TRAINING),
     "fetch-sgd": FetchSGD(num_rows=3, num_columns=40, kept=10, training=TRAINING),

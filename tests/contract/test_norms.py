@@ -43,7 +43,7 @@ def inflated(payload: Any, factor: float) -> Any:
     if coordinates is not None and getattr(coordinates, "bits", 1) == 32:
         return replace(payload, coordinates=Coding(32).encode(coordinates.unpack() * factor, Key.of(1)))
     values = getattr(payload, "values", None)
-    if values is not None and values.bits == 32:
+    if getattr(values, "bits", 1) == 32:
         return replace(payload, values=Coding(32).encode(values.unpack() * factor, Key.of(1)))
     vector = getattr(payload, "vector", None)
     if vector is not None and vector.bits == 32:

@@ -21,7 +21,7 @@ from fuzz.mutations import Choose, mutated
 # rows with payloads of another form than the method's first row
 FORMS = (
     "ferret-32-bits", "ferret-16-bits", "ferret-1-bit", "ferret-half-a-bit", "ferret-per-client", "ferret-columns",
-    "fedavg-2-bits", "fedavg-top-k-forgetful", "fedkseed-many-directions", "fetch-sgd-plain",
+    "fedavg-2-bits", "fedavg-top-k-forgetful", "fedavg-top-k-signs", "fedkseed-many-directions", "fetch-sgd-plain",
     "two-stages",
 )  # fmt: skip
 

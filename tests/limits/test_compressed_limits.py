@@ -12,6 +12,7 @@ from torch import Tensor
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.fedavg_8bit import FedAvg8Bit
 from fedferret.algorithms.fedavg_top_k import FedAvgTopK
+from fedferret.algorithms.sparse_updates import most_values
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
@@ -98,14 +99,76 @@ def test_top_k_costs_what_its_formula_says_and_the_union_no_more() -> None:
         method = replace(TOP_K, fraction=fraction)
         cost, run = method.wire_cost(SHAPES, 3, 1), simulate(method, 2)
         for record in run.records:
-            assert all(cost.up_most < up <= cost.up_most + 140 for up in record.bytes_up.values())
-        assert cost.up_least == cost.up_most >= 4 * kept and (fraction < 1 or cost.up_most == cost.down_most == 4 * D)
+            assert all(cost.up_least < up <= cost.up_most + 140 for up in record.bytes_up.values())
+        assert cost.up_most >= cost.up_least >= 4 * kept and (fraction < 1 or cost.up_least == cost.down_most == 4 * D)
+
+
+def test_a_number_of_values_is_the_fraction_of_as_many() -> None:
+    by_count = FedAvgTopK(values=10, bits=32, training=TRAINING)
+    assert simulate(by_count, 3).public == simulate(TOP_K, 3).public
+    assert by_count.wire_cost(SHAPES, 3, 1) == TOP_K.wire_cost(SHAPES, 3, 1)
+
+
+def test_a_forgotten_residual_is_none_and_half_of_it_is_half() -> None:
+    """With λ = 0 the public state is that without error feedback; with λ = 1/2 half of what waited is weighed."""
+    forgetful = simulate(replace(TOP_K, residual_decay=0.0), 3)
+    assert forgetful.public == simulate(replace(TOP_K, error_feedback=False), 3).public
+    task, data, half = toy_task(1), toy_clients()["b"], replace(TOP_K, residual_decay=0.5)
+    public, _ = half.init(task, Key.of(1))
+    first = half.client_update(task, public, half.init_client(task, public, data, Key.of(1)), data, Key.of(2))
+    again = half.client_update(task, public, first.client, data, Key.of(2))
+    assert first.client is not None
+    both = trained(data, Key.of(2)) + flat(first.client.residual) / 2
+    assert torch.equal(again.payload.positions.unpack(), both.abs().topk(10).indices.sort().values)
+
+
+def test_one_bit_is_the_sign_with_the_mean_magnitude_and_the_rest_waits() -> None:
+    method, task, data = replace(TOP_K, bits=1), toy_task(1), toy_clients()["b"]
+    public, _ = method.init(task, Key.of(1))
+    reply = method.client_update(task, public, method.init_client(task, public, data, Key.of(1)), data, Key.of(2))
+    delta = trained(data, Key.of(2))
+    positions, values = reply.payload.positions.unpack(), reply.payload.values.unpack()
+    largest = delta[delta.abs().topk(10).indices.sort().values]
+    assert torch.equal(values.sign(), largest.sign()) and float(values.abs().max()) == pytest.approx(
+        float(largest.abs().mean())
+    )
+    assert reply.client is not None
+    assert torch.equal(flat(reply.client.residual), delta - torch.zeros(D).index_copy(0, positions, values))
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 1])
+def test_what_surely_fits_into_a_budget_is_the_most_that_does(bits: Any) -> None:
+    for budget in (3, 100, 10_000):
+        kept = most_values(budget, 10**6, bits)
+        method, shapes = FedAvgTopK(values=kept or 1, bits=bits), {"w": (1000, 1000)}
+        assert (method.wire_cost(shapes, 1, 1).up_most <= budget) == (kept > 0)
+        assert replace(method, values=kept + 1).wire_cost(shapes, 1, 1).up_most > budget
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01])
 def test_a_share_that_is_none_is_refused(fraction: float) -> None:
     with pytest.raises(UserError, match=r"fraction=.*: must be above 0 and at most 1"):
         FedAvgTopK(fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"values": 0}, "values=0: must be at least 1"),
+        ({"values": 5, "fraction": 0.5}, r"values=5 and fraction=0\.5: .*give one"),
+        ({"residual_decay": 1.5}, r"residual_decay=1\.5: must be from 0"),
+        ({"residual_decay": 0.5, "error_feedback": False}, r"residual_decay=0\.5: there is no residual"),
+    ],
+)
+def test_settings_of_top_k_that_contradict_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        FedAvgTopK(**settings)
+
+
+def test_more_values_than_the_model_has_are_refused() -> None:
+    with pytest.raises(UserError, match=r"values=98: the model has 97 weights"):
+        FedAvgTopK(values=98).check(toy_model(), 1)
+    FedAvgTopK(values=97).check(toy_model(), 1)
 
 
 def test_a_round_in_8_bits_is_fedavgs_but_for_two_roundings() -> None:

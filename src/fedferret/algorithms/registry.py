@@ -23,6 +23,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "fednova": ("fednova", "FedNova", "FedAvg of updates divided by their length, for unequal numbers of steps"),
     "fedpm": ("fedpm", "FedPM", "random weights, a bit each: the mean of the clients' masks says which to keep"),
     "fedavg-top-k": ("fedavg_top_k", "FedAvgTopK", "FedAvg of each client's largest values; the rest waits"),
+    "sparse-loco": ("sparse_loco", "SparseLoCo", "FedAvg of each chunk's largest values in 2 bits; the rest fades"),
     "fedavg-8bit": ("fedavg_8bit", "FedAvg8Bit", "FedAvg in 8 bits a weight, both ways"),
     "fetch-sgd": (
         "fetch_sgd",

@@ -1,12 +1,15 @@
 """Sorted positions of k out of d values in few bytes: integers from 0 to d - 1.
 
     k = d       nothing
+    k <= 2^18   adaptively coded gaps (``bases/gaps.py``), where they are shorter than what follows
     otherwise   the shortest of a bitmap, ceil(d/8) bytes, and the Elias-Fano code with the best b: the b low bits of
                 every position unchanged, and a bitmap with bit (p_i >> b) + i set for the i-th position p_i,
                 ceil(k b/8) + ceil((k + (d-1 >> b)) / 8) bytes
 
-Elias, "Efficient Storage and Retrieval by Content and Address of Static Files", JACM 1974; Fano 1971. The code takes
-under 2 + log2(d/k) bits per position: 1.1 bytes at k = d/100, where an int32 takes 4. The layout follows from k and d.
+Elias, "Efficient Storage and Retrieval by Content and Address of Static Files", JACM 1974; Fano 1971. Their code takes
+under 2 + log2(d/k) bits per position, whatever the positions: the bound of every message. Coded gaps are shorter where
+positions cluster: 7.4 bits and not 13.1 at 60,396 of SmolLM2's 134.5 M weights. They take 5 µs a position in Python,
+hence the limit of 2^18. The layout follows from k, d and the number of bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedferret.bases.gaps import decode_gaps, encode_gaps, least_gap_bytes
 from fedferret.core.errors import UserError
 from fedferret.core.fields import Form
 from fedferret.core.messages import message
 
 _Bits = npt.NDArray[np.uint8]
 _MOST_LOW_BITS = 40  # enough for a model of 2^40 weights
+_MOST_GAPS = 2**18  # more positions than this do not have their gaps coded: it takes a second and a half
 
 
 @message
@@ -31,7 +36,7 @@ class Positions:
     """``count`` ascending positions below ``length``, as they cross the wire."""
 
     codes: Annotated[Tensor, Form(torch.uint8, rank=1)]
-    """uint8, shape (num_bytes(count, length),): the low bits, then the bitmap; low bits of a byte first."""
+    """uint8: a code of the gaps; or num_bytes(count, length) bytes, the low bits and the bitmap, low bits first."""
     count: int
     length: int
 
@@ -44,10 +49,15 @@ class Positions:
             UserError: where the fields contradict each other.
         """
         codes, count, length = self.codes.cpu().numpy(), self.count, self.length
-        if not 0 <= count <= length or codes.shape != (num_bytes(count, length),) or codes.dtype != np.uint8:
+        if not 0 <= count <= length or codes.ndim != 1 or codes.dtype != np.uint8:
+            raise self._refusal("the number of bytes does not match")
+        size = num_bytes(count, length)
+        if len(codes) > size or (len(codes) < size and count > _MOST_GAPS):
             raise self._refusal("the number of bytes does not match")
         if count in (0, length):
             return torch.arange(count)
+        if len(codes) < size:
+            return torch.from_numpy(self._from_gaps(codes))
         low_bits = _low_bits(count, length)
         if low_bits is None:
             found = np.flatnonzero(_bits(codes, length))
@@ -62,6 +72,16 @@ class Positions:
         if len(found) != count or found[-1] >= length or (np.diff(found) <= 0).any():
             raise self._refusal("the positions do not ascend")
         return torch.from_numpy(found.astype(np.int64))
+
+    def _from_gaps(self, codes: _Bits) -> npt.NDArray[np.int64]:
+        """The positions behind coded gaps, which ascend by construction."""
+        try:
+            found = decode_gaps(codes, self.count)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+        if found[-1] >= self.length:
+            raise self._refusal("a position is too large")
+        return found
 
     def _refusal(self, what: str) -> UserError:
         """The error for fields that contradict each other in ``what``."""
@@ -94,11 +114,13 @@ def pack_positions(positions_K: Tensor, length: int) -> Positions:
                     _bytes(high, count + (length - 1 >> low_bits)),
                 )
             )
+        if count <= _MOST_GAPS and len(gaps := encode_gaps(positions)) < len(codes):
+            codes = gaps
     return Positions(torch.from_numpy(codes), count, length)
 
 
 def num_bytes(count: int, length: int) -> int:
-    """Bytes of packed positions: they grow with ``count``, except that all positions cost nothing.
+    """The most bytes of packed positions: they grow with ``count``, except that all positions cost nothing.
 
     Args:
         count: k, number of positions.
@@ -108,6 +130,17 @@ def num_bytes(count: int, length: int) -> int:
         return 0
     low_bits = _low_bits(count, length)
     return -(-length // 8) if low_bits is None else _num_coded_bytes(count, length, low_bits)
+
+
+def least_bytes(count: int, length: int) -> int:
+    """The least bytes of packed positions.
+
+    Args:
+        count: k, number of positions.
+        length: d, number of values that the positions refer to.
+    """
+    most = num_bytes(count, length)
+    return min(most, least_gap_bytes(count)) if count <= _MOST_GAPS else most
 
 
 def _low_bits(count: int, length: int) -> int | None:
