@@ -13,7 +13,7 @@ from fedferret.command_errors import Commands, one_line_errors
 from fedferret.core.imports import quick_imports
 from fedferret.core.text import printable_lines
 from fedferret.pki_cli import pki
-from fedferret.records_cli import record
+from fedferret.records_cli import advise, record
 from fedferret.sites_cli import sites
 
 app = typer.Typer(
@@ -372,6 +372,7 @@ def _site_commands() -> ModuleType:
 
 
 app.command()(record)
+app.command()(advise)
 app.add_typer(sites, name="sites")
 app.add_typer(pki, name="pki")
 

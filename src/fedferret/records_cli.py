@@ -1,4 +1,4 @@
-"""`fedferret record`: whether runs are a record. It imports what it needs when it runs."""
+"""`fedferret record` and `fedferret advise`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -47,3 +47,42 @@ def record(
         passed = check_record(runs, control, _log, tracks, who, commit, link)
     if not passed:
         raise typer.Exit(1)
+
+
+def advise(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of ferret.", metavar="RECIPE.toml", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace one setting: `--set rounds=40`. May be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of FedAvg to probe.", min=1)] = 2,
+    gain: Annotated[
+        float | None,
+        typer.Option("--reduction", help="FedAvg's loss reduction, if known.", show_default="extrapolated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Forecast how many coordinates Ferret needs for 90, 97 and 99% of FedAvg's loss reduction, and their bytes.
+
+    Runs a few rounds of RECIPE.toml's FedAvg and measures what the noise of Ferret costs. Writes no file.
+    Forecasts are rough: docs/advise.md compares them with runs.
+    """
+    with one_line_errors():
+        import json
+
+        from fedferret.core.errors import UserError
+        from fedferret.recipe_file import read_tables
+
+        if gain is not None and not 0 < gain < float("inf"):
+            raise UserError(f"--reduction {gain}: must be above 0, in nats per token")
+        tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
+        with quick_imports():
+            from fedferret import advice
+            from fedferret.config import from_tables
+
+        settings = from_tables(tables)
+        found = advice.probe(settings, rounds, gain, lambda line: typer.echo(printable_lines(line), err=True))
+        lines = advice.advise(found, settings, gain)
+        if as_json:
+            typer.echo(json.dumps(advice.plain(found, settings, lines, gain), indent=1))
+        else:
+            _log(advice.text_of(found, settings, lines, gain))
