@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +38,6 @@ from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Replica, Task
 from fedferret.experiment import Experiment
 from fedferret.local.first_order import FirstOrder, Trained
-from fedferret.tracking.units import as_bytes, as_count
 
 SHARES = (0.90, 0.97, 0.99)
 GAIN_EXPONENT = 0.25  # a: FedAvg's row of recipes/small/breaks.toml after 60 and 150 rounds
@@ -85,9 +84,9 @@ class Recording(FirstOrder):
         """
         for name, target in weights.items():
             target.add_(self.sums[name], alpha=-rate / sum(self.shares))
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Begin a new round."""
         self.sums.clear()
         self.shares.clear()
@@ -100,7 +99,7 @@ class Probe:
     Attributes:
         losses: FedAvg's held-out loss before round 1 and after every probed round.
         rises: pairs of s and the rise of the loss, s ascending.
-        kept: q, what one round of training leaves of a rise.
+        persistence: q, what one round of training leaves of a rise.
         participation: (‖Δ‖₁/‖Δ‖₂)², the mean over clients.
         norm: ‖Δ‖, the mean over clients.
         noise: ‖ε‖ of one round.
@@ -110,7 +109,7 @@ class Probe:
 
     losses: tuple[float, ...]
     rises: tuple[tuple[float, float], ...]
-    kept: float
+    persistence: float
     participation: float
     norm: float
     noise: float
@@ -251,7 +250,7 @@ def _kept(
     method = check(experiment.recipe)
     for sign in (0.0, 1.0, -1.0):
         put(sign)
-        training.begin()
+        training.reset()
         for client in cohort:
             tree.copy_(tree.parameters(experiment.model), weights)
             task = replace(experiment.task, replica=Replica(experiment.model), round=1)
@@ -291,7 +290,7 @@ def extrapolated(losses: tuple[float, ...] | list[float], rounds: int) -> float:
 
 
 def memory(kept: float, rounds: int) -> float:
-    """M, the rounds whose noise is left at the end: (Σ_{r < R} q^r)^(1 − b) R^b.
+    """M, the rounds of noise that are left at the end: (Σ_{r < R} q^r)^(1 − b) R^b.
 
     Args:
         kept: q, at most 1.
@@ -330,7 +329,7 @@ def share(found: Probe, recipe: Recipe, coordinates: float, gain: float | None =
         At most 1; below 0 where the loss would rise.
     """
     total = gain or extrapolated(found.losses, recipe.rounds)
-    scale = memory(found.kept, recipe.rounds) * check(recipe).coordinates / coordinates
+    scale = memory(found.persistence, recipe.rounds) * check(recipe).coordinates / coordinates
     return 1 - rise_at(found, scale) / total
 
 
@@ -358,55 +357,3 @@ def advise(found: Probe, recipe: Recipe, gain: float | None = None) -> list[Advi
         up = replace(method, coordinates=count).wire_cost(found.shapes, recipe.clients.per_round, 1).up_most
         lines.append(Advice(wanted, count, round(up) + found.framing, enough))
     return lines
-
-
-def text_of(found: Probe, recipe: Recipe, lines: list[Advice], gain: float | None) -> str:
-    """The advice for a terminal.
-
-    Args:
-        found: by the probe.
-        recipe: probed.
-        lines: by ``advise``.
-        gain: G(R) as given; None: extrapolated.
-
-    Returns:
-        Lines.
-    """
-    total = gain or extrapolated(found.losses, recipe.rounds)
-    rounds, coordinates = recipe.rounds, check(recipe).coordinates
-    where = "given" if gain else f"extrapolated from {len(found.losses) - 1} rounds"
-    size = as_count(found.weights)
-    head = [
-        f"FedAvg's loss reduction over {rounds} rounds: {total:.3f} ({where})",
-        f"an update: norm {found.norm:.3g}, spread over {as_count(found.participation)} of {size} weights",
-        f"a round's noise with {coordinates:,} coordinates: norm {found.noise:.3g}; {found.kept:.0%} stays a round on",
-        f"this recipe's {coordinates:,} coordinates: {share(found, recipe, coordinates, gain):.1%} of FedAvg forecast",
-    ]
-    rows = [
-        f"{line.share:.0%} of FedAvg: coordinates={line.coordinates:,}, {as_bytes(line.bytes_up)} a message"
-        if line.enough
-        else f"{line.share:.0%} of FedAvg: not with this method; the model has {found.weights:,} weights"
-        for line in lines
-    ]
-    return "\n".join([*head, *rows, "Forecasts are rough: docs/advise.md compares them with runs."])
-
-
-def plain(found: Probe, recipe: Recipe, lines: list[Advice], gain: float | None) -> dict[str, Any]:
-    """The advice as JSON values.
-
-    Args:
-        found: by the probe.
-        recipe: probed.
-        lines: by ``advise``.
-        gain: G(R) as given; None: extrapolated.
-    """
-    coordinates = check(recipe).coordinates
-    return {
-        "rounds": recipe.rounds,
-        "loss_reduction": gain or extrapolated(found.losses, recipe.rounds),
-        "loss_reduction_given": gain is not None,
-        "probe": {name: value for name, value in asdict(found).items() if name != "shapes"},
-        "coordinates": coordinates,
-        "share": share(found, recipe, coordinates, gain),
-        "advice": [asdict(line) for line in lines],
-    }

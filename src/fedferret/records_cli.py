@@ -76,13 +76,13 @@ def advise(
             raise UserError(f"--reduction {gain}: must be above 0, in nats per token")
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         with quick_imports():
-            from fedferret import advice
+            from fedferret import advice, advice_text
             from fedferret.config import from_tables
 
         settings = from_tables(tables)
         found = advice.probe(settings, rounds, gain, lambda line: typer.echo(printable_lines(line), err=True))
         lines = advice.advise(found, settings, gain)
         if as_json:
-            typer.echo(json.dumps(advice.plain(found, settings, lines, gain), indent=1))
+            typer.echo(json.dumps(advice_text.plain(found, settings, lines, gain), indent=1))
         else:
-            _log(advice.text_of(found, settings, lines, gain))
+            _log(advice_text.text_of(found, settings, lines, gain))

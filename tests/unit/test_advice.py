@@ -40,7 +40,7 @@ def test_a_larger_share_takes_more_coordinates_and_bytes(recipe: Recipe, found: 
 
 def test_a_probe_is_deterministic_and_leaves_nothing_out(recipe: Recipe, found: advice.Probe) -> None:
     assert advice.probe(recipe, 2, None, silent) == found
-    assert found.weights == 90624 and 1 < found.participation < found.weights and 0 <= found.kept <= 1
+    assert found.weights == 90624 and 1 < found.participation < found.weights and 0 <= found.persistence <= 1
     assert found.losses[-1] < found.losses[0] and found.noise > found.norm
 
 

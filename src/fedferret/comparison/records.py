@@ -268,7 +268,7 @@ def _rule(name: str, faults: Sequence[str], found: str, allowed: str) -> Rule:
 
 
 def _not_plain(run: RecordRun) -> str:
-    """The first setting in which a control is not FedAvg as it is by default; "" if none."""
+    """The first setting in which a control is not FedAvg's default; "" if none."""
     known = {**FEDAVG, "weighting": _weighting(run), "training": run.training}
     name, table = run.recipe.algorithm.name, run.recipe.tables()["algorithm"]
     return name if name != "fedavg" else difference(known, table)
