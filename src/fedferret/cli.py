@@ -13,6 +13,7 @@ from fedferret.command_errors import Commands, one_line_errors
 from fedferret.core.imports import quick_imports
 from fedferret.core.text import printable_lines
 from fedferret.pki_cli import pki
+from fedferret.records_cli import advise, record
 from fedferret.sites_cli import sites
 
 app = typer.Typer(
@@ -370,6 +371,8 @@ def _site_commands() -> ModuleType:
     return commands
 
 
+app.command()(record)
+app.command()(advise)
 app.add_typer(sites, name="sites")
 app.add_typer(pki, name="pki")
 

@@ -46,7 +46,18 @@ MAY = {
         "run_folder",
         "runner",
     },
-    "comparison": {"core", "tracking", "build", "config", "estimate", "recipe_file", "run_folder", "runner"},
+    "comparison": {
+        "core",
+        "tracking",
+        "begun",
+        "build",
+        "config",
+        "estimate",
+        "recipe_file",
+        "run_folder",
+        "runner",
+        "settings",
+    },
 }
 
 
