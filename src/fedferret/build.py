@@ -8,6 +8,7 @@ A run's process, a site, a simulation's worker and an export are built from the 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,7 +198,23 @@ def load_data(recipe: Recipe, at_sites: bool = False, log: Callable[[str], None]
             f"clients.held_out, such as 0.2."
         )
     recipe.objective.check_examples(recipe.model.name, data, complete=not at_sites)
+    if not at_sites:
+        _check_largest_class(recipe.algorithm, data)
     return data
+
+
+def _check_largest_class(algorithm: AnyAlgorithm, data: FederatedData) -> None:
+    """Refuse a fewest number of examples of a class that no client has of any. Raises UserError."""
+    stages = algorithm.stages() if isinstance(algorithm, Staged) else (Stage(algorithm),)
+    for fewest in (getattr(stage.algorithm, "min_examples", 1) for stage in stages if stage.rounds != 0):
+        if fewest > 2:  # else a client that cannot take part is one failure
+            counts = (Counter(each.response for each in rows) for rows in data.clients.values())
+            largest = max((max(each.values()) for each in counts if each), default=0)
+            if fewest > largest:
+                raise UserError(
+                    f"min_examples={fewest}: no client has more than {largest} examples of one class, so none could "
+                    f"take part; give at most that"
+                )
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from fedferret.core.text import printable_lines
 from fedferret.pki_cli import pki
 from fedferret.records_cli import advise, record
 from fedferret.sites_cli import sites
+
+if TYPE_CHECKING:
+    from fedferret.exportable import Exportable
 
 app = typer.Typer(
     name="fedferret",
@@ -88,13 +91,14 @@ def run(
         tables = read_tables(recipe, overrides or [])  # before the imports that take seconds
         with quick_imports():
             from fedferret.config import from_tables
+            from fedferret.exportable import exportable
             from fedferret.run_folder import as_begun
             from fedferret.runner import run as run_recipe
 
         folder = out or Path("runs") / recipe.stem
         settings = from_tables(as_begun(tables, folder, _log))
         run_recipe(settings, folder, _log, accept_changed_data=accept_changed_data)
-        _log(_closing_lines(folder, settings.algorithm.has_global_model))
+        _log(_closing_lines(folder, exportable(settings)))
 
 
 @app.command("list")
@@ -382,10 +386,12 @@ def main() -> None:
     app()
 
 
-def _closing_lines(folder: Path, global_model: bool) -> str:
+def _closing_lines(folder: Path, possible: Exportable) -> str:
     """Where a finished run's files are, and how to export its model."""
     files = f"Report:       {folder / 'report.html'}\nFigures:      {folder / 'summary.json'}\n"
-    if not global_model:
+    if possible.no_folder:
+        return f"{files}No folder can hold what was tuned: {possible.no_folder}."
+    if not possible.global_model:
         return f"{files}Tuned models: each client keeps its own: fedferret export {folder} --client NAME --to FOLDER"
     return (
         f"{files}"

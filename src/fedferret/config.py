@@ -292,6 +292,11 @@ def from_tables(tables: Mapping[str, Any]) -> Recipe:
             f"clients.per_round={recipe.clients.per_round}: {algorithm_name} with these settings has {cohort} a round, "
             f"set clients.per_round={cohort}"
         )
+    if recipe.pool.name != "mean" and getattr(recipe.algorithm, "shares_nothing", False):
+        raise UserError(
+            f'pool.name="{recipe.pool.name}": the clients of {algorithm_name} share nothing, so nothing is pooled; '
+            f"leave pool.name out"
+        )
     recipe.pool.check(recipe.algorithm.pooling, algorithm_name, recipe.clients.per_round)
     return recipe
 

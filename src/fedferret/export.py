@@ -9,8 +9,9 @@ weights; which method, with its settings; the log; and the SHA-256 of the weight
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedferret.build import load_base, prepare
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe, build_algorithm, build_objective
 from fedferret.core import tree
 from fedferret.core.algorithm import AnyAlgorithm
-from fedferret.core.errors import RunError, UserError, nearest
+from fedferret.core.errors import RunError, UserError
 from fedferret.core.files import check_place, write_atomically
 from fedferret.core.keys import Key
 from fedferret.core.log import Log, LogUpdate
@@ -31,7 +32,7 @@ from fedferret.core.messages import message
 from fedferret.core.node import Node
 from fedferret.core.stages import StagedPublic
 from fedferret.core.task import Task
-from fedferret.core.text import plain_line
+from fedferret.core.text import plain_line, shortened
 from fedferret.disk import kept_rounds
 from fedferret.engines.client_store import held, load_state
 from fedferret.export_dtype import chosen_dtype, round_to, widen
@@ -44,6 +45,7 @@ from fedferret.settings import build, table_of
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
 
+_NAMED = 3  # clients in a hint
 _FULL = {"dtype": "fp32", "quantised": None}  # how a base is held unless a recipe says otherwise
 
 
@@ -252,7 +254,7 @@ def _private_state(run: Path, recipe: Recipe, client: str) -> Any:
     known = checkpoint.progress(run)
     versions = {} if known is None else known.versions
     if client not in versions:
-        raise UserError(f"--client {client}: {nearest(client, versions)}; it has trained in no round of {run}")
+        raise UserError(f"--client {shortened(client)}: {_trained(client, versions, run)}")
     if client not in kept_rounds(recipe, versions):
         raise UserError(f"--client {client}: {recipe.algorithm.name} keeps nothing at its clients; leave --client out")
     states, round = run / "state" / "clients", versions[client] + 1
@@ -261,6 +263,17 @@ def _private_state(run: Path, recipe: Recipe, client: str) -> Any:
             f"--client {client}: its state is not in {states}; where sites hold the data, it is at the site"
         )
     return load_state(states, client, round, codec)
+
+
+def _trained(given: str, known: Iterable[str], run: Path) -> str:
+    """Which clients have trained: those with the nearest names, or the first few and where all are listed."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=_NAMED)
+    shown = ", ".join(map(shortened, close or names[:_NAMED]))
+    if close:
+        return f"no client of this name has trained in {run}; near it are {shown}"
+    rest = f" and {len(names) - _NAMED:,} more, all in {run}/report.html" if len(names) > _NAMED else ""
+    return f"no client of this name has trained in {run}; those that have are {shown}{rest}"
 
 
 @contextmanager
@@ -280,6 +293,9 @@ def _tuned(base: Loaded, delta: TunedDelta, private: Any = None) -> Iterator[tup
         ) from None
     with algorithm.model(task, node.public, private) as model:
         if model is None:
+            plain = adapter_of(task.model)
+            if plain is None or plain.merges:
+                algorithm.release(task.model)  # says why, where no client's own can be written either
             raise UserError(
                 f"{delta.method} has no global model: export a client's own, with --client NAME --to FOLDER"
             )

@@ -35,6 +35,7 @@ from fedferret.engines.replay import Protection
 from fedferret.engines.transport import Transport
 from fedferret.evaluation.per_client import spread
 from fedferret.experiment import Experiment
+from fedferret.exportable import exportable
 from fedferret.local.first_order import observing_steps
 from fedferret.run_folder import alone, belongs, check_begun, finished_summary, lost_files_in_a_line
 from fedferret.tracking import client_lists, events, folder, rewinding
@@ -234,6 +235,7 @@ class Run:
             if self.pinned.changed:
                 self.log("The data is not what the run began with: losses before and after are of different data.")
             return
+        possible = exportable(recipe)
         self._log_event(
             "start",
             method=recipe.algorithm.name,
@@ -244,7 +246,8 @@ class Run:
             clients=len(experiment.data.clients),
             held_out=sum(map(len, experiment.data.held_out.values())),
             parameters=experiment.base_size,
-            global_model=experiment.recipe.algorithm.has_global_model,
+            global_model=possible.global_model,
+            no_folder=possible.no_folder,
             tuned=tree.size(tree.parameters(experiment.model)),
             seed=recipe.seed,
             notes=list(experiment.notes),

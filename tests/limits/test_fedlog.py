@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedferret.algorithms.fedlog import FedLog
 from fedferret.algorithms.fedlog_head import most_probable_head, random_head, residual
@@ -51,6 +52,19 @@ def test_the_head_is_where_the_gradient_of_the_papers_objective_is_zero(classes:
     (gradient,) = torch.autograd.grad(objective, head)
     assert float(gradient.abs().max()) < 1e-9 and residual(means, head.detach()) < 1e-9
     assert residual(means, 1.01 * head.detach()) > 1e-3 * float(means.abs().max())
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_of_normalised_features_even_the_rounded_head_is_within_a_millionth(classes: int) -> None:
+    """What a default run does: unit features, a constant 1, sums in fp32, the head in fp32."""
+    labels = torch.arange(3 * classes) % classes
+    features = functional.normalize(normal(Key.of(2), len(labels), 84), dim=1)
+    constant = torch.ones(len(labels), 1)
+    sums = torch.zeros(classes, 85).index_add_(0, labels, torch.cat((features, constant), dim=1))
+    means = sums.double() / len(labels)
+    head = most_probable_head(means)
+    assert residual(means, head) < 1e-12 and residual(means, head.float()) < 1e-6
+    assert residual(means, most_probable_head(means).half()) > 1e-6  # so coarse a head would be seen
 
 
 def test_balanced_classes_with_means_of_one_length_have_twice_their_means_as_head() -> None:

@@ -14,6 +14,7 @@ from fedferret.algorithms.fedpft import FedPFT
 from fedferret.algorithms.fedpft_messages import LARGEST, Mixtures, bytes_of
 from fedferret.algorithms.fedpft_server import drawn_features, rows_of
 from fedferret.algorithms.fedpft_then import FedPFTThen
+from fedferret.build import load_data
 from fedferret.config import from_tables
 from fedferret.core.errors import UserError
 from fedferret.core.exchanges import Failure
@@ -220,10 +221,24 @@ def test_bad_settings_are_named_before_work(tables: dict[str, Any], reason: str)
         from_tables(recipe)
 
 
+@pytest.mark.parametrize("name", ["fedpft", "fedpft-then"])
+def test_min_examples_above_every_clients_largest_class_is_named_before_work(name: str) -> None:
+    tables: dict[str, Any] = {"rounds": 2 if "then" in name else 1, "model": {"name": "lenet5"}}
+    partition = {"kind": "iid", "clients": 2}
+    tables |= {"data": {"source": "digits", "max_examples": 200, "max_held_out": 50, "partition": partition}}
+    given = {"min_examples": 90}
+    tables |= {"clients": {"per_round": 2}, "algorithm": {"name": name, **(given if name == "fedpft" else {})}}
+    if name == "fedpft-then":
+        tables["algorithm"] |= {"start": given, "then": "fedavg"}
+    with pytest.raises(UserError, match=r"min_examples=90: no client has more than \d+ examples of one class"):
+        load_data(from_tables(tables))
+    load_data(replace(from_tables(tables), algorithm=replace(ONE, min_examples=3)))
+
+
 def test_a_model_without_a_head_and_a_folder_for_a_normalised_head_are_refused() -> None:
     with pytest.raises(UserError, match="features that a head reads"):
         ONE.prepare(toy_model(), KEY)
-    with pytest.raises(UserError, match="write a delta"):
+    with pytest.raises(UserError, match='set normalise="none"'):
         replace(ONE, normalise="l2").release(toy_classifier())
     for start in (replace(ONE, normalise="l2"), replace(ONE, chain=True)):
         with pytest.raises(UserError, match=r"start\.(normalise|chain)="):

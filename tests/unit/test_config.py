@@ -112,6 +112,10 @@ def test_a_date_of_toml_is_its_text(tmp_path: Path) -> None:
             {"algorithm": {"name": "fedit", "modules": ["q", 7]}},
             r"algorithm\.modules\.1=7: input should be a valid string",
         ),
+        (
+            {"algorithm": {"name": "local-only"}, "pool": {"name": "median"}},
+            r'pool\.name="median": the clients of local-only share nothing, so nothing is pooled',
+        ),
         ({"algorithm": {"name": 3}}, r"algorithm\.name: this setting is missing or not a name"),
         ({"data": {"source": "chat"}}, r'no data source is called "chat": did you mean "chitchat"\?'),
         ({"data": {"pth": "x"}}, r'data\.pth: there is no such setting; did you mean "path"\?'),

@@ -83,8 +83,10 @@ def test_a_clients_own_model_is_exported(tmp_path: Path) -> None:
     assert "Density is the share of weights" in report and f"{summary['density_by_round'][-1]:.1%}" in report
     with pytest.raises(UserError, match="spafl has no global model: export a client's own, with --client NAME"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)
-    with pytest.raises(UserError, match=r"--client nobody: .*it has trained in no round"):
+    with pytest.raises(UserError, match=r"--client nobody: no client of .*; those that have are c0, c1"):
         export_folder(tmp_path / "run", tmp_path / "model", silent, client="nobody")
+    with pytest.raises(UserError, match=r"--client c1x: no client of .*; near it are c1"):
+        export_folder(tmp_path / "run", tmp_path / "model", silent, client="c1x")
     export_folder(tmp_path / "run", tmp_path / "model", silent, client="c1")
     with pytest.raises(UserError, match="not from a TextClassifier: export it without --prune"):
         export_folder(tmp_path / "run", tmp_path / "pruned", silent, client="c1", prune=True)

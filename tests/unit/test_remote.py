@@ -70,6 +70,10 @@ def with_guest(tmp_path: Path, change: Change, **options: Any) -> tuple[Simulati
         (changed(reply=None), "Response.reply holds None, and bytes is declared"),
         (changed(version="newest"), "Response.version holds a value of type str, and int is declared"),
         (changed(status="perhaps"), "sent the invalid status 'perhaps'"),
+        (
+            changed(status="missing", reason="\x1b]8;;http://x\x07"),
+            "says that .{1,3}8;;http://x.. is missing, and no such",
+        ),
         (changed(round=1, ticket="old"), "replied to a request of round 1 that is over"),
         (changed(client="a"), "replied for a in round"),
         (changed(round=99), "in round 99, which it was not asked"),

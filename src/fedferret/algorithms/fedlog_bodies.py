@@ -23,12 +23,21 @@ from fedferret.core import tree
 from fedferret.core.errors import UserError, nearest
 from fedferret.core.keys import Key
 from fedferret.core.task import Examples, Task
+from fedferret.local.trajectory_matching import physical_memory
 from fedferret.models.adapters import prefix_of
 from fedferret.models.catalogue import IMAGE_MODELS
 from fedferret.models.classifiers import Classifier, ImageClassifier
-from fedferret.models.private_body import BASE, FeatureForm, Normalise, PrivateBodyClassifier, image_features
+from fedferret.models.private_body import (
+    BASE,
+    FeatureForm,
+    Normalise,
+    PrivateBodyClassifier,
+    image_features,
+    image_weights,
+)
 
 MOST_FEATURES = 65_536  # more than any body is wide; η has so many numbers for each class
+_COPIES = 5  # of a body in training: itself, its first values, gradients and two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +98,23 @@ class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLog
             raise UserError("over: a learned prompt cannot be a private body; choose an adapter such as fedit or ssf")
         if self.bodies and not any(weight.requires_grad for weight in inner.parameters()):
             raise UserError('bodies: model.train="head" freezes the body, and these train; leave train out')
+        if self.features is not None:
+            self._check_memory(model)
         if rounds > 1 and not model.private():
             raise UserError(
                 f"rounds={rounds}: the body is frozen, so a client's statistics are the same every round; set rounds=1 "
                 f"and clients.per_round to all clients, or train a part of the body with features or over"
+            )
+
+    def _check_memory(self, model: PrivateBodyClassifier) -> None:
+        """Refuse maps to features that cannot be trained here. Raises UserError."""
+        own = sum(weight.numel() for weight in model.private().values())
+        body = max((image_weights(name, self.features) for name in self.bodies), default=own)
+        needed, there = 4 * (_COPIES * body + sum(each.numel() for each in model.head.parameters())), physical_memory()
+        if needed > there:
+            raise UserError(
+                f"features={self.features}: a private body has {body:,} weights, which take about {needed / 1e9:.1f} "
+                f"GB in training, and this machine has {there / 1e9:.1f} GB; lower features"
             )
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
@@ -119,12 +141,13 @@ class PrivateBodies(OverAdapter[FedLogPublic, FedLogServer, FedLogClient, FedLog
     def model(
         self, task: Task, public: FedLogPublic, client: FedLogClient | None = None
     ) -> Iterator[PrivateBodyClassifier | None]:
-        """A client's body under the public head; there is no other model."""
-        if client is None:
+        """A client's body under the public head; there is no other model, unless the body is frozen."""
+        model = body_of(task.model)
+        if client is None and (self.bodies or model.private()):
             yield None
             return
-        model = body_of(task.model)
-        model.hold(client.body, client.weights)
+        if client is not None:
+            model.hold(client.body, client.weights)
         with torch.no_grad():
             model.head.weight.copy_(public.head[:, :-1])
             model.head.bias.copy_(public.head[:, -1])

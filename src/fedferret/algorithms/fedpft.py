@@ -127,7 +127,7 @@ class FedPFT(Algorithm[FedPFTPublic, None, FedPFTClient, FedPFTEntry, Mixtures])
     def release(self, model: nn.Module) -> nn.Module:
         """The model itself; no plain architecture normalises features."""
         if self.normalise != "none":
-            raise UserError(f'normalise="{self.normalise}": no folder of a model has a place for it; write a delta')
+            raise UserError(f'normalise="{self.normalise}": no plain model has a place for it; set normalise="none"')
         return model
 
     def note(self, public: FedPFTPublic) -> str | None:

@@ -62,7 +62,7 @@ class Fitting:
                 count = counts.get(label, 0) + int((y_N[:real] == label).sum())
                 found[label] = (count, self._of_class(own_NH, x_NH, y_N, key.fold("class", label)))
         if not found:
-            raise FeaturesRefused(f"the client has {self.fewest} examples of no class (min_examples)")
+            raise FeaturesRefused(f"no class has {self.fewest} examples at this client (min_examples)")
         return Mixtures.of(found, self.kind, self.floor)
 
     def _of_class(self, own_NH: Tensor, x_NH: Tensor, y_N: Tensor, key: Key) -> Mixture:

@@ -40,6 +40,7 @@ class LocalOnly(Algorithm[FedAvgPublic, None, PrivateWeights, NothingShared, Not
 
     name: ClassVar[str] = "local-only"
     has_global_model: ClassVar[bool] = False  # the public weights stay the base's
+    shares_nothing: ClassVar[bool] = True  # so no pool can be chosen
     training: FirstOrder = field(default_factory=FirstOrder)
 
     def wire_cost(self, shapes: Shapes, cohort: int, round: int) -> WireCost:

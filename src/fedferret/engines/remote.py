@@ -32,7 +32,7 @@ from fedferret.core.spool import Place, Spool
 from fedferret.core.text import plain_line
 from fedferret.engines.client_store import ClientStore
 from fedferret.engines.replay import Protection
-from fedferret.engines.transport import DONE, MISSING, REFUSED, Messages, Received, Request, Response, Transport
+from fedferret.engines.transport import DONE, MISSING, PARTS, REFUSED, Messages, Received, Request, Response, Transport
 
 SENDINGS = 4  # requests to one client in an exchange: recipe missing, then records, then the replica differs
 ERRORS = 3  # errors of a site's processes that are not believed in an exchange: nobody signs them
@@ -294,6 +294,8 @@ class _Exchange:
             return f"a {type(response).__name__} came where a Response was expected"
         if response.status not in (DONE, MISSING, REFUSED):
             return f"sent the invalid status {plain_line(response.status)!r}"
+        if response.status == MISSING and response.reason not in PARTS:
+            return f"says that {plain_line(response.reason, 60)!r} is missing, and no such thing is sent"
         if max(abs(response.version), abs(response.process), abs(response.round)) >= _LARGEST:
             return f"sent a version, a process or a round of {_LARGEST:,} or more"
         self._log_event(
@@ -327,7 +329,7 @@ class _Exchange:
 
     def _send_missing(self, client: str, response: Response) -> bool:
         """The site has not what the request builds on: remember what to send with the next."""
-        missing = self._named(response)
+        missing, missed = self._named(response), response.reason if response.status == MISSING else "replica"
         known = self.missing.get(client)
         self.sendings[client] += 1
         if missing.rebuild and known and known.rebuild:
@@ -339,7 +341,7 @@ class _Exchange:
             )
             return False
         if self.sendings[client] == SENDINGS:
-            reason = f"its {plain_line(response.reason)} is still missing after it was sent"
+            reason = f"its {missed} is still missing after it was sent"
             self.settled[client] = Failure(client, "replica", reason)
             return False
         if missing.rebuild:
@@ -351,7 +353,7 @@ class _Exchange:
         else:
             missing.rebuild = missing.rebuild or bool(known and known.rebuild)
             self.missing[client] = missing
-        self.wrong[client] = f"its {plain_line(response.reason)} is missing, and the time was over before it was sent"
+        self.wrong[client] = f"its {missed} is missing, and the time was over before it was sent"
         return True
 
     def _outcome(self, client: str) -> Reply | Failure:

@@ -175,9 +175,10 @@ class Response:
     fingerprint: str  # of the replica now; "": there is none
     process: int  # id of the trainer's process
     reply: bytes  # of DONE: the reply to the body, encoded
-    reason: str  # of MISSING: "recipe", "records" or "replica"; of REFUSED, and of DONE where a state is lost: one line
+    reason: str  # of MISSING: one of PARTS; of REFUSED, and of DONE where a state is lost: one line
     private: bytes  # a simulated client's new private state; what a site keeps is never here
     sequence: int  # the request's
 
 
 DONE, MISSING, REFUSED = "done", "missing", "refused"
+PARTS = ("recipe", "records", "replica")  # what can be missing

@@ -92,6 +92,7 @@ def write_report(folder: Path) -> Path:
         environment=environment_of(folder),
         folder=shlex.quote(str(folder)),
         global_model=run.start.get("global_model", True),
+        no_folder=run.start.get("no_folder", ""),
         light=LIGHT,
         dark=DARK,
     )
