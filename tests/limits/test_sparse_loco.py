@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.sparse_loco import SparseLoCo
-from fedferret.bases.chunk_top_k import Chunks, largest_of_chunks
+from fedferret.bases.chunk_top_k import Chunks, chunk_positions
 from fedferret.bases.signs import fit_two_magnitudes, two_magnitudes
 from fedferret.core import tree
 from fedferret.core.errors import UserError
@@ -103,7 +103,7 @@ def test_places_survive_the_wire_and_no_bytes_decode_to_others(
     most = data.draw(st.integers(1, chunk_size))
     chunks, start, places = Chunks(tuple(sizes), chunk_size, most), 0, []
     for index, size in enumerate(sizes):
-        places.append(largest_of_chunks(Key.of(index).uniform(size).float(), chunk_size, most) + start)
+        places.append(chunk_positions(Key.of(index).uniform(size).float(), chunk_size, most) + start)
         start += size
     packed = chunks.pack(torch.cat(places))
     assert torch.equal(chunks.unpack(packed), torch.cat(places)) and len(packed) == chunks.num_index_bytes

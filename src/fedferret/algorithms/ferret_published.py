@@ -58,8 +58,11 @@ class FerretPublished(Ferret):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size != 1 or self.error_feedback or self.keys != "per-client" or self.over is not None:
-            raise UserError("group_size, error_feedback, keys, over: the published code has none of these; use ferret")
+        own = self.group_size != 1 or self.norms_every != 1
+        if own or self.error_feedback or self.keys != "per-client" or self.over is not None:
+            raise UserError(
+                "group_size, norms_every, error_feedback, keys, over: the published code has none of these; use ferret"
+            )
 
     @property
     def pooling(self) -> Pooling:

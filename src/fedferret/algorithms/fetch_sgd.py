@@ -31,9 +31,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedferret.algorithms.fedavg_top_k import Sparse
 from fedferret.algorithms.fetch_sgd_messages import CellsSum, FetchSGDEntry, FetchSGDPublic, FetchSGDServer, Sketch
 from fedferret.algorithms.full_model import deltas, loaded, step_at_
+from fedferret.algorithms.sparse_updates import Sparse
 from fedferret.bases.count_sketch import CountSketch, row_lengths
 from fedferret.bases.positions import num_bytes, pack_positions
 from fedferret.bases.quantise import Packed, pack_vector

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fedferret.algorithms.fedavg_top_k import Sparse
+from fedferret.algorithms.sparse_updates import Sparse
 from fedferret.bases.quantise import Packed, pack_vector
 from fedferret.core.algorithm import Payload
 from fedferret.core.fields import Form

@@ -41,7 +41,7 @@ from fedferret.algorithms.sparse_updates import (
     mean_where_given,
     step_where_given_,
 )
-from fedferret.bases.chunk_top_k import Chunks, largest_of_chunks
+from fedferret.bases.chunk_top_k import Chunks, chunk_positions
 from fedferret.bases.positions import pack_positions
 from fedferret.bases.quantise import num_bytes, pack_vector
 from fedferret.core import tree
@@ -114,7 +114,7 @@ class SparseLoCo(Algorithm[FedAvgPublic, None, Residual, SparseEntry, ChunkedSpa
             for name, delta in deltas(public.weights, trained):
                 residual[name] = delta.add(client.residual[name].to(delta.device), alpha=self.residual_decay)
                 flat = residual[name].view(-1)
-                chosen = largest_of_chunks(flat, self.chunk_size, self.values_per_chunk)
+                chosen = chunk_positions(flat, self.chunk_size, self.values_per_chunk)
                 values.append(flat[chosen.to(flat.device)].cpu())
                 places.append(chosen + start)
                 start += len(flat)

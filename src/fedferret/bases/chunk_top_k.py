@@ -123,7 +123,7 @@ class Chunks:
         return np.repeat(self.lengths > self.most, self.taken)
 
 
-def largest_of_chunks(flat_N: Tensor, chunk_size: int, most: int) -> Tensor:
+def chunk_positions(flat_N: Tensor, chunk_size: int, most: int) -> Tensor:
     """Places of the largest magnitudes of every chunk of a tensor.
 
     Args:

@@ -154,10 +154,8 @@ def other_version(version: int) -> str:
     """
     if version > VERSION:
         return f"written by a newer fedferret (wire version {version}; this one reads {VERSION}): update this side"
-    if version == 1:
-        remedy = 'pip install "fedferret==0.1.*" reads it'
-    else:
-        remedy = "the commit that wrote it reads it; run it again here"
+    pip = 'pip install "fedferret==0.1.*" reads it'
+    remedy = pip if version == 1 else "the commit that wrote it reads it; run it again here"
     written = _BEFORE.get(version, "another program")
     return f"written by {written} (wire version {version}; this one reads {VERSION}): {remedy}"
 
@@ -291,15 +289,13 @@ class _Reader:
             raise WireError("message holds a text that is not UTF-8") from None
 
     def name(self) -> str:
-        number = self.varint()
-        if number & 1 == 0:
-            name = self.text(number >> 1)
-            if name in _KNOWN:
-                raise WireError("message holds a name that is longer than it need be")
-            return name
-        if number >> 1 >= len(_NAMES):
+        number, known = divmod(self.varint(), 2)
+        if known and number >= len(_NAMES):
             raise WireError("message holds an unknown name")
-        return _NAMES[number >> 1]
+        name = _NAMES[number] if known else self.text(number)
+        if not known and name in _KNOWN:
+            raise WireError("message holds a name that is longer than it need be")
+        return name
 
     def count(self) -> int:
         number = self.varint()
@@ -355,7 +351,7 @@ class _Reader:
         code = bytes(self.take(TYPE_CODE_BYTES))
         cls = message_type(code)
         if cls is None:
-            raise WireError(f"message of unknown type {code.hex()}: the sender has a method or a version of its own")
+            raise WireError(f"message of unknown type {code.hex()}: the sender has other methods or another version")
         values = [self.value(depth + 1) for _ in dataclasses.fields(cls)]
         wrong = misfit(cls, values)
         if wrong is not None:
@@ -364,8 +360,8 @@ class _Reader:
 
     def vector(self) -> Tensor:
         self.weigh(_TENSOR)
-        data = self.take(self.varint())
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        data = bytearray(self.take(self.varint()))
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def tensor(self) -> Tensor:
         self.weigh(_TENSOR)
@@ -398,6 +394,6 @@ def _shown(text: str) -> str:
     return repr("".join(each if each.isprintable() else "\ufffd" for each in text[:_SHOWN]))
 
 
-_FLOATS = {b"h": ("<f", b"\0\0", 2), b"e": ("<f", b"", 4), b"d": ("<d", b"", 8)}  # form, bytes before, bytes
+_FLOATS = {b"h": ("<f", b"\0\0", 2), b"e": ("<f", b"", 4), b"d": ("<d", b"", 8)}  # kind, what does not travel, bytes
 _LARGEST_FP32 = torch.finfo(torch.float32).max
 _CONSTANTS: dict[bytes, Any] = {b"n": None, b"t": True, b"f": False}
