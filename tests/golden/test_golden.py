@@ -46,7 +46,7 @@ def test_the_files_tell_the_methods_apart() -> None:
     kept = [[float(line) for line in (FOLDER / f"{method}.txt").read_text().split()] for method in METHODS]
     assert all(len(each) == 4 and each[0] == kept[0][0] for each in kept)
     for left, right in pairwise(kept):
-        assert abs(left[-1] - right[-1]) > 10 * TOLERANCE * left[-1]
+        assert abs(left[-1] - right[-1]) > 5 * TOLERANCE * left[-1]
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ REGISTERED: dict[str, Any] = {
 REGISTERED["fibecfed"] = replace(REGISTERED["fibecfed"], layers=1.0, curriculum_start=1.0)
 REGISTERED["fedpeptao"] = replace(REGISTERED["fedpeptao"], layers=1.0)
 REGISTERED["fedlog"] = replace(REGISTERED["fedlog"], start="random")  # it trains in round 1 too
+REGISTERED["fed-sb"] = replace(
+    REGISTERED["fed-sb"], initialisation="random", first_step=0.0
+)  # a set-up round takes gradients
 REGISTERED["fedrep"] = replace(REGISTERED["fedrep"], head_times=0)  # the head is trained on further batches
 REGISTERED["sa-fedlora"] = replace(REGISTERED["sa-fedlora"], full_training=REGISTERED["sa-fedlora"].training)
 

@@ -70,6 +70,8 @@ class FedSBSetUp(Algorithm[SetUpPublic, None, None, SetUpEntry, GradientFactors]
     modules: str | tuple[str, ...] | None
     weighting: Weighting
 
+    trains_at_clients: ClassVar[bool] = False  # gradients at the base's weights alone
+
     @property
     def pooling(self) -> Pooling:
         """Products of factors do not add up: every client's are kept apart."""

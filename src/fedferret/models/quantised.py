@@ -65,6 +65,9 @@ def _four_bit(dense: nn.Linear) -> nn.Module:
         *shape, bias=dense.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
     )
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    # After a pass without gradients the library would pack the codes for processors with bf16 products. From then on no
+    # gradient passes the layer: an adapter under it would be tuned by nothing, without a word.
+    layer.support_avx512bf16_for_cpu = False
     return _with_bias(layer, dense)
 
 
