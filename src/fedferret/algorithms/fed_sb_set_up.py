@@ -63,14 +63,13 @@ class FedSBSetUp(Algorithm[SetUpPublic, None, None, SetUpEntry, GradientFactors]
     """The best factors of the mean gradient. See ``Algorithm`` for arguments and results."""
 
     name: ClassVar[str] = "fed-sb-set-up"
+    trains_at_clients: ClassVar[bool] = False  # gradients at the base's weights alone
     rank: int
     examples: int  # of each client, at most
     batch_size: int
     first_step: float  # R = -first_step S
     modules: str | tuple[str, ...] | None
     weighting: Weighting
-
-    trains_at_clients: ClassVar[bool] = False  # gradients at the base's weights alone
 
     @property
     def pooling(self) -> Pooling:
