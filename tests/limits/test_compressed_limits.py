@@ -18,25 +18,13 @@ from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
 from fedferret.core.pooling import MeanPool
 from fedferret.local.first_order import FirstOrder
+from toy_updates import flat, trained
 from toys import SHAPES, TRAINING, ToyData, simulate, toy_clients, toy_model, toy_task, weights
 
 D = 97  # the toy model's weights
 ADAMW = FirstOrder(optimizer="adamw", learning_rate=0.01, steps=3)
 TOP_K = FedAvgTopK(fraction=0.1, bits=32, training=TRAINING)
 EIGHT_BIT = FedAvg8Bit(training=TRAINING)
-
-
-def flat(tensors: Any) -> Tensor:
-    """All of a tree's numbers in a row."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
-
-
-def trained(data: Any, key: Key) -> Tensor:
-    """What one client's training changes, w - w_j."""
-    task = toy_task(1)
-    before = tree.clone(tree.parameters(task.model))
-    TRAINING.train(task, data, key.fold("train"))
-    return torch.cat([delta.view(-1) for _, delta in tree.difference(before, tree.parameters(task.model))])
 
 
 @pytest.mark.parametrize("error_feedback", [True, False])

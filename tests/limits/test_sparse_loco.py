@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fedferret.algorithms.fedavg import FedAvg
 from fedferret.algorithms.sparse_loco import SparseLoCo
@@ -19,24 +18,12 @@ from fedferret.bases.signs import fit_two_magnitudes, two_magnitudes
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
+from toy_updates import flat, trained
 from toys import SHAPES, TRAINING, simulate, toy_clients, toy_task
 
 D = 97  # the toy model's weights
 LOCO = SparseLoCo(values_per_chunk=3, chunk_size=16, training=TRAINING)
 EXACT = replace(LOCO, bits=32)
-
-
-def flat(tensors: Any) -> Tensor:
-    """All of a tree's numbers in a row."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
-
-
-def trained(data: Any, key: Key) -> Tensor:
-    """What one client's training changes, w - w_j."""
-    task = toy_task(1)
-    before = tree.clone(tree.parameters(task.model))
-    TRAINING.train(task, data, key.fold("train"))
-    return torch.cat([delta.view(-1) for _, delta in tree.difference(before, tree.parameters(task.model))])
 
 
 @pytest.mark.parametrize("chunk_size", [4096, 16])

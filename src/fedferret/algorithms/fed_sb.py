@@ -31,7 +31,8 @@ from torch import nn
 from fedferret.algorithms.fed_sb_set_up import FedSBSetUp, handed_over
 from fedferret.algorithms.fedavg import FedAvgPublic
 from fedferret.algorithms.full_model import loaded
-from fedferret.algorithms.packed_average import Bits, PackedAverage
+from fedferret.algorithms.packed_average import PackedAverage
+from fedferret.bases.quantise import Bits
 from fedferret.core import tree
 from fedferret.core.algorithm import Weighting
 from fedferret.core.errors import UserError

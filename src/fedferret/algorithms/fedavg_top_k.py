@@ -180,7 +180,7 @@ class FedAvgTopK(Algorithm[FedAvgPublic, None, Residual, SparseEntry, Sparse]):
 
     def apply(self, task: Task, public: FedAvgPublic, entry: SparseEntry) -> None:
         """w <- w - η Δ where Δ is given, element by element."""
-        step_where_given_(public.weights, entry, task.rounding)
+        step_where_given_(public.weights, entry.delta, entry.learning_rate, task.rounding)
 
     def _packed(self, values_K: Tensor, key: Key) -> Packed | Signs:
         """Values as they go up."""

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from fedferret.algorithms.ferret import Ferret
 from fedferret.algorithms.ferret_messages import FerretPublic
 from fedferret.algorithms.ferret_presets import PAPER_TRAINING
-from fedferret.algorithms.ferret_settings import Bits
 from fedferret.bases.blocks import pack
 from fedferret.bases.fixed_pool import FixedPool
 from fedferret.bases.projector import Allocation
 from fedferret.bases.published import PublishedProjector
+from fedferret.bases.quantise import Bits
 from fedferret.bases.registry import basis
 from fedferret.core import tree
 from fedferret.core.algorithm import Pooling, Shapes, Weighting, WireCost

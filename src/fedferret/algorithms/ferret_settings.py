@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from fedferret.algorithms.over import OverAdapter
 from fedferret.bases.blocks import pack
 from fedferret.bases.coding import Coding
 from fedferret.bases.projector import Allocation, Projector, Scale
+from fedferret.bases.quantise import Bits
 from fedferret.bases.registry import basis
 from fedferret.core import tree
 from fedferret.core.algorithm import Pooling, Shapes, Weighting, WireCost
@@ -31,14 +32,12 @@ from fedferret.core.keys import Key
 from fedferret.local.first_order import FirstOrder
 from fedferret.local.schedules import Schedule
 
-Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FerretSettings(OverAdapter[FerretPublic, FerretServer, FerretClient, FerretEntry, FerretReply]):
     """The settings of Ferret. See ``Algorithm`` for arguments and results."""
 
-    coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms 997 bytes (docs/results.md)
+    coordinates: int = 664  # that travel up, over all blocks: with SmolLM2's block norms a message of 916 bytes
     norms_every: int = 1  # rounds from one in which block norms travel to the next; 0: in the first round alone
     basis: Literal["sign-buckets", "truncated-normal"] = "sign-buckets"  # one pass over memory whatever K is
     allocation: Allocation = "norm-squared"  # the same error in every weight: where gradients are long, so is curvature

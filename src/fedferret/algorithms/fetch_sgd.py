@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.fetch_sgd_messages import CellsSum, FetchSGDEntry, FetchSGDPublic, FetchSGDServer, Sketch
-from fedferret.algorithms.full_model import deltas, loaded, step_at_
-from fedferret.algorithms.sparse_updates import Sparse
+from fedferret.algorithms.full_model import deltas, loaded
+from fedferret.algorithms.sparse_updates import Sparse, step_where_given_
 from fedferret.bases.count_sketch import CountSketch, row_lengths
 from fedferret.bases.positions import num_bytes, pack_positions
 from fedferret.bases.quantise import Packed, pack_vector
@@ -160,8 +160,7 @@ class FetchSGD(Algorithm[FetchSGDPublic, FetchSGDServer | None, None, FetchSGDEn
 
     def apply(self, task: Task, public: FetchSGDPublic, entry: FetchSGDEntry) -> None:
         """w <- w - Δ where Δ is given, element by element."""
-        positions, values = entry.delta.positions.unpack(), entry.delta.values.unpack()
-        step_at_(public.weights, positions, values, 1.0, task.rounding)
+        step_where_given_(public.weights, entry.delta, 1.0, task.rounding)
 
     @contextmanager
     def model(self, task: Task, public: FetchSGDPublic, client: None = None) -> Iterator[nn.Module]:

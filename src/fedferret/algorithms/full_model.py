@@ -85,28 +85,6 @@ def step_(weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor], rate: flo
             moved.sub_(deltas[name].to(weight.device).view_as(weight) * rate)
 
 
-def step_at_(weights: Mapping[str, Tensor], positions_K: Tensor, values_K: Tensor, rate: float, rounding: Key) -> None:
-    """w <- w - rate Δ at some positions, in place; all else stays as it is, to the bit.
-
-    Args:
-        weights: fp32 or bf16, by name.
-        positions_K: in the weights, counted from tensor to tensor, ascending int64, shape (K,).
-        values_K: Δ there, fp32, shape (K,).
-        rate: η.
-        rounding: of this step; every tensor's key is derived from it by the tensor's name.
-    """
-    start = 0
-    for name, weight in weights.items():
-        borders = torch.tensor([start, start + weight.numel()])
-        first, last = torch.searchsorted(positions_K, borders).tolist()
-        if first < last:
-            places = (positions_K[first:last] - start).to(weight.device)
-            with rounded_once(weight, rounding.fold(name)) as moved:
-                flat = moved.view(-1)
-                flat[places] = flat[places] - values_K[first:last].to(flat.device) * rate
-        start += weight.numel()
-
-
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Refuse, with a ValueError, tensors of other names, order, shapes or data types than a model's.
 

@@ -14,14 +14,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedferret.algorithms.fedavg import FedAvgPublic
 from fedferret.algorithms.full_model import deltas, loaded, step_
-from fedferret.bases.quantise import Packed, num_bytes, pack_vector
+from fedferret.bases.quantise import Bits, Packed, num_bytes, pack_vector
 from fedferret.core import tree
 from fedferret.core.algorithm import Algorithm, ClientReply, Payload, Pooled, Shapes, Weighting, WireCost
 from fedferret.core.fields import Form
@@ -30,8 +30,6 @@ from fedferret.core.messages import message
 from fedferret.core.norms import euclidean_norm
 from fedferret.core.task import Examples, Task
 from fedferret.local.first_order import FirstOrder
-
-Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]
 
 
 @message

@@ -155,7 +155,7 @@ class SparseLoCo(Algorithm[FedAvgPublic, None, Residual, SparseEntry, ChunkedSpa
 
     def apply(self, task: Task, public: FedAvgPublic, entry: SparseEntry) -> None:
         """w <- w - η Δ where Δ is given, element by element."""
-        step_where_given_(public.weights, entry, task.rounding)
+        step_where_given_(public.weights, entry.delta, entry.learning_rate, task.rounding)
 
     @contextmanager
     def model(self, task: Task, public: FedAvgPublic, client: Residual | None = None) -> Iterator[nn.Module]:

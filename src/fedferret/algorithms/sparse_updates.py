@@ -90,20 +90,23 @@ def mean_where_given(
     return torch.cat(union), torch.cat(means)
 
 
-def step_where_given_(weights: Mapping[str, Tensor], entry: SparseEntry, rounding: Key) -> None:
-    """w <- w - η Δ where Δ is given, in place, element by element; bf16 weights are rounded at random, once.
+def step_where_given_(weights: Mapping[str, Tensor], delta: Sparse, rate: float, rounding: Key) -> None:
+    """w <- w - η Δ where Δ is given, in place; bf16 weights there are rounded at random, once; all else stays.
 
     Args:
         weights: fp32 or bf16, by name, in the order in which positions count on.
-        entry: Δ and η.
+        delta: Δ.
+        rate: η.
         rounding: of this step; every tensor's key is derived from it by the tensor's name.
     """
-    values = entry.delta.values.unpack()
-    for name, places, part in by_tensor(weights, entry.delta.positions.unpack()):
+    values = delta.values.unpack()
+    for name, places, part in by_tensor(weights, delta.positions.unpack()):
+        if not len(places):
+            continue  # a bf16 tensor would be copied for nothing
         with rounded_once(weights[name], rounding.fold(name)) as moved:
             flat = moved.view(-1)
             places = places.to(flat.device)
-            flat[places] = flat[places] - values[part].to(flat.device) * entry.learning_rate
+            flat[places] = flat[places] - values[part].to(flat.device) * rate
 
 
 def entry_bytes(kept: int, cohort: int, num_weights: int, bits: int) -> tuple[float, float]:

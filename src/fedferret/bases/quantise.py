@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from fedferret.core.messages import message
 from fedferret.core.pooling import within
 
 BITS = (32, 16, 8, 4, 2, 1)
+
+Bits: TypeAlias = Literal[32, 16, 8, 4, 2, 1]  # of a packed value
 
 # the positive levels that minimise a standard Gaussian's mean squared rounding error (Lloyd 1957, Max 1960)
 _LEVELS = {
@@ -212,7 +214,7 @@ def _pack_rotated(values: Tensor, bits: int, seed: int) -> Packed:
         boundaries = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(rotated * math.sqrt(values.numel() / energy), boundaries)
         products = rotated * levels[codes]
-    return Packed(join_bytes(codes, bits), rounded_to_fp32(energy / float(products.sum())), bits, values.numel(), seed)
+    return Packed(join_bytes(codes, bits), rounded(energy / float(products.sum())), bits, values.numel(), seed)
 
 
 @lru_cache
@@ -268,25 +270,14 @@ def split_bytes(joined: Tensor, bits: int, length: int) -> Tensor:
     return codes.view(-1)[:length]
 
 
-def rounded_to_bf16(value: float) -> float:
-    """Round a number to bf16, the upper half of fp32.
+def rounded(value: float, dtype: torch.dtype = torch.float32) -> float:
+    """Round a number to what a data type holds.
 
     Args:
         value: any float.
+        dtype: fp32, or bf16, the upper half of fp32.
 
     Returns:
-        The nearest bf16 value; infinity, with the sign of ``value``, beyond the range of bf16.
+        The nearest value of ``dtype``; infinity, with the sign of ``value``, beyond its range.
     """
-    return float(torch.tensor(value, dtype=torch.bfloat16))
-
-
-def rounded_to_fp32(value: float) -> float:
-    """Round a number to fp32.
-
-    Args:
-        value: any float.
-
-    Returns:
-        The nearest fp32 value; infinity, with the sign of ``value``, beyond the range of fp32.
-    """
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(torch.tensor(value, dtype=dtype))

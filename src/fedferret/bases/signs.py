@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fedferret.bases.quantise import finite_fp32, is_code, is_scale, join_bytes, num_bytes, rounded_to_fp32, split_bytes
+from fedferret.bases.quantise import finite_fp32, is_code, is_scale, join_bytes, num_bytes, rounded, split_bytes
 from fedferret.core.errors import UserError
 from fedferret.core.fields import Form
 from fedferret.core.messages import message
@@ -62,7 +62,7 @@ def pack_signs(values_K: Tensor) -> Signs:
     """
     values = finite_fp32(values_K)
     scale = float(values.double().abs().mean()) if len(values) else 0.0
-    return Signs(join_bytes(values > 0, 1), rounded_to_fp32(scale), len(values))
+    return Signs(join_bytes(values > 0, 1), rounded(scale), len(values))
 
 
 def fit_two_magnitudes(values_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from fedferret.bases.quantise import (
     is_seed,
     join_bytes,
     num_bytes,
-    rounded_to_bf16,
+    rounded,
     split_bytes,
 )
 from fedferret.bases.rotation import rotate, rotate_back
@@ -111,7 +111,7 @@ def encode_top_one(values_K: Tensor, group_size: int, key: Key) -> TopOneCode:
     # in fp64 the squares of the largest and smallest fp32 values neither overflow nor underflow
     energy, largest_sum = float(rotated.double().square().sum()), float(largest_G.abs().sum())
     codes = join_bytes(indices_G * 2 + (largest_G > 0), _bits(group_size))
-    return TopOneCode(codes, rounded_to_bf16(energy / largest_sum) if energy else 0.0, group_size, length, seed)
+    return TopOneCode(codes, rounded(energy / largest_sum, torch.bfloat16) if energy else 0.0, group_size, length, seed)
 
 
 def top_one_bytes(length: int, group_size: int) -> int:

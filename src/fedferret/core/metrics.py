@@ -19,7 +19,7 @@ LONGEST_WORK = 30 * 86400.0  # seconds: a month; a client may repeat what took l
 LARGEST_COUNT = 2.0**53  # above it a float counts no more
 
 
-def shortened(metrics: Mapping[str, float]) -> dict[str, float]:
+def rounded_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Round what is for people's eyes to what few bytes carry.
 
     Args:

@@ -23,7 +23,7 @@ from fedferret.core.exchanges import Body, ClientScores, ClientUpdate, Masked, S
 from fedferret.core.guard import Guard, Randomness, RoundSecret, check_guards, exchange_for, os_randomness
 from fedferret.core.keys import Key
 from fedferret.core.log import LogUpdate, Record
-from fedferret.core.metrics import shortened
+from fedferret.core.metrics import rounded_metrics
 from fedferret.core.pooling import mapped, tensors
 from fedferret.core.restore import restore_tensors
 from fedferret.core.task import Examples, Task, added_scores
@@ -264,7 +264,7 @@ class Node:
         key = client_key(self.seed, body.round, client)
         reply: ClientReply[Any, Any] = algorithm.client_update(task, self.public, private, data, key)
         if not self.guards:
-            return ClientUpdate(reply.payload, len(data), shortened(reply.metrics)), reply.client
+            return ClientUpdate(reply.payload, len(data), rounded_metrics(reply.metrics)), reply.client
         # metrics and counts stay here: they would say what the guards hide
         return ClientUpdate(self._guarded(reply.payload, body.round, client, key), 1, {}), reply.client
 

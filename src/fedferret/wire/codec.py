@@ -41,7 +41,10 @@ VERSION = 3
 DEPTH = 32  # of values in values; a staged method's state has 6
 DIMENSIONS = 8  # of a tensor
 LOWEST, HIGHEST = -(2**63), 2**64 - 1  # of an integer: keys have 64 bits without a sign
-_BEFORE = {1: "fedferret 0.1", 2: "a fedferret 0.2 in development"}  # what wrote earlier wire versions
+_BEFORE = {  # what wrote earlier wire versions, and what reads them
+    1: ("fedferret 0.1", 'pip install "fedferret==0.1.*" reads it'),
+    2: ("a fedferret 0.2 in development", "the commit that wrote it reads it; run it again here"),
+}
 _MAGIC = b"fF"
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
@@ -154,9 +157,7 @@ def other_version(version: int) -> str:
     """
     if version > VERSION:
         return f"written by a newer fedferret (wire version {version}; this one reads {VERSION}): update this side"
-    pip = 'pip install "fedferret==0.1.*" reads it'
-    remedy = pip if version == 1 else "the commit that wrote it reads it; run it again here"
-    written = _BEFORE.get(version, "another program")
+    written, remedy = _BEFORE.get(version, ("another program", "no fedferret reads it"))
     return f"written by {written} (wire version {version}; this one reads {VERSION}): {remedy}"
 
 
