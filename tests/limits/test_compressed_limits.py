@@ -34,6 +34,11 @@ def test_top_k_with_as_many_as_there_are_is_fedavg_to_the_bit(training: FirstOrd
     assert simulate(whole, 4).public == simulate(FedAvg(training=training), 4).public
 
 
+def test_the_servers_rate_of_top_k_is_fedavgs_to_the_bit() -> None:
+    whole = FedAvgTopK(fraction=1.0, bits=32, server_learning_rate=0.7, training=TRAINING)
+    assert simulate(whole, 3).public == simulate(FedAvg(server_learning_rate=0.7, training=TRAINING), 3).public
+
+
 def test_a_client_sends_its_k_largest_changes_and_keeps_the_rest_to_the_bit() -> None:
     task, data = toy_task(1), toy_clients()["b"]
     public, _ = TOP_K.init(task, Key.of(1))

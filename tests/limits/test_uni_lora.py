@@ -60,6 +60,8 @@ def test_in_32_bits_it_is_fedavg_of_the_vector_to_the_bit() -> None:
     ours, theirs = simulate(UNI, 3), simulate(FedAvg(training=ADAM), 3, task=toy_task(3, UNI))
     assert ours.public == theirs.public
     assert simulate(replace(UNI, bits=8), 3).public != ours.public
+    slower, fedavg = replace(UNI, server_learning_rate=0.7), FedAvg(server_learning_rate=0.7, training=ADAM)
+    assert simulate(slower, 3).public == simulate(fedavg, 3, task=toy_task(3, UNI)).public
 
 
 def test_the_map_from_the_vector_to_the_factors_is_an_isometry() -> None:

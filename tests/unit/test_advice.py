@@ -51,6 +51,12 @@ def test_the_noise_is_that_of_ferrets_own_code(recipe: Recipe, found: advice.Pro
     assert 0.25 * 2 / 3 < ratio < 0.25 * 3 / 2  # energy ∝ 1/K
 
 
+def test_fedavgs_gain_of_all_rounds_grows_slower_than_their_number() -> None:
+    probed = (5.0, 4.2, 4.0)
+    assert advice.extrapolated(probed, 2) == advice.extrapolated(probed, 1) == pytest.approx(1.0)  # what was measured
+    assert advice.extrapolated(probed, 32) == pytest.approx(16**advice.GAIN_EXPONENT)
+
+
 def test_noise_that_stays_adds_up_and_noise_that_fades_does_not() -> None:
     assert advice.memory(1.0, 40) == pytest.approx(40)
     assert 1 < advice.memory(0.0, 40) < advice.memory(0.5, 40) < advice.memory(0.5, 80) < 40
