@@ -140,6 +140,23 @@ def test_fisher_information_is_the_trace_of_outer_products_of_single_gradients(l
     assert not torch.allclose(found.by_example, fisher(task, data, names[:1]).by_example)
 
 
+def test_an_example_whose_gradient_is_not_finite_is_the_hardest_and_tells_nothing_of_neurons() -> None:
+    task, data = trained_factors(), toy_rows(Key.of(1), 7)
+    names, bad = factors_of(tree.parameters(task.model)), data.x[3, 0]
+
+    def loss(model: Any, rows: Any) -> Tensor:
+        return SquaredError().loss(model, rows) * torch.where(rows.x[0, 0] == bad, torch.nan, 1.0)
+
+    found = fisher(replace(task, objective=Given(loss)), data, names, at_once=3)
+    others = [row for row in range(7) if row != 3]
+    without = fisher(task, data.take(others), names)
+    assert found.by_example[3] == torch.inf
+    assert torch.allclose(found.by_example[others], without.by_example)
+    for name, each in without.by_neuron.items():
+        assert torch.allclose(found.by_neuron[name] * 7 / 6, each), name
+    assert ordered(found.by_example, "easy-first", Key.of(1))[-1] == 3
+
+
 def test_rows_with_most_information_in_the_long_run_are_kept_and_a_factor_that_has_none_trains_whole() -> None:
     masks = neuron_masks({"b": torch.tensor([1.0, 5.0, 0.0, 5.0, 2.0]), "a": torch.zeros(4)}, 0.4)
     assert masks["b"].tolist() == [0, 1, 0, 1, 0] and masks["a"].tolist() == [1, 1, 1, 1]

@@ -33,8 +33,8 @@ class Fisher:
     """The diagonal of the empirical Fisher matrix, summed in two ways.
 
     Attributes:
-        by_example: f_i, fp64, shape (N,).
-        by_neuron: by parameter, one value per row of the parameter, fp32.
+        by_example: f_i, fp64, shape (N,); infinite for an example whose gradient is not finite, which is hardest.
+        by_neuron: by parameter, one value per row of the parameter, fp32; examples that are not finite add nothing.
     """
 
     by_example: Tensor
@@ -59,11 +59,15 @@ def fisher(task: Task, data: Examples, names: Iterable[str], at_once: int | None
     rows = {name: torch.zeros(len(weight), dtype=torch.float64) for name, weight in weights.items()}
     fitting = max(1, min(_EXAMPLES, _VALUES // max(1, sum(weight.numel() for weight in weights.values()))))
     for places, gradients in gradients_by_example(task, data, weights, at_once or fitting):
+        squares = {}
         for name, each in gradients.items():
             squares_BR = each.square().flatten(2).sum(2) if each.dim() > 2 else each.square()
-            squares_BR = squares_BR.cpu().double()
-            by_example[places] += squares_BR.sum(1)
-            rows[name] += squares_BR.sum(0)
+            squares[name] = squares_BR.cpu().double()
+            by_example[places] += squares[name].sum(1)
+        finite = by_example[places].isfinite()
+        for name, squares_BR in squares.items():
+            rows[name] += squares_BR[finite].sum(0)
+    by_example.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     return Fisher(by_example, {name: (total / len(data)).float() for name, total in rows.items()})
 
 
@@ -79,8 +83,8 @@ def gradients_by_example(
         at_once: examples with gradients that are held together.
 
     Yields:
-        Numbers of at most ``at_once`` examples with their gradients; every example once. An example without a target
-        has gradients of 0.
+        Numbers of at most ``at_once`` examples with their gradients; every example once. Those of an example without
+        a target are NaN.
     """
     loss = _Loss(task.model, task.objective)
     followed = True  # by vmap, until it is not
@@ -96,7 +100,7 @@ def gradients_by_example(
                     followed = False
             if found is None:
                 found = _one_by_one(loss, weights, batches)
-            yield [start + row for row in rows], {name: each.nan_to_num(0, 0, 0) for name, each in found.items()}
+            yield [start + row for row in rows], found
 
 
 def neuron_masks(scores: Mapping[str, Tensor], kept: float) -> dict[str, Tensor]:
