@@ -91,7 +91,7 @@ class Contender:
         settings: of the method.
         large: where they differ for the large model, so that the message is as long.
         tasks: on which it is run, beside those on which rates are found.
-        like: the contender whose rates it takes; empty where its own are found.
+        like: the contender that it takes the rates of; empty where its own are found.
     """
 
     name: str

@@ -35,6 +35,13 @@ def test_rows_and_tasks_are_held_out():
     assert len(questions) == len(set(questions))
 
 
+def test_every_row_has_an_answer():
+    """Of the package's rows of "ab" many are answered by no letter, and 0 has no digits in base_conversion."""
+    data = ReasoningGym(tasks=("ab", "base_conversion"), held_out_tasks=0).load(Key.of(1))
+    rows = [e for part in (*data.clients.values(), *data.held_out.values()) for e in part]
+    assert len(rows) == 2 * 210 and all(example.turns[1].content.strip() for example in rows)
+
+
 def test_the_data_follow_from_the_key_and_not_from_the_global_generators():
     random.seed(1), np.random.seed(1)  # as another program may leave them
     first = SMALL.load(Key.of(1))

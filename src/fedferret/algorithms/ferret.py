@@ -9,10 +9,10 @@ Shu, Hu, Ng, Low, Yu. "Ferret: Federated Full-Parameter Tuning at Scale for Larg
     server:    send all replies on; with shared keys c = Σ n_j c_j / Σ n_j, in ``entry_bits`` bits each
     everybody: Δ̃ = Σ n_j V_j c_j / Σ n_j (shared keys: V c)     m <- β m + Δ̃     w <- w - η m
 
-K = ``coordinates`` · ``group_size``, at most d. Wire: K/128 + L bytes up per client and round (top-1 of 128), K/16 + L
-for top-1 of 8, K·bits/8 + L where all are sent (``group_size`` 1); down N times that, or K·entry_bits/8 + L with shared
-keys; no L in rounds without norms; and under 42 bytes of framing with the default's code. V is drawn anew every round:
-with shared keys from public facts, else from a client's salt too.
+K = ``coordinates`` · ``group_size``, at most d. Wire: K/128 + L bytes up per client and round (top-1 of 128), (m + 1)/8
+bytes for one in 2^m; K·bits/8 + L where all are sent (``group_size`` 1); down N times that, or K·entry_bits/8 + L with
+shared keys; no L in rounds without norms; and under 42 bytes of framing with the default's code. V is drawn anew every
+round: with shared keys from public facts, else from a client's salt too.
 
 Deviations from the paper, each a field: the top-1 code, fewer bits, the allocation, sign buckets, shared keys (linear:
 payloads add up), weights by number of examples, the server's learning rate, schedule and momentum. The preset ``paper``

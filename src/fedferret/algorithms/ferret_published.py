@@ -28,6 +28,7 @@ from fedferret.bases.projector import Allocation
 from fedferret.bases.published import PublishedProjector
 from fedferret.bases.quantise import Bits
 from fedferret.bases.registry import basis
+from fedferret.bases.top_one import GroupSize
 from fedferret.core import tree
 from fedferret.core.algorithm import Pooling, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
@@ -50,7 +51,7 @@ class FerretPublished(Ferret):
     basis: Literal["sign-buckets", "truncated-normal"] = "truncated-normal"
     allocation: Allocation = "norm"
     bits: Bits = 32
-    group_size: Literal[1, 8, 128] = 1  # no other: the published code sends every coordinate
+    group_size: GroupSize = 1  # no other: the published code sends every coordinate
     coordinate_clip: float | None = 10.0  # bound on the norm of one coordinate's share of an update; None is off
     server_learning_rate: float = 10.0
     weighting: Weighting = "equal"

@@ -25,6 +25,7 @@ from fedferret.bases.coding import Coding
 from fedferret.bases.projector import Allocation, Projector, Scale
 from fedferret.bases.quantise import Bits
 from fedferret.bases.registry import basis
+from fedferret.bases.top_one import GroupSize
 from fedferret.core import tree
 from fedferret.core.algorithm import Pooling, Shapes, Weighting, WireCost
 from fedferret.core.errors import UserError
@@ -44,7 +45,7 @@ class FerretSettings(OverAdapter[FerretPublic, FerretServer, FerretClient, Ferre
     keys: Literal["shared", "per-client"] = "per-client"  # per client: allocation by own norms, from round 1 on
     scale: Scale = "unbiased"  # "shrunk": times 1/(1 + error energy), K/(K+d) of dense columns, K/d of buckets
     bits: Bits = 1  # per coordinate, up; below 8 they are rotated first
-    group_size: Literal[1, 8, 128] = 128  # coordinates for one that travels, as place and sign: less than a bit each
+    group_size: GroupSize = 128  # coordinates for one that travels, as place and sign: less than a bit each
     entry_bits: Bits = 2  # per coordinate, down, with shared keys; 1 cost a little loss, more bought none
     server_learning_rate: float = 1.0
     schedule: Schedule = "constant"

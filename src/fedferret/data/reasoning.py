@@ -2,8 +2,9 @@
 
 A partition gives the shares of all rows; its categories are the tasks.
 
-The rows of a task follow from the key and the task's name. Questions are distinct: of the first ``rows`` plus
-``held_out_rows`` distinct questions the last are held out, so training uses no held-out question.
+The rows of a task follow from the key and the task's name. Rows without an answer are left out. Questions are
+distinct: of the first ``rows`` plus ``held_out_rows`` distinct questions the last are held out, so training uses no
+held-out question.
 Held-out sets: "rows" (unseen questions of the clients' tasks) and "tasks" (tasks that no client has).
 
 The package reads and seeds the global generators of ``random`` and numpy, at import and in two tasks. Every call here
@@ -141,7 +142,7 @@ def score(example: Example, answer: str) -> float:
 
 
 def _generate(task: str, count: int, key: Key) -> list[Example]:
-    """The first ``count`` distinct questions of a task."""
+    """The first ``count`` distinct questions of a task that have an answer: 0 has none in "base_conversion"."""
     seed = key.words[0] >> 2  # the package adds row numbers and needs the sum below 2^32
     found: dict[str, Example] = {}
     with _global_generators(seed):
@@ -151,6 +152,8 @@ def _generate(task: str, count: int, key: Key) -> list[Example]:
             if len(found) == count:
                 break
             entry = dataset[index]
+            if not str(entry["answer"]).strip():
+                continue
             metadata = {"task": task, "category": dataset.category, "entry": entry}
             turns = (Turn("user", entry["question"]), Turn("assistant", str(entry["answer"])))
             found.setdefault(entry["question"], Example(turns, metadata))

@@ -33,7 +33,7 @@ class Fisher:
     """The diagonal of the empirical Fisher matrix, summed in two ways.
 
     Attributes:
-        by_example: f_i, fp64, shape (N,); infinite for an example whose gradient is not finite, which is hardest.
+        by_example: f_i, fp64, shape (N,); infinite for an example without a finite gradient, which is hardest.
         by_neuron: by parameter, one value per row of the parameter, fp32; examples that are not finite add nothing.
     """
 
