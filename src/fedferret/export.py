@@ -291,7 +291,16 @@ def _tuned(base: Loaded, delta: TunedDelta, private: Any = None) -> Iterator[tup
         raise RunError(
             f"the log of {delta.method} cannot be applied to {base.name} ({reason}): nothing was written"
         ) from None
+    shared = ""
+    if private is not None:
+        with algorithm.model(task, node.public) as model:
+            shared = "" if model is None else tree.fingerprint(tree.parameters(model))
     with algorithm.model(task, node.public, private) as model:
+        if model is not None and shared == tree.fingerprint(tree.parameters(model)):
+            raise UserError(
+                f"--client: what {delta.method} keeps at this client is no model, and the client's is the global one; "
+                f"leave --client out"
+            )
         if model is None:
             plain = adapter_of(task.model)
             if plain is None or plain.merges:

@@ -24,6 +24,8 @@ from fedferret.models.devices import resolve_device
 from fedferret.models.quantised import check_installed, quantise
 from fedferret.objectives.interface import Loaded, ModelObjective
 
+_ONE_STAGE = "leave it out, or choose a method of one stage that tunes an adapter, such as fedit"
+
 
 def check(recipe: Recipe, tuned: nn.Module) -> None:
     """Refuse a method or an objective that cannot take the bits that are asked for.
@@ -36,9 +38,11 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
         UserError: the combination cannot work, or a library is missing.
     """
     asked, method = recipe.model, recipe.algorithm
-    adapted = adapter_of(tuned) is not None and not isinstance(method, Staged)
+    adapted, staged = adapter_of(tuned) is not None, isinstance(method, Staged)
     if asked.dtype == "bf16":
         _check_objective(recipe, 'model.dtype="bf16"')
+        if staged:
+            raise UserError(f'model.dtype="bf16": {method.name} has stages, which hold weights in fp32; {_ONE_STAGE}')
         if not (adapted or method.holds_bf16):
             raise UserError(
                 f'model.dtype="bf16": {method.name} changes weights by far less than bf16\'s rounding step; '
@@ -46,6 +50,9 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
             )
     if asked.quantised is not None:
         _check_objective(recipe, f'model.quantised="{asked.quantised}"')
+        if staged:
+            given = f'model.quantised="{asked.quantised}"'
+            raise UserError(f"{given}: {method.name} has stages, which hold weights in fp32; {_ONE_STAGE}")
         if not adapted:
             raise UserError(
                 f'model.quantised="{asked.quantised}": {method.name} tunes the model\'s own weights, and codes of '

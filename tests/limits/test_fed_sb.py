@@ -166,5 +166,9 @@ def test_what_is_impossible_is_one_line() -> None:
         replace(FULL, rank=5).check(toy_task(2, FULL).model, 2)
     with pytest.raises(UserError, match=r'first_step=0\.1: with initialisation="random" no gradient is known'):
         FedSB(first_step=0.1, initialisation="random")
+    with pytest.raises(UserError, match='set_up_examples=5: with initialisation="random" there is no set-up'):
+        FedSB(set_up_examples=5, initialisation="random")
+    with pytest.raises(UserError, match=r"first_step=1e\+38: must be from 0, which is no step, to 1,000"):
+        FedSB(first_step=1e38)
     with pytest.raises(UserError, match="set_up_examples=0: must be at least 1"):
         FedSB(set_up_examples=0)

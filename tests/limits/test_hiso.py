@@ -130,7 +130,8 @@ def test_impossible_settings_are_refused() -> None:
     for change, reason in (
         ({"directions": 0}, "directions=0: must be at least 1"),
         ({"smoothing": 1.0}, r"smoothing=1.0: must lie in \[0, 1\); 0 is DeComFL"),
-        ({"floor": 0.0}, "floor=0.0: must be greater than 0"),
+        ({"floor": 0.0}, "floor=0.0: must be from 1e-16 to 1"),
+        ({"floor": 1e-60}, "floor=1e-60: must be from 1e-16 to 1"),
         ({"training": replace(TRAINING, weight_decay=0.1)}, r"training.weight_decay=0.1: .*; set it to 0"),
     ):
         with pytest.raises(UserError, match=reason):

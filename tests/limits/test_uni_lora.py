@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def test_peft_reads_what_is_exported_and_a_merged_model_computes_the_same(tmp_pa
 def test_what_is_impossible_is_one_line() -> None:
     with pytest.raises(UserError, match="values=75: the factors have 74 values in all"):
         toy_task(1, replace(UNI, values=75))
-    with pytest.raises(UserError, match="bound=0: must be above 0"):
-        UniLoRA(bound=0)
+    for bound in (0, 1e-60, 1e38):
+        with pytest.raises(UserError, match=re.escape(f"bound={bound}: must be from 0.000001 to 1")):
+            UniLoRA(bound=bound)
     with pytest.raises(UserError, match="rank=5: 0 has a side of 4"):
         toy_task(1, replace(UNI, rank=5))

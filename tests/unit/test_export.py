@@ -14,6 +14,7 @@ from fedferret.core.errors import UserError
 from fedferret.experiment import Experiment
 from fedferret.export import apply_delta, export_delta, export_folder, read_delta
 from fedferret.runner import run
+from fedferret.tracking.events import read
 from fedferret.wire import codec
 from tiny_runs import silent, tiny_recipe
 
@@ -108,3 +109,13 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.toml").write_text(tiny_recipe(tmp_path).to_toml())
     with pytest.raises(UserError, match="no round is finished yet"):
         export_folder(tmp_path / "run", tmp_path / "model", silent)
+
+
+def test_a_client_that_keeps_no_model_has_none_to_export(tmp_path: Path) -> None:
+    """Its residual is none: the folder would hold the global model under the client's name."""
+    recipe = tiny_recipe(tmp_path, rounds=1, algorithm={"name": "fedavg-top-k"})
+    run(recipe, tmp_path / "run", silent)
+    client = next(iter(read(tmp_path / "run").rounds[1].clients))
+    with pytest.raises(UserError, match="--client: what fedavg-top-k keeps at this client is no model"):
+        export_folder(tmp_path / "run", tmp_path / "model", silent, client=client)
+    assert not (tmp_path / "model").exists()

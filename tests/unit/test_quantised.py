@@ -20,6 +20,7 @@ from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_recipe
 
 FEDIT = {"name": "fedit", "training": {"learning_rate": 0.02, "steps": 4}}
+DRAWN = {"name": "fed-sb", "rank": 2, "initialisation": "random"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,8 @@ FEDIT = {"name": "fedit", "training": {"learning_rate": 0.02, "steps": 4}}
         ({"dtype": "bf16"}, {"name": "fedkseed"}, 'far less than bf16\'s rounding step; set dtype="fp32"'),
         ({"dtype": "bf16"}, {"name": "fedmezo"}, "fedmezo changes weights by far less"),
         ({"dtype": "fp16"}, {"name": "fedavg"}, "dtype"),
+        ({"quantised": "4-bit"}, DRAWN, "fed-sb has stages, which hold weights in fp32; leave it out, or choose"),
+        ({"dtype": "bf16"}, DRAWN, "fed-sb has stages, which hold weights in fp32; leave it out, or choose"),
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(

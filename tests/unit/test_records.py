@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -88,7 +90,7 @@ def test_a_set_that_keeps_every_rule_gives_the_line(folder: Path, words: list[st
 
 def test_what_is_missing_is_named(folder: Path, words: list[str | Path]) -> None:
     output = record(folder / "fedavg-8bit" / "seed-2", "--control", folder / "fedavg", *words[-2:], code=1)
-    assert failing(output) == ["seeds:", "best"]
+    assert failing(output) == ["seeds:", "best", "target:"]
     assert "seed 1 of contender is missing; seed 3 of contender is missing" in output
     assert "no run of FedAvg at a lower rate than 3; no run of FedAvg at a higher rate than 3" in output
 
@@ -145,6 +147,41 @@ def test_a_contender_below_the_target_and_a_control_below_its_best_rate_fail(
     slow = ["--control", folder / "fedavg-1", "--control", folder / "fedavg" / "seed-1"]
     output = record(folder / "fedavg-8bit", *slow, "--tracks", folder / "tracks.toml", code=1)
     assert "no run of FedAvg at a higher rate" in output
+
+
+def edited(row: Path, target: Path, seed: int, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    """A copy of a row's folder with the events of one seed changed, or left out."""
+    shutil.copytree(row, target)
+    path = target / f"seed-{seed}" / FILE
+    events = [edit(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events if event is not None))
+    return target
+
+
+def test_a_run_stopped_before_its_first_later_evaluation_proves_no_rate(folder: Path, tmp_path: Path) -> None:
+    def stopped(event: dict[str, Any]) -> dict[str, Any] | None:
+        return None if event["event"] == "end" or (event["event"] == "evaluation" and event["round"]) else event
+
+    high = edited(folder / "fedavg-10", tmp_path / "high", 1, stopped)
+    controls = [word for row in (folder / "fedavg", folder / "fedavg-1", high) for word in ("--control", row)]
+    output = record(folder / "fedavg-8bit", *controls, "--tracks", folder / "tracks.toml", code=1)
+    assert "best" in failing(output)
+
+
+def test_a_seed_without_a_last_loss_is_no_record(folder: Path, words: list[str | Path], tmp_path: Path) -> None:
+    def lost(event: dict[str, Any]) -> dict[str, Any]:
+        if event["event"] == "evaluation" and event["round"]:
+            for figures in event["results"].values():
+                figures["loss"] = math.nan
+        return event
+
+    output = record(edited(folder / "fedavg-8bit", tmp_path / "row", 2, lost), *words, code=1)
+    assert failing(output) == ["whole", "target:"] and "no loss after the last round" in output
+
+
+def test_the_line_is_one_row_whatever_the_name(folder: Path, words: list[str | Path]) -> None:
+    output = record(folder / "fedavg-8bit", *words, "--who", "Ann\nBob|C")
+    assert r"| Ann Bob\|C | fedavg-8bit" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

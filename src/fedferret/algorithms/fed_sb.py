@@ -120,12 +120,15 @@ class FedSB(Staged):
         for name in ("rank", "set_up_examples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.first_step < float("inf"):
-            raise UserError(f"first_step={self.first_step}: must be a number that is not negative; 0 is no step")
+        if not 0 <= self.first_step <= 1000:
+            raise UserError(f"first_step={self.first_step}: must be from 0, which is no step, to 1,000")
         if self.first_step and self.initialisation == "random":
             raise UserError(
                 f'first_step={self.first_step}: with initialisation="random" no gradient is known; leave one out'
             )
+        if self.initialisation == "random" and self.set_up_examples != FedSB.set_up_examples:
+            given = f"set_up_examples={self.set_up_examples}"
+            raise UserError(f'{given}: with initialisation="random" there is no set-up; leave one out')
 
     def stages(self) -> tuple[Stage, ...]:
         """The set-up, and then averaging; averaging alone between drawn factors."""

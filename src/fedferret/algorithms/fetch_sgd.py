@@ -74,15 +74,20 @@ class FetchSGD(Algorithm[FetchSGDPublic, FetchSGDServer | None, None, FetchSGDEn
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum={self.momentum}: must lie in [0, 1)")
         row_lengths(self.num_rows, self.num_columns)  # refuses rows that cannot be
+        if self.kept > self.num_columns:
+            raise UserError(
+                f"kept={self.kept:,}, num_columns={self.num_columns:,}: a row of so few cells tells no more weights "
+                f"apart, and what is kept would be noise; set kept to a tenth of num_columns, or to it at most"
+            )
 
     def check(self, model: nn.Module, rounds: int) -> None:
-        """Refuse more cells in a row, or more weights to keep, than the model has weights."""
+        """Refuse more cells in a row than the model has weights; at most as many are kept."""
         total = tree.size(tree.parameters(model))
-        for name in ("num_columns", "kept"):
-            if getattr(self, name) > total:
-                raise UserError(
-                    f"{name}={getattr(self, name):,}: the model has {total:,} weights; set {name} to {total:,} or less"
-                )
+        if self.num_columns > total:
+            raise UserError(
+                f"num_columns={self.num_columns:,}: the model has {total:,} weights; "
+                f"set num_columns to {total:,} or less"
+            )
 
     @property
     def num_cells(self) -> int:

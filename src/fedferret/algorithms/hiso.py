@@ -62,8 +62,8 @@ class HiSo(Algorithm[HiSoPublic, None, None, HiSoEntry, Gradients]):
             raise UserError(f"directions={self.directions}: must be at least 1")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"smoothing={self.smoothing}: must lie in [0, 1); 0 is DeComFL")
-        if not 0 < self.floor < math.inf:
-            raise UserError(f"floor={self.floor}: must be greater than 0, or directions could become infinite")
+        if not 1e-16 <= self.floor <= 1:  # directions are up to 1 / √floor times as long as they begin
+            raise UserError(f"floor={self.floor}: must be from 1e-16 to 1, which is where the diagonal begins")
         if self.training.weight_decay:
             raise UserError(
                 f"training.weight_decay={self.training.weight_decay}: no sum of directions decays; set it to 0"

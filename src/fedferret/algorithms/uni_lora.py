@@ -52,8 +52,8 @@ class UniLoRA(PackedAverage):
         for name in ("values", "rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 < self.bound < float("inf"):
-            raise UserError(f"bound={self.bound}: must be above 0: with all factors 0 none has a gradient")
+        if not 1e-6 <= self.bound <= 1:  # far below, all products of factors would be 0, and none would have a gradient
+            raise UserError(f"bound={self.bound}: must be from 0.000001 to 1; peft's is 0.02")
 
     def prepare(self, model: nn.Module, key: Key) -> nn.Module:
         """The model with factors that are read from one vector."""

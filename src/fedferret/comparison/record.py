@@ -21,6 +21,7 @@ from fedferret.comparison.records import (
 )
 from fedferret.config import build_algorithm
 from fedferret.core.errors import UserError
+from fedferret.core.text import plain_line
 from fedferret.settings import table_of
 from fedferret.tracking.units import as_bytes, as_loss
 
@@ -100,7 +101,7 @@ def line_of(
     seeds = ", ".join(f"{share:.1%}" for _, share in sorted(shares.items()))
     mean = f"{statistics.fmean(shares.values()):.1%} ({seeds})"
     cells = [track, f"{up:,.0f}", as_bytes(total), mean, who or "?", how(runs[0]), commit or "?", link or "?"]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(plain_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def how(run: RecordRun) -> str:
