@@ -246,8 +246,9 @@ def energies(recipe: Recipe, probed: int) -> list[float]:
         recipe: probed.
         probed: P.
     """
-    rates = [_rate(recipe, number) for number in range(1, recipe.rounds + 1)]
-    return [(rate / rates[probed - 1]) ** 2 for rate in rates]
+    method, rounds, probed_rate = check(recipe), recipe.rounds, _rate(recipe, probed)
+    numbers = range(1, rounds + 1)
+    return [(scheduled(method.schedule, method.server_learning_rate, n, rounds) / probed_rate) ** 2 for n in numbers]
 
 
 def memory(kept: float, energies: Sequence[float]) -> float:

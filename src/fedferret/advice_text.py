@@ -38,7 +38,7 @@ def text_of(found: Probe, recipe: Recipe, lines: list[Advice], gain: float | Non
     ]
     if method.coordinates > highest:
         head.append(
-            f"coordinates={method.coordinates:,} is as {highest:,}: {size} weights have no more groups of {group}"
+            f"coordinates={method.coordinates:,} counts as {highest:,}: {size} weights have no more groups of {group}"
         )
     each = "a message" if method.norms_every == 1 else "a message, the mean over rounds"
     beyond = f"not with this method; the model has {found.weights:,} weights"

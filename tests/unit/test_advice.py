@@ -142,7 +142,7 @@ def test_no_more_coordinates_are_advised_than_there_are_groups_of_weights(tmp_pa
         made.append(json.loads(result.stdout))
     assert made[0] == made[1] and made[1]["coordinates"] == made[1]["most_coordinates"] == 708
     said = asked(settings, tmp_path, "--reduction", "0.01").stdout
-    assert "coordinates=5,000 is as 708" in said and "708 coordinates: none of FedAvg forecast" in said
+    assert "coordinates=5,000 counts as 708" in said and "708 coordinates: none of FedAvg forecast" in said
     assert said.count("not with group_size=128, which has 708 coordinates at most; set a smaller one") == 3
 
 
@@ -162,8 +162,8 @@ def test_the_servers_schedule_is_no_noise(tmp_path: Path) -> None:
 def test_the_round_after_the_probe_has_the_rates_of_that_round(where: str, tmp_path: Path) -> None:
     lines: dict[str, list[str]] = {"constant": [], "linear": []}
     for schedule, said in lines.items():
-        training = {"learning_rate": 0.1, "steps": 2}
-        algorithm = {"coordinates": 128, "group_size": 1, "training": training}
+        training: dict[str, Any] = {"learning_rate": 0.1, "steps": 2}
+        algorithm: dict[str, Any] = {"coordinates": 128, "group_size": 1, "training": training}
         (algorithm if where == "server" else training)["schedule"] = schedule
         advice.probe(tiny_recipe(tmp_path, rounds=2, algorithm=algorithm), 1, None, said.append)
     before = {name: loss_in(said, "FedAvg, round 1") for name, said in lines.items()}
