@@ -5,9 +5,10 @@
     rise(s)    (L(w + √s ε) + L(w − √s ε)) / 2 − L(w), L the held-out loss at FedAvg's weights w: ½ s εᵀHε
     q          the same rise after one more round of FedAvg from w and from either side, over the rise before: what
                training leaves of a round's noise, and of what the noise led astray; at most 1
-    walk       R rounds draw independent noise with energies in proportion to 1/K, K₀ the recipe's number; of it
-               M = (Σ_{r < R} q^r)^(1 − b) R^b rounds are left at the end, between all that fades at one pace
-               and a walk of which nothing fades, b = ``WALK_EXPONENT``
+    walk       R rounds draw independent noise with energies in proportion to 1/K, K₀ the recipe's number, and to e_r,
+               the square of the server's learning rate over that of round P; of it M = (Σ q^(R − r) e_r)^(1 − b)
+               (Σ e_r)^b rounds are left at the end, between all that fades at one pace and a walk of which nothing
+               fades, b = ``WALK_EXPONENT``
     G(R)       FedAvg's loss reduction over R rounds: given, or G(P) (R/P)^a with a = ``GAIN_EXPONENT``
     share(K)   1 − rise(M K₀/K) / G(R)
 
@@ -21,75 +22,28 @@ Cost: P + 3 rounds of training and P + 10 evaluations, about.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedferret.algorithms.ferret import Ferret
+from fedferret.advice_checks import ROUNDING, check, check_complete, check_gain, check_rounds
+from fedferret.advice_recording import Recording
 from fedferret.bases.blocks import pack
 from fedferret.config import Recipe
 from fedferret.core import tree
 from fedferret.core.errors import UserError
 from fedferret.core.keys import Key
-from fedferret.core.task import Examples, Replica, Task
-from fedferret.experiment import Experiment
-from fedferret.local.first_order import FirstOrder, Trained
+from fedferret.core.task import Replica
+from fedferret.experiment import ENGINES, Experiment
+from fedferret.local.schedules import scheduled
 
 SHARES = (0.90, 0.97, 0.99)
 GAIN_EXPONENT = 0.25  # a: FedAvg's row of recipes/small/breaks.toml after 60 and 150 rounds
 WALK_EXPONENT = 0.4  # b: its row of 4,096 coordinates in rounds 10 to 50, 60 to 100 and 110 to 150
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording(FirstOrder):
-    """The recipe's training, which also sums the clients' exact updates of a round."""
-
-    by_examples: bool
-    sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # Σ n_j Δ_j
-    shares: list[float] = field(default_factory=list, compare=False, repr=False)  # n_j
-    facts: list[tuple[float, float, float]] = field(default_factory=list, compare=False, repr=False)
-
-    def train(self, task: Task, data: Examples, key: Key, **options: Any) -> Trained:
-        """As ``FirstOrder.train``; then the update is added up.
-
-        Args:
-            task: as there.
-            data: likewise.
-            key: likewise.
-            options: likewise.
-        """
-        before = tree.clone(tree.parameters(task.model))
-        trained = super().train(task, data, key, **options)
-        weight, absolute, square = float(len(data)) if self.by_examples else 1.0, 0.0, 0.0
-        for name, delta in tree.difference(before, trained.weights):
-            absolute, square = absolute + float(delta.abs().sum()), square + float(delta.square().sum())
-            if name in self.sums:
-                self.sums[name].add_(delta, alpha=weight)
-            else:
-                self.sums[name] = delta.mul_(weight)
-        self.shares.append(weight)
-        self.facts.append((weight, absolute, math.sqrt(square)))
-        return trained
-
-    def step_(self, weights: Mapping[str, Tensor], rate: float) -> None:
-        """Step along the mean update, as FedAvg does, and begin a new round.
-
-        Args:
-            weights: changed in place.
-            rate: the server's.
-        """
-        for name, target in weights.items():
-            target.add_(self.sums[name], alpha=-rate / sum(self.shares))
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a new round."""
-        self.sums.clear()
-        self.shares.clear()
 
 
 @dataclass(frozen=True)
@@ -128,8 +82,8 @@ class Advice:
 
     Attributes:
         share: of FedAvg's loss reduction.
-        coordinates: setting ``coordinates``; the number of weights at most.
-        bytes_up: of a message, framing included.
+        coordinates: setting ``coordinates``; ``most`` at most.
+        bytes_up: of a message, the mean over rounds, framing included.
         enough: whether the share needs no more coordinates than there are.
     """
 
@@ -137,29 +91,6 @@ class Advice:
     coordinates: int
     bytes_up: int
     enough: bool
-
-
-def check(recipe: Recipe) -> Ferret:
-    """Refuse a recipe that the formula is not for.
-
-    Args:
-        recipe: resolved.
-
-    Returns:
-        The recipe's method.
-
-    Raises:
-        UserError: for another method, or settings under which noise does not walk.
-    """
-    method = recipe.algorithm
-    if not isinstance(method, Ferret) or method.name != "ferret":
-        raise UserError(f'algorithm.name="{method.name}": advise knows the noise of "ferret" alone; give such a recipe')
-    if method.server_momentum or method.error_feedback:
-        given = f"server_momentum={method.server_momentum}, error_feedback={str(method.error_feedback).lower()}"
-        raise UserError(f"{given}: the formula is for neither; set server_momentum=0 and error_feedback=false")
-    if recipe.model.dtype != "fp32":
-        raise UserError(f'model.dtype="{recipe.model.dtype}": advise measures noise in fp32; set model.dtype="fp32"')
-    return method
 
 
 def probe(recipe: Recipe, rounds: int, gain: float | None, log: Callable[[str], None]) -> Probe:
@@ -172,9 +103,13 @@ def probe(recipe: Recipe, rounds: int, gain: float | None, log: Callable[[str], 
         log: called with a line on every step.
 
     Raises:
-        UserError: the recipe cannot run, or FedAvg gains nothing in the probed rounds.
+        UserError: the recipe cannot run or be probed, or the probe shows too little.
     """
     method = check(recipe)
+    check_rounds(recipe, rounds)
+    if recipe.execution.engine not in ENGINES:
+        log(f'execution.engine="{recipe.execution.engine}": the probe runs in this process; its numbers are the same')
+        recipe = replace(recipe, execution=replace(recipe.execution, engine="in-process"))
     given = {item.name: getattr(method.training, item.name) for item in fields(method.training)}
     training = Recording(**given, by_examples=method.weighting == "examples")
     experiment = Experiment.load(replace(recipe, algorithm=replace(method, training=training)), log=log)
@@ -193,15 +128,17 @@ def probe(recipe: Recipe, rounds: int, gain: float | None, log: Callable[[str], 
     try:
         losses, exact = [loss("before round 1")], tree.clone(weights)
         noise: dict[str, Tensor] = {}
+        check_gain(gain, losses[0])
         records = experiment.run_rounds(state, engine)
         for number, record in zip(range(1, rounds + 1), records, strict=False):
-            training.step_(exact, method.server_learning_rate)
+            check_complete(record)
+            training.step_(exact, _rate(recipe, number))
             sent, cohort = max(record.bytes_up.values()), len(record.cohort)
             if number == rounds:
                 noise = {name: weights[name] - each for name, each in exact.items()}
             tree.copy_(weights, exact)
             losses.append(loss(f"FedAvg, round {number}"))
-        if not losses[-1] < losses[0]:
+        if not losses[0] - losses[-1] > ROUNDING * losses[0]:
             raise UserError(
                 f"FedAvg gains nothing in {rounds} rounds: probe more (--rounds), or lower the learning rate"
             )
@@ -220,10 +157,10 @@ def probe(recipe: Recipe, rounds: int, gain: float | None, log: Callable[[str], 
             return value if math.isfinite(value) else math.inf
 
         wanted = (1 - SHARES[1]) * gain
-        rises = _rises(rise, 4.0, wanted)
+        rises = _rises(rise, 4.0, wanted, ROUNDING * losses[-1], sum(energies(recipe, rounds)))
         scale, before = min(rises, key=lambda each: abs(math.log(each[1] / wanted)))
         facts = list(training.facts)
-        kept = _kept(experiment, training, weights, lambda sign: put(sign * math.sqrt(scale)), loss, before)
+        kept = _kept(experiment, training, weights, lambda sign: put(sign * math.sqrt(scale)), loss, before, rounds)
     finally:
         engine.close()
     norms = [norm for _, _, norm in facts]
@@ -235,6 +172,12 @@ def probe(recipe: Recipe, rounds: int, gain: float | None, log: Callable[[str], 
     return Probe(tuple(losses), rises, kept, means[0], means[1], math.sqrt(energy), shapes, round(framing))
 
 
+def _rate(recipe: Recipe, number: int) -> float:
+    """The server's learning rate in a round."""
+    method = check(recipe)
+    return scheduled(method.schedule, method.server_learning_rate, number, recipe.rounds)
+
+
 def _kept(
     experiment: Experiment,
     training: Recording,
@@ -242,40 +185,47 @@ def _kept(
     put: Callable[[float], None],
     loss: Callable[[str], float],
     before: float,
+    rounds: int,
 ) -> float:
     """q: the rise of the loss after one more round of FedAvg from either side, over the rise before it; 0 to 1."""
-    seed, ends = experiment.recipe.seed, []
-    key = Key.of(seed, "advise")
-    cohort = key.sample(sorted(experiment.data.clients), experiment.recipe.clients.per_round)
-    method = check(experiment.recipe)
+    recipe, ends = experiment.recipe, []
+    key = Key.of(recipe.seed, "advise")
+    cohort = key.sample(sorted(experiment.data.clients), recipe.clients.per_round)
+    following = min(rounds + 1, recipe.rounds)
     for sign in (0.0, 1.0, -1.0):
         put(sign)
         training.reset()
         for client in cohort:
             tree.copy_(tree.parameters(experiment.model), weights)
-            task = replace(experiment.task, replica=Replica(experiment.model), round=1)
+            task = replace(experiment.task, replica=Replica(experiment.model), round=following)
             training.train(task, experiment.examples[client], key.fold(client))
-        training.step_(weights, method.server_learning_rate)
+        training.step_(weights, _rate(recipe, following))
         ends.append(loss(f"a round of FedAvg from there ({sign:+.0f})"))
     after = (ends[1] + ends[2]) / 2 - ends[0]
     return min(1.0, max(0.0, after / before)) if math.isfinite(after) else 1.0
 
 
-def _rises(rise: Callable[[float], float], first: float, wanted: float) -> tuple[tuple[float, float], ...]:
-    """The rise at scales from ``first`` to one near where it is ``wanted``; s ascending."""
+def _rises(
+    rise: Callable[[float], float], first: float, wanted: float, least: float, most: float
+) -> tuple[tuple[float, float], ...]:
+    """The rise at scales from ``first`` to one near where it is ``wanted``; s ascending, all rises above ``least``.
+
+    Raises UserError where the noise of all rounds, of scale ``most``, has no rise above ``least``.
+    """
+    unseen = "the noise of the probe costs no loss that can be measured: give a recipe with fewer coordinates"
     points = [(first, rise(first))]
     for _ in range(5):
         scale, value = points[-1]
-        if value > 0 and 0.3 * wanted <= value <= 3 * wanted and len(points) > 1:
+        if scale >= most and abs(value) <= least:
+            raise UserError(unseen)
+        if value > least and 0.3 * wanted <= value <= 3 * wanted and len(points) > 1:
             break
-        step = wanted / value if value > 0 and math.isfinite(value) else 0.01 if value > 0 else 30.0
-        points.append((scale * min(max(step, 1e-3), 1e3), 0.0))
-        points[-1] = points[-1][0], rise(points[-1][0])
-    kept = sorted((scale, value) for scale, value in points if 0 < value < math.inf)
+        step = wanted / value if least < value < math.inf else 0.01 if value > least else 30.0
+        scale *= min(max(step, 1e-3), 1e3)
+        points.append((scale, rise(scale)))
+    kept = sorted((scale, value) for scale, value in points if least < value < math.inf)
     if not kept:
-        raise UserError(
-            "the noise of the probe costs no loss that can be measured: give a recipe with fewer coordinates"
-        )
+        raise UserError(unseen)
     return tuple(kept)
 
 
@@ -289,15 +239,49 @@ def extrapolated(losses: tuple[float, ...] | list[float], rounds: int) -> float:
     return float((losses[0] - losses[-1]) * max(1.0, rounds / (len(losses) - 1)) ** GAIN_EXPONENT)
 
 
-def memory(kept: float, rounds: int) -> float:
-    """M, the rounds of noise that are left at the end: (Σ_{r < R} q^r)^(1 − b) R^b.
+def energies(recipe: Recipe, probed: int) -> list[float]:
+    """e_r, the energies of every round's noise relative to those of round P: the server's learning rate, squared.
+
+    Args:
+        recipe: probed.
+        probed: P.
+    """
+    method, rounds, probed_rate = check(recipe), recipe.rounds, _rate(recipe, probed)
+    numbers = range(1, rounds + 1)
+    return [(scheduled(method.schedule, method.server_learning_rate, n, rounds) / probed_rate) ** 2 for n in numbers]
+
+
+def memory(kept: float, energies: Sequence[float]) -> float:
+    """M, the rounds of noise that are left at the end: (Σ q^(R − r) e_r)^(1 − b) (Σ e_r)^b.
 
     Args:
         kept: q, at most 1.
-        rounds: R.
+        energies: e_r, round by round.
     """
-    left = float(rounds) if kept >= 1 else float((1 - kept**rounds) / (1 - kept))
-    return float(left ** (1 - WALK_EXPONENT) * rounds**WALK_EXPONENT)
+    left = 0.0
+    for energy in energies:
+        left = kept * left + energy
+    return float(left ** (1 - WALK_EXPONENT) * sum(energies) ** WALK_EXPONENT)
+
+
+def most(found: Probe, recipe: Recipe) -> int:
+    """The coordinates beyond which a run stays the same: as many as there are groups of weights.
+
+    Args:
+        found: by the probe.
+        recipe: probed.
+    """
+    return -(-found.weights // check(recipe).group_size)
+
+
+def used(found: Probe, recipe: Recipe) -> int:
+    """K₀: the recipe's coordinates, at most ``most``.
+
+    Args:
+        found: by the probe.
+        recipe: probed.
+    """
+    return min(check(recipe).coordinates, most(found, recipe))
 
 
 def rise_at(found: Probe, scale: float) -> float:
@@ -322,19 +306,20 @@ def share(found: Probe, recipe: Recipe, coordinates: float, gain: float | None =
     Args:
         found: by the probe.
         recipe: probed.
-        coordinates: K, as the setting counts them.
+        coordinates: K, as the setting counts them; more than ``most`` are as ``most``.
         gain: G(R), nats per token; None: extrapolated.
 
     Returns:
         At most 1; below 0 where the loss would rise.
     """
     total = gain or extrapolated(found.losses, recipe.rounds)
-    scale = memory(found.persistence, recipe.rounds) * check(recipe).coordinates / coordinates
+    left = memory(found.persistence, energies(recipe, len(found.losses) - 1))
+    scale = left * used(found, recipe) / min(coordinates, most(found, recipe))
     return 1 - rise_at(found, scale) / total
 
 
 def advise(found: Probe, recipe: Recipe, gain: float | None = None) -> list[Advice]:
-    """The fewest coordinates for every share, by bisection.
+    """The fewest coordinates for every share, by bisection up to ``most``.
 
     Args:
         found: by the probe.
@@ -347,13 +332,15 @@ def advise(found: Probe, recipe: Recipe, gain: float | None = None) -> list[Advi
     method = check(recipe)
     lines = []
     least = -(-len(pack({name: math.prod(shape) for name, shape in found.shapes.items()})) // method.group_size)
+    highest, cohort = most(found, recipe), recipe.clients.per_round
     for wanted in SHARES:
-        low, high = float(least), float(found.weights)
+        low, high = float(least), float(highest)
         enough = share(found, recipe, high, gain) >= wanted
         while enough and high / low > 1.001:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if share(found, recipe, middle, gain) >= wanted else (middle, high)
-        count = least if share(found, recipe, least, gain) >= wanted else min(math.ceil(high), found.weights)
-        up = replace(method, coordinates=count).wire_cost(found.shapes, recipe.clients.per_round, 1).up_most
+        count = least if share(found, recipe, least, gain) >= wanted else min(math.ceil(high), highest)
+        chosen, numbers = replace(method, coordinates=count), range(1, recipe.rounds + 1)
+        up = statistics.fmean(chosen.wire_cost(found.shapes, cohort, number).up_most for number in numbers)
         lines.append(Advice(wanted, count, round(up) + found.framing, enough))
     return lines
