@@ -121,6 +121,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "top-k, signs, 270 B": _top_k(330, 1, 105),
     BYTES: _top_k(420, 8, 284, "small", "fixed", "smollm2"),
     "ferret, norms once": Contender("ferret", ONCE, like="ferret"),
+    "ferret, of 2,048": Contender("ferret", {"coordinates": 443, "group_size": 2048}, like="ferret"),
     "top-k, signs, error feedback": _with_feedback(1030, 1, SIGNS),
     "top-k, 8 bits, error feedback": _with_feedback(420, 8, BYTES),
     "ferret 64, norms once": Contender("ferret", {**ONCE, "coordinates": 64}, tasks=("small", "smollm2")),

@@ -55,6 +55,10 @@ def bert(folder: Path) -> str:
             r"coordinates=100,000: this model has .* 90,624 weights",
         ),
         ({"algorithm": {"name": "ferret", "preset": "one-bit", "coordinates": 3}}, r"coordinates=3: .* choose 1\d to"),
+        (
+            {"algorithm": {"name": "ferret", "group_size": 2048}},
+            r"coordinates=664, group_size=2048: this model has 90,624 weights, .* set coordinates to 45 or less",
+        ),
         ({"algorithm": {"name": "ferret", "bits": 8}}, r"group_size=128, bits=8: .* set group_size=1, or bits=1"),
         (
             {"algorithm": {"name": "ferret", "error_feedback": True}},

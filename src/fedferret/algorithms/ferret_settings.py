@@ -89,6 +89,12 @@ class FerretSettings(OverAdapter[FerretPublic, FerretServer, FerretClient, Ferre
                 'error_feedback=true, scale="unbiased": what a client keeps back would grow without bound, as an '
                 'unbiased reconstruction overshoots d/K times; set scale="shrunk"'
             )
+        most = -(-total // self.group_size)
+        if self.group_size > 128 and self.coordinates > most:  # at 128 the default is above it for small models
+            raise UserError(
+                f"coordinates={self.coordinates:,}, group_size={self.group_size}: this model has {total:,} weights, "
+                f"and at most as many are projected; set coordinates to {most:,} or less, or a smaller group_size"
+            )
         if not (blocks <= self._projected(total) and self.coordinates <= total):
             raise UserError(
                 f"coordinates={self.coordinates:,}: this model has {blocks} blocks and {total:,} weights, "
