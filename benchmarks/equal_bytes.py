@@ -216,8 +216,7 @@ def best_rates(rows: Sequence[Mapping[str, Any]], task: str, method: str) -> tup
     tried = [row for row in rows if row["task"] == TASKS[task].tuned_on and row["method"] == owner]
     if not tried:
         return None
-    best = min(tried, key=lambda row: row["loss"])
-    return best["rate"], best["server_rate"]
+    return _rates(min(tried, key=lambda row: row["loss"]))
 
 
 def tuning(rows: list[dict[str, Any]], task: str) -> Iterator[Cell]:
@@ -245,6 +244,10 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("task", "method", "seed", "rate", "server_rate"))
 
 
+def _rates(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["rate"], row["server_rate"]
+
+
 def reported(rows: Sequence[Mapping[str, Any]], task: str) -> Iterator[Cell]:
     """Every method at its best pair of rates, the first seed of all first.
 
@@ -258,7 +261,7 @@ def reported(rows: Sequence[Mapping[str, Any]], task: str) -> Iterator[Cell]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown: shares of the loss reduction that FedAvg has at its best rates with the same seed.
+    """The rows as Markdown, with shares of what FedAvg has at the best rates it was run with, seed by seed.
 
     Args:
         rows: finished ones.
@@ -270,12 +273,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     for (task, method, *rates), group in itertools.groupby(sorted(rows, key=kind), key=kind):
         some = list(group)
-        pair = best_rates(rows, task, "fedavg")
-        control = {
-            row["seed"]: row
-            for row in rows
-            if row["task"] == task and row["method"] == "fedavg" and (row["rate"], row["server_rate"]) == pair
-        }
+        own = [row for row in rows if row["task"] == task and row["method"] == "fedavg"]
+        best = min(own, key=lambda row: row["loss"], default=None)
+        control = {row["seed"]: row for row in own if best and _rates(row) == _rates(best)}
         shares = [
             (row["start"] - row["loss"]) / (row["start"] - control[row["seed"]]["loss"])
             for row in some
