@@ -89,7 +89,7 @@ METHODS: dict[str, AnyAlgorithm] = {
     "fedavg-2-bits": FedAvg8Bit(bits=2, entry_bits=4, server_learning_rate=0.7, training=TRAINING),
     "fetch-sgd": FetchSGD(num_rows=3, num_columns=40, kept=10, training=TRAINING),
     "fetch-sgd-plain": FetchSGD(
-        num_rows=1, num_columns=60, kept=97, bits=32, momentum=0.0, masking=False, error="zero", training=TRAINING
+        num_rows=1, num_columns=60, kept=60, bits=32, momentum=0.0, masking=False, error="zero", training=TRAINING
     ),
     "ferret": _ferret,
     "ferret-32-bits": replace(_ferret, bits=32, entry_bits=32),
