@@ -161,6 +161,18 @@ def finished(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def keep(row: Mapping[str, Any], path: Path) -> None:
+    """Print a finished row without its curve, and append the whole row to a results file.
+
+    Args:
+        row: a finished one.
+        path: of the file, which need not exist.
+    """
+    print(json.dumps({name: value for name, value in row.items() if name != "curve"}), flush=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: mean and deviation over seeds.
 
@@ -215,9 +227,7 @@ def main() -> None:
             if (task, method, alpha, seed, rate) in there:
                 continue
             for row in measured(task, method, alpha, seed, rate, not asked.tune):
-                print(json.dumps(row), flush=True)
-                with asked.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                keep(row, asked.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.classification import carried_out, finished
+from benchmarks.classification import carried_out, finished, keep
 from fedferret import recipe
 from fedferret.core.errors import RunError, UserError
 
@@ -176,7 +175,7 @@ def settings(cell: Cell) -> Any:
 
 
 def measured(cell: Cell) -> dict[str, Any]:
-    """Run one cell; its row, with the last loss that was finite where the run broke.
+    """Run one cell; its row, with an infinite loss where the run broke.
 
     Args:
         cell: what to run.
@@ -185,7 +184,7 @@ def measured(cell: Cell) -> dict[str, Any]:
     try:
         summary, events, seconds = carried_out(settings(cell))
     except RunError as error:  # rates that are too high
-        return {**head, "failed": str(error), "start": 0.0, "loss": float("inf"), "up": 0, "down": 0, "curve": {}}
+        return {**head, "failed": str(error), "start": 0.0, "loss": float("inf"), "up": 0, "total": 0, "curve": {}}
     losses = {
         number: round(next(iter(each.results.values()))["loss"], 4)
         for number, each in sorted(events.evaluations.items())
@@ -323,10 +322,8 @@ def main() -> None:
                 row = measured(cell)
             except UserError as error:
                 raise SystemExit(f"{cell.method} for {task}: {error}") from error
-            print(json.dumps({name: value for name, value in row.items() if name != "curve"}), flush=True)
             rows.append(row)
-            with asked.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(row, asked.out)
 
 
 if __name__ == "__main__":

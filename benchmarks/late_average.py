@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.classification import finished
+from benchmarks.classification import finished, keep
 from benchmarks.equal_bytes import Cell, settings
 from fedferret.core import tree
 from fedferret.experiment import Experiment
@@ -94,9 +93,7 @@ def main() -> None:
         if (method, schedule, asked.seed) in there:
             continue
         row = measured(method, schedule, asked.seed)
-        print(json.dumps(row), flush=True)
-        with asked.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(row, asked.out)
 
 
 if __name__ == "__main__":

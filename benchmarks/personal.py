@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.classification import carried_out, finished
+from benchmarks.classification import carried_out, finished, keep
 from benchmarks.frozen_features import remembered
 from benchmarks.personal_contenders import CONTENDERS, HEADS, IMAGES
 from fedferret import recipe
@@ -336,9 +335,7 @@ def main() -> None:
         except UserError as error:
             print(f"{cell.method} for {cell.task}: {error}", file=sys.stderr)
             continue
-        print(json.dumps({name: value for name, value in row.items() if name != "curve"}), flush=True)
-        with asked.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(row, asked.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.classification import TASKS, carried_out, finished
+from benchmarks.classification import TASKS, carried_out, finished, keep
 from fedferret import recipe
 
 RESULTS = Path(__file__).parent / "results" / "tuners.jsonl"
@@ -224,9 +223,7 @@ def main() -> None:
             if one in there:
                 continue
             row = measured(one[1], one[0], *one[2:])
-            print(json.dumps({each: value for each, value in row.items() if each != "curve"}), flush=True)
-            with asked.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(row, asked.out)
 
 
 if __name__ == "__main__":

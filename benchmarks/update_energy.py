@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def position_bits(positions_K: Tensor, sizes: Sequence[int]) -> dict[str, float]
     elias_fano = count * low + (total >> low) + count
     starts = torch.tensor([0, *sizes]).cumsum(0)
     apart = 0.0
-    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=True):
+    for start, end in pairwise(starts.tolist()):
         own = positions_K[(positions_K >= start) & (positions_K < end)] - start
         apart += _rice(own) + 2 * math.log2(len(own) + 1) + 1  # the count of a tensor by Elias' gamma code
     return {
