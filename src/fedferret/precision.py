@@ -16,6 +16,7 @@ from torch import nn
 
 from fedferret import models
 from fedferret.config import DEFAULT_OBJECTIVE, ModelSettings, Recipe
+from fedferret.core.algorithm import AnyAlgorithm
 from fedferret.core.errors import UserError
 from fedferret.core.stages import Staged
 from fedferret.models.adapters import LoRA, adapter_of, transformer_of
@@ -23,8 +24,6 @@ from fedferret.models.adapters.dense import dense_names
 from fedferret.models.devices import resolve_device
 from fedferret.models.quantised import check_installed, quantise
 from fedferret.objectives.interface import Loaded, ModelObjective
-
-_ONE_STAGE = "leave it out, or choose a method of one stage that tunes an adapter, such as fedit"
 
 
 def check(recipe: Recipe, tuned: nn.Module) -> None:
@@ -38,11 +37,10 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
         UserError: the combination cannot work, or a library is missing.
     """
     asked, method = recipe.model, recipe.algorithm
-    adapted, staged = adapter_of(tuned) is not None, isinstance(method, Staged)
+    adapted = adapter_of(tuned) is not None
     if asked.dtype == "bf16":
         _check_objective(recipe, 'model.dtype="bf16"')
-        if staged:
-            raise UserError(f'model.dtype="bf16": {method.name} has stages, which hold weights in fp32; {_ONE_STAGE}')
+        _check_stages(method, 'model.dtype="bf16"')
         if not (adapted or method.holds_bf16):
             raise UserError(
                 f'model.dtype="bf16": {method.name} changes weights by far less than bf16\'s rounding step; '
@@ -50,9 +48,7 @@ def check(recipe: Recipe, tuned: nn.Module) -> None:
             )
     if asked.quantised is not None:
         _check_objective(recipe, f'model.quantised="{asked.quantised}"')
-        if staged:
-            given = f'model.quantised="{asked.quantised}"'
-            raise UserError(f"{given}: {method.name} has stages, which hold weights in fp32; {_ONE_STAGE}")
+        _check_stages(method, f'model.quantised="{asked.quantised}"')
         if not adapted:
             raise UserError(
                 f'model.quantised="{asked.quantised}": {method.name} tunes the model\'s own weights, and codes of '
@@ -116,6 +112,14 @@ def _check_adapter(quantised: str, tuned: nn.Module) -> None:
                 f'model.quantised="{quantised}": algorithm.modules_to_save names {name}, which is quantised; '
                 f"give embeddings, norms or the output head, or leave quantised out"
             )
+
+
+def _check_stages(method: AnyAlgorithm, given: str) -> None:
+    if isinstance(method, Staged):
+        raise UserError(
+            f"{given}: {method.name} has stages, which hold weights in fp32; leave it out, or choose a method of one "
+            f"stage that tunes an adapter, such as fedit"
+        )
 
 
 def _check_objective(recipe: Recipe, setting: str) -> None:

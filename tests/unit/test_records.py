@@ -77,6 +77,15 @@ def changed(source: Path, target: Path, old: str, new: str) -> Path:
     return target
 
 
+def edited(row: Path, target: Path, seed: int, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    """A copy of a row's folder with the events of one seed changed, or left out."""
+    shutil.copytree(row, target)
+    path = target / f"seed-{seed}" / FILE
+    events = [edit(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events if event is not None))
+    return target
+
+
 def test_a_set_that_keeps_every_rule_gives_the_line(folder: Path, words: list[str | Path]) -> None:
     output = record(folder / "fedavg-8bit", *words, "--who", "Ann", "--commit", "abc", "--log", "LOG.md")
     assert not failing(output) and "Track: toy (Toy), 1 rounds" in output
@@ -131,12 +140,11 @@ def test_every_change_of_the_contender_fails(
 def test_every_change_of_the_events_fails(
     event: str, field: str, value: object, rule: str, folder: Path, words: list[str | Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(folder / "fedavg-8bit", tmp_path / "row")
-    path = tmp_path / "row" / "seed-1" / FILE
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [json.dumps({**each, field: value} if each["event"] == event else each) for each in events]
-    path.write_text("\n".join(lines) + "\n")
-    assert rule in failing(record(tmp_path / "row", *words, code=1))
+    def change(each: dict[str, Any]) -> dict[str, Any]:
+        return {**each, field: value} if each["event"] == event else each
+
+    row = edited(folder / "fedavg-8bit", tmp_path / "row", 1, change)
+    assert rule in failing(record(row, *words, code=1))
 
 
 def test_a_contender_below_the_target_and_a_control_below_its_best_rate_fail(
@@ -147,15 +155,6 @@ def test_a_contender_below_the_target_and_a_control_below_its_best_rate_fail(
     slow = ["--control", folder / "fedavg-1", "--control", folder / "fedavg" / "seed-1"]
     output = record(folder / "fedavg-8bit", *slow, "--tracks", folder / "tracks.toml", code=1)
     assert "no run of FedAvg at a higher rate" in output
-
-
-def edited(row: Path, target: Path, seed: int, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
-    """A copy of a row's folder with the events of one seed changed, or left out."""
-    shutil.copytree(row, target)
-    path = target / f"seed-{seed}" / FILE
-    events = [edit(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(event) + "\n" for event in events if event is not None))
-    return target
 
 
 def test_a_run_stopped_before_its_first_later_evaluation_proves_no_rate(folder: Path, tmp_path: Path) -> None:
