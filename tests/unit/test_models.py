@@ -306,6 +306,16 @@ class Planted:
         return os.system, (f"touch {self.victim}",)
 
 
+def test_a_folder_is_built_without_weights_once_however_many_parameters_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for every parameter would take half a minute with thirty layers."""
+    built, skeleton = [], loading.skeleton
+    monkeypatch.setattr(loading, "skeleton", lambda name: built.append(name) or skeleton(name))
+    models.load(str(folder))
+    assert built == [str(folder)]
+
+
 @pytest.mark.parametrize("kind", ["planted", "planted zip", "pickle of numbers", "text", "cut", "emptied"])
 def test_weights_that_are_a_pickle_run_nothing_and_are_refused_in_our_words(
     kind: str, folder: Path, tmp_path: Path

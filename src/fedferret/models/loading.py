@@ -201,7 +201,8 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 
 def _check_tied(name: str, model: PreTrainedModel) -> None:
     """Refuse weights that the configuration ties and the checkpoint has apart: costs would be of another model."""
-    apart = [each for each, _ in model.named_parameters() if each not in parameter_shapes(name)]
+    known = parameter_shapes(name)
+    apart = [each for each, _ in model.named_parameters() if each not in known]
     if apart:
         raise UserError(
             f'model "{name}": its {apart[0]} differs from its embedding, and its config.json ties the two; set '
