@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
 from fedferret.models.adapters.dense import dense_modules, dense_names, make_dense, outermost
 from fedferret.models.adapters.drawing import draw, draw_magnitudes, no_trace
@@ -58,7 +59,8 @@ class LoRA(Adapter):
     start: PeftFolder | None = None
 
     def _attach(self, model: nn.Module, key: Key) -> nn.Module:
-        import peft
+        with quick_imports():
+            import peft
 
         if self.start is None:
             names = chosen_modules(model, self.modules)

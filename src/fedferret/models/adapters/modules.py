@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.models.classifiers import Classifier, inner_transformer
 
 ALL_LINEAR = "all-linear"
@@ -61,7 +62,8 @@ def default_modules(model: nn.Module) -> str | tuple[str, ...]:
     Returns:
         The ends of the modules' names, or a pattern, each of which the model has; or ``ALL_LINEAR``.
     """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    with quick_imports():
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     names = linear_modules(model)
     config: Any = getattr(inner_transformer(model)[1], "config", None)

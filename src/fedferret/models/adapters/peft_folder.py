@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedferret.core import tree
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.core.pooling import within
 from fedferret.core.text import plain_line
 
@@ -178,7 +179,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a setting that changes the adapted model and is not here."""
-    from peft import LoraConfig
+    with quick_imports():
+        from peft import LoraConfig
 
     usual = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
     for name, value in config.items():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core import tree
+from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
 from fedferret.models.adapters.attention import (
     AttentionLayer,
@@ -89,7 +90,8 @@ def peft_prefix(model: nn.Module) -> PeftPrefix | None:
 
 
 def _converted(model: nn.Module, layers: Sequence[AttentionLayer]) -> PeftPrefix:
-    import peft
+    with quick_imports():
+        import peft
 
     parts = []
     for layer, names in zip(layers, prefix_layers(model), strict=True):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.core.keys import Key
 from fedferret.models.adapters.adapter_folder import write_adapter
 from fedferret.models.adapters.drawing import draw, no_trace
@@ -72,7 +73,8 @@ class _Prompt(Adapter):
         return prefix
 
     def _attach(self, model: nn.Module, key: Key) -> nn.Module:
-        import peft
+        with quick_imports():
+            import peft
 
         if isinstance(model, Classifier):
             return self._attach_inside(model, key)

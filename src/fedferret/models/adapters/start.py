@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 from fedferret.core.text import plain_line
 from fedferret.models.adapters.peft_folder import PeftFolder, part_of
 
@@ -94,8 +95,9 @@ def saved(model: nn.Module, dense: Sequence[str]) -> dict[str, Tensor]:
 
 def _check_targets(model: nn.Module, linear: Sequence[str], start: PeftFolder) -> None:
     """Refuse an adapter that tunes other modules of this model by its settings, which peft goes by, than by weights."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    with quick_imports():
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     if "target_modules" not in start.targets:
         return
