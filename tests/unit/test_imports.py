@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def test_a_block_that_imports_nothing_freezes_nothing() -> None:
     with quick_imports():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_advice_to_install_another_package_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes gives it on processors with AVX512-BF16, at the start of every run with an adapter."""
+    adviser = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with quick_imports():
+        adviser.warning("make sure you installed kernels")
+    adviser.warning("what comes later")
+    assert caplog.messages == ["what comes later"]
 
 
 def test_where_the_collector_was_off_it_stays_off() -> None:
