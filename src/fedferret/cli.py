@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from fedferret.command_errors import Commands, one_line_errors
 from fedferret.core.imports import quick_imports
 from fedferret.core.text import printable_lines
+from fedferret.core.waiting import sleep_soon
 from fedferret.pki_cli import pki
 from fedferret.records_cli import advise, record
 from fedferret.sites_cli import sites
-
-if TYPE_CHECKING:
-    from fedferret.exportable import Exportable
 
 app = typer.Typer(
     name="fedferret",
@@ -98,7 +97,7 @@ def run(
         folder = out or Path("runs") / recipe.stem
         settings = from_tables(as_begun(tables, folder, _log))
         run_recipe(settings, folder, _log, accept_changed_data=accept_changed_data)
-        _log(_closing_lines(folder, exportable(settings)))
+        _log(exportable(settings).lines(folder))
 
 
 @app.command("list")
@@ -383,18 +382,5 @@ app.add_typer(pki, name="pki")
 
 def main() -> None:
     """The entry point of the `fedferret` command."""
+    sleep_soon(os.environ)
     app()
-
-
-def _closing_lines(folder: Path, possible: Exportable) -> str:
-    """Where a finished run's files are, and how to export its model."""
-    files = f"Report:       {folder / 'report.html'}\nFigures:      {folder / 'summary.json'}\n"
-    if possible.no_folder:
-        return f"{files}No folder can hold what was tuned: {possible.no_folder}."
-    if not possible.global_model:
-        return f"{files}Tuned models: each client keeps its own: fedferret export {folder} --client NAME --to FOLDER"
-    return (
-        f"{files}"
-        f"Tuned model:  fedferret export {folder} --to FOLDER   (the whole model)\n"
-        f"              fedferret export {folder} --delta FILE  (what was learned, to be applied to the base)"
-    )

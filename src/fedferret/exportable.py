@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedferret.build import tuned_skeleton
 from fedferret.config import Recipe
@@ -22,6 +23,28 @@ class Exportable:
 
     global_model: bool
     no_folder: str
+
+    def lines(self, folder: Path) -> str:
+        """Where a finished run's files are, and how to export its model.
+
+        Args:
+            folder: of the run.
+
+        Returns:
+            Two to four lines.
+        """
+        files = f"Report:       {folder / 'report.html'}\nFigures:      {folder / 'summary.json'}\n"
+        if self.no_folder:
+            return f"{files}No folder can hold what was tuned: {self.no_folder}."
+        if not self.global_model:
+            return (
+                f"{files}Tuned models: each client keeps its own: fedferret export {folder} --client NAME --to FOLDER"
+            )
+        return (
+            f"{files}"
+            f"Tuned model:  fedferret export {folder} --to FOLDER   (the whole model)\n"
+            f"              fedferret export {folder} --delta FILE  (what was learned, to be applied to the base)"
+        )
 
 
 def exportable(recipe: Recipe) -> Exportable:
