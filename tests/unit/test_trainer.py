@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ import pytest
 
 from contract.methods import METHODS
 from fedferret.core import rounds
-from fedferret.core.errors import UserError
 from fedferret.core.exchanges import Train
 from fedferret.core.log import Log, LogUpdate
 from fedferret.core.node import Node
@@ -23,8 +21,6 @@ from fedferret.core.rounds import RunState
 from fedferret.engines.in_process import InProcess
 from fedferret.engines.trainer import Trainer
 from fedferret.engines.transport import Request, Response
-from fedferret.resident.process import open_trainer
-from fedferret.resident.site import Site, check_data, read_site
 from fedferret.tracking.audit import Audit, read_audit
 from fedferret.wire import codec
 from toy_sites import BASE, RECIPE, simulate_sites, sites, toy_trainer
@@ -346,78 +342,3 @@ def test_what_cannot_be_written_down_is_not_sent(server: Server, tmp_path: Path)
     response = ask(trainer(tmp_path, on_message=full), server.request(0))
     assert (response.status, response.reply) == ("refused", b"")
     assert "cannot write its audit file: [Errno 28] No space left" in response.reason
-
-
-def write_site(folder: Path, settings: str, rows: str = '{"instruction": "The door?", "response": "Red."}\n') -> Path:
-    (folder / "site.toml").write_text(settings)
-    (folder / "rows.jsonl").write_text(rows)
-    return folder
-
-
-def test_a_sites_settings_name_its_file_beside_them(tmp_path: Path) -> None:
-    site = read_site(write_site(tmp_path, 'name = "ward-7"\n[data]\npath = "rows.jsonl"\n'))
-    assert site.data and site.data.path == str(tmp_path / "rows.jsonl") and len(check_data(site)) == 1
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "site.toml").write_text(site.to_toml())
-    assert read_site(tmp_path / "again") == site
-    assert Site(name="worker").to_toml() == 'name = "worker"\ndevice = "cpu"\nmemory = "fast"\nhistory = 10\n'
-
-
-@pytest.mark.parametrize(
-    ("settings", "rows", "reason"),
-    [
-        ('name = "w"\n[data]\npath = "none.jsonl"', "", r"there is no file"),
-        ('name = "w"\n[data]\npath = "rows.jsonl"', "", r"is empty"),
-        ('name = "w"\n[data]\npath = "rows.jsonl"', "{}\n", r'has no column "instruction"'),
-        (
-            'name = "w"\n[data]\npath = "rows.jsonl"',
-            '{"instruction": "x", "response": ""}',
-            r"row 1: column .* is empty",
-        ),
-        ('name = "w"\n[data]\npath = "rows.jsonl"\nheld_out = 1', "", r"data.held_out: there is no such setting"),
-        ('name = ""\n[data]\npath = "rows.jsonl"', "", r"name='': give the name"),
-        ('nam = "w"', "", r"nam: there is no such setting; did you mean .name."),
-        ("name = ", "", r"not TOML"),
-        ('name = "w"\ndata = "rows.jsonl"', "", r"must be a table"),
-    ],
-)
-def test_a_fault_of_a_site_is_one_line_before_any_server_is_met(
-    settings: str, rows: str, reason: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=reason) as raised:
-        open_trainer(write_site(tmp_path, settings, rows))
-    assert "\n" not in str(raised.value)
-
-
-def test_a_site_without_settings_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"site.toml: there is no such file; it names the site and its data"):
-        read_site(tmp_path)
-
-
-def test_a_sites_data_is_in_nothing_that_it_sends(tmp_path: Path) -> None:
-    from fedferret import recipe
-
-    rows = [{"instruction": f"Secret {number}?", "response": "Xyzzy plugh."} for number in range(4)]
-    folder = write_site(
-        tmp_path, 'name = "w"\n[data]\npath = "rows.jsonl"\n', "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    plan = recipe(
-        rounds=1,
-        model={"name": "tiny"},
-        data={"source": "sites", "sites": ["w"]},
-        clients={"per_round": 1},
-        algorithm={"name": "ferret", "coordinates": 64, "training": {"learning_rate": 0.1, "steps": 1}},
-    ).identity_toml()
-    site = open_trainer(folder)
-    run = hashlib.sha256(plan.encode()).hexdigest()
-    request = Request(run, 0, 1, "t", "w", plan, "f" * 64, 0, "", b"", (), 0, 0, False, b"", Train(1), 1)
-    base = ask(site, codec.encode(request))
-    assert "the base model here has SHA-256" in base.reason
-    from fedferret import models
-    from fedferret.core import tree
-
-    fingerprint = tree.fingerprint(tree.parameters(models.load("tiny").model))
-    sent = site.handle(codec.encode(replace(request, base=fingerprint, sequence=2)))
-    assert codec.decode(sent).status == "done"
-    for word in (b"Secret", b"Xyzzy", b"plugh"):
-        assert word not in sent and word not in (folder / "audit.jsonl").read_bytes()
