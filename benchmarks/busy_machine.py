@@ -34,7 +34,7 @@ print((time.perf_counter() - began) / steps)
 
 
 def step(model: str, batch: int, soon: bool) -> Measurement:
-    """A measurement of a step's seconds in a process of its own.
+    """A measurement of a step's seconds in a new process.
 
     Args:
         model: as in a recipe.
@@ -55,7 +55,7 @@ def step(model: str, batch: int, soon: bool) -> Measurement:
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """Other work on half of the cores, in sessions of their own: schedulers share the machine among sessions."""
+    """Other work on half of the cores, each in a new session: schedulers share the machine among sessions."""
     loops = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
         for _ in range(max(1, CORES // 2))
