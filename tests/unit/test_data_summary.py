@@ -66,6 +66,13 @@ def test_the_plot_is_a_repeatable_picture(tmp_path, categories, clients):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_plot_of_many_clients_stays_small(tmp_path):
+    """It is in the report, which had 100 bytes more for every client."""
+    held = {f"client {n}": (_example("x"),) * (n % 7) for n in range(20_000)}
+    plot_partition(FederatedData(held, {}, "a test"), tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size < 200_000
+
+
 def test_an_unknown_kind_of_picture_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.svg or \.png"):
         plot_partition(DATA, tmp_path / "plot.bmp")

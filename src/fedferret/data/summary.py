@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SHOWN_CATEGORIES = 8  # as colours; more are the rows of a heat map
 MOST_CELLS = 1000  # of a heat map: 40 kB of SVG for every hundred
 NAMED_CLIENTS = 40  # the names of more do not fit below a heat map
+MOST_STEPS = 2000  # drawn as lines, 100 bytes each; more are pixels
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _draw_bands(figure: Figure, data: FederatedData) -> None:
     floor = [0] * len(held)
     for number, (name, counts) in enumerate(bands):
         top = [low + count for low, count in zip(floor, counts, strict=True)]
-        axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=shortened(name, 40))
+        label, many = shortened(name, 40), len(held) > MOST_STEPS
+        axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=label, rasterized=many)
         floor = top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
