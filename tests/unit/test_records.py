@@ -212,3 +212,11 @@ def test_the_packages_tracks_are_the_five_of_the_page() -> None:
 def test_p_is_that_of_students_distribution() -> None:
     assert p_value([0.97, 0.98, 0.99]) == pytest.approx(0.1127, abs=1e-4)  # t = √3 with two degrees of freedom
     assert p_value([0.95, 0.97, 0.99]) == pytest.approx(0.5) and math.isnan(p_value([1.0, 1.0, 1.0]))
+
+
+def test_a_models_folder_is_the_same_however_a_run_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that had its absolute path was no record on the track."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    _, track = read_tracks(TRACKS)["small-150"]
+    assert track["model"]["name"] == str(root / "recipes/small/chat-3m")

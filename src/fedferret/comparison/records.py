@@ -94,9 +94,11 @@ class RecordRun:
         return after > 0 and math.isfinite(self.start) and not self.run.evaluations[after].loss < self.start
 
     def facts(self) -> dict[str, Any]:
-        """The settings that a track pins."""
+        """The settings that a track pins; a model's folder in full, as a run may name it from anywhere."""
         tables = {name: value for name, value in self.recipe.tables().items() if name in _TASK}
-        return {**tables, "training": without_rate(self.training)}
+        folder = Path(self.recipe.model.name).expanduser()
+        name = str(folder.resolve()) if folder.is_dir() else self.recipe.model.name
+        return {**tables, "model": {**tables["model"], "name": name}, "training": without_rate(self.training)}
 
 
 def folders_of(given: Sequence[Path]) -> list[Path]:
