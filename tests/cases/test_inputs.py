@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from fedferret.cli import app
 
+pytestmark = pytest.mark.slow(seconds=5)
+
 INPUTS = Path(__file__).parent / "inputs"
 
 REFUSED = {  # the input, settings beside it, and the one line

@@ -47,6 +47,8 @@ from fedferret.core.errors import UserError
 from fedferret.data.files import read_rows
 from tiny_runs import tiny_tables
 
+pytestmark = pytest.mark.slow(seconds=11)
+
 ACCEPTED = "the data were accepted"
 
 CSV = "instruction,response\n" + "".join(f"{row['instruction']},{row['response']}\n" for row in ROWS)

@@ -26,6 +26,8 @@ from fedferret.tracking.events import read
 from site_folders import FERRET
 from tiny_runs import silent, tiny_recipe, tiny_tables
 
+pytestmark = pytest.mark.slow(seconds=20)
+
 METHODS: dict[str, Mapping[str, Any]] = {"ferret": FERRET, "fedavg": {"name": "fedavg"}}
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fedferret.core.exchanges import Failure
 from fuzz.payloads import Attacked, rows
 
+pytestmark = pytest.mark.slow(seconds=21)
+
 EXAMPLES = 200
 
 

@@ -34,6 +34,8 @@ from tiny_runs import silent, tiny_experiment, tiny_recipe
 from unit.tiny_adapters import base, batch
 from unit.tiny_architectures import tiny_instance
 
+pytestmark = pytest.mark.slow(seconds=11)
+
 KEY = Key.of(5, "prepare")
 TRAINING = FirstOrder(optimizer="adamw", learning_rate=0.01, steps=2, clip=None)
 OPTIONS: dict[str, dict[str, Any]] = {

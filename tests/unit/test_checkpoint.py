@@ -18,6 +18,8 @@ from fedferret.tracking import checkpoint
 from tiny_runs import tiny_recipe
 from toys import simulate, toy_task
 
+pytestmark = pytest.mark.slow(seconds=8)
+
 
 class PowerCut(BaseException):
     """Only the test catches this exception."""

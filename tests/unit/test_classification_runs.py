@@ -28,6 +28,8 @@ from fedferret.tracking.events import read
 from fedferret.tracking.report import write_report
 from tiny_runs import silent
 
+pytestmark = pytest.mark.slow(seconds=15)
+
 WORDS = {"food": ("soup", "bread", "salt"), "sky": ("star", "moon", "cloud"), "sport": ("ball", "goal", "team")}
 TRAINING = {"optimizer": "adamw", "learning_rate": 3e-3, "steps": 5, "batch_size": 4}
 

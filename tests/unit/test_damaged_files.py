@@ -26,6 +26,8 @@ from tiny_runs import silent, tiny_recipe, tiny_tables
 from unit.written_grid import write_cell, written_grid
 from unit.written_run import write_run
 
+pytestmark = pytest.mark.slow(seconds=14)
+
 Damage = Callable[[Path], object]
 RESTORE = "restore the folder of the run from a copy"
 

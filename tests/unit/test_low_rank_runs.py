@@ -17,7 +17,7 @@ from fedferret.tracking.events import read
 from tiny_runs import silent, tiny_tables
 from unit.test_classification_runs import TRAINING, tables, write_texts
 
-pytestmark = pytest.mark.usefixtures("no_plots")
+pytestmark = [pytest.mark.usefixtures("no_plots"), pytest.mark.slow(seconds=6)]
 
 
 def exported_alike(out: Path, base: str, folder: Path) -> None:

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from fedferret.cli import app
 from tiny_runs import tiny_tables
 
+pytestmark = pytest.mark.slow(seconds=14)
+
 PLACES = (
     "file",
     "dir",

@@ -41,6 +41,8 @@ from toy_sites import Direct, simulate_sites, sites
 from toys import Simulation, simulate, toy_clients
 from unit.test_rewinding import files
 
+pytestmark = pytest.mark.slow(seconds=16)
+
 CHANGES = {3: ClientChanges(added=("d",)), 5: ClientChanges(added=("e",), retired=("a",))}
 ROUNDS = 6
 

@@ -18,6 +18,8 @@ from fedferret.runner import run
 from fedferret.tracking.events import FILE
 from tiny_runs import silent, tiny_recipe, write_rows
 
+pytestmark = pytest.mark.slow(seconds=7)
+
 RATE, RATES = 3.0, (1.0, 10.0)
 TRACK = """
 [toy]

@@ -16,6 +16,8 @@ from toy_sites import Direct, simulate_sites, sites, workers
 from toys import Simulation, simulate
 from unit.test_checkpoint import PowerCut, power_cut
 
+pytestmark = pytest.mark.slow(seconds=8)
+
 # large entries and a snapshot a round, private states, a server with a state, two stages with the border after round 2
 ROWS = ["fedavg", "ferret-error-feedback", "drift", "hermits", "two-stages"]
 

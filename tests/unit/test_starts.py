@@ -29,6 +29,8 @@ from fedferret.sites.join import JoinSettings, resolve_data
 from tiny_runs import silent, tiny_recipe, tiny_tables, write_rows
 from unit.written_grid import cell_of, save, written_grid
 
+pytestmark = pytest.mark.slow(seconds=10)
+
 REFUSING = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users') }}{% endif %}{% endfor %}"
 ACCEPT = "--accept-changed-data"
 
