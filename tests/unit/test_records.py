@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedferret import recipe
 from fedferret.cli import app
-from fedferret.comparison.records import TRACKS, p_value, read_tracks
+from fedferret.comparison.records import TRACKS, RecordRun, p_value, read_tracks
 from fedferret.runner import run
-from fedferret.tracking.events import FILE
+from fedferret.tracking.events import FILE, Run
 from tiny_runs import silent, tiny_recipe, write_rows
 
 pytestmark = pytest.mark.slow(seconds=7)
@@ -217,8 +218,15 @@ def test_p_is_that_of_students_distribution() -> None:
 
 
 def test_a_models_folder_is_the_same_however_a_run_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that had its absolute path was no record on the track."""
+    """A run that had its absolute path was no record on the track; one with the track's path is, from any folder."""
     root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
     _, track = read_tracks(TRACKS)["small-150"]
-    assert track["model"]["name"] == str(root / "recipes/small/chat-3m")
+
+    def named(name: str) -> str:
+        made = recipe(rounds=1, model={"name": name}, data={"source": "chitchat"}, algorithm={"name": "fedavg"})
+        return str(RecordRun(root, made, Run()).facts()["model"]["name"])
+
+    monkeypatch.chdir(root)
+    assert named(str(root / "recipes/small/chat-3m")) == named("recipes/small/chat-3m") == track["model"]["name"]
+    monkeypatch.chdir("/")
+    assert named("recipes/small/chat-3m") == track["model"]["name"]

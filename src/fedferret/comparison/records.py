@@ -94,10 +94,11 @@ class RecordRun:
         return after > 0 and math.isfinite(self.start) and not self.run.evaluations[after].loss < self.start
 
     def facts(self) -> dict[str, Any]:
-        """The settings that a track pins; a model's folder in full, as a run may name it from anywhere."""
+        """The settings that a track pins; a model's folder below the working directory is named from there."""
         tables = {name: value for name, value in self.recipe.tables().items() if name in _TASK}
-        folder = Path(self.recipe.model.name).expanduser()
-        name = str(folder.resolve()) if folder.is_dir() else self.recipe.model.name
+        name, here = tables["model"]["name"], Path.cwd()
+        if Path(name).is_relative_to(here):
+            name = str(Path(name).relative_to(here))
         return {**tables, "model": {**tables["model"], "name": name}, "training": without_rate(self.training)}
 
 
