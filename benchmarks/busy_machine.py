@@ -17,7 +17,7 @@ from fedferret.core.waiting import sleep_soon
 
 CORES = os.cpu_count() or 1
 STEPS = """
-import sys, time, torch
+import time, torch
 from fedferret import models
 torch.set_num_threads({threads})
 model = models.load("{model}").model

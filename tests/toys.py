@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from fedferret.objectives.next_token import NextToken
 from fedferret.tracking import checkpoint
 from fedferret.wire import codec
 from toy_classifier import THREE_CLASSES, ToyClassifier
+from toy_numbers import normal
 
 TRAINING = FirstOrder(learning_rate=0.1, steps=2, batch_size=4)
 ONE_BIT = Ferret(**Ferret.presets["one-bit"], training=TRAINING)  # shared directions, and every coordinate travels
@@ -97,17 +97,6 @@ class Failing(ToyData):
     def take(self, rows: Sequence[int]) -> Failing:
         """Some rows, which break too."""
         return Failing(self.x[list(rows)], self.y[list(rows)], self.shuffled)
-
-
-def normal(key: Key, *shape: int) -> Tensor:
-    """Sums of twelve uniforms: normal to the eye, the same bits everywhere."""
-    return _summed(key, int(torch.Size(shape).numel())).clone().view(shape)
-
-
-@cache  # every test asks for the same rows and weights
-def _summed(key: Key, count: int) -> Tensor:
-    total = sum((key.fold(draw).uniform(count) for draw in range(12)), torch.full((count,), -6.0, dtype=torch.float64))
-    return total.float()
 
 
 def toy_rows(key: Key, count: int) -> ToyData:

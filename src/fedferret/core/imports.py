@@ -1,4 +1,4 @@
-"""Import large libraries faster."""
+"""Import large libraries faster, and without their advice."""
 
 from __future__ import annotations
 

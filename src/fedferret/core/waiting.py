@@ -2,8 +2,8 @@
 
 A step is hundreds of short parallel regions. At the end of each, GNU OpenMP's threads wait in a loop for some
 milliseconds before they sleep. Beside another busy process the loop takes the processor from the thread that it waits
-for: a step took 4 to 25 times as long. With 3,000 turns of the loop it takes its share of the machine, and as long as
-before on an idle one (``python -m benchmarks.busy_machine``). Results do not depend on it.
+for: a step took 6 to 25 times as long as with 3,000 turns of the loop. On an idle machine those cost 6%
+(``python -m benchmarks.busy_machine``). Results do not depend on it.
 """
 
 from __future__ import annotations

@@ -183,11 +183,11 @@ def _draw_bands(figure: Figure, data: FederatedData) -> None:
         bands.append(("others" if bands else "", rest))
 
     axes = figure.add_subplot()
-    edges = range(len(held) + 1)
+    edges, many = range(len(held) + 1), len(held) > MOST_STEPS
     floor = [0] * len(held)
     for number, (name, counts) in enumerate(bands):
         top = [low + count for low, count in zip(floor, counts, strict=True)]
-        label, many = shortened(name, 40), len(held) > MOST_STEPS
+        label = shortened(name, 40)
         axes.stairs(top, edges, baseline=floor, fill=True, color=f"C{number}", label=label, rasterized=many)
         floor = top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

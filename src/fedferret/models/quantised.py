@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from fedferret.core.errors import UserError
+from fedferret.core.imports import quick_imports
 
 Quantised: TypeAlias = Literal["4-bit", "8-bit"]
 
@@ -58,8 +59,13 @@ def quantise(model: Any, kind: Quantised) -> None:
     setattr(model, "is_loaded_in_4bit" if kind == "4-bit" else "is_loaded_in_8bit", True)
 
 
+def _library() -> Any:
+    with quick_imports():
+        return import_module("bitsandbytes")
+
+
 def _four_bit(dense: nn.Linear) -> nn.Module:
-    bnb: Any = import_module("bitsandbytes")
+    bnb = _library()
     shape, weight = (dense.in_features, dense.out_features), dense.weight.detach()
     layer = bnb.nn.Linear4bit(
         *shape, bias=dense.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
@@ -72,7 +78,7 @@ def _four_bit(dense: nn.Linear) -> nn.Module:
 
 
 def _eight_bit(dense: nn.Linear) -> nn.Module:
-    bnb: Any = import_module("bitsandbytes")
+    bnb = _library()
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a product: "will be cast"
     shape, weight = (dense.in_features, dense.out_features), dense.weight.detach()
     layer = bnb.nn.Linear8bitLt(*shape, bias=dense.bias is not None, has_fp16_weights=False, device="meta")
